@@ -1,0 +1,16 @@
+"""Integer matrix multiplication for JAX: arrays in, arrays out.
+
+The package stands alone; nothing in it knows of models or quantization methods.
+"""
+
+from pallas_kernels.api import int4_matmul, int8_matmul, quantize_activations, quantize_per_token
+from pallas_kernels.packing import pack_int4, unpack_int4
+
+__all__ = [
+    "int4_matmul",
+    "int8_matmul",
+    "pack_int4",
+    "quantize_activations",
+    "quantize_per_token",
+    "unpack_int4",
+]

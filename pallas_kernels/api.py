@@ -1,0 +1,148 @@
+"""The entry points: integer matmuls and activation quantization on plain arrays.
+
+Every function takes ``implementation``: None picks the fastest one that supports the call on this device, a name asks for
+that one and raises ``NotImplementedError`` if it cannot take the case.  All implementations give the same bits as
+:mod:`pallas_kernels.reference`.
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
+
+from pallas_kernels import reference
+from pallas_kernels.packing import BLOCK
+
+Implementation = Literal["xla"]
+
+
+def int8_matmul(
+    x: Int8[Array, "*rows k"],
+    weight: Int8[Array, "n k"],
+    x_scale: Float32[Array, "..."],
+    weight_scale: Float32[Array, "..."],
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Array:
+    """Multiplies int8 codes, accumulates in int32, scales once at the end.
+
+    Args:
+      x: activation codes, (..., k).
+      weight: weight codes, (n, k): output channels first, input channels contiguous.
+      x_scale: float32 scalar, or one per row, shape ``x.shape[:-1]``.
+      weight_scale: float32 scalar, or one per output channel, shape (n,).
+      bias: optional, (n,), added in float32 before the cast.
+      out_dtype: a floating dtype, or int32 for the bare accumulator (scales and bias are then ignored).
+      implementation: None or "xla".
+
+    Returns:
+      ``cast(int32(x @ weight.T) * (x_scale * weight_scale) + bias)``, shape (..., n).
+
+    Raises:
+      ValueError: if shapes do not fit together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    _check(x, weight, weight.shape[-1], x_scale, weight_scale, implementation)
+    return reference.int8_matmul(x, weight, x_scale, weight_scale, bias, out_dtype)
+
+
+def int4_matmul(
+    x: Int8[Array, "*rows k"],
+    packed: Int8[Array, "n half"],
+    x_scale: Float32[Array, "..."],
+    weight_scale: Float32[Array, "..."],
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Array:
+    """:func:`int8_matmul` with 4-bit weight codes, two to a byte as :func:`pallas_kernels.pack_int4` packs them.
+
+    ``packed`` has shape (n, k / 2) with k a multiple of 256; everything else is as in :func:`int8_matmul`.
+    """
+    if packed.shape[-1] % (BLOCK // 2):
+        raise ValueError(f"int4_matmul: packed weights come in blocks of {BLOCK // 2} bytes, got shape {packed.shape}")
+    _check(x, packed, 2 * packed.shape[-1], x_scale, weight_scale, implementation)
+    return reference.int4_matmul(x, packed, x_scale, weight_scale, bias, out_dtype)
+
+
+def quantize_activations(
+    x: Float[Array, "*rows k"],
+    multiplier: Float32[Array, " k"],
+    source: Int32[Array, " e"],
+    part: Int32[Array, " e"],
+    *,
+    qmax: int,
+    implementation: Implementation | None = None,
+) -> Int8[Array, "*rows width"]:
+    """Quantizes with static scales and flattens the large channels, in one pass.
+
+    With ``c = round(x * multiplier)`` (half to even), channel j < k of the result is ``clip(c[j], -qmax, qmax)``,
+    channel k + e is ``sign(c) * clip(|c| - part[e] * qmax, 0, qmax)`` for ``c = c[source[e]]``.  A ``part`` beyond any
+    code makes a channel of padding.
+
+    Args:
+      x: real activations, (..., k).
+      multiplier: what each input channel is multiplied with before rounding, (k,): 1 / (smoothing * scale).
+      source: for each extra channel, the channel it continues, (e,).
+      part: for each extra channel, how many times ``qmax`` is held by the channels before it, (e,).
+      qmax: largest code, 127 or 7.
+      implementation: None or "xla".
+
+    Returns:
+      int8 codes, (..., k + e).
+
+    Raises:
+      ValueError: if shapes do not fit together.
+    """
+    k, extra = x.shape[-1], source.shape[0]
+    if multiplier.shape != (k,) or part.shape != (extra,):
+        raise ValueError(
+            f"quantize_activations: x {x.shape} needs multiplier ({k},) and part ({extra},), "
+            f"got {multiplier.shape} and {part.shape}"
+        )
+    _check_implementation(implementation)
+    return reference.quantize_activations(x, multiplier, source, part, qmax)
+
+
+def quantize_per_token(
+    x: Float[Array, "*rows k"],
+    multiplier: Float32[Array, " k"],
+    *,
+    qmax: int,
+    width: int,
+    implementation: Implementation | None = None,
+) -> tuple[Int8[Array, "*rows width"], Float32[Array, "*rows"]]:
+    """Quantizes every row with a scale of its own: the row's largest ``|x * multiplier|`` becomes ``qmax``.
+
+    Returns:
+      The codes, padded with zeros to ``width`` channels, and the scales, one a row.
+    """
+    if multiplier.shape != x.shape[-1:] or width < x.shape[-1]:
+        raise ValueError(
+            f"quantize_per_token: x {x.shape} needs multiplier ({x.shape[-1]},) and width >= {x.shape[-1]}, "
+            f"got {multiplier.shape} and {width}"
+        )
+    _check_implementation(implementation)
+    return reference.quantize_per_token(x, multiplier, qmax, width)
+
+
+def _check(
+    x: Array, weight: Array, k: int, x_scale: Array, weight_scale: Array, implementation: Implementation | None
+) -> None:
+    if x.shape[-1] != k:
+        raise ValueError(f"integer matmul: x {x.shape} has {x.shape[-1]} input channels, the weight has {k}")
+    if x_scale.shape not in ((), x.shape[:-1]):
+        raise ValueError(f"integer matmul: x_scale must be a scalar or {x.shape[:-1]}, got {x_scale.shape}")
+    if weight_scale.shape not in ((), weight.shape[:1]):
+        raise ValueError(
+            f"integer matmul: weight_scale must be a scalar or {weight.shape[:1]}, got {weight_scale.shape}"
+        )
+    _check_implementation(implementation)
+
+
+def _check_implementation(implementation: Implementation | None) -> None:
+    if implementation not in (None, "xla"):
+        raise NotImplementedError(f"implementation {implementation!r} is not one of: xla")

@@ -1,0 +1,104 @@
+"""What every kernel computes, written in jax.numpy.
+
+These functions define the result, bit for bit; they are also what runs wherever no hand-written kernel applies.
+
+Terminology:
+  codes  small integers that stand for real numbers: real = code * scale.
+  M      rows of activations (tokens); N output channels; K input channels.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
+
+from pallas_kernels.packing import unpack_int4
+
+
+def int8_matmul(
+    x: Int8[Array, "*rows k"],
+    weight: Int8[Array, "n k"],
+    x_scale: Float32[Array, "..."],
+    weight_scale: Float32[Array, "..."],
+    bias: Float[Array, " n"] | None = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+) -> Array:
+    """``x @ weight.T`` in int32, then ``* (x_scale * weight_scale) + bias`` in float32, then a cast."""
+    acc = lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return _epilogue(acc, x_scale, weight_scale, bias, out_dtype)
+
+
+def int4_matmul(
+    x: Int8[Array, "*rows k"],
+    packed: Int8[Array, "n half"],
+    x_scale: Float32[Array, "..."],
+    weight_scale: Float32[Array, "..."],
+    bias: Float[Array, " n"] | None = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+) -> Array:
+    """:func:`int8_matmul` with the weight's codes packed two to a byte (see :mod:`pallas_kernels.packing`)."""
+    return int8_matmul(x, unpack_int4(packed), x_scale, weight_scale, bias, out_dtype)
+
+
+def _epilogue(
+    acc: Int32[Array, "*rows n"],
+    x_scale: Float32[Array, "..."],
+    weight_scale: Float32[Array, "..."],
+    bias: Float[Array, " n"] | None,
+    out_dtype: DTypeLike,
+) -> Array:
+    if jnp.issubdtype(out_dtype, jnp.integer):
+        return acc.astype(out_dtype)
+    if x_scale.ndim:
+        x_scale = x_scale[..., None]
+    y = acc.astype(jnp.float32) * (x_scale * weight_scale)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(out_dtype)
+
+
+def quantize_activations(
+    x: Float[Array, "*rows k"],
+    multiplier: Float32[Array, " k"],
+    source: Int32[Array, " e"],
+    part: Int32[Array, " e"],
+    qmax: int,
+) -> Int8[Array, "*rows width"]:
+    """Rounds ``x * multiplier`` to integers and flattens the large ones over extra channels.
+
+    Channel j < k of the result is ``clip(c[j], -qmax, qmax)`` with ``c = round(x * multiplier)``.  Channel k + e holds
+    what ``source[e]`` has left beyond ``part[e] * qmax``:  ``sign(c) * clip(|c| - part[e] * qmax, 0, qmax)``.
+
+    The two slices are written into one buffer rather than concatenated: XLA turns that into a single kernel, which on
+    an H200 takes as long as the quantization alone, while a concatenation takes twice as long.
+    """
+    k, extra = x.shape[-1], source.shape[0]
+    main = jnp.clip(_codes(x, multiplier), -qmax, qmax).astype(jnp.int8)
+    if not extra:
+        return main
+    c = _codes(jnp.take(x, source, axis=-1), multiplier[source])
+    beyond = jnp.clip(jnp.abs(c) - (part * qmax).astype(jnp.float32), 0, qmax)
+    start = (0,) * (x.ndim - 1)
+    out = jnp.zeros((*x.shape[:-1], k + extra), jnp.int8)
+    out = lax.dynamic_update_slice(out, main, (*start, 0))
+    return lax.dynamic_update_slice(out, (jnp.sign(c) * beyond).astype(jnp.int8), (*start, k))
+
+
+def _codes(x: Float[Array, "*rows k"], multiplier: Float32[Array, " k"]) -> Float32[Array, "*rows k"]:
+    """Integer-valued float32, rounded half to even."""
+    return jnp.round(x.astype(jnp.float32) * multiplier)
+
+
+def token_scale(x: Float[Array, "*rows k"], multiplier: Float32[Array, " k"], qmax: int) -> Float32[Array, "*rows"]:
+    """One scale a row, so that the largest entry of ``x * multiplier`` becomes ``qmax``; 1e-8 / qmax at least."""
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32) * multiplier), axis=-1)
+    return jnp.maximum(largest, 1e-8) / qmax
+
+
+def quantize_per_token(
+    x: Float[Array, "*rows k"], multiplier: Float32[Array, " k"], qmax: int, width: int
+) -> tuple[Int8[Array, "*rows width"], Float32[Array, "*rows"]]:
+    """Codes of ``x * multiplier`` with a scale of its own for every row, and those scales."""
+    scale = token_scale(x, multiplier, qmax)
+    codes = jnp.round(x.astype(jnp.float32) * multiplier / scale[..., None]).astype(jnp.int8)
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]
+    return jnp.pad(codes, padding), scale

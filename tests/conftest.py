@@ -1,0 +1,62 @@
+"""Fixtures that several test files use."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fqjax.demo.run import CHECKPOINT
+from tests.models import variants
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Directory of real checkpoints and text that lies beside the repository on some machines."""
+    path = Path(os.environ.get("FQJAX_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (path / "models").is_dir():
+        pytest.skip("no directory of real checkpoints; set FQJAX_SHARED to one")
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A small Llama in two shards with a tokenizer, as a Hugging Face directory."""
+    return make_checkpoint(tmp_path / "source")
+
+
+def make_checkpoint(directory: Path, name: str = "llama-grouped") -> Path:
+    """A variant with the bundled tokenizer and its vocabulary, in two shards."""
+    config = variants.VARIANTS[name] | {"vocab_size": 2048, "max_position_embeddings": 128}
+    variants.write_checkpoint(directory, config)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT / file, directory / file)
+    shard(directory)
+    return directory
+
+
+def shard(directory: Path) -> None:
+    """Splits the single file of a checkpoint into two shards with an index."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def edit_tensor(directory: Path, name: str, change) -> None:
+    """Rewrites one tensor of a sharded checkpoint; ``change`` returns None to leave it out."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    file = directory / index["weight_map"][name]
+    tensors = load_file(file)
+    changed = change(np.array(tensors.pop(name)))
+    if changed is None:
+        del index["weight_map"][name]
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        tensors[name] = changed
+    save_file(tensors, file)
