@@ -1,0 +1,47 @@
+"""fqjax: language models in Flax, quantized to integers.
+
+model, tokenizer = fqjax.load_hf("path/or/hub-id")
+qmodel, report = fqjax.quantize(model, "flattenquant", calibration=token_batches)
+fqjax.save("out", qmodel, tokenizer=tokenizer)
+qmodel = fqjax.load("out")
+tokens = fqjax.generate(qmodel, prompt_tokens, max_new_tokens=64)
+ppl = fqjax.perplexity(qmodel, token_ids, window=512)
+"""
+
+from fqjax.calibration import Statistics, calibrate
+from fqjax.checkpoint.hugging_face import load_hf
+from fqjax.checkpoint.orbax import load, save
+from fqjax.checkpoint.tokenizer import load_tokenizer
+from fqjax.errors import InputError
+from fqjax.evaluate import perplexity
+from fqjax.inference.generate import generate
+from fqjax.linear import LayerSummary, QuantizedLinear
+from fqjax.qtensor import InputQuantizer, QFormat, QTensor
+from fqjax.quantize import quantize
+from fqjax.report import LayerReport, Report, report_of
+from fqjax.scheme import PRESETS, Scheme
+from fqjax.text import calibration_batches
+
+__all__ = [
+    "PRESETS",
+    "InputError",
+    "InputQuantizer",
+    "LayerReport",
+    "LayerSummary",
+    "QFormat",
+    "QTensor",
+    "QuantizedLinear",
+    "Report",
+    "Scheme",
+    "Statistics",
+    "calibrate",
+    "calibration_batches",
+    "generate",
+    "load",
+    "load_hf",
+    "load_tokenizer",
+    "perplexity",
+    "quantize",
+    "report_of",
+    "save",
+]

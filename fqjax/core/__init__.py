@@ -1,0 +1,1 @@
+"""Pure functions on arrays; no knowledge of models.  One idea a file."""

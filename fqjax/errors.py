@@ -1,0 +1,5 @@
+"""What fqjax raises when the input is at fault rather than the program."""
+
+
+class InputError(ValueError):
+    """Bad input.  The message is one line that names the file, tensor, layer or option and says what was expected."""
