@@ -1,0 +1,59 @@
+"""Language models in Flax NNX, one architecture family a file.
+
+:data:`FAMILIES` is the only list of them.  A family's modules carry the names of Hugging Face's tensors, but for the
+projections that are concatenated, so reading a checkpoint needs no more than the two entries ``prefix`` and ``fused``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from fqjax.models import llama, opt
+from fqjax.models.causal_lm import CausalLM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one architecture is built and read.
+
+    Attributes:
+      model: the model's class; called as ``model(config, dtype=..., rngs=...)``.
+      config: the configuration's class, a frozen dataclass of JSON values.
+      config_from_hf: from a Hugging Face configuration to ``config``.
+      prefixes: what checkpoints put in front of the names of all tensors but the head's; the first that fits is used.
+      fused: modules that are several in the checkpoint, concatenated along the output axis.
+    """
+
+    model: Callable[..., CausalLM]
+    config: type
+    config_from_hf: Callable[[dict[str, Any]], Any]
+    prefixes: tuple[str, ...]
+    fused: dict[str, tuple[str, ...]]
+
+
+_QKV = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(
+        model=llama.Llama,
+        config=llama.LlamaConfig,
+        config_from_hf=llama.config_from_hf,
+        prefixes=("model.",),
+        fused={**_QKV, "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
+    ),
+    "OPTForCausalLM": Family(
+        model=opt.OPT,
+        config=opt.OPTConfig,
+        config_from_hf=opt.config_from_hf,
+        prefixes=("model.decoder.", "decoder."),
+        fused=_QKV,
+    ),
+}
+"""Families by the name that Hugging Face configurations give under "architectures"."""
+
+
+def architecture_of(model: nnx.Module) -> str | None:
+    """The name under which a bundled model is registered; None for any other module."""
+    return next((name for name, family in FAMILIES.items() if type(model) is family.model), None)

@@ -1,0 +1,204 @@
+"""The OPT family: LayerNorm, learned positions, biases, ReLU; with the projections and post-norm of its 350m variant."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Float32, Int32
+
+from fqjax.equalize import ScalingPath
+from fqjax.errors import InputError
+from fqjax.models.attention import attend
+from fqjax.models.cache import KeyValueCache, LayerCache
+from fqjax.models.causal_lm import CausalLM, eos_ids, run_layers, unembed
+
+POSITION_OFFSET = 2
+"""OPT's position table starts with two rows that are not positions."""
+
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OPTConfig:
+    """Sizes and constants of an OPT model, named as in Hugging Face configurations."""
+
+    vocab_size: int
+    hidden_size: int
+    ffn_dim: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    word_embed_proj_dim: int
+    max_position_embeddings: int
+    activation_function: str = "relu"
+    do_layer_norm_before: bool = True
+    remove_final_layer_norm: bool = False
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest sequence the model can take: it has learned no more positions."""
+        return self.max_position_embeddings
+
+    @property
+    def projects(self) -> bool:
+        """Whether embeddings have another width than the layers."""
+        return self.word_embed_proj_dim != self.hidden_size
+
+
+class OPTAttention(nnx.Module):
+    """Self-attention, one linear layer for queries, keys and values."""
+
+    def __init__(self, config: OPTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.heads = config.num_attention_heads
+        self.qkv_proj = _linear(config, config.hidden_size, 3 * config.hidden_size, dtype, rngs)
+        self.out_proj = _linear(config, config.hidden_size, config.hidden_size, dtype, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length hidden"],
+        cache: LayerCache | None,
+        lengths: Int32[Array, " batch"] | None,
+    ) -> tuple[Float[Array, "batch length hidden"], LayerCache | None]:
+        batch, length, hidden = x.shape
+        qkv = self.qkv_proj(x).reshape(batch, length, 3, self.heads, hidden // self.heads)
+        out, cache = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], cache, lengths)
+        return self.out_proj(out.reshape(x.shape)), cache
+
+
+class OPTLayer(nnx.Module):
+    """Attention and MLP with residual connections; norms before each of them, or after."""
+
+    def __init__(self, config: OPTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm_first = config.do_layer_norm_before
+        self.activation = config.activation_function
+        self.self_attn_layer_norm = _norm(config, dtype, rngs)
+        self.self_attn = OPTAttention(config, dtype=dtype, rngs=rngs)
+        self.final_layer_norm = _norm(config, dtype, rngs)
+        self.fc1 = _linear(config, config.hidden_size, config.ffn_dim, dtype, rngs)
+        self.fc2 = _linear(config, config.ffn_dim, config.hidden_size, dtype, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length hidden"],
+        cache: LayerCache | None,
+        lengths: Int32[Array, " batch"] | None,
+    ) -> tuple[Float[Array, "batch length hidden"], LayerCache | None]:
+        attended, cache = self.self_attn(self.self_attn_layer_norm(x) if self.norm_first else x, cache, lengths)
+        x = x + attended
+        if not self.norm_first:
+            x = self.self_attn_layer_norm(x)
+        inner = self.fc1(self.final_layer_norm(x) if self.norm_first else x)
+        x = x + self.fc2(ACTIVATIONS[self.activation](inner))
+        return (x if self.norm_first else self.final_layer_norm(x)), cache
+
+
+class OPT(CausalLM):
+    """An OPT language model; arguments as for :class:`fqjax.models.llama.Llama`."""
+
+    keep_in_float = (r"^(lm_head|project_in|project_out)$",)
+
+    def __init__(self, config: OPTConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
+        c = config
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        embed = functools.partial(nnx.Embed, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.embed_tokens = embed(c.vocab_size, c.word_embed_proj_dim)
+        self.embed_positions = embed(c.max_position_embeddings + POSITION_OFFSET, c.hidden_size)
+        self.layers = nnx.List([OPTLayer(c, dtype=dtype, rngs=rngs) for _ in range(c.num_hidden_layers)])
+        bare = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        if c.projects:
+            self.project_in = bare(c.word_embed_proj_dim, c.hidden_size)
+            self.project_out = bare(c.hidden_size, c.word_embed_proj_dim)
+        self.has_final_norm = c.do_layer_norm_before and not c.remove_final_layer_norm
+        if self.has_final_norm:
+            self.final_layer_norm = _norm(c, dtype, rngs)
+        if not c.tie_word_embeddings:
+            self.lm_head = bare(c.word_embed_proj_dim, c.vocab_size)
+
+    def trunk(
+        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None
+    ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
+        length = tokens.shape[1]
+        positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
+        x = self.embed_tokens(tokens)
+        if self.config.projects:
+            x = self.project_in(x)
+        # Right padding may stand past the last position; what it reads is masked, so any row of the table will do.
+        last = self.config.max_position_embeddings - 1
+        x = x + self.embed_positions(jnp.minimum(positions, last) + POSITION_OFFSET)
+        x, cache = run_layers(self.layers, x, cache)
+        return (self.final_layer_norm(x) if self.has_final_norm else x), cache
+
+    def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
+        if self.config.projects:
+            hidden = self.project_out(hidden)
+        if self.config.tie_word_embeddings:
+            return unembed(hidden, self.embed_tokens.embedding[...])
+        return unembed(hidden, self.lm_head.kernel[...].T)
+
+    def scaling_paths(self) -> list[ScalingPath]:
+        """Values scale through attention to ``out_proj``, ``fc1`` through ReLU to ``fc2``."""
+        c = self.config
+        values = 2 * c.hidden_size + np.arange(c.hidden_size)
+        paths = []
+        for i in range(c.num_hidden_layers):
+            attention = f"layers.{i}.self_attn"
+            paths.append(ScalingPath(f"{attention}.qkv_proj", f"{attention}.out_proj", values))
+            if c.activation_function == "relu":
+                paths.append(ScalingPath(f"layers.{i}.fc1", f"layers.{i}.fc2", np.arange(c.ffn_dim)))
+        return paths
+
+    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        c = self.config
+        head_dim = c.hidden_size // c.num_attention_heads
+        return KeyValueCache.create(c.num_hidden_layers, batch, capacity, c.num_attention_heads, head_dim, self.dtype)
+
+
+def _linear(config: OPTConfig, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, use_bias=config.enable_bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def _norm(config: OPTConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    affine = config.layer_norm_elementwise_affine
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=1e-5,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
+        dtype=dtype,
+        param_dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def config_from_hf(hf: dict[str, Any]) -> OPTConfig:
+    """Reads a Hugging Face configuration (the dictionary that ``AutoConfig`` gives).
+
+    Raises:
+      InputError: naming the entry that this family's code does not cover.
+    """
+    activation = hf["activation_function"]
+    if activation not in ACTIVATIONS:
+        raise InputError(
+            f"config.json: activation_function {activation!r} is not supported for OPT; "
+            f"expected one of {', '.join(ACTIVATIONS)}"
+        )
+    same = ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "word_embed_proj_dim")
+    flags = ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings")
+    return OPTConfig(
+        **{key: hf[key] for key in same},
+        **{key: bool(hf[key]) for key in flags},
+        max_position_embeddings=hf["max_position_embeddings"],
+        activation_function=activation,
+        remove_final_layer_norm=bool(hf.get("_remove_final_layer_norm")),
+        bos_token_id=hf.get("bos_token_id"),
+        eos_token_id=eos_ids(hf),
+    )

@@ -1,0 +1,148 @@
+"""Small random models of every variant of every family, as Hugging Face checkpoints without a file of weights.
+
+A variant's weights are drawn from the checksum of each tensor's name, so that any program can make them again.
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+RECORDED = Path(__file__).parent / "data" / "parity.npz"
+"""Logits of transformers' torch models, written by scripts/record_parity_logits.py."""
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_OPT = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "ffn_dim": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+VARIANTS: dict[str, dict] = {
+    "llama": _LLAMA,
+    "llama-grouped": _LLAMA | {"num_key_value_heads": 2},
+    "llama-one-kv-head": _LLAMA | {"num_key_value_heads": 1},
+    "llama-tied": _LLAMA | {"tie_word_embeddings": True},
+    "llama-attention-bias": _LLAMA | {"attention_bias": True, "num_key_value_heads": 2},
+    "llama-mlp-bias": _LLAMA | {"mlp_bias": True},
+    "llama-head-dim": _LLAMA | {"head_dim": 16, "num_key_value_heads": 2},
+    "llama-theta": _LLAMA | {"rope_theta": 500.0},
+    "llama-rope-linear": _LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama-rope-llama3": _LLAMA | {"rope_scaling": _LLAMA3 | {"original_max_position_embeddings": 16}},
+    "opt": _OPT,
+    "opt-350m": _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    "opt-post-norm": _OPT | {"do_layer_norm_before": False},
+    "opt-projections": _OPT | {"word_embed_proj_dim": 32},
+    "opt-no-bias": _OPT | {"enable_bias": False},
+    "opt-plain-norms": _OPT | {"layer_norm_elementwise_affine": False},
+    "opt-no-final-norm": _OPT | {"_remove_final_layer_norm": True},
+    "opt-gelu": _OPT | {"activation_function": "gelu"},
+    "opt-untied": _OPT | {"tie_word_embeddings": False},
+}
+
+
+def tokens() -> np.ndarray:
+    """The input that logits are recorded for, int32 (2, 24)."""
+    return np.random.default_rng(7).integers(3, 64, (2, 24)).astype(np.int32)
+
+
+def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Float32 weights by tensor name; norms near one, so that no activation vanishes or explodes."""
+    out = {}
+    for name, shape in shapes.items():
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        noise = rng.standard_normal(shape).astype(np.float32)
+        norm = "norm" in name and name.endswith("weight")
+        out[name] = 1 + 0.2 * noise if norm else 0.2 * noise
+    return out
+
+
+def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a variant's tensors, as transformers writes them."""
+    return _llama_shapes(config) if config["model_type"] == "llama" else _opt_shapes(config)
+
+
+def write_checkpoint(directory: Path, config: dict) -> Path:
+    """Writes a variant as a Hugging Face directory in float32, without a tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(weights(tensor_shapes(config)), directory / "model.safetensors")
+    return directory
+
+
+def _llama_shapes(c: dict) -> dict[str, tuple[int, ...]]:
+    d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    head = c.get("head_dim", d // c["num_attention_heads"])
+    q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
+    if not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (v, d)
+    for i in range(c["num_hidden_layers"]):
+        prefix = f"model.layers.{i}."
+        for name, (n, k), bias in (
+            ("self_attn.q_proj", (q, d), c.get("attention_bias")),
+            ("self_attn.k_proj", (kv, d), c.get("attention_bias")),
+            ("self_attn.v_proj", (kv, d), c.get("attention_bias")),
+            ("self_attn.o_proj", (d, q), c.get("attention_bias")),
+            ("mlp.gate_proj", (f, d), c.get("mlp_bias")),
+            ("mlp.up_proj", (f, d), c.get("mlp_bias")),
+            ("mlp.down_proj", (d, f), c.get("mlp_bias")),
+        ):
+            shapes[f"{prefix}{name}.weight"] = (n, k)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (n,)
+        shapes[f"{prefix}input_layernorm.weight"] = shapes[f"{prefix}post_attention_layernorm.weight"] = (d,)
+    return shapes
+
+
+def _opt_shapes(c: dict) -> dict[str, tuple[int, ...]]:
+    d, f, v, e = c["hidden_size"], c["ffn_dim"], c["vocab_size"], c["word_embed_proj_dim"]
+    prefix, bias, affine = "model.decoder.", c.get("enable_bias", True), c.get("layer_norm_elementwise_affine", True)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}embed_tokens.weight": (v, e),
+        f"{prefix}embed_positions.weight": (c["max_position_embeddings"] + 2, d),
+    }
+    if e != d:
+        shapes[f"{prefix}project_in.weight"], shapes[f"{prefix}project_out.weight"] = (d, e), (e, d)
+    if not c.get("tie_word_embeddings", True):
+        shapes["lm_head.weight"] = (v, e)
+    norms = []
+    if c.get("do_layer_norm_before", True) and not c.get("_remove_final_layer_norm"):
+        norms.append("final_layer_norm")
+    for i in range(c["num_hidden_layers"]):
+        layer = f"{prefix}layers.{i}."
+        linears = {f"self_attn.{x}": (d, d) for x in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        for name, (n, k) in (linears | {"fc1": (f, d), "fc2": (d, f)}).items():
+            shapes[f"{layer}{name}.weight"] = (n, k)
+            if bias:
+                shapes[f"{layer}{name}.bias"] = (n,)
+        norms += [f"layers.{i}.self_attn_layer_norm", f"layers.{i}.final_layer_norm"]
+    for norm in norms if affine else ():
+        shapes[f"{prefix}{norm}.weight"] = shapes[f"{prefix}{norm}.bias"] = (d,)
+    return shapes
