@@ -1,0 +1,235 @@
+"""The ``fqjax`` command.  Every subcommand is a thin layer over one function of the library.
+
+Exit codes: 0 done; 2 bad usage or bad input, with one line on stderr; 130 interrupted.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fqjax.errors import InputError
+from fqjax.scheme import PRESETS, resolve_scheme
+
+app = typer.Typer(
+    name="fqjax",
+    help="Quantize language models to integers with FlattenQuant, and run them in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+
+Model = Annotated[str, typer.Argument(help="Directory of a Hugging Face or an fqjax checkpoint, or a hub id.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write what is printed to this file.", metavar="FILE")
+]
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Hugging Face directory or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Orbax directory to create.")],
+    scheme: Annotated[str, typer.Option(help="Preset; 'fqjax schemes' lists them.")] = "flattenquant",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text to calibrate on; without it, Python's own documentation.", metavar="FILE")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 64,
+    window: Annotated[int, typer.Option(help="Tokens in a window, BOS among them.")] = 512,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave layers in float whose dotted path this matches; repeatable.", metavar="REGEX"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a field of the preset; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the input, print the plan, change nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+) -> None:
+    """Quantize a Hugging Face checkpoint into an Orbax directory."""
+    # The scheme is looked at before anything heavy is imported.
+    chosen = resolve_scheme(scheme).override(settings or [])
+    from fqjax import convert as conversion
+
+    made = conversion.plan(
+        conversion.Conversion(
+            source=source,
+            out=out,
+            scheme=chosen,
+            calibration=calibration,
+            samples=samples,
+            window=window,
+            ignore=tuple(ignore or ()),
+        )
+    )
+    if dry_run:
+        console.print(conversion.plan_table(made))
+        return
+    if made.batches and calibration is None:
+        console.print("Calibrating on Python's documentation; text like yours serves better: --calibration FILE")
+    report = conversion.convert(made, resume=resume)
+    console.print(report.table())
+    console.print(f"wrote {out} in {report.seconds:.0f} s")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text to predict.", metavar="FILE")],
+    window: Annotated[int, typer.Option(help="Tokens in a window, BOS among them.")] = 512,
+    windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure a model's perplexity on a text."""
+    from fqjax.evaluate import cut_windows, perplexity
+    from fqjax.text import encode, read_text
+
+    content = read_text(text)
+    loaded, tokenizer = _load_with_tokenizer(model)
+    ids = encode(tokenizer, content)
+    start = time.perf_counter()
+    value = perplexity(loaded, ids, window, windows=windows)
+    tokens = len(cut_windows(ids, window, 0, windows)) * (window - 1)
+    result = {"perplexity": value, "tokens": tokens, "seconds": time.perf_counter() - start}
+    console.print(f"perplexity {value:.4f} over {tokens} tokens, {result['seconds']:.1f} s")
+    _write_json(json_file, result)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", metavar="TEXT")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to append at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 draws.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Continue a prompt."""
+    from fqjax.inference.generate import generate as run
+    from fqjax.text import decode_new, encode_prompt
+
+    loaded, tokenizer = _load_with_tokenizer(model)
+    tokens = encode_prompt(tokenizer, loaded.config, prompt)
+    new = run(loaded, tokens, max_new_tokens, temperature, top_p, seed)
+    # Plain output: a model's text is not markup.
+    print(prompt + decode_new(tokenizer, loaded.config, tokens, new))
+
+
+@app.command()
+def inspect(
+    model: Model,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="Write pictures into this directory.", metavar="DIR")] = None,
+) -> None:
+    """Show a model layer by layer: bits, flattened channels, error, bytes."""
+    from fqjax.report import report_of
+
+    loaded = _load_model(model)
+    report = report_of(loaded)
+    console.print(report.table())
+    _write_json(json_file, report.to_json())
+    if plot is not None:
+        from fqjax.plots import plot_report
+
+        for path in plot_report(loaded, report, plot):
+            console.print(f"wrote {path}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the quantized checkpoint.")] = Path("fqjax-demo"),
+) -> None:
+    """Run the whole path on the bundled checkpoint."""
+    from fqjax.demo.run import run_demo
+
+    run_demo(out, console)
+
+
+@app.command()
+def schemes() -> None:
+    """List the presets: what each is, what it costs."""
+    table = Table()
+    table.add_column("scheme", no_wrap=True)
+    table.add_column("what it is")
+    for preset in PRESETS.values():
+        table.add_row(preset.name, preset.summary)
+    console.print(table)
+
+
+def _load_model(source: str) -> Any:
+    from fqjax.checkpoint.manifest import NAME
+    from fqjax.checkpoint.orbax import load
+
+    if (Path(source) / NAME).is_file():
+        return load(source)
+    from fqjax.checkpoint.hugging_face import read_architecture, read_model, resolve_directory
+
+    directory = resolve_directory(source)
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{source}: not a model: neither {NAME} (fqjax) nor config.json (Hugging Face) is in it")
+    import jax.numpy as jnp
+
+    return read_model(directory, *read_architecture(directory), jnp.bfloat16)
+
+
+def _load_with_tokenizer(source: str) -> tuple[Any, Any]:
+    from fqjax.checkpoint.hugging_face import resolve_directory
+    from fqjax.checkpoint.tokenizer import load_tokenizer
+
+    model = _load_model(source)
+    tokenizer = load_tokenizer(resolve_directory(source))
+    if tokenizer is None:
+        raise InputError(f"{source}: has no tokenizer")
+    return model, tokenizer
+
+
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    try:
+        result = app(arguments, standalone_mode=False)
+        if result == INTERRUPTED:
+            print("fqjax: interrupted", file=sys.stderr)
+        return result if isinstance(result, int) else 0
+    except InputError as error:
+        return _complain(str(error))
+    except Exception as error:
+        # typer's usage errors come from a vendored module whose name has changed between versions.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        text = message()
+        return _complain(text) if text else 2
+
+
+def _complain(message: str) -> int:
+    print(f"fqjax: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def run() -> None:
+    """Entry point of the installed command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

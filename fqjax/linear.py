@@ -1,0 +1,106 @@
+"""The layer that replaces ``nnx.Linear``: quantize the input, multiply integers, scale once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int32
+
+from fqjax.core.overflow import accumulator_bound, check_accumulator, row_sums
+from fqjax.qtensor import InputQuantizer, QTensor
+from fqjax.scheme import Scheme
+from pallas_kernels import int4_matmul, int8_matmul
+
+
+class Quantized(nnx.Variable):
+    """Holds the integer parts of a model; not an ``nnx.Param``, so optimisers and gradients leave it alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """What is known about a quantized layer beyond its arrays; static, and stored with the checkpoint.
+
+    Attributes:
+      scheme: what it was quantized with.
+      relative_error: mean squared error of the layer's output on the calibration sample over the output's mean square.
+      accumulator_bound: largest magnitude the int32 accumulator can reach, for any activations.
+      macs: multiply-accumulates of the unquantized layer for one token.
+    """
+
+    scheme: Scheme
+    relative_error: float
+    accumulator_bound: int
+    macs: int
+
+
+class QuantizedLinear(nnx.Module):
+    """``y = x @ W.T + b`` on integer codes, with int32 accumulation.
+
+    Attributes:
+      weight: :class:`~fqjax.qtensor.QTensor`, codes (out, K').
+      input: :class:`~fqjax.qtensor.InputQuantizer`, from (..., K) real to (..., K') codes.
+      bias: (out,) or None.
+      dtype: dtype of the output; None promotes the input's dtype with ``param_dtype``, as ``nnx.Linear`` does.
+      param_dtype: dtype that the unquantized weights had.
+      summary: :class:`LayerSummary`.
+
+    Raises:
+      InputError: when it is built, if the int32 accumulator could overflow.
+    """
+
+    def __init__(
+        self,
+        weight: QTensor,
+        input: InputQuantizer,
+        bias: Float[Array, " out"] | None,
+        *,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        summary: LayerSummary,
+        name: str = "linear layer",
+    ):
+        if weight.shape[1] != input.width:
+            raise ValueError(f"{name}: weight {weight.shape} does not take {input.width} input channels")
+        check_accumulator(summary.accumulator_bound, name)
+        self.weight = Quantized(weight)
+        self.input = Quantized(input)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
+        self.summary = summary
+
+    def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
+        """Maps (..., K) to (..., out)."""
+        weight, quantizer = self.weight.get_value(), self.input.get_value()
+        codes, scale = quantizer(x)
+        bias = None if self.bias is None else self.bias[...]
+        matmul = int4_matmul if weight.format.packed else int8_matmul
+        dtype = self.dtype or jnp.result_type(x.dtype, self.param_dtype)
+        return matmul(codes, weight.codes, scale, weight.scale, bias, out_dtype=dtype)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight code."""
+        return self.weight.get_value().format.bits
+
+    @property
+    def expansion(self) -> float:
+        """K'/K before padding."""
+        return self.input.get_value().expansion
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device: codes, scales, the input's recipe, the bias."""
+        bias = 0 if self.bias is None else self.bias[...].nbytes
+        return self.weight.get_value().nbytes + self.input.get_value().nbytes + bias
+
+
+def measured_bound(weight: QTensor, input: InputQuantizer) -> int:
+    """The accumulator bound of a layer, from its codes."""
+    return accumulator_bound(int(_largest_row(weight)), input.qmax)
+
+
+@jax.jit
+def _largest_row(weight: QTensor) -> Int32[Array, ""]:
+    return jnp.max(row_sums(weight.unpacked()))

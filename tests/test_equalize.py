@@ -1,0 +1,55 @@
+"""Equalization changes weights, not the function."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fqjax.checkpoint.hugging_face import load_hf
+from fqjax.equalize import equalize
+from tests.models import variants
+
+LINEAR = [name for name in variants.VARIANTS if name != "opt-gelu"]
+
+
+def with_large_rows(model):
+    """The same function with large rows where they can be undone."""
+    for i, layer in enumerate(model.layers):
+        f = np.ones(80, np.float32)
+        f[i] = 64
+        if hasattr(layer, "mlp"):
+            up = layer.mlp.gate_up_proj
+            up.kernel[...] = up.kernel[...] * np.concatenate([np.ones(80, np.float32), f])
+            if up.bias is not None:
+                up.bias[...] = up.bias[...] * np.concatenate([np.ones(80, np.float32), f])
+            layer.mlp.down_proj.kernel[...] = layer.mlp.down_proj.kernel[...] / f[:, None]
+        else:
+            layer.fc1.kernel[...] = layer.fc1.kernel[...] * f
+            if layer.fc1.bias is not None:
+                layer.fc1.bias[...] = layer.fc1.bias[...] * f
+            layer.fc2.kernel[...] = layer.fc2.kernel[...] / f[:, None]
+    return model
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_function_stays_and_large_rows_go(name, tmp_path):
+    model = with_large_rows(load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS[name]), jnp.float32)[0])
+    before = nnx.clone(model)
+    equal = equalize(model)
+    np.testing.assert_allclose(equal(variants.tokens()), before(variants.tokens()), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(model(variants.tokens()), before(variants.tokens()))
+    first = equal.layers[0].mlp.gate_up_proj if hasattr(equal.layers[0], "mlp") else equal.layers[0].fc1
+    largest = np.abs(first.kernel[...]).max(axis=0)
+    assert largest.max() / np.median(largest) < 3
+    values = np.abs(np.asarray(equal.layers[1].self_attn.qkv_proj.kernel[...])).max(axis=0)[-8:]
+    assert values.max() / np.median(values) < 3
+
+
+def test_nothing_is_done_through_an_activation_that_is_not_linear(tmp_path):
+    model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS["opt-gelu"]), jnp.float32)
+    np.testing.assert_array_equal(equalize(model).layers[0].fc1.kernel[...], model.layers[0].fc1.kernel[...])
+
+
+def test_a_model_that_names_no_paths_is_returned():
+    model = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    assert equalize(model) is model
