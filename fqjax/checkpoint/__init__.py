@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face directories in, Orbax directories out and in."""

@@ -1,0 +1,175 @@
+"""Hugging Face directories and hub ids into Flax models, without torch.
+
+Every parameter of the model is one or several tensors of the checkpoint: a linear layer's kernel is the transposed weight,
+a fused layer's the concatenation of its parts.  All names, shapes and files are checked before the first value is read.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import DTypeLike
+
+from fqjax.checkpoint.safetensors import TensorFiles
+from fqjax.checkpoint.tokenizer import load_tokenizer
+from fqjax.errors import InputError
+from fqjax.models import FAMILIES, Family
+from fqjax.models.causal_lm import CausalLM
+from fqjax.progress import track
+
+PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+"""What is downloaded of a hub repository."""
+
+UNUSED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Endings of tensors that some exports contain and no model needs."""
+
+
+class Source(NamedTuple):
+    """Where one parameter comes from: tensors to concatenate along their first axis, and whether to transpose."""
+
+    tensors: tuple[str, ...]
+    transpose: bool
+
+
+def load_hf(path_or_id: str | Path, dtype: DTypeLike = jnp.bfloat16) -> tuple[CausalLM, Any]:
+    """Loads a Hugging Face checkpoint.
+
+    Args:
+      path_or_id: a directory with config.json and safetensors, or the id of a hub repository ("org/name").
+      dtype: dtype of the model's parameters and activations.
+
+    Returns:
+      The Flax model, and its tokenizer (None if the directory has none).
+
+    Raises:
+      InputError: naming the file, tensor or entry at fault: no such directory, an unsupported architecture, a missing
+        or truncated shard, a tensor that is missing, of the wrong shape or not finite.
+    """
+    directory = resolve_directory(path_or_id)
+    name, config = read_architecture(directory)
+    model = read_model(directory, name, config, dtype)
+    return model, load_tokenizer(directory)
+
+
+def resolve_directory(path_or_id: str | Path) -> Path:
+    """A local directory as it is, a hub id as the directory it was downloaded to.
+
+    Raises:
+      InputError: if there is no such directory and the hub does not supply one.
+    """
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    text = str(path_or_id)
+    if path.exists():
+        raise InputError(f"{text}: a file; expected a model's directory")
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise InputError(f"{text}: no such directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=PATTERNS))
+    except Exception as error:  # The hub's client raises a dozen kinds; all mean that the checkpoint is not to be had.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{text}: no such directory, and not available from the Hugging Face hub ({reason})") from None
+
+
+def read_architecture(directory: Path) -> tuple[str, Any]:
+    """The architecture's name and the family's configuration, from config.json.
+
+    Raises:
+      InputError: if there is no config.json, or it names an architecture that fqjax does not have.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(f"{directory}: not a model directory: it has no config.json")
+    try:
+        raw = json.loads(path.read_text())
+        names = raw.get("architectures") or [raw.get("model_type", "unknown")]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a JSON configuration ({error})") from None
+    name = names[0] if isinstance(names, list) else names
+    if name not in FAMILIES:
+        raise InputError(f"{path}: architecture {name} is not supported; supported are {', '.join(FAMILIES)}")
+    from transformers import AutoConfig
+
+    try:
+        complete = AutoConfig.from_pretrained(directory).to_dict()
+        return name, FAMILIES[name].config_from_hf(complete)
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a valid {name} configuration ({reason})") from None
+
+
+def abstract_model(name: str, config: Any, dtype: DTypeLike) -> CausalLM:
+    """The model with shapes and dtypes in place of arrays."""
+    return nnx.eval_shape(lambda: FAMILIES[name].model(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def read_model(directory: Path, name: str, config: Any, dtype: DTypeLike) -> CausalLM:
+    """Builds the model from the directory's tensors, one at a time."""
+    files = TensorFiles(directory)
+    graphdef, state = nnx.split(abstract_model(name, config, dtype))
+    flat = dict(nnx.to_flat_state(state))
+    sources = check_tensors(files, FAMILIES[name], flat)
+    for path, source in track(sources.items(), "loading", len(sources)):
+        flat[path] = flat[path].replace(_read(files, source, dtype))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def check_tensors(files: TensorFiles, family: Family, parameters: dict[Any, Any]) -> dict[Any, Source]:
+    """Finds every parameter's tensors and checks their shapes, without reading values.
+
+    Raises:
+      InputError: naming a tensor that is missing, unexpected, or of another shape than the configuration implies.
+    """
+    prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in files.names())), family.prefixes[0])
+    sources = {path: _source(path, family, prefix) for path in parameters}
+    for path, source in sources.items():
+        for tensor in source.tensors:
+            if tensor not in files:
+                raise InputError(f"{files.directory}: tensor {tensor!r} is missing")
+        _check_shape(files, source, parameters[path].shape)
+    wanted = {tensor for source in sources.values() for tensor in source.tensors}
+    tied = () if "lm_head.weight" in wanted else ("lm_head.weight",)
+    for tensor in files.names():
+        if tensor not in wanted and not tensor.endswith((*UNUSED, *tied)):
+            raise InputError(f"{files.directory}: tensor {tensor!r} is not part of the architecture in config.json")
+    return sources
+
+
+def _source(path: tuple[Any, ...], family: Family, prefix: str) -> Source:
+    *modules, leaf = (str(part) for part in path)
+    name = ".".join(modules)
+    if name == "lm_head":
+        prefix = ""
+    layer, inside = "", name
+    if modules[0] == "layers":
+        layer, inside = f"layers.{modules[1]}.", ".".join(modules[2:])
+    ending = "bias" if leaf == "bias" else "weight"
+    parts = family.fused.get(inside, (inside,))
+    return Source(tuple(f"{prefix}{layer}{part}.{ending}" for part in parts), leaf == "kernel")
+
+
+def _check_shape(files: TensorFiles, source: Source, wanted: tuple[int, ...]) -> None:
+    shapes = [files.shape(tensor) for tensor in source.tensors]
+    wanted = wanted[::-1] if source.transpose else wanted
+    rows = sum(shape[0] if shape else 0 for shape in shapes)
+    for tensor, shape in zip(source.tensors, shapes, strict=True):
+        if shape[1:] != wanted[1:] or len(shape) != len(wanted) or rows != wanted[0]:
+            whole = "" if len(shapes) == 1 else f" ({' + '.join(t.split('.')[-2] for t in source.tensors)} together)"
+            raise InputError(
+                f"{files.directory}: tensor {tensor!r} has shape {shape}, config.json implies {wanted}{whole}"
+            )
+
+
+def _read(files: TensorFiles, source: Source, dtype: DTypeLike) -> jax.Array:
+    parts = [files.read(tensor) for tensor in source.tensors]
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
+    return jnp.asarray((values.T if source.transpose else values).astype(dtype))

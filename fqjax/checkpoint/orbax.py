@@ -1,0 +1,182 @@
+"""Saving and loading: an Orbax directory with a manifest and a tokenizer beside the arrays.
+
+    out/                 an Orbax checkpoint, readable with ``orbax.checkpoint.v1.load``
+      state/ ...         the arrays, a nested dictionary (fqjax/checkpoint/tree.py)
+      fqjax.json         what they are (fqjax/checkpoint/manifest.py)
+      tokenizer/         as transformers saves it, if there is one
+
+Loading builds the quantized model from the manifest alone: no float model is made on the way.  Orbax casts silently when
+it is asked for another dtype than it stored, so stored shapes and dtypes are compared with the manifest's first.
+"""
+
+import gc
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from fqjax.checkpoint.manifest import NAME, abstract_architecture, abstract_layers, describe, read_manifest
+from fqjax.checkpoint.tokenizer import FOLDER
+from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unnest, with_leaves
+from fqjax.errors import InputError
+from fqjax.linear import measured_bound
+from fqjax.report import quantized_layers
+from fqjax.surgery import find_linears, replace_modules
+
+Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
+"""Where arrays go: one sharding for all, or a function of dotted name and shape."""
+
+
+def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None) -> None:
+    """Saves a model, quantized or not.
+
+    Args:
+      path: directory to write; it must not exist, and appears only when complete.
+      model: any NNX module.
+      tokenizer: a transformers tokenizer to store beside it.
+
+    Raises:
+      InputError: if ``path`` exists or cannot be written.
+    """
+    path = Path(path).resolve()
+    refuse_existing(path)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(staging, model, tokenizer)
+        staging.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write(directory: Path, model: nnx.Module, tokenizer: Any) -> None:
+    """Writes a checkpoint into a directory that does not exist yet."""
+    _, stored, _ = split_storable(model)
+    # Orbax does not store empty arrays; loading makes them again from the manifest.
+    leaves = {name: leaf for name, leaf in named_leaves(stored).items() if leaf.size}
+    ocp.save(str(directory), nest(leaves))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory / FOLDER)
+    (directory / NAME).write_text(json.dumps(describe(model), indent=1) + "\n")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises an InputError if the path exists."""
+    if path.exists():
+        raise InputError(f"{path}: exists already; expected a directory to create")
+
+
+def load(path: str | Path, model: nnx.Module | None = None, *, sharding: Place | None = None) -> Any:
+    """Loads what :func:`save` wrote.
+
+    Args:
+      path: the directory.
+      model: for a model that is not one of fqjax's own, a module of the same class and sizes, before quantization; its
+        arrays are not used and may be abstract (``nnx.eval_shape``).
+      sharding: where arrays go, a sharding or a function of dotted name and shape; by default the default device.
+
+    Returns:
+      The model, ready to call.
+
+    Raises:
+      InputError: naming the file, layer or array at fault: not a checkpoint, a newer format version, an array that is
+        missing or of another shape or dtype than the manifest says, codes that could overflow.
+    """
+    directory = Path(path).resolve()
+    if not directory.is_dir():
+        raise InputError(f"{path}: no such directory")
+    manifest = read_manifest(directory)
+    layers = abstract_layers(manifest, directory)
+    skeleton = abstract_architecture(manifest, directory) if model is None else model
+    unknown = set(layers) - set(find_linears(skeleton))
+    if unknown:
+        raise InputError(f"{directory / NAME}: the model has no linear layer {sorted(unknown)[0]!r}")
+    graphdef, stored, rest = split_storable(replace_modules(skeleton, layers))
+    loaded = nnx.merge(graphdef, with_leaves(stored, _load_arrays(directory, stored, sharding)), rest)
+    for name, layer in quantized_layers(loaded).items():
+        bound = measured_bound(layer.weight.get_value(), layer.input.get_value())
+        if bound != layer.summary.accumulator_bound:
+            raise InputError(
+                f"{directory}: layer {name!r} has an accumulator bound of {bound}, {NAME} says "
+                f"{layer.summary.accumulator_bound}; the checkpoint is damaged"
+            )
+    return loaded
+
+
+def _load_arrays(directory: Path, stored: Any, sharding: Place | None) -> dict[tuple[str, ...], Leaf]:
+    wanted = named_leaves(stored)
+    full = {name: leaf for name, leaf in wanted.items() if leaf.size}
+    _check_metadata(directory, full)
+    place = sharding or SingleDeviceSharding(jax.devices()[0])
+    template = {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=place if isinstance(place, Sharding) else place(".".join(name), _shape_of(leaf)),
+        )
+        for name, leaf in full.items()
+    }
+    arrays, failure = {}, ""
+    try:
+        arrays = unnest(ocp.load(str(directory), nest(template)))
+    except (
+        Exception
+    ) as error:  # Orbax and TensorStore raise many kinds; all mean that the files do not hold the arrays.
+        failure = _first_line(error)
+    if failure:
+        _drop_unfinished_reads()
+        raise InputError(f"{directory}: the arrays cannot be read ({failure})")
+    return {name: arrays[name] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+
+
+def _check_metadata(directory: Path, wanted: dict[tuple[str, ...], Leaf]) -> None:
+    try:
+        found = unnest(ocp.metadata(str(directory)).metadata)  # pyright: ignore[reportArgumentType]
+    except Exception as error:
+        raise InputError(f"{directory}: no readable Orbax checkpoint ({_first_line(error)})") from None
+    for name, leaf in wanted.items():
+        if name not in found:
+            raise InputError(f"{directory}: array {'.'.join(name)} is missing")
+        shape, dtype = tuple(found[name].shape), jnp.dtype(found[name].dtype)
+        if (shape, dtype) != (leaf.shape, leaf.dtype):
+            raise InputError(
+                f"{directory}: array {'.'.join(name)} is stored as {dtype.name} {shape}, "
+                f"{NAME} says {jnp.dtype(leaf.dtype).name} {leaf.shape}"
+            )
+    for name in found:
+        if name not in wanted:
+            raise InputError(f"{directory}: array {'.'.join(name)} is stored but {NAME} does not describe it")
+
+
+def _drop_unfinished_reads() -> None:
+    """Collects what a failed read leaves behind: coroutines that complain on stderr when they are collected later."""
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level = log.level
+    try:
+        log.setLevel(logging.CRITICAL + 1)
+        sys.unraisablehook = lambda _: None
+        gc.collect()
+    finally:
+        log.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _shape_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,69 @@
+"""A model's state as a nested dictionary of arrays, which is what a checkpoint stores.
+
+A path such as ``layers / 0 / self_attn / qkv_proj / weight / codes`` is the module's dotted path, the variable's name and,
+where the variable holds a quantized type, the field's name.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey
+
+Leaf = jax.Array | jax.ShapeDtypeStruct
+
+
+def named_leaves(state: Any) -> dict[tuple[str, ...], Leaf]:
+    """Every array of an NNX state (or abstract array) by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {_names(path): leaf for path, leaf in leaves}
+
+
+def with_leaves(state: Any, leaves: Mapping[tuple[str, ...], Leaf]) -> Any:
+    """The state with its arrays taken from ``leaves``."""
+    old, structure = jax.tree_util.tree_flatten_with_path(state)
+    return jax.tree_util.tree_unflatten(structure, [leaves[_names(path)] for path, _ in old])
+
+
+def nest(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """A nested dictionary from paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def unnest(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Undoes :func:`nest`."""
+    leaves: dict[tuple[str, ...], Any] = {}
+    for key, value in tree.items():
+        path = (*prefix, str(key))
+        leaves.update(unnest(value, path) if isinstance(value, dict) else {path: value})
+    return leaves
+
+
+def split_storable(model: nnx.Module) -> tuple[Any, Any, Any]:
+    """Graph definition, the state that is stored, and the rest (random number generators)."""
+    graphdef, rest, stored = nnx.split(model, nnx.RngState, ...)
+    return graphdef, stored, rest
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    names = []
+    for key in path:
+        match key:
+            case DictKey():
+                names.append(str(key.key))
+            case SequenceKey():
+                names.append(str(key.idx))
+            case GetAttrKey(name="value"):  # The variable's content, not a level of the model.
+                pass
+            case GetAttrKey():
+                names.append(key.name)
+            case _:
+                raise TypeError(f"unexpected level {key!r} in a model's state")
+    return tuple(names)
