@@ -1,0 +1,103 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fqjax
+from fqjax.checkpoint.hugging_face import load_hf
+from fqjax.errors import InputError
+from fqjax.inference.generate import generate
+from tests.models import variants
+
+
+@pytest.fixture(scope="module", params=["llama-grouped", "opt"])
+def model(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    return load_hf(variants.write_checkpoint(directory, variants.VARIANTS[request.param]), jnp.float32)[0]
+
+
+PROMPTS = [[5, 9, 11], [7], [20, 30, 40, 50, 60, 10, 12]]
+
+
+def greedy_by_hand(model, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(np.argmax(model(np.array([tokens], np.int32))[0, -1])))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_takes_the_likeliest_token_each_time(model):
+    new = generate(model, PROMPTS[0], 8, eos_token_id=[])
+    assert new.shape == (8,) and new.dtype == np.int32
+    assert new.tolist() == greedy_by_hand(model, PROMPTS[0], 8)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_gives_each_prompt_what_it_gives_alone(model, temperature):
+    together = generate(model, PROMPTS, 6, temperature, 0.9, seed=5, eos_token_id=[])
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(model, prompt, 6, temperature, 0.9, seed=5 + i, eos_token_id=[])
+        assert together[i].tolist() == alone.tolist()
+
+
+def test_seeds_decide_the_draws(model):
+    draws = [generate(model, PROMPTS[0], 12, 1.5, seed=seed, eos_token_id=[]).tolist() for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_small_nucleus_is_greedy(model):
+    greedy = generate(model, PROMPTS[2], 6, eos_token_id=[])
+    assert generate(model, PROMPTS[2], 6, 1.0, 1e-6, eos_token_id=[]).tolist() == greedy.tolist()
+
+
+def test_a_sequence_ends_at_eos_and_repeats_it(model):
+    free = generate(model, PROMPTS, 8, eos_token_id=[]).tolist()
+    eos = free[0][3]
+    ended = generate(model, PROMPTS, 8, eos_token_id=eos).tolist()
+    for row, plain in zip(ended, free, strict=True):
+        cut = plain.index(eos) + 1 if eos in plain else len(plain)
+        assert row == plain[:cut] + [eos] * (len(plain) - cut)
+
+
+def test_generation_stops_early_when_all_have_ended(model):
+    eos = generate(model, PROMPTS[0], 1, eos_token_id=[])[0]
+    assert generate(model, PROMPTS[0], 50, eos_token_id=int(eos)).tolist() == [eos] * 50
+
+
+def test_arrays_of_prompts_are_taken(model):
+    rows = np.array([[5, 9, 11], [8, 8, 8]])
+    assert generate(model, jnp.asarray(rows), 3).shape == (2, 3)
+
+
+def test_a_quantized_model_generates(model):
+    batch = np.random.default_rng(0).integers(3, 64, (4, 32)).astype(np.int32)
+    quantized, _ = fqjax.quantize(model, "flattenquant", [batch])
+    new = generate(quantized, PROMPTS[0], 5, eos_token_id=[])
+    assert new.tolist() == greedy_by_hand(quantized, PROMPTS[0], 5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([], {}, "empty"),
+        ([[1], []], {}, "empty"),
+        ("text", {}, "token ids"),
+        ([1.5], {}, "integer"),
+        ([64], {"max_new_tokens": 4}, "token 64 is not in"),
+        ([-1], {"max_new_tokens": 4}, "token -1 is not in"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens 0"),
+        ([1], {"temperature": -1.0}, "temperature -1"),
+        ([1], {"temperature": float("nan")}, "temperature nan"),
+        ([1], {"top_p": 0.0}, "top_p 0"),
+        ([1], {"top_p": 1.5}, "top_p 1.5"),
+    ],
+)
+def test_bad_requests_are_named(model, prompt, settings, message):
+    with pytest.raises(InputError, match=message):
+        generate(model, prompt, **settings)
+
+
+def test_learned_positions_set_a_limit(tmp_path):
+    model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS["opt"]), jnp.float32)
+    assert generate(model, [3] * 60, 4, eos_token_id=[]).shape == (4,)
+    with pytest.raises(InputError, match="65 tokens is longer than the 64 positions"):
+        generate(model, [3] * 60, 5)
