@@ -1,0 +1,48 @@
+# make demo     set up, and run the whole path on the bundled checkpoint
+# make test     set up, and run the tests
+# make lint     set up, and check style and types
+# make docs     set up, and build the documentation into docs/_build/html
+#
+# PYTHON=python3.12 chooses the interpreter, VENV=dir the environment, PINS="jax==0.11.2 ..." holds versions down,
+# EXTRAS=dev,parity adds torch, with which the models are compared.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+PINS ?=
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.run
+	rm -rf fqjax-demo
+	$(BIN)/fqjax demo --out fqjax-demo
+
+test: $(VENV)/.$(EXTRAS)
+	$(BIN)/python -m pytest --numprocesses auto $(TESTS)
+
+lint: $(VENV)/.$(EXTRAS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml | $(VENV)/bin/python
+	@echo "Setting up $(VENV) ..."
+	$(PIP) --editable . $(PINS)
+	touch $@
+
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	@echo "Setting up $(VENV) with the extras $* ..."
+	$(PIP) --editable ".[$*]" $(PINS)
+	touch $@
+
+clean:
+	rm -rf .venv* fqjax-demo docs/_build .pytest_cache .ruff_cache .hypothesis
