@@ -52,7 +52,9 @@ def _epilogue(
         x_scale = x_scale[..., None]
     y = acc.astype(jnp.float32) * (x_scale * weight_scale)
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        # A compiler that fused the product with the sum would round once instead of twice, and the bits would depend on
+        # the compiler.  It cannot fuse through a selection; int32's minimum is no sum of products that fit.
+        y = jnp.where(acc == jnp.iinfo(jnp.int32).min, jnp.nan, y) + bias.astype(jnp.float32)
     return y.astype(out_dtype)
 
 

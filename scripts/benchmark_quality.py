@@ -4,7 +4,8 @@ Examples:
     python scripts/benchmark_quality.py                                    # the bundled checkpoint and its text
     python scripts/benchmark_quality.py --model mine=path/to/checkpoint --calibration train.txt --text test.txt
 
-Perplexity follows the protocol of fqjax.evaluate; ratios are to the same model in bfloat16, in the same run.
+Perplexity follows the protocol of fqjax.evaluate; ratios are to the same model in bfloat16, in the same run.  A model
+measured before keeps its result until it is measured again under the same name.
 """
 
 import argparse
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import fqjax
 from fqjax.demo.corpus import held_out_text, reference_text
@@ -66,22 +66,28 @@ def environment() -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result in Markdown."""
-    versions = result["environment"]["versions"]
+def table(results: dict[str, Any]) -> str:
+    """All results in Markdown."""
     lines = [
         "# Perplexity of every scheme",
         "",
-        "Written by `scripts/benchmark_quality.py`. Ratios are to the same model in bfloat16 in the same run.",
-        "",
-        f"Date {result['environment']['date']}, device {result['environment']['device']}, "
-        + ", ".join(f"{name} {versions[name]}" for name in ("python", "jax", "flax"))
-        + f"; {result['windows']} windows of {result['window']} tokens, "
-        f"calibrated on {result['samples']} windows.",
+        "Written by `scripts/benchmark_quality.py`. Ratios are to the same model in bfloat16 in the same run; bytes are",
+        "those of the linear layers.",
     ]
-    for name, rows in result["models"].items():
-        lines += ["", f"## {name}", "", "| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-        for row in rows:
+    for name, result in results.items():
+        about = result["environment"]
+        versions = ", ".join(f"{package} {about['versions'][package]}" for package in ("python", "jax", "flax"))
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{about['date']}, {about['device']}, {versions}. {result['windows']} windows of {result['window']} tokens of "
+            f"{result['text']}, calibrated on {result['samples']} windows of {result['calibration']}.",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|---" + "|---:" * (len(COLUMNS) - 1) + "|",
+        ]
+        for row in result["rows"]:
             lines.append(
                 f"| `{row['scheme']}` | {row['perplexity']:.2f} | {row['ratio']:.4f} | {row['int4_mac_share']:.1%} "
                 f"| {row['expansion']:.3f} | {row['bytes_ratio']:.1%} | {row['seconds']:.0f} |"
@@ -102,15 +108,23 @@ def main() -> None:
     models = dict(m.split("=", 1) for m in a.model) if a.model else {"bundled": str(CHECKPOINT)}
     calibration = read_text(a.calibration) if a.calibration else reference_text()
     text = read_text(a.text) if a.text else held_out_text()
-    result: dict[str, Any] = {"environment": environment()}
-    result |= {"window": a.window, "windows": a.windows, "samples": a.samples, "models": {}}
+    record = a.out.with_suffix(".json")
+    results: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
     for name, directory in models.items():
         print(name, flush=True)
-        result["models"][name] = measure(directory, calibration, text, a.window, a.windows, a.samples)
-    a.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    a.out.with_suffix(".md").write_text(table(result))
-    worst = max(np.log(row["ratio"]) for rows in result["models"].values() for row in rows)
-    print(f"wrote {a.out}.json and .md; the largest loss is {worst:.3f} nats")
+        rows = measure(directory, calibration, text, a.window, a.windows, a.samples)
+        results[name] = {
+            "environment": environment(),
+            "window": a.window,
+            "windows": a.windows,
+            "samples": a.samples,
+            "calibration": a.calibration.name if a.calibration else "Python's documentation",
+            "text": a.text.name if a.text else "its held-out part",
+            "rows": rows,
+        }
+        record.write_text(json.dumps(results, indent=1) + "\n")
+        a.out.with_suffix(".md").write_text(table(results))
+    print(f"wrote {record} and {a.out}.md")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
+# Before JAX starts: an interpreted GPU kernel holds one of XLA's threads for each of its warpgroups, and waits for ever if
+# there are not as many.
+os.environ.setdefault("NPROC", "16")
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 
+from fqjax.checkpoint.lazy import import_transformers
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.errors import InputError
@@ -95,10 +96,9 @@ def read_architecture(directory: Path) -> tuple[str, Any]:
     name = names[0] if isinstance(names, list) else names
     if name not in FAMILIES:
         raise InputError(f"{path}: architecture {name} is not supported; supported are {', '.join(FAMILIES)}")
-    from transformers import AutoConfig
-
+    transformers = import_transformers()
     try:
-        complete = AutoConfig.from_pretrained(directory).to_dict()
+        complete = transformers.AutoConfig.from_pretrained(directory).to_dict()
         return name, FAMILIES[name].config_from_hf(complete)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from fqjax.checkpoint.lazy import import_transformers
 from fqjax.errors import InputError
 
 FOLDER = "tokenizer"
@@ -22,9 +23,8 @@ def load_tokenizer(directory: str | Path) -> Any:
         directory = directory / FOLDER
     if not any((directory / name).is_file() for name in FILES):
         return None
-    from transformers import AutoTokenizer
-
+    transformers = import_transformers()
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return transformers.AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # Any of a dozen kinds, by the file at fault.
         raise InputError(f"{directory}: its tokenizer cannot be loaded ({' '.join(str(error).split())})") from None

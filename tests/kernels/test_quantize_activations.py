@@ -16,9 +16,9 @@ def oracle(x, multiplier, source, part, qmax):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.integers(1, 9),
-    k=st.sampled_from([8, 96, 130]),
-    extra=st.integers(0, 40),
+    rows=st.sampled_from([1, 9]),
+    k=st.sampled_from([8, 130]),
+    extra=st.sampled_from([0, 1, 40]),
     qmax=st.sampled_from([7, 127]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
     seed=st.integers(0, 2**32 - 1),

@@ -1,0 +1,87 @@
+"""Everything that differs between JAX versions, and every private name of Pallas that the kernels need.
+
+Mosaic GPU changes from one JAX release to the next: a default here, a renamed argument there.  The kernels import what
+they use of it from this file, so that a new release is looked at in one place.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
+
+__all__ = [
+    "arith",
+    "interpret_params",
+    "ir",
+    "kernel",
+    "llvm",
+    "load",
+    "memref",
+    "mgpu",
+    "plgpu",
+    "ptx",
+    "vector",
+    "version",
+]
+
+
+def _version() -> tuple[int, int]:
+    major, minor, *_ = jax.__version__.split(".")
+    return int(major), int(minor)
+
+
+version = _version()
+"""(major, minor) of JAX."""
+
+
+def interpret_params() -> Any:
+    """What makes ``plgpu.kernel`` run in NumPy on a CPU.
+
+    Raises:
+      NotImplementedError: on JAX before 0.11, whose interpreter lacks what the kernels use.
+    """
+    if version < (0, 11):
+        raise NotImplementedError(
+            f"Mosaic GPU kernels run in interpret mode from jax 0.11 on, this is {jax.__version__}"
+        )
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+def kernel(body: Any, *, out_type: Any, scratch_types: Any, **settings: Any) -> Any:
+    """``plgpu.kernel`` with lane-level lowering and without automatic barriers: the kernels place their own."""
+    params = plgpu.CompilerParams(
+        lowering_semantics=plgpu.LoweringSemantics.Lane,  # 0.11 changed the default to warpgroups.
+        unsafe_no_auto_barriers=True,
+    )
+    return plgpu.kernel(body, out_type=out_type, scratch_types=scratch_types, compiler_params=params, **settings)
+
+
+def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> Any:
+    """``plgpu.load`` of a whole reference; 0.10 asks for an index, 0.11 deprecates it."""
+    if version < (0, 11):
+        return plgpu.load(ref, (), layout=layout, optimized=optimized)
+    return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def ptx(code: str, *operands: Any, results: int = 0, convergent: bool = False) -> tuple[Any, ...]:
+    """Inline PTX with side effects, inside ``plgpu.inline_mgpu``.
+
+    Args:
+      code: refers to ``results`` 32-bit results as $0, $1, ... and to the operands after them.
+      operands: i32 or i1 values.
+      results: how many.
+      convergent: whether threads wait for each other in it.
+    """
+    word = ir.IntegerType.get_signless(32)
+    kinds = ["b" if ir.IntegerType(operand.type).width == 1 else "r" for operand in operands]
+    settings: dict[str, Any] = {"has_side_effects": True}
+    if hasattr(llvm.InlineAsmOp, "convergent"):
+        settings["convergent"] = convergent
+    kind = llvm.StructType.get_literal([word] * results) if results else ir.Type.parse("!llvm.void")
+    value = llvm.inline_asm(kind, list(operands), code, ",".join(["=r"] * results + kinds), **settings)
+    return tuple(llvm.extractvalue(word, value, [i]) for i in range(results))

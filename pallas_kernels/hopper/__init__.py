@@ -1,0 +1,1 @@
+"""Integer matmuls for NVIDIA Hopper, in Pallas Mosaic GPU."""

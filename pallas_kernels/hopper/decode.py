@@ -1,0 +1,176 @@
+"""Integer matmul for few rows: K split over a cluster of CTAs, the partial sums exchanged through shared memory.
+
+What is computed is what :mod:`pallas_kernels.hopper.gemm` computes; what bounds it is how fast the weights come from
+memory.  So every multiprocessor gets a part of them: a cluster of ``splits`` CTAs owns 64 * ``warpgroups`` channels, each
+CTA a slice of K, streamed through a deep ring together with the activations that belong to it.  At the end the CTAs of a
+cluster exchange their int32 partial sums (:class:`pallas_kernels.hopper.registers.Exchange`), each finishes some of the
+rows, and no second kernel is needed.
+
+With one CTA a cluster there is nothing to exchange, and CTAs may walk over several blocks of channels.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.compat import kernel, load, plgpu
+from pallas_kernels.hopper import registers, tiles
+from pallas_kernels.hopper.gemm import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
+
+MOST_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How a matmul is cut up.
+
+    Attributes:
+      splits: CTAs of a cluster, over which K is split; at most 8.
+      warpgroups: consumers of each CTA, 64 channels a warpgroup, at most 7.
+      stages: slots of the ring, at most as many as shared memory holds.
+      ctas: with one split, how many CTAs walk over the blocks of channels at most.
+    """
+
+    splits: int = 4
+    warpgroups: int = 2
+    stages: int = 12
+    ctas: int = 132
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.splits <= 8 or not 1 <= self.warpgroups <= 7:
+            raise ValueError(f"DecodeConfig: splits must be from 1 to 8 and warpgroups from 1 to 7, got {self}")
+
+
+def token_tile(m: int) -> int:
+    """Columns of the product: the smallest of 8, 16, 32, 64 that holds m tokens."""
+    return next(size for size in (8, 16, 32, MOST_TOKENS) if m <= size)
+
+
+def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
+    """The kernel, a function of (w, x, w_scale, x_scale, bias if any), as :func:`pallas_kernels.hopper.gemm.build`.
+
+    ``x`` has m rows, less than 8 or a multiple of 8, at most 64; a per-token ``x_scale`` is as long as the token tile.
+
+    In interpret mode, which has no exchange, the partial sums are returned instead: (splits, 64 * blocks, tokens) int32.
+    """
+    splits, warpgroups = config.splits, config.warpgroups
+    channels, tokens = 64 * warpgroups, token_tile(p.m)
+    blocks = pl.cdiv(p.n, channels)
+    columns = blocks if splits > 1 else min(config.ctas, blocks)
+    packed = p.bits == 4
+    exchange = registers.Exchange(splits, warpgroups, tokens)
+    slot_bytes = (channels + p.halves * tokens) * STEP
+    room = (SHARED_MEMORY - 4096 - 4 * splits * exchange.warps * 16 * tokens * (splits > 1)) // slot_bytes
+    stages = min(config.stages, room, pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns))
+    if stages < 1 or splits > p.steps:
+        raise NotImplementedError(f"{config} does not fit {p}")
+
+    def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
+        bias_g, o_g = rest if p.bias else (None, *rest)
+        w_s, x_s, staged, full, empty = (scratch.get(name) for name in ("w", "x", "staged", "full", "empty"))
+        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        rank = lax.axis_index("split") if splits > 1 else jnp.int32(0)
+        begin, end = (lax.div(r * p.steps, jnp.int32(splits)) for r in (rank, rank + 1))
+        steps = end - begin
+        mine = lax.div(blocks - cta + columns - 1, jnp.int32(columns))
+        exchanges = splits > 1 and not interpret
+        if exchanges:
+            exchange.begin(scratch["arrived"])
+
+        @pl.when(warpgroup == warpgroups)
+        def produce() -> None:
+            def step(i: Any, _: Any) -> None:
+                s = tiles.slot(i, stages)
+                block = cta + lax.div(i, steps) * columns
+                k = begin + lax.rem(i, steps)
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty.at[s]))
+                source = w_g.at[pl.ds(block * channels, channels), pl.ds(k * STEP, STEP)]
+                plgpu.copy_gmem_to_smem(source, w_s.at[s], full.at[s])
+                for half in range(p.halves):
+                    part = x_g.at[pl.ds(cta * 0, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
+                    plgpu.copy_gmem_to_smem(part, x_s.at[s, half], full.at[s])
+
+            count = mine * steps
+            lax.fori_loop(0, count, step, None)
+            if exchanges:
+                exchange.ready()
+            wait = lambda i, _: plgpu.barrier_wait(empty.at[tiles.slot(i, stages)])  # noqa: E731
+            lax.fori_loop(jnp.maximum(count - stages, 0), count, wait, None)
+
+        @pl.when(warpgroup < warpgroups)
+        def consume() -> None:
+            rows = pl.ds(warpgroup * 64, 64)
+
+            def unpacked(bytes_: Any, half: int) -> Any:
+                if not interpret:
+                    return registers.unpack(bytes_, half)
+                staged[warpgroup, half] = registers.unpack_in_interpreter(bytes_, half)
+                plgpu.commit_smem()
+                return staged.at[warpgroup, half]
+
+            def accumulate(t: Any, acc: Any) -> Any:
+                def step(k: Any, _: Any) -> None:
+                    i = t * steps + k
+                    s = tiles.slot(i, stages)
+                    plgpu.barrier_wait(full.at[s])
+                    plgpu.wgmma_wait(0)  # The last step's wgmmas read its slot and the operand registers until now.
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[tiles.slot(i + stages - 1, stages)]))
+                    bytes_ = load(w_s.at[s, rows], registers.OPERAND) if packed else None
+                    for half in range(p.halves):
+                        w = unpacked(bytes_, half) if packed else w_s.at[s, rows]
+                        plgpu.wgmma(acc, w, x_s.at[s, half].T)
+
+                lax.fori_loop(0, steps, step, None)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[tiles.slot((t + 1) * steps - 1, stages)])
+                return acc[...]
+
+            def block(t: Any, _: Any) -> None:
+                first = (cta + t * columns) * channels + warpgroup * 64
+                factors = row_factors(p, ws_g, bias_g, first)
+                token_scale = None
+                if not p.raw:
+                    token_scale = load(xs_g, COLUMN, optimized=False) if p.per_token else xs_g[0]
+                acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
+                if interpret:
+                    o_g[rank, pl.ds(first, 64)] = acc
+                    return
+                if exchanges:
+                    acc = exchange(plgpu.layout_cast(acc, registers.ACC), scratch["arrivals"], scratch["arrived"])
+                y = finish(p, acc, factors, token_scale)
+                registers.store(y, o_g, jnp.int32(0), first, splits=splits, warps=exchange.warps)
+
+            if exchanges:
+                exchange.ready()
+            lax.fori_loop(0, mine, block, None)
+
+    out = jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype)
+    if interpret:
+        out = jax.ShapeDtypeStruct((splits, blocks * channels, tokens), jnp.int32)
+    scratch: dict[str, Any] = {
+        "w": plgpu.SMEM((stages, channels, STEP), jnp.int8, transforms=tiles.operand()),
+        "x": plgpu.SMEM((stages, p.halves, tokens, STEP), jnp.int8, transforms=tiles.operand()),
+        "full": plgpu.Barrier(num_arrivals=1 + p.halves, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    }
+    if interpret and packed:
+        scratch["staged"] = plgpu.SMEM((warpgroups, p.halves, 64, STEP), jnp.int8, transforms=tiles.operand())
+    if splits > 1:
+        scratch["arrivals"], scratch["arrived"] = exchange.scratch()
+    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
+    if splits > 1:
+        settings |= {"cluster": (splits,), "cluster_names": ("split",)}
+    return kernel(
+        body,
+        out_type=out,
+        scratch_types=scratch,
+        grid=(columns,),
+        grid_names=("cta",),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        **settings,
+    )

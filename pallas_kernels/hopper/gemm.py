@@ -1,0 +1,285 @@
+"""Integer matmul for many rows: persistent, warp-specialised, scales applied in the epilogue.
+
+    out[m, n] = cast( int32(sum_k x[m, k] * w[n, k]) * (x_scale[m] * w_scale[n]) + bias[n] )
+
+The product is computed transposed: 64 weight rows are the rows of a ``wgmma``, tokens its columns.  int8 weights come from
+shared memory, packed 4-bit weights through registers, unpacked on the way; either way the activations of one tile are
+shared by all consumer warpgroups, so that shared memory carries little more than it must.
+
+One CTA a multiprocessor walks over output tiles of (64 * warpgroups) channels x ``tokens`` rows of x.
+
+  producer (last warpgroup)  copies tiles of x and w into rings of shared-memory slots, ahead of the consumers, also
+                             across tiles: while they are in the epilogue it fills the next tile.
+  consumers                  64 channels each.  One wgmma stays in flight; a slot is given back when the wgmma that read it
+                             is known to be complete, one step late.  A slot of packed weights is given back after the first
+                             wgmma that uses its registers was issued: given back right after the load, the compiler may
+                             sink the load below the release, and the copy engine overwrites what is yet to be read.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.compat import kernel, load, plgpu
+from pallas_kernels.hopper import registers, tiles
+
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+SHARED_MEMORY = 227 * 1024
+STEP = 128  # codes of K that one wgmma group takes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GemmConfig:
+    """How a matmul is cut up.
+
+    Attributes:
+      tokens: rows of x in a tile, a multiple of 8, at most 256.
+      warpgroups: consumers; a tile has 64 channels for each.
+      width: tiles in a stripe of the order in which tiles are computed.
+    """
+
+    tokens: int = 256
+    warpgroups: int = 2
+    width: int = 8
+
+    def __post_init__(self) -> None:
+        if self.tokens % 8 or not 8 <= self.tokens <= 256:
+            raise ValueError(f"GemmConfig: tokens must be a multiple of 8 from 8 to 256, got {self.tokens}")
+        if not 1 <= self.warpgroups <= 4:
+            raise ValueError(f"GemmConfig: warpgroups must be from 1 to 4, got {self.warpgroups}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is multiplied, as far as the kernel is specialised for it.
+
+    Attributes:
+      m, n, k: rows of x, output channels, input channels.
+      bits: of the weight codes, 8 or 4.
+      per_token, per_channel: whether the scale of x has shape (m,), that of the weight (n,); otherwise (1,).
+      bias: whether there is one.
+      out_dtype: bfloat16, float16, float32 or int32.
+    """
+
+    m: int
+    n: int
+    k: int
+    bits: Literal[4, 8]
+    per_token: bool
+    per_channel: bool
+    bias: bool
+    out_dtype: Any
+
+    @property
+    def halves(self) -> int:
+        """Runs of 128 codes that a 128-byte row of weights holds."""
+        return 8 // self.bits
+
+    @property
+    def steps(self) -> int:
+        """Rows of weights of 128 bytes."""
+        return self.k // (STEP * self.halves)
+
+    @property
+    def raw(self) -> bool:
+        """Whether the bare accumulator is wanted."""
+        return jnp.issubdtype(self.out_dtype, jnp.integer)
+
+
+def finish(p: Problem, acc: Any, row_factors: tuple[Any, Any], token_scale: Any) -> Any:
+    """The epilogue on a (64, tokens) int32 tile; ``row_factors`` are weight scale and bias (scalars, row vectors, None)."""
+    acc = plgpu.layout_cast(acc, plgpu.Layout.WGMMA)
+    if p.raw:
+        return acc >> 4 if p.bits == 4 else acc
+    weight_scale, bias = row_factors
+
+    def spread(value: Any, axis: int) -> Any:
+        return lax.broadcast_in_dim(value, acc.shape, [axis]) if value.ndim else value
+
+    scale = spread(token_scale, 1) * spread(weight_scale, 0)
+    if p.bits == 4:
+        scale = scale * jnp.float32(1 / 16)
+    y = acc.astype(jnp.float32) * scale
+    if bias is not None:  # Not fused with the product, as in pallas_kernels.reference.
+        y = jnp.where(acc == jnp.iinfo(jnp.int32).min, jnp.float32(jnp.nan), y) + spread(bias, 0)
+    return y.astype(p.out_dtype)
+
+
+def row_factors(p: Problem, scale: Any, bias: Any, first: Any) -> tuple[Any, Any]:
+    """Weight scale and bias of 64 channels from ``first`` on, or of the last 64 where those lie beyond the output."""
+    rows = pl.ds(jnp.minimum(first, p.n - 64), 64)
+    vector = lambda ref: load(ref.at[rows], ROW, optimized=False)  # noqa: E731
+    if p.raw:
+        return None, None
+    return vector(scale) if p.per_channel else scale[0], vector(bias) if p.bias else None
+
+
+def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpret: Any = None) -> Any:
+    """The kernel, a function of (w, x, w_scale, x_scale, bias if any).
+
+    ``w`` is (n, k) int8, or (n, k / 2) packed; n is a multiple of 64, k of 128 (int8) or 256 (packed); ``x`` has m rows, m a
+    multiple of 8; a per-token ``x_scale`` is as long as all tiles together.  Accumulators must not overflow int32, with
+    packed weights times 16.
+    """
+    channels, tokens = 64 * config.warpgroups, config.tokens
+    m_tiles, n_tiles = pl.cdiv(p.m, tokens), pl.cdiv(p.n, channels)
+    total = m_tiles * n_tiles
+    ctas = min(multiprocessors, total)
+    packed = p.bits == 4
+    out_item = jnp.dtype(p.out_dtype).itemsize
+    by_copy_engine = out_item == 2 or bool(interpret)  # 32-bit results are rare: straight from the registers.
+    part = next(size for size in (64, 32, 16, 8) if tokens % size == 0)  # tokens that are written at a time
+    out_slots = 2 if by_copy_engine else 1
+    out_bytes = config.warpgroups * out_slots * part * 64 * out_item if by_copy_engine else 0
+    weight_bytes, x_bytes = channels * STEP, tokens * STEP
+    budget = SHARED_MEMORY - 2048 - out_bytes
+    if packed:
+        w_slots = min(6, budget // (weight_bytes + 2 * x_bytes))
+        x_slots = min(12, (budget - w_slots * weight_bytes) // x_bytes)
+    else:
+        w_slots = x_slots = min(12, budget // (weight_bytes + x_bytes))
+    if min(w_slots, x_slots) < 2:
+        raise NotImplementedError(f"{config} leaves no room for a pipeline")
+    at_launch = min(232, 2**16 // (STEP * (config.warpgroups + 1)) // 8 * 8)  # registers of every thread
+    producer_registers = 40  # What the producer gives back is dealt out to the consumers; more than that would hang.
+    left = at_launch * (config.warpgroups + 1) - producer_registers
+    consumer_registers = min(232, left // config.warpgroups // 8 * 8)
+
+    def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
+        bias_g, o_g = rest if p.bias else (None, *rest)
+        w_s, x_s, o_s, staged = (scratch.get(name) for name in ("w", "x", "out", "staged"))
+        x_full, x_empty = scratch["x_full"], scratch["x_empty"]
+        w_full, w_empty = (scratch["w_full"], scratch["w_empty"]) if packed else (x_full, x_empty)
+        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        mine = lax.div(total - cta + ctas - 1, jnp.int32(ctas))
+
+        def where(t: Any) -> tuple[Any, Any]:
+            return tiles.order(cta + t * ctas, m_tiles, n_tiles, config.width)
+
+        @pl.when(warpgroup == config.warpgroups)
+        def produce() -> None:
+            plgpu.set_max_registers(producer_registers, action="decrease")
+
+            def tile(t: Any, _: Any) -> None:
+                m, n = where(t)
+
+                def copy_weights(step: Any, s: Any) -> None:
+                    source = w_g.at[pl.ds(n * channels, channels), pl.ds(step * STEP, STEP)]
+                    plgpu.copy_gmem_to_smem(source, w_s.at[s], w_full.at[s])
+
+                def step(k: Any, _: Any) -> None:
+                    i = t * p.steps + k
+                    if packed:
+                        s = tiles.slot(i, w_slots)
+                        pl.when(i >= w_slots)(lambda: plgpu.barrier_wait(w_empty.at[s]))
+                        copy_weights(k, s)
+                    for half in range(p.halves):
+                        j = p.halves * i + half
+                        xs = tiles.slot(j, x_slots)
+                        pl.when(j >= x_slots)(lambda xs=xs: plgpu.barrier_wait(x_empty.at[xs]))
+                        if not packed:
+                            copy_weights(k, xs)
+                        source = x_g.at[pl.ds(m * tokens, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
+                        plgpu.copy_gmem_to_smem(source, x_s.at[xs], x_full.at[xs])
+
+                lax.fori_loop(0, p.steps, step, None)
+
+            lax.fori_loop(0, mine, tile, None)
+            rings = [(x_empty, mine * p.steps * p.halves, x_slots)] + [(w_empty, mine * p.steps, w_slots)] * packed
+            for empty, count, slots in rings:  # See every arrival, so that none is pending when the CTA ends.
+                wait = lambda i, _, empty=empty, slots=slots: plgpu.barrier_wait(empty.at[tiles.slot(i, slots)])  # noqa: E731
+                lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
+
+        @pl.when(warpgroup < config.warpgroups)
+        def consume() -> None:
+            plgpu.set_max_registers(consumer_registers, action="increase")
+            rows = pl.ds(warpgroup * 64, 64)
+
+            def unpacked(bytes_: Any, half: int) -> Any:
+                if not interpret:
+                    return registers.unpack(bytes_, half)
+                staged[warpgroup, half] = registers.unpack_in_interpreter(bytes_, half)
+                plgpu.commit_smem()
+                return staged.at[warpgroup, half]
+
+            def accumulate(t: Any, acc: Any) -> Any:
+                def step(k: Any, _: Any) -> None:
+                    i = t * p.steps + k
+                    ws = tiles.slot(i, w_slots)
+                    if packed:
+                        plgpu.barrier_wait(w_full.at[ws])
+                        bytes_ = load(w_s.at[ws, rows], registers.OPERAND)
+                    for half in range(p.halves):
+                        j = p.halves * i + half
+                        xs, before = tiles.slot(j, x_slots), tiles.slot(j + x_slots - 1, x_slots)
+                        w = unpacked(bytes_, half) if packed else w_s.at[xs, rows]
+                        plgpu.barrier_wait(x_full.at[xs])
+                        plgpu.wgmma(acc, w, x_s.at[xs].T)
+                        plgpu.wgmma_wait(1)  # The one before this is complete.
+                        if half:
+                            plgpu.barrier_arrive(x_empty.at[before])
+                        else:
+                            if packed:
+                                plgpu.barrier_arrive(w_empty.at[ws])
+                            pl.when(k > 0)(lambda before=before: plgpu.barrier_arrive(x_empty.at[before]))
+
+                lax.fori_loop(0, p.steps, step, None)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(x_empty.at[tiles.slot((t + 1) * p.steps * p.halves - 1, x_slots)])
+                return acc[...]
+
+            def tile(t: Any, _: Any) -> None:
+                m, n = where(t)
+                first = n * channels + warpgroup * 64
+                factors = row_factors(p, ws_g, bias_g, first)
+                acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
+                for i in range(pl.cdiv(tokens, part)):
+                    at = m * tokens + i * part
+                    scale = None
+                    if not p.raw:
+                        scale = load(xs_g.at[pl.ds(at, part)], COLUMN, optimized=False) if p.per_token else xs_g[0]
+                    y = finish(p, acc[:, i * part : (i + 1) * part], factors, scale)
+                    if by_copy_engine:
+                        plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)
+                        o_s.at[warpgroup, i % out_slots].T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+                        plgpu.commit_smem()
+                        place = o_g.at[pl.ds(at, part), pl.ds(first, 64)]
+                        plgpu.copy_smem_to_gmem(o_s.at[warpgroup, i % out_slots], place)
+                    else:
+                        registers.store(y, o_g, at, first)
+
+            lax.fori_loop(0, mine, tile, None)
+            if by_copy_engine:
+                plgpu.wait_smem_to_gmem(0)
+
+    scratch: dict[str, Any] = {
+        "w": plgpu.SMEM((w_slots, channels, STEP), jnp.int8, transforms=tiles.operand()),
+        "x": plgpu.SMEM((x_slots, tokens, STEP), jnp.int8, transforms=tiles.operand()),
+        "x_full": plgpu.Barrier(num_arrivals=1 if packed else 2, num_barriers=x_slots),
+        "x_empty": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=x_slots),
+    }
+    if packed:
+        scratch["w_full"] = plgpu.Barrier(num_barriers=w_slots)
+        scratch["w_empty"] = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=w_slots)
+    if by_copy_engine:
+        shape = (config.warpgroups, out_slots, part, 64)
+        scratch["out"] = plgpu.SMEM(shape, p.out_dtype, transforms=tiles.operand(8 * out_item))
+    if interpret and packed:
+        shape = (config.warpgroups, p.halves, 64, STEP)
+        scratch["staged"] = plgpu.SMEM(shape, jnp.int8, transforms=tiles.operand())
+    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
+    return kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype),
+        scratch_types=scratch,
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        **settings,
+    )

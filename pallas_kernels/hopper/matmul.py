@@ -1,0 +1,61 @@
+"""The Hopper kernels as one function: picks the kernel, fits the arguments to it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import tuning
+from pallas_kernels.hopper import decode, gemm
+from pallas_kernels.hopper.gemm import Problem
+
+OUT_DTYPES = ("bfloat16", "float16", "float32", "int32")
+
+
+def cannot_use(p: Problem) -> str | None:
+    """Why the kernels cannot take a problem; None if they can."""
+    block = 128 * p.halves
+    largest = 8 if p.bits == 4 else 127
+    if p.n % 64:
+        return f"N = {p.n} is not a multiple of 64"
+    if p.k % block:
+        return f"K = {p.k} is not a multiple of {block}"
+    if p.k * 127 * largest * (16 if p.bits == 4 else 1) >= 2**31:
+        return f"K = {p.k} could overflow int32"
+    if jnp.dtype(p.out_dtype).name not in OUT_DTYPES:
+        return f"the output dtype {jnp.dtype(p.out_dtype).name} is not one of {', '.join(OUT_DTYPES)}"
+    if p.m < 1:
+        return "there are no rows"
+    return None
+
+
+def matmul(
+    p: Problem,
+    config: tuning.Config,
+    x: jax.Array,
+    weight: jax.Array,
+    x_scale: jax.Array,
+    weight_scale: jax.Array,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """``p`` with a configuration; operands as in :func:`pallas_kernels.int8_matmul`, x of shape (m, k)."""
+    few = isinstance(config, decode.DecodeConfig)
+    rows = p.m if p.m % 8 == 0 or (few and p.m < 8) else -(-p.m // 8) * 8
+    tile = decode.token_tile(p.m) if few else config.tokens
+    if rows > p.m:  # The copy engine takes rows in eights.  What is added does not reach the result.
+        x = jnp.pad(x, ((0, rows - p.m), (0, 0)))
+    x_scale = x_scale.reshape(-1)
+    if p.per_token:
+        x_scale = jnp.pad(x_scale, (0, -p.m % tile))
+    operands = [weight, x, weight_scale.reshape(-1), x_scale]
+    if bias is not None:
+        operands.append(bias.astype(jnp.float32))
+    return _kernel(p, config, rows)(*operands)[: p.m]
+
+
+@functools.cache
+def _kernel(p: Problem, config: tuning.Config, rows: int) -> Any:
+    p = dataclasses.replace(p, m=rows)
+    return (decode if isinstance(config, decode.DecodeConfig) else gemm).build(p, config)

@@ -1,0 +1,238 @@
+"""What the kernels do with single registers, below what Pallas expresses.
+
+Unpacking.  A byte holds two 4-bit codes (see :mod:`pallas_kernels.packing`).  A code left in the high half of its byte is
+16 times itself as int8, so four codes take one mask (high nibbles) or a shift and a mask (low nibbles); the factor 16
+goes into the scale.  A 64 x 128 tile of bytes loaded in the layout of a tensor-core operand becomes two operands without
+any code changing its lane.
+
+Exchange.  Where K is split over the CTAs of a cluster, each CTA holds int32 partial sums for the same rows.  Each of its
+warps owns 16 rows; the warps' rows are dealt out to the CTAs, and every warp sends its registers to the CTA that finishes
+its rows, straight into that CTA's shared memory (``st.async``, counted by a barrier there).  Integer addition is exact in
+any order, and the order is fixed besides.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.compat import arith, ir, llvm, memref, mgpu, plgpu, ptx, vector
+
+ACC = plgpu.Layout.WGMMA
+"""Layout of accumulators: a lane has two consecutive columns of two rows, eight apart, in every eight columns."""
+OPERAND = plgpu.Layout.WGMMA_8BIT
+"""Layout of an 8-bit operand in registers."""
+WARP, CHUNK = 32, 4  # lanes a warp; registers one 16-byte store moves
+
+
+def _i32(value: int) -> Any:
+    return arith.constant(ir.IntegerType.get_signless(32), value - (1 << 32) if value >= 1 << 31 else value)
+
+
+def _map_words(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function of four packed bytes in a 32-bit word, applied to all registers of a (64, 128) operand."""
+
+    @plgpu.inline_mgpu(arg_types=(OPERAND,), return_type=plgpu.ShapeDtypeStruct((64, 128), jnp.int8, layout=OPERAND))
+    def mapped(ctx: Any, packed: Any) -> Any:
+        del ctx
+        word, four = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        registers = np.empty_like(packed.registers)
+        for index, register in np.ndenumerate(packed.registers):
+            registers[index] = mgpu.utils.bitcast(fn(mgpu.utils.bitcast(register, word)), four)
+        return mgpu.FragmentedArray(_registers=registers, _layout=packed.layout, _is_signed=True)
+
+    return mapped
+
+
+def unpack(packed: Any, half: int) -> Any:
+    """16 times the codes of the low (0) or high (1) nibbles: (64, 128) bytes to a (64, 128) int8 operand."""
+    mask = 0xF0F0F0F0
+    return _map_words(lambda w: arith.andi(w if half else arith.shli(w, _i32(4)), _i32(mask)))(packed)
+
+
+def unpack_in_interpreter(packed: Any, half: int) -> Any:
+    """:func:`unpack` in jax.numpy, for the interpreter, which cannot run MLIR."""
+    wide = packed.astype(jnp.int32)
+    return ((wide if half else wide << 4) & 0xF0).astype(jnp.int8)
+
+
+def _thread() -> tuple[Any, Any]:
+    """(warp in the CTA, lane), both i32."""
+    thread = mgpu.utils.thread_idx()
+    return arith.divui(thread, _i32(WARP)), arith.remui(thread, _i32(WARP))
+
+
+def _shared_address(ref: Any) -> Any:
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
+
+
+def _cluster(action: str) -> None:
+    """The hardware barrier of a cluster; every thread arrives and waits once."""
+    ptx(f"barrier.cluster.{action}.aligned;", convergent=True)
+
+
+class Exchange:
+    """The reduction of partial sums over the ``splits`` CTAs of a cluster.
+
+    Args:
+      splits: CTAs in the cluster.
+      warpgroups: consumer warpgroups of each, 64 rows a warpgroup.
+      tokens: columns of each warpgroup's (64, tokens) partial sums.
+    """
+
+    def __init__(self, splits: int, warpgroups: int, tokens: int):
+        if 4 * warpgroups % splits:
+            raise ValueError(f"the rows of {4 * warpgroups} warps cannot be dealt out to {splits} CTAs")
+        self.splits, self.tokens = splits, tokens
+        self.warps = 4 * warpgroups // splits  # of each CTA, whose rows one CTA finishes
+        self.chunks = tokens // 2 // CHUNK
+
+    def scratch(self) -> tuple[Any, Any]:
+        """Shared memory: where partial sums arrive, and the barrier that counts their bytes."""
+        words = self.splits * self.warps * self.chunks * WARP * CHUNK
+        return plgpu.SMEM((words,), jnp.int32), plgpu.SMEM((2,), jnp.int32)
+
+    def begin(self, barrier: Any) -> None:
+        """Prepares the barrier and says so to the cluster; every thread calls it, before its other work."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def emit(ctx: Any, barrier: Any) -> None:
+            del ctx
+            first = arith.cmpi(arith.CmpIPredicate.eq, mgpu.utils.thread_idx(), _i32(0))
+            size = 4 * self.splits * self.warps * self.chunks * WARP * CHUNK
+            ptx(
+                f"""{{
+                @$1 mbarrier.init.shared::cta.b64 [$0], 1;
+                @$1 fence.mbarrier_init.release.cluster;
+                @$1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};
+                }}""",
+                _shared_address(barrier),
+                first,
+            )
+            _cluster("arrive.release")
+
+        emit(barrier)
+
+    def ready(self) -> None:
+        """Waits until every CTA of the cluster has begun; every thread calls it once, before it ends or sends."""
+
+        @plgpu.inline_mgpu()
+        def emit(ctx: Any) -> None:
+            del ctx
+            _cluster("wait.acquire")
+
+        emit()
+
+    def __call__(self, partial: Any, arrivals: Any, barrier: Any) -> Any:
+        """Sums over the cluster.
+
+        Args:
+          partial: (64, tokens) int32 of each consumer warpgroup, in the layout ``ACC``.
+          arrivals: scratch of this CTA.
+          barrier: prepared by :meth:`begin`, and :meth:`ready` was called.
+
+        Returns:
+          The sums, in the warps whose rows this CTA finishes (see :func:`store`); other warps get nothing of use.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(ACC, plgpu.RefType(), plgpu.RefType()),
+            return_type=plgpu.ShapeDtypeStruct((64, self.tokens), jnp.int32, layout=ACC),
+        )
+        def emit(ctx: Any, partial: Any, arrivals: Any, barrier: Any) -> Any:
+            del ctx
+            warp, lane = _thread()
+            rank = arith.index_cast(ir.IntegerType.get_signless(32), mgpu.utils.cluster_idx())
+            target, slot = arith.divui(warp, _i32(self.warps)), arith.remui(warp, _i32(self.warps))
+            base, counter = _shared_address(arrivals), _shared_address(barrier)
+
+            def offset(source: Any, chunk: int) -> Any:  # bytes; 16 a lane, 512 a chunk
+                box = arith.addi(arith.muli(source, _i32(self.warps)), slot)
+                box = arith.addi(arith.muli(box, _i32(self.chunks)), _i32(chunk))
+                return arith.addi(arith.muli(box, _i32(16 * WARP)), arith.muli(lane, _i32(16)))
+
+            flat = [scalar for register in partial.registers.flat for scalar in _scalars(register)]
+            for chunk in range(self.chunks):
+                ptx(
+                    """{
+                    .reg .b32 data, counter;
+                    mapa.shared::cluster.u32 data, $0, $2;
+                    mapa.shared::cluster.u32 counter, $1, $2;
+                    st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [data], {$3, $4, $5, $6}, [counter];
+                    }""",
+                    arith.addi(base, offset(rank, chunk)),
+                    counter,
+                    target,
+                    *flat[CHUNK * chunk : CHUNK * (chunk + 1)],
+                )
+            _wait(counter)
+            sums = []
+            for chunk in range(self.chunks):
+                parts = [_load4(arith.addi(base, offset(_i32(s), chunk))) for s in range(self.splits)]
+                for same in zip(*parts, strict=True):
+                    total = same[0]
+                    for part in same[1:]:
+                        total = arith.addi(total, part)
+                    sums.append(total)
+            registers = np.empty_like(partial.registers)
+            for i, register in enumerate(partial.registers.flat):
+                registers.flat[i] = vector.from_elements(register.type, sums[2 * i : 2 * i + 2])
+            return mgpu.FragmentedArray(_registers=registers, _layout=partial.layout, _is_signed=True)
+
+        return emit(partial, arrivals, barrier)
+
+
+def _scalars(register: Any) -> list[Any]:
+    positions = [ir.DenseI64ArrayAttr.get([i]) for i in range(ir.VectorType(register.type).shape[0])]
+    return [vector.extract(register, dynamic_position=[], static_position=at) for at in positions]
+
+
+def _wait(barrier: Any) -> None:
+    """Waits for the first phase of a barrier that other CTAs of the cluster complete."""
+    ptx(
+        """{
+        .reg .pred done;
+        again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], 0;
+        @!done bra again;
+        }""",
+        barrier,
+    )
+
+
+def _load4(address: Any) -> tuple[Any, ...]:
+    return ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", address, results=CHUNK)
+
+
+def store(value: Any, out: Any, token: Any, channel: Any, *, splits: int = 1, warps: int = 0) -> None:
+    """Writes a (64, tokens) tile to its place in (M, N), transposed, leaving out tokens beyond M.
+
+    Args:
+      value: results of a warpgroup, in the layout of accumulators.
+      out: reference to the whole output in device memory.
+      token, channel: where the tile begins, int32 scalars; nothing is written from a channel beyond N on.
+      splits, warps: if ``splits`` > 1, only the warps whose rows this CTA finishes write, ``warps`` a CTA.
+    """
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType(), scalar, scalar))
+    def emit(ctx: Any, value: Any, out: Any, token: Any, channel: Any) -> None:
+        del ctx
+        index = ir.IndexType.get()
+        limits = [arith.constant(index, size) for size in ir.MemRefType(out.type).shape]
+        token, channel = (arith.index_cast(index, start.registers.item()) for start in (token, channel))
+        writes = arith.cmpi(arith.CmpIPredicate.ult, channel, limits[1])
+        if splits > 1:
+            rank = arith.index_cast(ir.IntegerType.get_signless(32), mgpu.utils.cluster_idx())
+            mine = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(_thread()[0], _i32(warps)), rank)
+            writes = arith.andi(writes, mine)
+
+        def element(scalar: Any, position: tuple[Any, Any]) -> None:
+            row = arith.addi(position[1], token)
+            with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, row, limits[0])):
+                memref.store(scalar, out, [row, arith.addi(position[0], channel)])
+
+        with mgpu.utils.when(writes):
+            value.foreach(element)
+
+    emit(value, out, token, channel)

@@ -1,0 +1,37 @@
+"""Tiles: how they lie in shared memory, and in which order they are computed."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.compat import plgpu
+
+SWIZZLE = 128
+"""Bytes of a row of an operand tile, and of its swizzle."""
+
+
+def operand(bits: int = 8) -> tuple[Any, ...]:
+    """Shared-memory layout that the copy engine writes and the tensor cores read: 8 x 128-byte tiles, swizzled."""
+    return plgpu.TilingTransform((8, 8 * SWIZZLE // bits)), plgpu.SwizzleTransform(SWIZZLE)
+
+
+def slot(i: Any, slots: int) -> Any:
+    """Place of step i in a ring."""
+    return lax.rem(i, jnp.int32(slots))
+
+
+def order(t: Any, m_tiles: int, n_tiles: int, width: int) -> tuple[Any, Any]:
+    """The (m, n) of the t-th tile: stripes of ``width`` tiles along m, every other one walked backwards.
+
+    Tiles that run at the same time then form a nearly square block, and share their operands in the L2 cache.  The last
+    stripe is as narrow as is left.
+    """
+    width = min(width, m_tiles)
+    full = m_tiles // width
+    stripe = lax.div(t, jnp.int32(width * n_tiles))
+    rest = t - stripe * (width * n_tiles)
+    narrow = jnp.where(stripe < full, jnp.int32(width), jnp.int32(m_tiles - full * width or 1))
+    n = lax.div(rest, narrow)
+    m = stripe * width + lax.rem(rest, narrow)
+    return m, jnp.where(lax.rem(stripe, jnp.int32(2)) == 1, n_tiles - 1 - n, n)

@@ -1,0 +1,52 @@
+"""Device times of JAX programs."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+L2_BYTES = 60 * 2**20
+"""The largest second-level cache of the GPUs considered."""
+
+
+def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Runs something and returns (name, microseconds) of every kernel, in order, from the GPU's own clock (CUPTI).
+
+    Where there is no GPU, one entry with the time by the wall clock.
+    """
+    if jax.default_backend() != "gpu":
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        return [("wall clock", 1e6 * (time.perf_counter() - start))]
+    from jax._src.lib import mosaic_gpu
+
+    mosaic_gpu._mosaic_gpu_ext._cupti_init()
+    try:
+        jax.block_until_ready(run())
+    finally:
+        times = mosaic_gpu._mosaic_gpu_ext._cupti_get_timings(True)
+    return [(name, 1e3 * milliseconds) for name, milliseconds in times]
+
+
+def microseconds(f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, repeats: int = 5) -> float:
+    """Time of one call of ``f``, all kernels it launches added up; the median over rounds.
+
+    Args:
+      f: a jitted function.
+      arguments: one tuple a call; a round calls ``f`` with each once, so that what they hold together does not stay in
+        the cache from one call to the next.
+      repeats: rounds.
+    """
+    jax.block_until_ready([f(*a) for a in arguments])  # Compile, and warm up.
+    rounds = []
+    for _ in range(repeats):
+        times = kernel_times(lambda: [f(*a) for a in arguments])
+        rounds.append(sum(us for _, us in times) / len(arguments))
+    return statistics.median(rounds)
+
+
+def copies_beyond_cache(nbytes: int, least: int = 2) -> int:
+    """How many arrays of ``nbytes`` hold four times what the cache holds."""
+    return max(least, -(-4 * L2_BYTES // nbytes))

@@ -1,0 +1,183 @@
+"""The Hopper kernels without a GPU: what they compute, in interpret mode, and that they lower for CUDA.
+
+With a GPU, every tile shape is compared with the reference, many times over.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat, pack_int4, reference, tuning
+from pallas_kernels.api import hopper_device
+from pallas_kernels.hopper import decode, gemm, matmul, tiles
+from pallas_kernels.hopper.decode import DecodeConfig
+from pallas_kernels.hopper.gemm import GemmConfig, Problem
+
+interpreted = pytest.mark.skipif(compat.version < (0, 11), reason="Mosaic GPU's interpreter needs jax 0.11")
+
+
+def problem(m, n, k, bits, **change):
+    base = Problem(
+        m=m, n=n, k=k, bits=bits, per_token=False, per_channel=True, bias=False, out_dtype=jnp.dtype("float32")
+    )
+    return dataclasses.replace(base, **change)
+
+
+def operands(p, seed=0):
+    """x, weight codes (packed or not), x_scale, w_scale, bias or None; codes over the whole range."""
+    rng = np.random.default_rng(seed)
+    low, high = (-127, 128) if p.bits == 8 else (-8, 8)
+    weight = jnp.asarray(rng.integers(low, high, (p.n, p.k)).astype(np.int8))
+    return (
+        jnp.asarray(rng.integers(-127, 128, (p.m, p.k)).astype(np.int8)),
+        weight if p.bits == 8 else jax.jit(pack_int4)(weight),
+        jnp.asarray(rng.uniform(0.5, 2, p.m if p.per_token else ()), jnp.float32),
+        jnp.asarray(rng.uniform(0.5, 2, p.n if p.per_channel else ()), jnp.float32),
+        jnp.asarray(rng.normal(0, 1, p.n), jnp.float32) if p.bias else None,
+    )
+
+
+def expected(p, arguments):
+    return jax.jit(getattr(reference, f"int{p.bits}_matmul"), static_argnums=5)(*arguments, p.out_dtype)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("p", "config"),
+    [
+        (problem(256, 256, 512, 8), GemmConfig(tokens=64)),
+        (problem(256, 256, 512, 4, per_token=True, bias=True), GemmConfig(tokens=64)),
+        (problem(136, 192, 512, 4, per_channel=False), GemmConfig(tokens=64)),
+        (problem(130, 192, 384, 8, per_token=True), GemmConfig(tokens=128, width=1)),
+        (problem(72, 320, 256, 4, out_dtype=jnp.dtype("int32")), GemmConfig(tokens=64, warpgroups=3)),
+    ],
+)
+def test_gemm_in_interpret_mode(monkeypatch, p, config):
+    build = gemm.build
+    settings = {"multiprocessors": 3, "interpret": compat.interpret_params()}
+    monkeypatch.setattr(gemm, "build", lambda p, config: build(p, config, **settings))
+    matmul._kernel.cache_clear()
+    x, weight, x_scale, w_scale, bias = arguments = operands(p)
+    result = matmul.matmul(p, config, x, weight, x_scale, w_scale, bias)
+    matmul._kernel.cache_clear()
+    np.testing.assert_array_equal(result, expected(p, arguments))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("p", "config"),
+    [
+        (problem(16, 256, 1024, 4), DecodeConfig(splits=4, stages=2)),
+        (problem(1, 256, 1024, 4), DecodeConfig(splits=2)),
+        (problem(5, 192, 1280, 4), DecodeConfig(splits=3, warpgroups=3)),
+        (problem(40, 448, 768, 8), DecodeConfig(splits=1, ctas=2, warpgroups=3)),
+    ],
+)
+def test_partial_sums_of_decode_in_interpret_mode(p, config):
+    x, weight, *_ = operands(p)
+    kernel = decode.build(p, config, interpret=compat.interpret_params())
+    partial = kernel(weight, x, jnp.ones(p.n), jnp.ones(1))
+    sums = np.asarray(partial).sum(0)[: p.n, : p.m].T // (16 if p.bits == 4 else 1)
+    raw = dataclasses.replace(p, out_dtype=jnp.dtype("int32"))
+    np.testing.assert_array_equal(sums, expected(raw, operands(p)))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32"])
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        (1, DecodeConfig(splits=4, warpgroups=3)),
+        (64, DecodeConfig(splits=1)),
+        (264, GemmConfig()),
+        (129, GemmConfig(tokens=64, warpgroups=4)),
+    ],
+)
+def test_kernels_lower_for_cuda(bits, dtype, m, config):
+    p = problem(m, 448, 2048, bits, out_dtype=jnp.dtype(dtype), per_token=True, bias=True)
+    f = jax.jit(lambda *a: matmul.matmul(p, config, *a))
+    text = f.trace(*operands(p)).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 1
+
+
+@pytest.mark.parametrize(("m_tiles", "n_tiles", "width"), [(1, 1, 8), (5, 3, 2), (8, 7, 8), (7, 2, 3)])
+def test_every_tile_is_visited_once(m_tiles, n_tiles, width):
+    visit = jax.vmap(lambda t: jnp.stack(tiles.order(t, m_tiles, n_tiles, width)))
+    visited = np.asarray(visit(jnp.arange(m_tiles * n_tiles)))
+    assert sorted(map(tuple, visited)) == [(m, n) for m in range(m_tiles) for n in range(n_tiles)]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"n": 100}, "N = 100 is not a multiple of 64"),
+        ({"k": 128}, "K = 128 is not a multiple of 256"),
+        ({"k": 262144}, "could overflow"),
+        ({"out_dtype": jnp.dtype("int8")}, "int8 is not one of"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_said(change, reason):
+    assert matmul.cannot_use(problem(4, 128, 256, 4)) is None
+    assert reason in matmul.cannot_use(
+        problem(4, 128, 256, 4, **{}) if not change else dataclasses.replace(problem(4, 128, 256, 4), **change)
+    )
+
+
+@pytest.mark.parametrize("bad", [{"tokens": 12}, {"tokens": 512}, {"warpgroups": 5}])
+def test_bad_tiles_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        GemmConfig(**bad)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 16, 64, 65, 4096])
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (4096, 14336), (57344, 8192)])
+def test_the_rule_finds_a_kernel_for_every_shape(bits, m, n, k):
+    p = problem(m, n, k, bits)
+    config = tuning.rule(p)
+    assert isinstance(config, DecodeConfig) == (m <= decode.MOST_TOKENS)
+    assert tuning.fits(p, config)
+
+
+def test_every_entry_of_the_table_can_be_built():
+    for device in ("NVIDIA H200",):
+        for (bits, n, k), rows in tuning._table(device).items():
+            for m, config in rows.items():
+                assert config is None or tuning.fits(problem(m, n, k, bits), config)
+
+
+def test_an_unknown_device_uses_the_rule():
+    p = problem(16, 4096, 4096, 4)
+    assert tuning.choose(p, "a GPU of the future") == tuning.rule(p)
+
+
+needs_hopper = pytest.mark.skipif(hopper_device() is None, reason="needs an NVIDIA GPU of compute capability 9.0")
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m", [1, 13, 64, 1000])
+def test_every_configuration_on_the_gpu(bits, m):
+    p = problem(m, 1472, 2560, bits, out_dtype=jnp.dtype("bfloat16"), bias=True, per_token=True)
+    arguments = operands(p)
+    wanted = expected(p, arguments)
+    for config in tuning.candidates(p):
+        result = jax.jit(lambda *a, config=config: matmul.matmul(p, config, *a))(*arguments)
+        assert jnp.array_equal(result, wanted), config
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 4096, 4096), (16, 6144, 4096), (64, 4096, 14336), (1024, 4096, 4096)])
+def test_no_races_in_fifty_runs(bits, m, n, k):
+    p = problem(m, n, k, bits, out_dtype=jnp.dtype("bfloat16"))
+    f = jax.jit(lambda *a: matmul.matmul(p, tuning.choose(p, hopper_device()), *a))
+    for seed in range(5):
+        arguments = operands(p, seed)
+        wanted = expected(p, arguments)
+        assert all(bool(jnp.array_equal(f(*arguments), wanted)) for _ in range(10))
