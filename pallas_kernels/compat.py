@@ -7,8 +7,8 @@ they use of it from this file, so that a new release is looked at in one place.
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
-from jax.experimental.mosaic import gpu as mgpu
+import jax.experimental.pallas.mosaic_gpu as _plgpu
+from jax.experimental.mosaic import gpu as _mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
@@ -26,6 +26,10 @@ __all__ = [
     "vector",
     "version",
 ]
+
+
+plgpu: Any = _plgpu  # Their annotations are not written for type checkers.
+mgpu: Any = _mgpu
 
 
 def _version() -> tuple[int, int]:

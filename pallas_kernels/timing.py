@@ -22,11 +22,12 @@ def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
         return [("wall clock", 1e6 * (time.perf_counter() - start))]
     from jax._src.lib import mosaic_gpu
 
-    mosaic_gpu._mosaic_gpu_ext._cupti_init()
+    cupti: Any = mosaic_gpu
+    cupti._mosaic_gpu_ext._cupti_init()
     try:
         jax.block_until_ready(run())
     finally:
-        times = mosaic_gpu._mosaic_gpu_ext._cupti_get_timings(True)
+        times = cupti._mosaic_gpu_ext._cupti_get_timings(True)
     return [(name, 1e3 * milliseconds) for name, milliseconds in times]
 
 

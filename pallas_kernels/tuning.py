@@ -6,6 +6,7 @@
 import functools
 import json
 from importlib import resources
+from typing import Any
 
 from pallas_kernels.hopper import decode, gemm
 from pallas_kernels.hopper.decode import DecodeConfig
@@ -61,10 +62,15 @@ def candidates(p: Problem) -> list[Config]:
     return [config for config in found if fits(p, config)]
 
 
+def build(p: Problem, config: Config) -> Any:
+    """The kernel that a configuration is for, a function of (w, x, w_scale, x_scale, bias if any)."""
+    return decode.build(p, config) if isinstance(config, DecodeConfig) else gemm.build(p, config)
+
+
 def fits(p: Problem, config: Config) -> bool:
     """Whether a kernel can be built with this configuration."""
     try:
-        (decode if isinstance(config, DecodeConfig) else gemm).build(p, config)
+        build(p, config)
     except (NotImplementedError, ValueError):
         return False
     return True

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import pack_int4, reference, tuning
-from pallas_kernels.hopper import decode, gemm
+from pallas_kernels.hopper import gemm
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
 SHAPES = {
@@ -64,13 +64,12 @@ def tune(m: int, n: int, k: int, bits: int, repeats: int) -> dict[str, Any]:
         if tuning.estimate(p, config) > SLOWER * tuning.estimate(p, candidates[0]):
             break
         faulthandler.dump_traceback_later(HANG, exit=True)
-        module = decode if isinstance(config, decode.DecodeConfig) else gemm
-        f = jax.jit(module.build(p, config))
+        f = jax.jit(tuning.build(p, config))
         if not jnp.array_equal(f(several[0], x, w_scale, x_scale), wanted):
             print(f"  WRONG {p} {config}", flush=True)
             continue
         us = microseconds(f, [(w, x, w_scale, x_scale) for w in several], repeats=repeats)
-        times.append((us, module.__name__.rsplit(".", 1)[1], config))
+        times.append((us, "decode" if isinstance(config, tuning.DecodeConfig) else "gemm", config))
     faulthandler.cancel_dump_traceback_later()
     times.sort(key=lambda row: row[0])
     us, kernel, config = times[0]

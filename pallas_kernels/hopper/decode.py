@@ -70,8 +70,9 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
         raise NotImplementedError(f"{config} does not fit {p}")
 
     def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
-        bias_g, o_g = rest if p.bias else (None, *rest)
-        w_s, x_s, staged, full, empty = (scratch.get(name) for name in ("w", "x", "staged", "full", "empty"))
+        missing: Any = None
+        bias_g, o_g = rest if p.bias else (missing, *rest)
+        w_s, x_s, staged, full, empty = (scratch.get(name, missing) for name in ("w", "x", "staged", "full", "empty"))
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index("split") if splits > 1 else jnp.int32(0)
         begin, end = (lax.div(r * p.steps, jnp.int32(splits)) for r in (rank, rank + 1))

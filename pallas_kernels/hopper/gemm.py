@@ -151,8 +151,9 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
     consumer_registers = min(232, left // config.warpgroups // 8 * 8)
 
     def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
-        bias_g, o_g = rest if p.bias else (None, *rest)
-        w_s, x_s, o_s, staged = (scratch.get(name) for name in ("w", "x", "out", "staged"))
+        missing: Any = None
+        bias_g, o_g = rest if p.bias else (missing, *rest)
+        w_s, x_s, o_s, staged = (scratch.get(name, missing) for name in ("w", "x", "out", "staged"))
         x_full, x_empty = scratch["x_full"], scratch["x_empty"]
         w_full, w_empty = (scratch["w_full"], scratch["w_empty"]) if packed else (x_full, x_empty)
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
@@ -211,6 +212,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                 def step(k: Any, _: Any) -> None:
                     i = t * p.steps + k
                     ws = tiles.slot(i, w_slots)
+                    bytes_ = missing
                     if packed:
                         plgpu.barrier_wait(w_full.at[ws])
                         bytes_ = load(w_s.at[ws, rows], registers.OPERAND)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.hopper import decode, gemm
+from pallas_kernels.hopper import decode
 from pallas_kernels.hopper.gemm import Problem
 
 OUT_DTYPES = ("bfloat16", "float16", "float32", "int32")
@@ -57,5 +57,4 @@ def matmul(
 
 @functools.cache
 def _kernel(p: Problem, config: tuning.Config, rows: int) -> Any:
-    p = dataclasses.replace(p, m=rows)
-    return (decode if isinstance(config, decode.DecodeConfig) else gemm).build(p, config)
+    return tuning.build(dataclasses.replace(p, m=rows), config)
