@@ -87,5 +87,5 @@ def ptx(code: str, *operands: Any, results: int = 0, convergent: bool = False) -
     if hasattr(llvm.InlineAsmOp, "convergent"):
         settings["convergent"] = convergent
     kind = llvm.StructType.get_literal([word] * results) if results else ir.Type.parse("!llvm.void")
-    value = llvm.inline_asm(kind, list(operands), code, ",".join(["=r"] * results + kinds), **settings)
+    value: Any = llvm.inline_asm(kind, list(operands), code, ",".join(["=r"] * results + kinds), **settings)
     return tuple(llvm.extractvalue(word, value, [i]) for i in range(results))
