@@ -157,6 +157,31 @@ def demo(
 
 
 @app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="What to measure: kernels.", metavar="kernels")],
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", help="Output x input channels; repeatable.", metavar="NxK")
+    ] = None,
+    rows: Annotated[list[int] | None, typer.Option("--rows", help="Rows of activations; repeatable.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the kernels on this machine, beside XLA and cuBLAS, with the device's ceilings."""
+    from fqjax.bench.kernels import default_shapes, line, parse_shape, run, summary
+
+    if what != "kernels":
+        raise InputError(f"bench: there is no benchmark {what!r}; there is: kernels")
+    all_shapes, all_rows = default_shapes()
+    chosen = [parse_shape(shape) for shape in shapes] if shapes else all_shapes
+    if any(m < 1 for m in rows or ()):
+        raise InputError(f"--rows must be positive, got {min(rows or ())}")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise InputError(f"{json_file}: its directory does not exist")
+    result = run(chosen, rows or all_rows, lambda row: console.print(line(row), highlight=False, soft_wrap=True))
+    console.print(summary(result), highlight=False)
+    _write_json(json_file, result)
+
+
+@app.command()
 def schemes() -> None:
     """List the presets: what each is, what it costs."""
     table = Table()

@@ -40,14 +40,21 @@ def microseconds(f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *,
         the cache from one call to the next.
       repeats: rounds.
     """
-    jax.block_until_ready([f(*a) for a in arguments])  # Compile, and warm up.
+
+    def one_round() -> None:
+        last = None
+        for a in arguments:  # Results are dropped as they come: together they may be larger than the memory.
+            last = f(*a)
+        jax.block_until_ready(last)
+
+    one_round()  # Compile, and warm up.
     rounds = []
     for _ in range(repeats):
-        times = kernel_times(lambda: [f(*a) for a in arguments])
+        times = kernel_times(one_round)
         rounds.append(sum(us for _, us in times) / len(arguments))
     return statistics.median(rounds)
 
 
-def copies_beyond_cache(nbytes: int, least: int = 2) -> int:
-    """How many arrays of ``nbytes`` hold four times what the cache holds."""
-    return max(least, -(-4 * L2_BYTES // nbytes))
+def copies_beyond_cache(nbytes: int, least: int = 2, most: int = 64) -> int:
+    """How many arrays of ``nbytes`` hold four times what the cache holds, within limits."""
+    return min(most, max(least, -(-4 * L2_BYTES // nbytes)))

@@ -58,7 +58,8 @@ def candidates(p: Problem) -> list[Config]:
                     found.append(DecodeConfig(splits=splits, warpgroups=warpgroups))
     else:
         for warpgroups, tokens in EFFICIENCY:
-            found.append(GemmConfig(tokens=tokens, warpgroups=warpgroups))
+            for width in (8, 16) if p.m > 4 * tokens else (8,):
+                found.append(GemmConfig(tokens=tokens, warpgroups=warpgroups, width=width))
     return [config for config in found if fits(p, config)]
 
 
@@ -103,7 +104,9 @@ def estimate(p: Problem, config: Config) -> float:
         activations = decode.token_tile(p.m) * p.k / config.splits
         from_memory = weights / min(3.8e6 / at_once, 4.5e4)
         from_cache = (weights + activations) / min(6e6 / at_once, 8e4)
-        return 2.1 + -(-ctas // at_once) * max(from_memory, from_cache) + 0.3 * (config.splits > 1)
+        sent = 256 * config.warpgroups * decode.token_tile(p.m) * (1 - 1 / config.splits)
+        exchange = 0.3 + sent / 2e4 if config.splits > 1 else 0.0
+        return 2.1 + -(-ctas // at_once) * max(from_memory, from_cache) + exchange
     tiles = blocks * -(-p.m // config.tokens)
     macs = 64 * config.warpgroups * config.tokens * p.k
     rate = 4096 * 1650 * EFFICIENCY[config.warpgroups, config.tokens][p.bits == 8]

@@ -13,6 +13,7 @@ import faulthandler
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import pack_int4, reference, tuning
 from pallas_kernels.hopper import gemm
+from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
-SHAPES = {
-    "Llama-3-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
-    "Llama-3-70B": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
-    "OPT-30B": ((21504, 7168), (7168, 7168), (28672, 7168), (7168, 28672)),
-}
-SLOWER = 1.5  # Configurations that the rule thinks this much slower than the best are not tried.
-HANG = 60  # Seconds after which a kernel is taken to hang.
-ROWS = (1, 16, 64, 256, 1024, 4096, 8192)
+SLOWER = 1.35  # Configurations that the rule thinks this much slower than the best are not tried.
+HANG = 90  # Seconds after which a kernel is taken to hang.
 
 
 def problem(m: int, n: int, k: int, bits: Any) -> gemm.Problem:
@@ -45,10 +41,6 @@ def weights(n: int, k: int, bits: int, seed: int) -> jax.Array:
     return codes if bits == 8 else jax.jit(pack_int4)(codes)
 
 
-def brief(config: tuning.Config) -> str:
-    return ",".join(str(value) for value in dataclasses.astuple(config))
-
-
 def tune(m: int, n: int, k: int, bits: int, repeats: int) -> dict[str, Any]:
     """The fastest configuration of one shape, and the times of all."""
     p = problem(m, n, k, bits)
@@ -56,38 +48,38 @@ def tune(m: int, n: int, k: int, bits: int, repeats: int) -> dict[str, Any]:
     x = jax.random.randint(jax.random.key(99), (m, k), -127, 128, jnp.int8)
     w_scale = jax.random.uniform(jax.random.key(98), (n,), minval=0.5, maxval=1.5) / 4096
     x_scale = jnp.full((1,), 0.37, jnp.float32)
-    expected = getattr(reference, f"int{bits}_matmul")
-    wanted = jax.jit(expected)(x, several[0], x_scale[0], w_scale)
-    times = []
-    candidates = sorted(tuning.candidates(p), key=lambda config: tuning.estimate(p, config))
-    for config in candidates:
-        if tuning.estimate(p, config) > SLOWER * tuning.estimate(p, candidates[0]):
-            break
+    xla = jax.jit(getattr(reference, f"int{bits}_matmul"))
+    wanted = xla(x, several[0], x_scale[0], w_scale)
+    faulthandler.dump_traceback_later(HANG, exit=True)
+    best = min(tuning.estimate(p, config) for config in tuning.candidates(p))
+    configs = [config for config in tuning.candidates(p) if tuning.estimate(p, config) <= SLOWER * best]
+    operands = [(w, x, w_scale, x_scale) for w in several]
+    lowered = [jax.jit(tuning.build(p, config)).lower(*operands[0]) for config in configs]
+    with ThreadPoolExecutor(8) as pool:
+        compiled = list(pool.map(lambda stage: stage.compile(), lowered))
+    times: list[tuple[float, str, tuning.Config | None]] = []
+    times.append((microseconds(xla, [(x, w, x_scale[0], w_scale) for w in several], repeats=repeats), "xla", None))
+    for config, f in zip(configs, compiled, strict=True):
         faulthandler.dump_traceback_later(HANG, exit=True)
-        f = jax.jit(tuning.build(p, config))
-        if not jnp.array_equal(f(several[0], x, w_scale, x_scale), wanted):
-            print(f"  WRONG {p} {config}", flush=True)
-            continue
-        us = microseconds(f, [(w, x, w_scale, x_scale) for w in several], repeats=repeats)
-        times.append((us, "decode" if isinstance(config, tuning.DecodeConfig) else "gemm", config))
+        if not jnp.array_equal(f(*operands[0]), wanted):
+            sys.exit(f"tune_kernels: wrong result for {p} with {config}")
+        kernel = "decode" if isinstance(config, tuning.DecodeConfig) else "gemm"
+        times.append((microseconds(f, operands, repeats=repeats), kernel, config))
     faulthandler.cancel_dump_traceback_later()
     times.sort(key=lambda row: row[0])
     us, kernel, config = times[0]
-    default = next(us for us, _, c in times if c == tuning.rule(p))
+    by_rule = next(us for us, _, c in times if c == tuning.rule(p))
     print(
-        f"{bits} bits {m}x{n}x{k}: {us:.2f} us, {2e-6 * m * n * k / us:.0f} TOPS, {n * k * bits / 8e6 / us:.2f} TB/s "
-        f"{config}; rule {default / us:.2f} x; " + " ".join(f"[{t:.2f} {brief(c)}]" for t, _, c in times),
+        f"{bits} bits {m}x{n}x{k}: {us:.2f} us, {2e-6 * m * n * k / us:.0f} TOPS, {n * k * bits / 8e6 / us:.2f} TB/s, "
+        f"rule {by_rule / us:.2f} x; " + " ".join(f"[{t:.2f} {brief(c)}]" for t, _, c in times[:9]),
         flush=True,
     )
-    return {
-        "bits": bits,
-        "m": m,
-        "n": n,
-        "k": k,
-        "kernel": kernel,
-        "config": dataclasses.asdict(config),
-        "microseconds": round(us, 2),
-    }
+    entry = {"bits": bits, "m": m, "n": n, "k": k, "kernel": kernel, "microseconds": round(us, 2)}
+    return entry | {"config": dataclasses.asdict(config) if config else {}}
+
+
+def brief(config: tuning.Config | None) -> str:
+    return ",".join(str(value) for value in dataclasses.astuple(config)) if config else "xla"
 
 
 def main() -> None:
@@ -107,7 +99,7 @@ def main() -> None:
     entries = {(e["bits"], e["m"], e["n"], e["k"]): e for e in table["entries"]}
     named = [tuple(int(v) for v in s.split("x")) for s in a.shapes] if a.shapes else None
     begin = time.perf_counter()
-    for n, k in named or [shape for model in SHAPES.values() for shape in model]:
+    for n, k in named or [shape for layers in SHAPES.values() for shape in layers.values()]:
         for bits in a.bits:
             for m in a.rows:
                 if time.perf_counter() - begin > a.seconds:

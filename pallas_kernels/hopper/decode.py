@@ -64,7 +64,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     packed = p.bits == 4
     exchange = registers.Exchange(splits, warpgroups, tokens)
     slot_bytes = (channels + p.halves * tokens) * STEP
-    room = (SHARED_MEMORY - 4096 - 4 * splits * exchange.warps * 16 * tokens * (splits > 1)) // slot_bytes
+    room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
     stages = min(config.stages, room, pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns))
     if stages < 1 or splits > p.steps:
         raise NotImplementedError(f"{config} does not fit {p}")

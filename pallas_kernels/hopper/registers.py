@@ -11,6 +11,7 @@ its rows, straight into that CTA's shared memory (``st.async``, counted by a bar
 any order, and the order is fixed besides.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -90,8 +91,11 @@ class Exchange:
 
     def scratch(self) -> tuple[Any, Any]:
         """Shared memory: where partial sums arrive, and the barrier that counts their bytes."""
-        words = self.splits * self.warps * self.chunks * WARP * CHUNK
-        return plgpu.SMEM((words,), jnp.int32), plgpu.SMEM((2,), jnp.int32)
+        return plgpu.SMEM((self.nbytes() // 4,), jnp.int32), plgpu.SMEM((2,), jnp.int32)
+
+    def nbytes(self) -> int:
+        """What the other CTAs send to one."""
+        return (self.splits - 1) * self.warps * self.chunks * WARP * CHUNK * 4
 
     def begin(self, barrier: Any) -> None:
         """Prepares the barrier and says so to the cluster; every thread calls it, before its other work."""
@@ -100,12 +104,11 @@ class Exchange:
         def emit(ctx: Any, barrier: Any) -> None:
             del ctx
             first = arith.cmpi(arith.CmpIPredicate.eq, mgpu.utils.thread_idx(), _i32(0))
-            size = 4 * self.splits * self.warps * self.chunks * WARP * CHUNK
             ptx(
                 f"""{{
                 @$1 mbarrier.init.shared::cta.b64 [$0], 1;
                 @$1 fence.mbarrier_init.release.cluster;
-                @$1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};
+                @$1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {self.nbytes()};
                 }}""",
                 _shared_address(barrier),
                 first,
@@ -147,34 +150,35 @@ class Exchange:
             target, slot = arith.divui(warp, _i32(self.warps)), arith.remui(warp, _i32(self.warps))
             base, counter = _shared_address(arrivals), _shared_address(barrier)
 
-            def offset(source: Any, chunk: int) -> Any:  # bytes; 16 a lane, 512 a chunk
-                box = arith.addi(arith.muli(source, _i32(self.warps)), slot)
+            def offset(distance: Any, chunk: int) -> Any:  # in bytes: 16 a lane, 512 a chunk
+                box = arith.addi(arith.muli(distance, _i32(self.warps)), slot)
                 box = arith.addi(arith.muli(box, _i32(self.chunks)), _i32(chunk))
                 return arith.addi(arith.muli(box, _i32(16 * WARP)), arith.muli(lane, _i32(16)))
 
-            flat = [scalar for register in partial.registers.flat for scalar in _scalars(register)]
+            # What this CTA finishes itself stays in the registers; a CTA's place at the target is its distance, less 1.
+            away = arith.cmpi(arith.CmpIPredicate.ne, target, rank)
+            distance = arith.subi(arith.addi(rank, _i32(self.splits - 1)), target)
+            distance = arith.remui(distance, _i32(self.splits))
+            sums = [scalar for register in partial.registers.flat for scalar in _scalars(register)]
             for chunk in range(self.chunks):
                 ptx(
                     """{
                     .reg .b32 data, counter;
                     mapa.shared::cluster.u32 data, $0, $2;
                     mapa.shared::cluster.u32 counter, $1, $2;
-                    st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [data], {$3, $4, $5, $6}, [counter];
+                    @$3 st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [data], {$4, $5, $6, $7}, [counter];
                     }""",
-                    arith.addi(base, offset(rank, chunk)),
+                    arith.addi(base, offset(distance, chunk)),
                     counter,
                     target,
-                    *flat[CHUNK * chunk : CHUNK * (chunk + 1)],
+                    away,
+                    *sums[CHUNK * chunk : CHUNK * (chunk + 1)],
                 )
             _wait(counter)
-            sums = []
-            for chunk in range(self.chunks):
-                parts = [_load4(arith.addi(base, offset(_i32(s), chunk))) for s in range(self.splits)]
-                for same in zip(*parts, strict=True):
-                    total = same[0]
-                    for part in same[1:]:
-                        total = arith.addi(total, part)
-                    sums.append(total)
+            for chunk, other in itertools.product(range(self.chunks), range(self.splits - 1)):
+                part = _load4(arith.addi(base, offset(_i32(other), chunk)))
+                for i, value in enumerate(part, CHUNK * chunk):
+                    sums[i] = arith.addi(sums[i], value)
             registers = np.empty_like(partial.registers)
             for i, register in enumerate(partial.registers.flat):
                 registers.flat[i] = vector.from_elements(register.type, sums[2 * i : 2 * i + 2])

@@ -1,0 +1,31 @@
+"""Where and with what something was measured."""
+
+import datetime
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+
+PACKAGES = ("fqjax", "jax", "jaxlib", "flax", "numpy", "torch")
+
+
+def environment() -> dict[str, Any]:
+    """``device``, ``versions`` and ``date``, as every benchmark's JSON has them."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "device": jax.devices()[0].device_kind,
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """One line of it for a table's heading."""
+    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if name in ("python", "jax", "torch"))
+    return f"{result['date']}, {result['device']}, {versions}"

@@ -1,0 +1,256 @@
+"""Times of the integer matmuls beside XLA's and cuBLAS's, in one run, with the ceilings of the device.
+
+  xla_bf16        bfloat16 weights and activations, what everything is a ratio to
+  xla_int8        int8 codes through XLA, with the scales applied
+  cublaslt_int8   torch._int_mm: int8 codes, bare int32 results (more than 16 rows only)
+  cublaslt_fp8    torch._scaled_mm: float8 weights and activations, fast accumulation
+  int8_matmul     this library, int8 weights
+  int4_matmul     this library, 4-bit weights
+
+Times are the device's (CUPTI), all kernels of a call added up.  A call takes another copy of the weights each time, so
+that they come from memory rather than from the cache.  Results of this library are compared with XLA's, bit for bit.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fqjax.bench.environment import describe, environment
+from fqjax.errors import InputError
+from pallas_kernels import int4_matmul, int8_matmul, pack_int4, reference
+from pallas_kernels.api import hopper_device
+from pallas_kernels.shapes import ROWS, SHAPES
+from pallas_kernels.timing import copies_beyond_cache, microseconds
+
+KERNELS = ("xla_bf16", "xla_int8", "cublaslt_int8", "cublaslt_fp8", "int8_matmul", "int4_matmul")
+OURS = ("int8_matmul", "int4_matmul")
+BITS = {"xla_bf16": 16, "int4_matmul": 4}  # of a weight; 8 otherwise
+SMALL = {"Llama-3-8B": {"o": SHAPES["Llama-3-8B"]["o"]}}, (1, 16)
+"""What is measured where there is no GPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the benchmark: a function, and arguments for one round of calls."""
+
+    kernel: str
+    m: int
+    n: int
+    k: int
+    call: Callable[..., Any]
+    arguments: list[tuple[Any, ...]]
+    check: tuple[Any, ...] = ()
+    """With these arguments ``xla_int8`` gives what the first of ``arguments`` should."""
+
+
+def run(
+    shapes: Iterable[tuple[int, int]], rows: Iterable[int], report: Callable[[dict[str, Any]], None] = lambda row: None
+) -> dict[str, Any]:
+    """Measures every kernel on every shape (N, K) and number of rows M.
+
+    Args:
+      shapes, rows: what to measure.
+      report: called with every row of the result as it comes.
+
+    Returns:
+      ``device``, ``versions``, ``date``, ``ceilings`` and ``rows``, as the command's ``--json`` writes them.
+    """
+    result = environment() | {"ceilings": ceilings(), "rows": []}
+    for n, k in shapes:
+        xla_int8, bf16 = None, float("nan")
+        for case in _compiled(_cases(n, k, sorted(rows))):
+            us = microseconds(case.call, case.arguments)
+            bf16 = us if case.kernel == "xla_bf16" else bf16
+            xla_int8 = case.call if case.kernel == "xla_int8" else xla_int8
+            row = {"kernel": case.kernel, "M": case.m, "N": n, "K": k, "microseconds": us}
+            row["tops"] = 2e-6 * case.m * n * k / us
+            row["tb_per_s"] = n * k * BITS.get(case.kernel, 8) / 8e6 / us
+            row["ratio_to_bf16"] = bf16 / us
+            if case.check and xla_int8 is not None:
+                row["exact"] = bool(jnp.array_equal(case.call(*case.arguments[0]), xla_int8(*case.check)))
+            result["rows"].append(row)
+            report(row)
+    return result
+
+
+def _cases(n: int, k: int, rows: list[int]) -> list[Case]:
+    """All rows of the benchmark for one shape; for every M bf16 first, then XLA's int8."""
+    keys = (jax.random.fold_in(jax.random.key(n + k), i) for i in itertools.count())
+    draw = jax.jit(lambda key: jax.random.randint(key, (n, k), -8, 8, jnp.int8))
+    codes = [draw(next(keys)) for _ in range(copies_beyond_cache(n * k // 2))]
+    pack, widen = jax.jit(pack_int4), jax.jit(lambda w: w * jnp.int8(15) + jnp.int8(3))
+    packed = [pack(w) for w in codes]
+    eight = [widen(w) for w in codes[: copies_beyond_cache(n * k)]]
+    bf16 = [w.astype(jnp.bfloat16) for w in codes[: copies_beyond_cache(2 * n * k)]]
+    one = jnp.float32(0.37)
+    scales = one, jax.random.uniform(next(keys), (n,), minval=0.5, maxval=1.5) / 4096
+    cases = []
+    for m in rows:
+        x = jax.random.randint(next(keys), (m, k), -127, 128, jnp.int8)
+        real = x.astype(jnp.bfloat16)
+        cases += [
+            Case("xla_bf16", m, n, k, jax.jit(_bf16), [(real, w) for w in bf16]),
+            Case("xla_int8", m, n, k, jax.jit(reference.int8_matmul), [(x, w, *scales) for w in eight]),
+            *_torch_cases(m, n, k, len(eight)),
+            Case(
+                "int8_matmul", m, n, k, jax.jit(int8_matmul), [(x, w, *scales) for w in eight], (x, eight[0], *scales)
+            ),
+            Case(
+                "int4_matmul", m, n, k, jax.jit(int4_matmul), [(x, w, *scales) for w in packed], (x, codes[0], *scales)
+            ),
+        ]
+    return cases
+
+
+def _bf16(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
+
+
+def _torch_cases(m: int, n: int, k: int, copies: int) -> list[Case]:
+    """Products by cuBLASLt through torch, where that is installed and sees the GPU."""
+    if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
+        return []
+    torch: Any = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return []
+    cases = []
+    x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
+    weights = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(copies)]
+    if m > 16:
+        cases.append(Case("cublaslt_int8", m, n, k, _synchronized(torch._int_mm), [(x, w.t()) for w in weights]))
+    if m >= 16:
+        one = torch.tensor(1.0, device="cuda")
+
+        def fp8(x: Any, w: Any) -> Any:
+            return torch._scaled_mm(x, w, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+        x8, w8 = x.to(torch.float8_e4m3fn), [w.to(torch.float8_e4m3fn).t() for w in weights]
+        cases.append(Case("cublaslt_fp8", m, n, k, _synchronized(fp8), [(x8, w) for w in w8]))
+    return cases
+
+
+def _synchronized(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` of torch, finished when it returns, so that its kernels fall into the measurement."""
+    torch: Any = importlib.import_module("torch")
+
+    def call(*arguments: Any) -> None:
+        f(*arguments)
+        torch.cuda.synchronize()
+
+    return call
+
+
+def _compiled(cases: list[Case]) -> Iterator[Case]:
+    """The cases with their functions compiled, all at once; each is dropped when it has been measured."""
+    jitted = [case for case in cases if hasattr(case.call, "lower")]
+    lowered = [cast(Any, case.call).lower(*case.arguments[0]) for case in jitted]
+    with ThreadPoolExecutor(8) as pool:
+        compiled = dict(zip(map(id, jitted), pool.map(lambda stage: stage.compile(), lowered), strict=True))
+    for case in cases:
+        yield dataclasses.replace(case, call=compiled.get(id(case), case.call))
+
+
+def ceilings() -> dict[str, float]:
+    """What the device reaches at most: ``bf16_tflops``, ``int8_tops``, ``copy_tb_per_s``.
+
+    bf16 is a large product by XLA; int8 the tensor cores alone on a Hopper GPU, elsewhere a large product by XLA; the copy
+    counts bytes read and written.
+    """
+    gpu = jax.default_backend() == "gpu"
+    size, gigabytes = (8192, 2.0) if gpu else (1024, 0.1)
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
+    bf16 = 2e-6 * size**3 / microseconds(jax.jit(_bf16), [(a, b)])
+    if hopper_device():
+        from pallas_kernels.hopper import ceiling
+
+        int8 = 1e-6 * ceiling.operations() / microseconds(jax.jit(ceiling.build()), [ceiling.operands()])
+    else:
+        whole = [w.astype(jnp.int8) for w in (a, b)]
+        dot = jax.jit(lambda x, w: lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32))
+        int8 = 2e-6 * size**3 / microseconds(dot, [tuple(whole)])
+    words = jnp.ones(int(gigabytes * 2**28), jnp.int32)
+    copy = 2e-6 * words.nbytes / microseconds(jax.jit(lambda v: v + 1), [(words,)])
+    return {"bf16_tflops": bf16, "int8_tops": int8, "copy_tb_per_s": copy}
+
+
+def default_shapes() -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+    """What is measured when nothing else is asked for: the shapes of well-known models, or few where there is no GPU."""
+    models, rows = (SHAPES, ROWS) if jax.default_backend() == "gpu" else SMALL
+    return list(dict.fromkeys(shape for layers in models.values() for shape in layers.values())), rows
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """``"4096x14336"`` to (N, K).
+
+    Raises:
+      InputError: if it is not two positive numbers, or K is not a multiple of 256.
+    """
+    n, cross, k = text.partition("x")
+    if not (cross and n.isdecimal() and k.isdecimal() and int(n) and int(k)):
+        raise InputError(f"--shape {text}: must be output x input channels, such as 4096x14336")
+    if int(k) % 256:
+        raise InputError(f"--shape {text}: input channels must be a multiple of 256")
+    return int(n), int(k)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the result, to be read as it comes."""
+    wrong = "" if row.get("exact", True) else "  DIFFERS FROM XLA"
+    return (
+        f"{row['kernel']:14}{row['M']:6} x {row['N']} x {row['K']}  {row['microseconds']:9.2f} us  "
+        f"{row['tops']:7.4g} TOPS  {row['tb_per_s']:6.3g} TB/s  {row['ratio_to_bf16']:5.2f} x bf16{wrong}"
+    )
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What the rows are to be seen beside."""
+    ceiling = result["ceilings"]
+    return (
+        f"{describe(result)}\nceilings: {ceiling['bf16_tflops']:.3g} TFLOP/s bf16, {ceiling['int8_tops']:.4g} TOPS int8, "
+        f"copy {ceiling['copy_tb_per_s']:.3g} TB/s"
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    ceiling = result["ceilings"]
+    lines = [
+        "# Integer matmuls",
+        "",
+        "Written by `scripts/benchmark_kernels.py`. Microseconds of the device, all kernels of a call added up; in brackets",
+        "the speed-up over XLA's bf16 product, and the share of the ceiling: of the int8 tensor cores alone where there are",
+        "256 rows or more, of the bandwidth of a copy below. Weights come from memory, not from the cache.",
+        "",
+        f"{describe(result)}. Ceilings in this run: {ceiling['bf16_tflops']:.3g} TFLOP/s bf16, "
+        f"{ceiling['int8_tops']:.4g} TOPS int8, copy {ceiling['copy_tb_per_s']:.3g} TB/s.",
+    ]
+    names = {shape: f"{model} {layer}" for model, layers in SHAPES.items() for layer, shape in layers.items()}
+    kernels = [kernel for kernel in KERNELS if any(row["kernel"] == kernel for row in result["rows"])]
+    for (n, k), group in itertools.groupby(result["rows"], key=lambda row: (row["N"], row["K"])):
+        lines += ["", f"## {names.get((n, k), 'shape')}: N = {n}, K = {k}", ""]
+        lines += ["| M | " + " | ".join(kernels) + " |", "|---:" * (1 + len(kernels)) + "|"]
+        for m, cells in itertools.groupby(group, key=lambda row: row["M"]):
+            found = {row["kernel"]: row for row in cells}
+            lines.append("| ".join([f"| {m} "] + [_cell(found.get(kernel), ceiling) for kernel in kernels]) + "|")
+    wrong = [row for row in result["rows"] if row.get("exact") is False]
+    lines += ["", f"Results that differ from XLA's in any bit: {len(wrong)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any] | None, ceiling: dict[str, float]) -> str:
+    if row is None:
+        return "- "
+    if row["kernel"] == "xla_bf16":
+        return f"{row['microseconds']:.1f} "
+    if row["M"] >= 256:
+        share = row["tops"] / ceiling["int8_tops"]
+    else:
+        share = row["tb_per_s"] / ceiling["copy_tb_per_s"]
+    return f"{row['microseconds']:.1f} ({row['ratio_to_bf16']:.2f} x, {share:.0%}) "
