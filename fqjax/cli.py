@@ -251,8 +251,15 @@ def _complain(message: str) -> int:
     return 2
 
 
+def _quiet_late_reads(unraisable: Any) -> None:
+    """Says nothing of reads that end after a failed load closed their event loop; the failure was reported."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def run() -> None:
     """Entry point of the installed command."""
+    sys.unraisablehook = _quiet_late_reads
     sys.exit(main())
 
 

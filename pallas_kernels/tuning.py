@@ -1,6 +1,6 @@
 """Which kernel and which tiles for which shape: a measured table, and a rule for shapes not in it.
 
-``tuning/<device>.json`` is written by ``scripts/tune_kernels.py`` on the device it is named after.
+``tables/<device>.json`` is written by ``scripts/tune_kernels.py`` on the device it is named after.
 """
 
 import functools
@@ -33,7 +33,7 @@ def choose(p: Problem, device: str) -> Config | None:
 def _table(device: str) -> dict[tuple[int, int, int], dict[int, Config | None]]:
     """(bits, n, k) to rows to configuration."""
     name = device.lower().replace(" ", "_") + ".json"
-    file = resources.files("pallas_kernels") / "tuning" / name
+    file = resources.files("pallas_kernels") / "tables" / name
     table: dict[tuple[int, int, int], dict[int, Config | None]] = {}
     if file.is_file():
         for entry in json.loads(file.read_text())["entries"]:
@@ -58,8 +58,7 @@ def candidates(p: Problem) -> list[Config]:
                     found.append(DecodeConfig(splits=splits, warpgroups=warpgroups))
     else:
         for warpgroups, tokens in EFFICIENCY:
-            for width in (8, 16) if p.m > 4 * tokens else (8,):
-                found.append(GemmConfig(tokens=tokens, warpgroups=warpgroups, width=width))
+            found.append(GemmConfig(tokens=tokens, warpgroups=warpgroups))
     return [config for config in found if fits(p, config)]
 
 

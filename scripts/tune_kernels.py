@@ -25,7 +25,7 @@ from pallas_kernels.hopper import gemm
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
-SLOWER = 1.35  # Configurations that the rule thinks this much slower than the best are not tried.
+SLOWER = 1.25  # Configurations that the rule thinks this much slower than the best are not tried.
 HANG = 90  # Seconds after which a kernel is taken to hang.
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         sys.exit("tune_kernels: needs an NVIDIA GPU")
     device = jax.devices()[0].device_kind
-    out = a.out or Path(tuning.__file__).parent / "tuning" / f"{device.lower().replace(' ', '_')}.json"
+    out = a.out or Path(tuning.__file__).parent / "tables" / f"{device.lower().replace(' ', '_')}.json"
     table = json.loads(out.read_text()) if out.is_file() else {"entries": []}
     entries = {(e["bits"], e["m"], e["n"], e["k"]): e for e in table["entries"]}
     named = [tuple(int(v) for v in s.split("x")) for s in a.shapes] if a.shapes else None

@@ -200,6 +200,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         def consume() -> None:
             plgpu.set_max_registers(consumer_registers, action="increase")
             rows = pl.ds(warpgroup * 64, 64)
+            whole_scale = None if p.raw or p.per_token else xs_g[0]
 
             def unpacked(bytes_: Any, half: int) -> Any:
                 if not interpret:
@@ -242,9 +243,9 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                 acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
                 for i in range(pl.cdiv(tokens, part)):
                     at = m * tokens + i * part
-                    scale = None
-                    if not p.raw:
-                        scale = load(xs_g.at[pl.ds(at, part)], COLUMN, optimized=False) if p.per_token else xs_g[0]
+                    scale = whole_scale
+                    if p.per_token and not p.raw:
+                        scale = load(xs_g.at[pl.ds(at, part)], COLUMN, optimized=False)
                     y = finish(p, acc[:, i * part : (i + 1) * part], factors, scale)
                     if by_copy_engine:
                         plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)

@@ -72,6 +72,7 @@ def test_gemm_in_interpret_mode(monkeypatch, p, config):
     [
         (problem(16, 256, 1024, 4), DecodeConfig(splits=4, stages=2)),
         (problem(1, 256, 1024, 4), DecodeConfig(splits=2)),
+        (problem(8, 128, 3584, 4), DecodeConfig(splits=2, warpgroups=1, stages=5)),
         (problem(5, 192, 1280, 4), DecodeConfig(splits=3, warpgroups=3)),
         (problem(40, 448, 768, 8), DecodeConfig(splits=1, ctas=2, warpgroups=3)),
     ],
