@@ -98,7 +98,7 @@ def quantize_activations(
       source: for each extra channel, the channel it continues, (e,).
       part: for each extra channel, how many times ``qmax`` is held by the channels before it, (e,).
       qmax: largest code, 127 or 7.
-      implementation: None or "xla"; XLA makes one kernel of it, at the speed of a copy.
+      implementation: None or "xla", which makes one kernel of it.
 
     Returns:
       int8 codes, (..., k + e).

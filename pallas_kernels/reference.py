@@ -70,8 +70,8 @@ def quantize_activations(
     Channel j < k of the result is ``clip(c[j], -qmax, qmax)`` with ``c = round(x * multiplier)``.  Channel k + e holds
     what ``source[e]`` has left beyond ``part[e] * qmax``:  ``sign(c) * clip(|c| - part[e] * qmax, 0, qmax)``.
 
-    The two slices are written into one buffer rather than concatenated: XLA turns that into a single kernel, which on
-    an H200 takes as long as the quantization alone, while a concatenation takes twice as long.
+    The two slices are written into one buffer rather than concatenated: XLA turns that into a single kernel, in which each
+    element is computed once; in the fusion of a concatenation each is computed for both operands.
     """
     k, extra = x.shape[-1], source.shape[0]
     main = jnp.clip(_codes(x, multiplier), -qmax, qmax).astype(jnp.int8)
