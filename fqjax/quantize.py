@@ -9,7 +9,7 @@ model, scheme, data  ->  statistics of every linear layer   (fqjax.calibration)
 import functools
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -105,6 +105,8 @@ def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """The first batch, and an iterable that still begins with it."""
     if isinstance(batches, np.ndarray | jax.Array):
         raise InputError("calibration: expected an iterable of batches, got one array; pass a list of it")
+    if isinstance(batches, Sequence) and batches:
+        return batches[0], batches  # As it is, so that progress can say how much is left.
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
