@@ -20,6 +20,13 @@ def test_every_row_has_what_is_promised(result):
         assert row["tops"] == pytest.approx(2e-6 * row["M"] * 128 * 256 / row["microseconds"])
 
 
+def test_quantizing_activations_is_timed_with_and_without_flattening(result):
+    rows = {row["kernel"]: row for row in result["activations"]}
+    assert rows["quantize_flatten"]["extra"] == 128 and rows["quantize"]["extra"] == 0
+    assert all(row["microseconds"] > 0 for row in rows.values())
+    assert "`rms_norm_quantize_flatten` takes" in kernels.markdown(result)
+
+
 def test_our_results_are_compared_with_xla(result):
     ours = [row for row in result["rows"] if row["kernel"] in kernels.OURS]
     assert len(ours) == 4 and all(row["exact"] for row in ours)

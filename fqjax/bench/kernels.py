@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fqjax.bench import activations
 from fqjax.bench.environment import describe, environment
 from fqjax.errors import InputError
 from pallas_kernels import int4_matmul, int8_matmul, pack_int4, reference
@@ -60,9 +61,10 @@ def run(
       report: called with every row of the result as it comes.
 
     Returns:
-      ``device``, ``versions``, ``date``, ``ceilings`` and ``rows``, as the command's ``--json`` writes them.
+      ``device``, ``versions``, ``date``, ``ceilings``, ``rows`` and ``activations``, as the command's ``--json`` writes them.
     """
-    result = environment() | {"ceilings": ceilings(), "rows": []}
+    sizes = () if jax.default_backend() == "gpu" else (256, 512)
+    result = environment() | {"ceilings": ceilings(), "activations": activations.measure(*sizes), "rows": []}
     for n, k in shapes:
         xla_int8, bf16 = None, float("nan")
         for case in _compiled(_cases(n, k, sorted(rows))):
@@ -239,6 +241,8 @@ def markdown(result: dict[str, Any]) -> str:
         for m, cells in itertools.groupby(group, key=lambda row: row["M"]):
             found = {row["kernel"]: row for row in cells}
             lines.append("| ".join([f"| {m} "] + [_cell(found.get(kernel), ceiling) for kernel in kernels]) + "|")
+    if "activations" in result:
+        lines += ["", *activations.markdown(result["activations"])]
     wrong = [row for row in result["rows"] if row.get("exact") is False]
     lines += ["", f"Results that differ from XLA's in any bit: {len(wrong)}."]
     return "\n".join(lines) + "\n"

@@ -134,7 +134,8 @@ def test_works_under_nested_vmap():
     np.testing.assert_array_equal(jax.vmap(jax.vmap(product))(x), product(x))
 
 
-def test_works_inside_shard_map(implementation):
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_works_inside_shard_map(implementation, check_vma):
     mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     x, weight = codes((16, 128), 127, 11), codes((64, 128), 127, 12)
@@ -142,7 +143,7 @@ def test_works_inside_shard_map(implementation):
         int8_matmul, x_scale=jnp.float32(1), weight_scale=jnp.float32(1), implementation=implementation
     )
     sharded = jax.shard_map(
-        product, mesh=mesh, in_specs=(spec(), spec("model")), out_specs=spec(None, "model"), check_vma=False
+        product, mesh=mesh, in_specs=(spec(), spec("model")), out_specs=spec(None, "model"), check_vma=check_vma
     )
     np.testing.assert_array_equal(jax.jit(sharded)(x, weight), product(x, weight))
 

@@ -1,0 +1,78 @@
+"""What quantizing and flattening activations costs, alone and behind the norm that a model has in front of a linear layer.
+
+copy                   reads and writes as many bfloat16 values, for scale
+quantize               static INT8 quantization
+quantize_flatten       the same with a tenth more channels, for what the large ones have left
+rms_norm_quantize, rms_norm_quantize_flatten
+                       both, on the output of an RMS norm, which XLA may fuse with them
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import quantize_activations
+from pallas_kernels.timing import L2_BYTES, microseconds
+
+ROWS, CHANNELS = 8192, 4096
+
+
+def measure(rows: int = ROWS, channels: int = CHANNELS) -> list[dict[str, Any]]:
+    """One entry a function: ``kernel``, ``M``, ``K``, ``extra`` channels, ``microseconds``, ``tb_per_s`` read and written.
+
+    A tenth of the channels is flattened, padded to a multiple of 128.
+    """
+    used = channels // 10
+    extra = -(-used // 128) * 128
+    key = jax.random.key(0)
+    multiplier = jax.random.uniform(key, (channels,), minval=1.0, maxval=40.0)
+    source = jnp.arange(extra) % used * 10
+    part = jnp.where(jnp.arange(extra) < used, 1, 1 << 20)
+    none = jnp.zeros(0, jnp.int32)
+    weight = jnp.ones(channels, jnp.bfloat16)
+
+    def norm(x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)
+        return (wide * scale).astype(x.dtype) * weight
+
+    def quantize(x: jax.Array) -> jax.Array:
+        return quantize_activations(x, multiplier, none, none, qmax=127)
+
+    def flatten(x: jax.Array) -> jax.Array:
+        return quantize_activations(x, multiplier, source, part, qmax=127)
+
+    functions: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "copy": lambda x: x + 1,
+        "quantize": quantize,
+        "quantize_flatten": flatten,
+        "rms_norm_quantize": lambda x: quantize(norm(x)),
+        "rms_norm_quantize_flatten": lambda x: flatten(norm(x)),
+    }
+    copies = max(2, min(8, 4 * L2_BYTES // (2 * rows * channels)))
+    inputs = [(jax.random.normal(jax.random.key(i), (rows, channels), jnp.bfloat16) * 4,) for i in range(copies)]
+    results = []
+    for name, function in functions.items():
+        jitted = jax.jit(function)
+        us = microseconds(jitted, inputs)
+        moved = inputs[0][0].nbytes + jitted(*inputs[0]).nbytes
+        row = {"kernel": name, "M": rows, "K": channels, "extra": extra if "flatten" in name else 0}
+        results.append(row | {"microseconds": us, "tb_per_s": moved / 1e6 / us})
+    return results
+
+
+def markdown(rows: list[dict[str, Any]]) -> list[str]:
+    """The entries as lines of a table."""
+    first = rows[0]
+    lines = [f"## Activations: {first['M']} x {first['K']}", "", "| | microseconds | TB/s |", "|---|---:|---:|"]
+    for row in rows:
+        lines.append(f"| {row['kernel']} | {row['microseconds']:.1f} | {row['tb_per_s']:.3g} |")
+    by_name = {row["kernel"]: row["microseconds"] for row in rows}
+    for name in ("quantize", "rms_norm_quantize"):
+        lines += [
+            "",
+            f"`{name}_flatten` takes {by_name[name + '_flatten'] / by_name[name]:.2f} times as long as `{name}`.",
+        ]
+    return lines
