@@ -3,10 +3,11 @@
 The package stands alone; nothing in it knows of models or quantization methods.
 """
 
-from pallas_kernels.api import int4_matmul, int8_matmul, quantize_activations, quantize_per_token
+from pallas_kernels.api import can_use_mosaic, int4_matmul, int8_matmul, quantize_activations, quantize_per_token
 from pallas_kernels.packing import pack_int4, unpack_int4
 
 __all__ = [
+    "can_use_mosaic",
     "int4_matmul",
     "int8_matmul",
     "pack_int4",

@@ -11,20 +11,14 @@ Codes are integers, so no function here has a gradient; differentiating raises `
 """
 
 import functools
-import logging
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
 
 from pallas_kernels import reference
+from pallas_kernels.dispatch import Implementation, hopper_device, matmul, problem, without_gradient
 from pallas_kernels.packing import BLOCK
-
-Implementation = Literal["mosaic", "xla"]
-log = logging.getLogger("pallas_kernels")
 
 
 def int8_matmul(
@@ -114,7 +108,7 @@ def quantize_activations(
         )
     _check_implementation(implementation)
     quantize = functools.partial(reference.quantize_activations, qmax=qmax)
-    return _without_gradient("quantize_activations", quantize)(x, multiplier, source, part)
+    return without_gradient("quantize_activations", quantize)(x, multiplier, source, part)
 
 
 def quantize_per_token(
@@ -137,7 +131,7 @@ def quantize_per_token(
         )
     _check_implementation(implementation)
     quantize = functools.partial(reference.quantize_per_token, qmax=qmax, width=width)
-    return _without_gradient("quantize_per_token", quantize)(x, multiplier)
+    return without_gradient("quantize_per_token", quantize)(x, multiplier)
 
 
 def can_use_mosaic(
@@ -147,40 +141,9 @@ def can_use_mosaic(
 
     ``device`` is the name of a GPU ("NVIDIA H200"), that of this process by default.
     """
-    return (device or hopper_device()) is not None and _problem_fits(bits, rows, n, k, out_dtype) is None
+    from pallas_kernels.hopper.matmul import cannot_use
 
-
-@functools.cache
-def hopper_device() -> str | None:
-    """The name of this process's Hopper GPU; None if it has none."""
-    try:
-        device = jax.devices("cuda")[0]
-    except RuntimeError:
-        return None
-    return device.device_kind if getattr(device, "compute_capability", "") == "9.0" else None
-
-
-def _problem_fits(bits: Literal[4, 8], rows: int, n: int, k: int, out_dtype: DTypeLike) -> str | None:
-    from pallas_kernels.hopper import matmul
-
-    return matmul.cannot_use(_problem(bits, rows, n, k, False, False, False, out_dtype))
-
-
-def _problem(
-    bits: Literal[4, 8], m: int, n: int, k: int, per_token: bool, per_channel: bool, bias: bool, out_dtype: DTypeLike
-) -> Any:
-    from pallas_kernels.hopper.gemm import Problem
-
-    return Problem(
-        m=m,
-        n=n,
-        k=k,
-        bits=bits,
-        per_token=per_token,
-        per_channel=per_channel,
-        bias=bias,
-        out_dtype=jnp.dtype(out_dtype),
-    )
+    return (device or hopper_device()) is not None and cannot_use(problem(bits, rows, n, k, out_dtype)) is None
 
 
 def _matmul(
@@ -195,111 +158,8 @@ def _matmul(
 ) -> Array:
     x_scale, weight_scale = (jnp.asarray(scale, jnp.float32) for scale in (x_scale, weight_scale))
     _check(x, weight, weight.shape[-1] * (8 // bits), x_scale, weight_scale, bias, implementation)
-    name = f"int{bits}_matmul"
-    if bias is None:
-        call = _entry(name, bits, jnp.dtype(out_dtype), implementation, False)
-        return call(x, weight, x_scale, weight_scale)
-    return _entry(name, bits, jnp.dtype(out_dtype), implementation, True)(x, weight, x_scale, weight_scale, bias)
-
-
-@functools.cache
-def _entry(
-    name: str, bits: Literal[4, 8], out_dtype: Any, implementation: Implementation | None, bias: bool
-) -> Callable[..., Array]:
-    """The matmul as a function of arrays alone, with its rules for differentiation and batching."""
-
-    def rows(x: Array, weight: Array, x_scale: Array, weight_scale: Array, b: Array | None = None) -> Array:
-        """Any leading axes are rows."""
-        if not x.size or not weight.size:
-            return getattr(reference, name)(x, weight, x_scale, weight_scale, b, out_dtype)
-        flat = x.reshape(-1, x.shape[-1])
-        scale = x_scale.reshape(-1) if x_scale.ndim else x_scale
-        y = _run(name, bits, flat, weight, scale, weight_scale, b, out_dtype, implementation)
-        return y.reshape(*x.shape[:-1], weight.shape[0])
-
-    batched = jax.custom_batching.custom_vmap(rows)
-
-    @batched.def_vmap
-    def _(size: int, in_batched: list[bool], *operands: Array) -> tuple[Array, bool]:
-        x, weight, x_scale, weight_scale, *rest = operands
-        x_batched, *others_batched = in_batched
-        if any((others_batched[0], *others_batched[2:])):  # Several weights: one after the other.
-            axes = [0 if b else None for b in in_batched]
-            each = lambda i: rows(*(o if a is None else o[i] for o, a in zip(operands, axes, strict=True)))  # noqa: E731
-            return lax.map(each, jnp.arange(size)), True
-        if not x_batched:
-            x = jnp.broadcast_to(x, (size, *x.shape))
-        if others_batched[1] or x_scale.ndim:  # One scale a row, for every row.
-            missing = x.ndim - 1 - (x_scale.ndim if others_batched[1] else x_scale.ndim + 1)
-            if not others_batched[1]:
-                x_scale = x_scale[None]
-            x_scale = jnp.broadcast_to(x_scale.reshape(*x_scale.shape, *(1,) * missing), x.shape[:-1])
-        return batched(x, weight, x_scale, weight_scale, *rest), True
-
-    return _without_gradient(name, batched)
-
-
-def _without_gradient(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f``, which says so clearly when it is differentiated."""
-    closed = jax.custom_jvp(f)
-
-    @closed.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        del primals, tangents
-        raise NotImplementedError(
-            f"{name} cannot be differentiated: it works on integer codes; differentiate the unquantized model, or stop the "
-            "gradient in front of it with jax.lax.stop_gradient"
-        )
-
-    return closed
-
-
-def _run(
-    name: str,
-    bits: Literal[4, 8],
-    x: Array,
-    weight: Array,
-    x_scale: Array,
-    weight_scale: Array,
-    bias: Array | None,
-    out_dtype: Any,
-    implementation: Implementation | None,
-) -> Array:
-    """One matmul with x of shape (m, k), by the implementation asked for or the fastest there is."""
-
-    def xla(x: Array, weight: Array, x_scale: Array, weight_scale: Array, *bias: Array) -> Array:
-        return getattr(reference, name)(x, weight, x_scale, weight_scale, *(bias or (None,)), out_dtype)
-
     operands = (x, weight, x_scale, weight_scale) if bias is None else (x, weight, x_scale, weight_scale, bias)
-    device = hopper_device()
-    if implementation == "xla" or (implementation is None and device is None):
-        return xla(*operands)
-    from pallas_kernels import tuning
-    from pallas_kernels.hopper import matmul
-
-    (m, k), n = x.shape, weight.shape[0]
-    p = _problem(bits, m, n, k, bool(x_scale.ndim), bool(weight_scale.ndim), bias is not None, out_dtype)
-    reason = "it needs an NVIDIA GPU of compute capability 9.0" if device is None else matmul.cannot_use(p)
-    if reason and implementation == "mosaic":
-        raise NotImplementedError(f"{name}: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
-    config = None if reason or device is None else tuning.choose(p, device)
-    if config is None and implementation == "mosaic":
-        config = tuning.rule(p)
-    _say(name, m, n, k, "xla" if config is None else f"mosaic, {config}", reason or "")
-    if config is None:
-        return xla(*operands)
-
-    def mosaic(x: Array, weight: Array, x_scale: Array, weight_scale: Array, *bias: Array) -> Array:
-        return matmul.matmul(p, config, x, weight, x_scale, weight_scale, *(bias or (None,)))
-
-    if implementation == "mosaic":
-        return mosaic(*operands)
-    return lax.platform_dependent(*operands, cuda=mosaic, default=xla)
-
-
-@functools.cache
-def _say(name: str, m: int, n: int, k: int, choice: str, why: str) -> None:
-    log.info("%s %d x %d x %d: %s%s", name, m, n, k, choice, f" ({why})" if why else "")
+    return matmul(bits, jnp.dtype(out_dtype), implementation)(*operands)
 
 
 def _check(

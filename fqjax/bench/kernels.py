@@ -26,7 +26,7 @@ from fqjax.bench import activations
 from fqjax.bench.environment import describe, environment
 from fqjax.errors import InputError
 from pallas_kernels import int4_matmul, int8_matmul, pack_int4, reference
-from pallas_kernels.api import hopper_device
+from pallas_kernels.dispatch import hopper_device
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 

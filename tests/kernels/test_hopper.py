@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, pack_int4, reference, tuning
-from pallas_kernels.api import hopper_device
+from pallas_kernels.dispatch import hopper_device
 from pallas_kernels.hopper import decode, gemm, matmul, tiles
 from pallas_kernels.hopper.decode import DecodeConfig
 from pallas_kernels.hopper.gemm import GemmConfig, Problem

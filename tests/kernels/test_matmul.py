@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import int4_matmul, int8_matmul, pack_int4
-from pallas_kernels.api import hopper_device
+from pallas_kernels.dispatch import hopper_device
 
 IMPLEMENTATIONS = ["xla", pytest.param("mosaic", marks=pytest.mark.gpu)]
 ROWS = [1, 7, 8, 9, 63, 65, 127, 129]
