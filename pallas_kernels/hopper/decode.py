@@ -65,8 +65,9 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     exchange = registers.Exchange(splits, warpgroups, tokens)
     slot_bytes = (channels + p.halves * tokens) * STEP
     room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
-    stages = min(config.stages, room, pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns))
-    if stages < 1 or splits > p.steps:
+    visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
+    stages = min(config.stages, room, visits)
+    if stages < min(visits, 2) or splits > p.steps:  # A slot is given back when the next one has been waited for.
         raise NotImplementedError(f"{config} does not fit {p}")
 
     def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
@@ -92,6 +93,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 source = w_g.at[pl.ds(block * channels, channels), pl.ds(k * STEP, STEP)]
                 plgpu.copy_gmem_to_smem(source, w_s.at[s], full.at[s])
                 for half in range(p.halves):
+                    # A traced zero: the tile may have more rows than x, and the copy engine fills them with zeros.
                     part = x_g.at[pl.ds(cta * 0, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
                     plgpu.copy_gmem_to_smem(part, x_s.at[s, half], full.at[s])
 

@@ -133,6 +133,18 @@ def test_bad_tiles_are_refused(bad):
         GemmConfig(**bad)
 
 
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        (8, DecodeConfig(splits=1, stages=1)),  # would wait for ever
+        (8, DecodeConfig(splits=3, warpgroups=2)),  # eight warps' rows for three CTAs
+        (8, DecodeConfig(splits=8, warpgroups=2)),  # more CTAs than steps
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(m, config):
+    assert not tuning.fits(problem(m, 256, 512, 8), config)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("m", [1, 16, 64, 65, 4096])
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (4096, 14336), (57344, 8192)])
