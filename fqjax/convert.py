@@ -32,7 +32,7 @@ from fqjax.checkpoint.orbax import refuse_existing, write
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.core.flatten import padded_width
-from fqjax.demo.corpus import reference_text
+from fqjax.corpus import reference_text
 from fqjax.errors import InputError
 from fqjax.memo import DirectoryMemo, write_whole
 from fqjax.models import FAMILIES

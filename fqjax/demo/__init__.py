@@ -1,1 +1,1 @@
-"""The bundled checkpoint, the text it was trained on, and the demonstration that uses both."""
+"""The bundled checkpoint, and the demonstration on it."""

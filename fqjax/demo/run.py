@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.checkpoint.orbax import load, refuse_existing, save
-from fqjax.demo.corpus import held_out_text, reference_text
+from fqjax.corpus import held_out_text, reference_text
 from fqjax.evaluate import perplexity
 from fqjax.inference.generate import generate
 from fqjax.quantize import quantize
@@ -28,7 +28,7 @@ ROWS = {
     "bf16": "the model as it is",
     "w8a8": "INT8, one scale a tensor: outlier channels use up the codes",
     "smoothquant": "INT8, smoothed: outliers move in part into the weights",
-    "flattenquant-w8a8": "INT8, smoothed and flattened: nothing is lost",
+    "flattenquant-w8a8": "INT8, smoothed and flattened: hardly anything is lost",
     "flattenquant": "the same with half of the arithmetic in INT4",
 }
 """The schemes shown, and what each row shows."""
