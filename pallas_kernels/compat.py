@@ -72,6 +72,23 @@ def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> Any:
     return plgpu.load(ref, layout=layout, optimized=optimized)
 
 
+def start_profiler() -> None:
+    """Begins to record every kernel's time (CUPTI); NVIDIA GPUs only."""
+    _extension()._cupti_init()
+
+
+def stop_profiler() -> list[tuple[str, float]]:
+    """Ends what :func:`start_profiler` began: (name, milliseconds) of every kernel since, in order."""
+    return _extension()._cupti_get_timings(True)
+
+
+def _extension() -> Any:
+    from jax._src.lib import mosaic_gpu
+
+    found: Any = mosaic_gpu
+    return found._mosaic_gpu_ext
+
+
 def ptx(code: str, *operands: Any, results: int = 0, convergent: bool = False) -> tuple[Any, ...]:
     """Inline PTX with side effects, inside ``plgpu.inline_mgpu``.
 

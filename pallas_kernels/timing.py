@@ -20,14 +20,13 @@ def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
         start = time.perf_counter()
         jax.block_until_ready(run())
         return [("wall clock", 1e6 * (time.perf_counter() - start))]
-    from jax._src.lib import mosaic_gpu
+    from pallas_kernels import compat
 
-    cupti: Any = mosaic_gpu
-    cupti._mosaic_gpu_ext._cupti_init()
+    compat.start_profiler()
     try:
         jax.block_until_ready(run())
     finally:
-        times = cupti._mosaic_gpu_ext._cupti_get_timings(True)
+        times = compat.stop_profiler()
     return [(name, 1e3 * milliseconds) for name, milliseconds in times]
 
 

@@ -101,19 +101,15 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
             lax.fori_loop(0, count, step, None)
             if exchanges:
                 exchange.ready()
-            wait = lambda i, _: plgpu.barrier_wait(empty.at[tiles.slot(i, stages)])  # noqa: E731
-            lax.fori_loop(jnp.maximum(count - stages, 0), count, wait, None)
+            tiles.drain(empty, count, stages)
 
         @pl.when(warpgroup < warpgroups)
         def consume() -> None:
             rows = pl.ds(warpgroup * 64, 64)
 
             def unpacked(bytes_: Any, half: int) -> Any:
-                if not interpret:
-                    return registers.unpack(bytes_, half)
-                staged[warpgroup, half] = registers.unpack_in_interpreter(bytes_, half)
-                plgpu.commit_smem()
-                return staged.at[warpgroup, half]
+                own = staged.at[warpgroup] if interpret else None
+                return registers.unpacked_operand(bytes_, half, own, bool(interpret))
 
             def accumulate(t: Any, acc: Any) -> Any:
                 def step(k: Any, _: Any) -> None:

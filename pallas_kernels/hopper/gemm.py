@@ -91,12 +91,12 @@ class Problem:
         return jnp.issubdtype(self.out_dtype, jnp.integer)
 
 
-def finish(p: Problem, acc: Any, row_factors: tuple[Any, Any], token_scale: Any) -> Any:
-    """The epilogue on a (64, tokens) int32 tile; ``row_factors`` are weight scale and bias (scalars, row vectors, None)."""
+def finish(p: Problem, acc: Any, factors: tuple[Any, Any], token_scale: Any) -> Any:
+    """The epilogue on a (64, tokens) int32 tile; ``factors`` are those of :func:`row_factors`."""
     acc = plgpu.layout_cast(acc, plgpu.Layout.WGMMA)
     if p.raw:
         return acc >> 4 if p.bits == 4 else acc
-    weight_scale, bias = row_factors
+    weight_scale, bias = factors
 
     def spread(value: Any, axis: int) -> Any:
         return lax.broadcast_in_dim(value, acc.shape, [axis]) if value.ndim else value
@@ -111,9 +111,15 @@ def finish(p: Problem, acc: Any, row_factors: tuple[Any, Any], token_scale: Any)
 
 
 def row_factors(p: Problem, scale: Any, bias: Any, first: Any) -> tuple[Any, Any]:
-    """Weight scale and bias of 64 channels from ``first`` on, or of the last 64 where those lie beyond the output."""
+    """Weight scale (a scalar or a row vector) and bias (or None) of 64 channels from ``first`` on.
+
+    Where those lie beyond the output, those of the last 64: what is made of them is not written.
+    """
     rows = pl.ds(jnp.minimum(first, p.n - 64), 64)
-    vector = lambda ref: load(ref.at[rows], ROW, optimized=False)  # noqa: E731
+
+    def vector(ref: Any) -> Any:
+        return load(ref.at[rows], ROW, optimized=False)
+
     if p.raw:
         return None, None
     return vector(scale) if p.per_channel else scale[0], vector(bias) if p.bias else None
@@ -192,9 +198,8 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
 
             lax.fori_loop(0, mine, tile, None)
             rings = [(x_empty, mine * p.steps * p.halves, x_slots)] + [(w_empty, mine * p.steps, w_slots)] * packed
-            for empty, count, slots in rings:  # See every arrival, so that none is pending when the CTA ends.
-                wait = lambda i, _, empty=empty, slots=slots: plgpu.barrier_wait(empty.at[tiles.slot(i, slots)])  # noqa: E731
-                lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
+            for ring in rings:
+                tiles.drain(*ring)
 
         @pl.when(warpgroup < config.warpgroups)
         def consume() -> None:
@@ -203,11 +208,8 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
             whole_scale = None if p.raw or p.per_token else xs_g[0]
 
             def unpacked(bytes_: Any, half: int) -> Any:
-                if not interpret:
-                    return registers.unpack(bytes_, half)
-                staged[warpgroup, half] = registers.unpack_in_interpreter(bytes_, half)
-                plgpu.commit_smem()
-                return staged.at[warpgroup, half]
+                own = staged.at[warpgroup] if interpret else None
+                return registers.unpacked_operand(bytes_, half, own, bool(interpret))
 
             def accumulate(t: Any, acc: Any) -> Any:
                 def step(k: Any, _: Any) -> None:

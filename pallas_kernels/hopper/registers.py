@@ -52,10 +52,21 @@ def unpack(packed: Any, half: int) -> Any:
     return _map_words(lambda w: arith.andi(w if half else arith.shli(w, _i32(4)), _i32(mask)))(packed)
 
 
-def unpack_in_interpreter(packed: Any, half: int) -> Any:
-    """:func:`unpack` in jax.numpy, for the interpreter, which cannot run MLIR."""
+def unpacked_operand(packed: Any, half: int, staged: Any, interpret: bool) -> Any:
+    """:func:`unpack` as a ``wgmma`` operand; the interpreter, which can run neither, gets it through shared memory.
+
+    Args:
+      packed: (64, 128) bytes.
+      half: 0 for the low nibbles, 1 for the high ones.
+      staged: in interpret mode, a reference to (2, 64, 128) int8 of this warpgroup's own; unused otherwise.
+      interpret: whether the kernel is interpreted.
+    """
+    if not interpret:
+        return unpack(packed, half)
     wide = packed.astype(jnp.int32)
-    return ((wide if half else wide << 4) & 0xF0).astype(jnp.int8)
+    staged[half] = ((wide if half else wide << 4) & 0xF0).astype(jnp.int8)
+    plgpu.commit_smem()
+    return staged.at[half]
 
 
 def _thread() -> tuple[Any, Any]:

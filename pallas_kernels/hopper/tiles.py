@@ -21,6 +21,15 @@ def slot(i: Any, slots: int) -> Any:
     return lax.rem(i, jnp.int32(slots))
 
 
+def drain(empty: Any, count: Any, slots: int) -> None:
+    """Waits until the last ``slots`` of ``count`` copies have been given back: no arrival may be pending when a CTA ends."""
+
+    def wait(i: Any, _: Any) -> None:
+        plgpu.barrier_wait(empty.at[slot(i, slots)])
+
+    lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
+
+
 def order(t: Any, m_tiles: int, n_tiles: int, width: int) -> tuple[Any, Any]:
     """The (m, n) of the t-th tile: stripes of ``width`` tiles along m, every other one walked backwards.
 

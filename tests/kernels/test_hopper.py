@@ -156,10 +156,11 @@ def test_the_rule_finds_a_kernel_for_every_shape(bits, m, n, k):
 
 
 def test_every_entry_of_the_table_can_be_built():
-    for device in ("NVIDIA H200",):
-        for (bits, n, k), rows in tuning._table(device).items():
-            for m, config in rows.items():
-                assert config is None or tuning.fits(problem(m, n, k, bits), config)
+    table = tuning._table("NVIDIA H200")
+    assert table
+    for (bits, n, k), rows in table.items():
+        for m, config in rows.items():
+            assert config is None or tuning.fits(problem(m, n, k, bits), config)
 
 
 def test_an_unknown_device_uses_the_rule():

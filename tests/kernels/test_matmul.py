@@ -62,15 +62,17 @@ def test_any_number_of_output_channels(m, n, k, packed):
     np.testing.assert_array_equal(multiply(packed, x, weight, one, one, out_dtype=jnp.int32), exact(x, weight))
 
 
-@pytest.mark.parametrize("m", [3, 40, 200])
+@pytest.mark.parametrize(
+    ("implementation", "m"),
+    [("xla", 40), *(pytest.param("mosaic", m, marks=pytest.mark.gpu) for m in (3, 40, 200))],
+    indirect=["implementation"],
+)
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("packed", [False, True])
 def test_scales_and_bias(implementation, m, per_token, per_channel, with_bias, dtype, packed):
-    if implementation == "xla" and m != 40:
-        pytest.skip("the number of rows makes no difference to XLA here")
     rng = np.random.default_rng(2)
     x, weight = codes((m, 256), 127, 3), codes((192, 256), 7 if packed else 127, 4)
     x_scale = jnp.asarray(rng.uniform(1e-3, 1e-2, m if per_token else ()), jnp.float32)
