@@ -29,8 +29,18 @@ INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
 
 Model = Annotated[str, typer.Argument(help="Directory of a Hugging Face or an fqjax checkpoint, or a hub id.")]
+
+
+def _in_a_directory(path: Path | None) -> Path | None:
+    """Refuses a file that could not be written, before the work whose result it is to hold."""
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{path}: its directory does not exist")
+    return path
+
+
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Also write what is printed to this file.", metavar="FILE")
+    Path | None,
+    typer.Option("--json", help="Also write what is printed to this file.", metavar="FILE", callback=_in_a_directory),
 ]
 
 
@@ -174,8 +184,6 @@ def bench(
     chosen = [parse_shape(shape) for shape in shapes] if shapes else all_shapes
     if any(m < 1 for m in rows or ()):
         raise InputError(f"--rows must be positive, got {min(rows or ())}")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise InputError(f"{json_file}: its directory does not exist")
     result = run(chosen, rows or all_rows, lambda row: console.print(line(row), highlight=False, soft_wrap=True))
     console.print(summary(result), highlight=False)
     _write_json(json_file, result)
