@@ -89,11 +89,3 @@ def _sweep(
         return weight, lax.dynamic_update_slice(rounded, columns.T, (jnp.zeros_like(start), start))
 
     return lax.fori_loop(0, k // BLOCK, block, (weight, jnp.zeros_like(weight)))[1]
-
-
-def output_error(
-    weight: Float32[Array, "n k"], represented: Float32[Array, "n k"], hessian: Float32[Array, "k k"]
-) -> Float32[Array, ""]:
-    """Squared error of the layer's output over the output's square, on the inputs of which ``hessian`` is X^T X."""
-    change = weight - represented
-    return jnp.sum((change @ hessian) * change) / jnp.maximum(jnp.sum((weight @ hessian) * weight), 1e-30)

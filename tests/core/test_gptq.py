@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.gptq import _factor, gptq, output_error
+from fqjax.core.gptq import _factor, gptq
 
 
 def inputs(rows, k, seed=0):
@@ -16,6 +16,12 @@ def problem(n=24, k=200, rows=600):
     x = inputs(rows, k)
     weight = np.random.default_rng(1).normal(0, 3, (n, k)).astype(np.float32)
     return jnp.asarray(weight), jnp.asarray(x.T @ x, jnp.float32)
+
+
+def output_error(weight, represented, hessian):
+    """Squared error of the layer's output over the output's square, on the inputs of which ``hessian`` is X^T X."""
+    change = weight - represented
+    return jnp.sum((change @ hessian) * change) / jnp.sum((weight @ hessian) * weight)
 
 
 def nearest(column, index):
