@@ -9,18 +9,14 @@ measured before keeps its result until it is measured again under the same name.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import fqjax
-from fqjax.demo.corpus import held_out_text, reference_text
+from fqjax.bench.environment import describe, environment
+from fqjax.corpus import held_out_text, reference_text
 from fqjax.demo.run import CHECKPOINT
 from fqjax.text import encode, read_text
 
@@ -55,33 +51,22 @@ def measure(
     return rows
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions and date."""
-    names = ("fqjax", "jax", "jaxlib", "flax", "numpy", "transformers")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def table(results: dict[str, Any]) -> str:
     """All results in Markdown."""
     lines = [
         "# Perplexity of every scheme",
         "",
         "Written by `scripts/benchmark_quality.py`. Ratios are to the same model in bfloat16 in the same run; bytes are",
-        "those of the linear layers.",
+        "those of the linear layers. Models other than the bundled one do not come with fqjax; the script takes any. A model",
+        '"with outliers" is the same function with a few large activation channels,',
+        "as `scripts/train_demo_model.py` makes them.",
     ]
     for name, result in results.items():
-        about = result["environment"]
-        versions = ", ".join(f"{package} {about['versions'][package]}" for package in ("python", "jax", "flax"))
         lines += [
             "",
             f"## {name}",
             "",
-            f"{about['date']}, {about['device']}, {versions}. {result['windows']} windows of {result['window']} tokens of "
+            f"{describe(result['environment'])}. {result['windows']} windows of {result['window']} tokens of "
             f"{result['text']}, calibrated on {result['samples']} windows of {result['calibration']}.",
             "",
             "| " + " | ".join(COLUMNS) + " |",

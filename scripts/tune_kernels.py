@@ -15,24 +15,20 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from fqjax.bench.environment import environment
+from fqjax.bench.kernels import parse_shape
 from pallas_kernels import pack_int4, reference, tuning
-from pallas_kernels.hopper import gemm
+from pallas_kernels.dispatch import problem
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
 SLOWER = 1.25  # Configurations that the rule thinks this much slower than the best are not tried.
 HANG = 90  # Seconds after which a kernel is taken to hang.
-
-
-def problem(m: int, n: int, k: int, bits: Any) -> gemm.Problem:
-    return gemm.Problem(
-        m=m, n=n, k=k, bits=bits, per_token=False, per_channel=True, bias=False, out_dtype=jnp.dtype("bfloat16")
-    )
 
 
 def weights(n: int, k: int, bits: int, seed: int) -> jax.Array:
@@ -41,9 +37,9 @@ def weights(n: int, k: int, bits: int, seed: int) -> jax.Array:
     return codes if bits == 8 else jax.jit(pack_int4)(codes)
 
 
-def tune(m: int, n: int, k: int, bits: int, repeats: int) -> dict[str, Any]:
+def tune(m: int, n: int, k: int, bits: Literal[4, 8], repeats: int) -> dict[str, Any]:
     """The fastest configuration of one shape, and the times of all."""
-    p = problem(m, n, k, bits)
+    p = problem(bits, m, n, k, jnp.bfloat16, per_channel=True)
     several = [weights(n, k, bits, seed) for seed in range(copies_beyond_cache(n * k * bits // 8))]
     x = jax.random.randint(jax.random.key(99), (m, k), -127, 128, jnp.int8)
     w_scale = jax.random.uniform(jax.random.key(98), (n,), minval=0.5, maxval=1.5) / 4096
@@ -51,8 +47,9 @@ def tune(m: int, n: int, k: int, bits: int, repeats: int) -> dict[str, Any]:
     xla = jax.jit(getattr(reference, f"int{bits}_matmul"))
     wanted = xla(x, several[0], x_scale[0], w_scale)
     faulthandler.dump_traceback_later(HANG, exit=True)
-    best = min(tuning.estimate(p, config) for config in tuning.candidates(p))
-    configs = [config for config in tuning.candidates(p) if tuning.estimate(p, config) <= SLOWER * best]
+    rule = tuning.rule(p)
+    most = SLOWER * tuning.estimate(p, rule)
+    configs = [config for config in tuning.candidates(p) if tuning.estimate(p, config) <= most]
     operands = [(w, x, w_scale, x_scale) for w in several]
     lowered = [jax.jit(tuning.build(p, config)).lower(*operands[0]) for config in configs]
     with ThreadPoolExecutor(8) as pool:
@@ -68,7 +65,7 @@ def tune(m: int, n: int, k: int, bits: int, repeats: int) -> dict[str, Any]:
     faulthandler.cancel_dump_traceback_later()
     times.sort(key=lambda row: row[0])
     us, kernel, config = times[0]
-    by_rule = next(us for us, _, c in times if c == tuning.rule(p))
+    by_rule = next(us for us, _, c in times if c == rule)
     print(
         f"{bits} bits {m}x{n}x{k}: {us:.2f} us, {2e-6 * m * n * k / us:.0f} TOPS, {n * k * bits / 8e6 / us:.2f} TB/s, "
         f"rule {by_rule / us:.2f} x; " + " ".join(f"[{t:.2f} {brief(c)}]" for t, _, c in times[:9]),
@@ -93,19 +90,19 @@ def main() -> None:
     a = parser.parse_args()
     if jax.default_backend() != "gpu":
         sys.exit("tune_kernels: needs an NVIDIA GPU")
-    device = jax.devices()[0].device_kind
-    out = a.out or Path(tuning.__file__).parent / "tables" / f"{device.lower().replace(' ', '_')}.json"
+    about = environment()
+    out = a.out or tuning.table_file(about["device"])
     table = json.loads(out.read_text()) if out.is_file() else {"entries": []}
     entries = {(e["bits"], e["m"], e["n"], e["k"]): e for e in table["entries"]}
-    named = [tuple(int(v) for v in s.split("x")) for s in a.shapes] if a.shapes else None
+    shapes = [parse_shape(s) for s in a.shapes or ()] or [s for layers in SHAPES.values() for s in layers.values()]
     begin = time.perf_counter()
-    for n, k in named or [shape for layers in SHAPES.values() for shape in layers.values()]:
+    for n, k in shapes:
         for bits in a.bits:
             for m in a.rows:
                 if time.perf_counter() - begin > a.seconds:
                     continue
                 entries[bits, m, n, k] = tune(m, n, k, bits, a.repeats)
-        table = {"device": device, "jax": jax.__version__, "entries": [entries[key] for key in sorted(entries)]}
+        table = about | {"entries": [entries[key] for key in sorted(entries)]}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(table, indent=1) + "\n")
     print(f"wrote {out}")

@@ -1,10 +1,9 @@
 """What quantizing and flattening activations costs, alone and behind the norm that a model has in front of a linear layer.
 
-copy                   reads and writes as many bfloat16 values, for scale
-quantize               static INT8 quantization
-quantize_flatten       the same with a tenth more channels, for what the large ones have left
-rms_norm_quantize, rms_norm_quantize_flatten
-                       both, on the output of an RMS norm, which XLA may fuse with them
+copy                 reads and writes as many bfloat16 values, for scale
+quantize             static INT8 quantization
+quantize_flatten     the same with a tenth more channels, for what the large ones have left
+rms_norm_...         both, on the output of an RMS norm, which XLA may fuse with them
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import quantize_activations
-from pallas_kernels.timing import L2_BYTES, microseconds
+from pallas_kernels.timing import copies_beyond_cache, microseconds
 
 ROWS, CHANNELS = 8192, 4096
 
@@ -51,7 +50,7 @@ def measure(rows: int = ROWS, channels: int = CHANNELS) -> list[dict[str, Any]]:
         "rms_norm_quantize": lambda x: quantize(norm(x)),
         "rms_norm_quantize_flatten": lambda x: flatten(norm(x)),
     }
-    copies = max(2, min(8, 4 * L2_BYTES // (2 * rows * channels)))
+    copies = copies_beyond_cache(2 * rows * channels, most=8)
     inputs = [(jax.random.normal(jax.random.key(i), (rows, channels), jnp.bfloat16) * 4,) for i in range(copies)]
     results = []
     for name, function in functions.items():

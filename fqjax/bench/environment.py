@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("fqjax", "jax", "jaxlib", "flax", "numpy", "torch")
+PACKAGES = ("fqjax", "jax", "jaxlib", "flax", "numpy", "transformers", "torch")
 
 
 def environment() -> dict[str, Any]:
@@ -27,5 +27,7 @@ def environment() -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> str:
     """One line of it for a table's heading."""
-    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if name in ("python", "jax", "torch"))
+    versions = ", ".join(
+        f"{name} {v}" for name, v in result["versions"].items() if name in ("python", "jax", "flax", "torch")
+    )
     return f"{result['date']}, {result['device']}, {versions}"

@@ -150,7 +150,7 @@ def _synchronized(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compiled(cases: list[Case]) -> Iterator[Case]:
-    """The cases with their functions compiled, all at once; each is dropped when it has been measured."""
+    """The cases with their functions compiled, several at a time."""
     jitted = [case for case in cases if hasattr(case.call, "lower")]
     lowered = [cast(Any, case.call).lower(*case.arguments[0]) for case in jitted]
     with ThreadPoolExecutor(8) as pool:

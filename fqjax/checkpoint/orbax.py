@@ -131,9 +131,8 @@ def _load_arrays(directory: Path, stored: Any, sharding: Place | None) -> dict[t
     arrays, failure = {}, ""
     try:
         arrays = unnest(ocp.load(str(directory), nest(template)))
-    except (
-        Exception
-    ) as error:  # Orbax and TensorStore raise many kinds; all mean that the files do not hold the arrays.
+    except Exception as error:
+        # Orbax and TensorStore raise many kinds; all mean that the files do not hold the arrays.
         failure = _first_line(error)
     if failure:
         _drop_unfinished_reads()
