@@ -3,7 +3,14 @@
 The package stands alone; nothing in it knows of models or quantization methods.
 """
 
-from pallas_kernels.api import can_use_mosaic, int4_matmul, int8_matmul, quantize_activations, quantize_per_token
+from pallas_kernels.api import (
+    can_use_mosaic,
+    int4_matmul,
+    int8_matmul,
+    quantize_activations,
+    quantize_normalized,
+    quantize_per_token,
+)
 from pallas_kernels.packing import pack_int4, unpack_int4
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "int8_matmul",
     "pack_int4",
     "quantize_activations",
+    "quantize_normalized",
     "quantize_per_token",
     "unpack_int4",
 ]

@@ -2,7 +2,8 @@
 
 Every function takes ``implementation``: None picks the fastest one that supports the call on this device, a name asks for
 that one and raises ``NotImplementedError`` if it cannot take the case.  All implementations give the same bits as
-:mod:`pallas_kernels.reference`, and work under ``jit``, ``vmap`` and ``shard_map``.
+:mod:`pallas_kernels.reference` (but for the norm of :func:`quantize_normalized`), and work under ``jit``, ``vmap`` and
+``shard_map``.
 
   "mosaic"  kernels written in Pallas Mosaic GPU, for NVIDIA Hopper (:mod:`pallas_kernels.hopper`)
   "xla"     the reference, compiled by XLA, for any device
@@ -16,7 +17,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
 
-from pallas_kernels import reference
+from pallas_kernels import dispatch, reference
 from pallas_kernels.dispatch import Implementation, hopper_device, matmul, problem, without_gradient
 from pallas_kernels.packing import BLOCK
 
@@ -100,15 +101,56 @@ def quantize_activations(
     Raises:
       ValueError: if shapes do not fit together.
     """
-    k, extra = x.shape[-1], source.shape[0]
-    if multiplier.shape != (k,) or part.shape != (extra,):
-        raise ValueError(
-            f"quantize_activations: x {x.shape} needs multiplier ({k},) and part ({extra},), "
-            f"got {multiplier.shape} and {part.shape}"
-        )
+    _check_recipe("quantize_activations", x, multiplier, source, part)
     _check_implementation(implementation)
     quantize = functools.partial(reference.quantize_activations, qmax=qmax)
     return without_gradient("quantize_activations", quantize)(x, multiplier, source, part)
+
+
+def quantize_normalized(
+    x: Float[Array, "*rows k"],
+    multiplier: Float32[Array, " k"],
+    source: Int32[Array, " e"],
+    part: Int32[Array, " e"],
+    *,
+    epsilon: float,
+    qmax: int,
+    offset: Float32[Array, " k"] | None = None,
+    center: bool = False,
+    implementation: Implementation | None = None,
+) -> Int8[Array, "*rows width"]:
+    """:func:`quantize_activations` of normalised rows, in one pass over ``x``.
+
+    Every row is divided by its root mean square (RMS norm), or, with ``center``, loses its mean and is divided by its
+    standard deviation (layer norm); then ``y * multiplier + offset`` is rounded and flattened.  The norm's own weight and
+    bias are part of ``multiplier`` and ``offset``.  All is float32 up to the rounding, nothing is rounded to the dtype of
+    ``x`` in between.
+
+    Args:
+      x: real activations in front of the norm, (..., k).
+      multiplier: norm weight / (smoothing * scale), (k,).
+      source, part: as in :func:`quantize_activations`; a code beyond 32767 counts as that.
+      epsilon: what is added to the mean square, or to the variance.
+      qmax: largest code, 127 or 7.
+      offset: norm bias / (smoothing * scale), (k,).
+      center: whether the mean is subtracted.
+      implementation: None, "mosaic" or "xla".  They add up a row in different orders, so that a value within rounding of a
+        half can get the one code or the other.
+
+    Returns:
+      int8 codes, (..., k + e).
+
+    Raises:
+      ValueError: if shapes do not fit together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    _check_recipe("quantize_normalized", x, multiplier, source, part)
+    if offset is not None and offset.shape != multiplier.shape:
+        raise ValueError(f"quantize_normalized: offset must be {multiplier.shape}, got {offset.shape}")
+    if implementation not in (None, "mosaic", "xla"):
+        raise NotImplementedError(f"implementation {implementation!r} is not one of: mosaic, xla")
+    quantize = dispatch.quantize_normalized(epsilon, qmax, center, implementation)
+    return quantize(x, multiplier, source, part, *(() if offset is None else (offset,)))
 
 
 def quantize_per_token(
@@ -186,6 +228,14 @@ def _check(
         raise ValueError(f"integer matmul: bias must be {weight.shape[:1]}, got {bias.shape}")
     if implementation not in (None, "mosaic", "xla"):
         raise NotImplementedError(f"implementation {implementation!r} is not one of: mosaic, xla")
+
+
+def _check_recipe(name: str, x: Array, multiplier: Array, source: Array, part: Array) -> None:
+    k, extra = x.shape[-1], source.shape[0]
+    if multiplier.shape != (k,) or part.shape != (extra,):
+        raise ValueError(
+            f"{name}: x {x.shape} needs multiplier ({k},) and part ({extra},), got {multiplier.shape} and {part.shape}"
+        )
 
 
 def _check_implementation(implementation: Implementation | None) -> None:

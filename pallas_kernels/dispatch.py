@@ -13,6 +13,7 @@ from jaxtyping import Array, DTypeLike
 from pallas_kernels import reference
 
 Implementation = Literal["mosaic", "xla"]
+NO_HOPPER = "it needs an NVIDIA GPU of compute capability 9.0"
 log = logging.getLogger("pallas_kernels")
 
 
@@ -78,6 +79,59 @@ def matmul(bits: Literal[4, 8], out_dtype: Any, implementation: Implementation |
     return without_gradient(name, batched)
 
 
+@functools.cache
+def quantize_normalized(
+    epsilon: float, qmax: int, center: bool, implementation: Implementation | None
+) -> Callable[..., Array]:
+    """The function of (x, multiplier, source, part, offset if any), with its rules for transformations."""
+
+    def rows(x: Array, *recipe: Array) -> Array:
+        flat = _normalized(epsilon, qmax, center, implementation, x.reshape(-1, x.shape[-1]), *recipe)
+        return flat.reshape(*x.shape[:-1], flat.shape[-1])
+
+    batched = jax.custom_batching.custom_vmap(rows)
+
+    @batched.def_vmap
+    def _(size: int, in_batched: list[bool], x: Array, *recipe: Array) -> tuple[Array, bool]:
+        if in_batched == [True] + [False] * len(recipe):
+            return batched(x, *recipe), True
+        operands = list(zip((x, *recipe), in_batched, strict=True))
+        return lax.map(lambda i: rows(*(o[i] if b else o for o, b in operands)), jnp.arange(size)), True
+
+    return without_gradient("quantize_normalized", batched)
+
+
+def _normalized(
+    epsilon: float, qmax: int, center: bool, implementation: Implementation | None, *operands: Array
+) -> Array:
+    """The same for x of shape (rows, k), by the implementation asked for or the fastest there is."""
+
+    def xla(x: Array, multiplier: Array, source: Array, part: Array, *offset: Array) -> Array:
+        (shift,) = offset or (None,)
+        return reference.quantize_normalized(x, multiplier, shift, source, part, epsilon, qmax, center)
+
+    x, _, source, _, *offset = operands
+    device = hopper_device()
+    if implementation == "xla" or (implementation is None and device is None) or not x.size:
+        return xla(*operands)
+    from pallas_kernels.hopper import norm
+
+    kinds = {"center": center, "offset": bool(offset), "epsilon": epsilon, "qmax": qmax, "dtype": x.dtype}
+    p = norm.Problem(rows=x.shape[0], k=x.shape[1], extra=source.shape[0], **kinds)
+    reason = NO_HOPPER if device is None else norm.cannot_use(p)
+    if reason and implementation == "mosaic":
+        raise NotImplementedError(f"quantize_normalized: implementation 'mosaic' cannot take x {x.shape}: {reason}")
+    if reason:
+        return xla(*operands)
+
+    def mosaic(x: Array, multiplier: Array, source: Array, part: Array, *offset: Array) -> Array:
+        return norm.build(p)(x, multiplier, *offset, *((source, part) if p.extra else ()))
+
+    return (
+        mosaic(*operands) if implementation == "mosaic" else lax.platform_dependent(*operands, cuda=mosaic, default=xla)
+    )
+
+
 def without_gradient(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
     """``f``, which says so clearly when it is differentiated."""
     closed = jax.custom_jvp(f)
@@ -114,7 +168,7 @@ def _run(
     (m, k), n = x.shape, weight.shape[0]
     kinds = {"per_token": bool(x_scale.ndim), "per_channel": bool(weight_scale.ndim), "bias": bool(bias)}
     p = problem(bits, m, n, k, out_dtype, **kinds)
-    reason = "it needs an NVIDIA GPU of compute capability 9.0" if device is None else matmul.cannot_use(p)
+    reason = NO_HOPPER if device is None else matmul.cannot_use(p)
     if reason and implementation == "mosaic":
         raise NotImplementedError(f"{name}: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
     config = None if reason or device is None else tuning.choose(p, device)

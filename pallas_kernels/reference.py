@@ -85,6 +85,33 @@ def quantize_activations(
     return lax.dynamic_update_slice(out, (jnp.sign(c) * beyond).astype(jnp.int8), (*start, k))
 
 
+LARGEST_CODE = 2**15 - 1
+"""Of a code in :func:`quantize_normalized` before it is flattened: what 258 channels of INT8 hold."""
+
+
+def quantize_normalized(
+    x: Float[Array, "*rows k"],
+    multiplier: Float32[Array, " k"],
+    offset: Float32[Array, " k"] | None,
+    source: Int32[Array, " e"],
+    part: Int32[Array, " e"],
+    epsilon: float,
+    qmax: int,
+    center: bool,
+) -> Int8[Array, "*rows width"]:
+    """:func:`quantize_activations` of rows that are normalised first, in float32, by their root mean square or variance."""
+    wide = x.astype(jnp.float32)
+    variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    if center:
+        mean = jnp.mean(wide, axis=-1, keepdims=True)
+        variance, wide = jnp.maximum(variance - mean * mean, 0), wide - mean
+    y = wide * (lax.rsqrt(variance + epsilon) * multiplier)
+    if offset is not None:
+        y = y + offset
+    one = jnp.ones_like(multiplier)
+    return quantize_activations(jnp.clip(y, -LARGEST_CODE, LARGEST_CODE), one, source, part, qmax)
+
+
 def _codes(x: Float[Array, "*rows k"], multiplier: Float32[Array, " k"]) -> Float32[Array, "*rows k"]:
     """Integer-valued float32, rounded half to even."""
     return jnp.round(x.astype(jnp.float32) * multiplier)

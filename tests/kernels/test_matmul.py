@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import int4_matmul, int8_matmul, pack_int4
-from pallas_kernels.dispatch import hopper_device
 
-IMPLEMENTATIONS = ["xla", pytest.param("mosaic", marks=pytest.mark.gpu)]
 ROWS = [1, 7, 8, 9, 63, 65, 127, 129]
 WEIGHTS = [(64, 256), (192, 768), (128, 1024)]  # (N, K)
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    if request.param == "mosaic" and hopper_device() is None:
-        pytest.skip("needs an NVIDIA GPU of compute capability 9.0")
-    return request.param
 
 
 def codes(shape, limit, seed):
