@@ -23,6 +23,9 @@ __all__ = [
     "mgpu",
     "plgpu",
     "ptx",
+    "start_profiler",
+    "stop_profiler",
+    "store_transposed",
     "vector",
     "version",
 ]
@@ -70,6 +73,13 @@ def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> Any:
     if version < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
     return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def store_transposed(ref: Any, value: Any) -> None:
+    """Writes a warpgroup's accumulators to shared memory, transposed; 0.11 need not move them between lanes first."""
+    if version < (0, 11):
+        value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+    ref.T[...] = value
 
 
 def start_profiler() -> None:

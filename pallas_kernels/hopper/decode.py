@@ -30,19 +30,21 @@ class DecodeConfig:
 
     Attributes:
       splits: CTAs of a cluster, over which K is split; at most 8.
-      warpgroups: consumers of each CTA, 64 channels a warpgroup, at most 7.
+      warpgroups: consumers of each CTA side by side, 64 channels a warpgroup.
+      groups: how many such sets of consumers take the steps of a CTA in turns; warpgroups * groups is at most 7.
       stages: slots of the ring, at most as many as shared memory holds.
       ctas: with one split, how many CTAs walk over the blocks of channels at most.
     """
 
     splits: int = 4
     warpgroups: int = 2
+    groups: int = 1
     stages: int = 12
     ctas: int = 132
 
     def __post_init__(self) -> None:
-        if not 1 <= self.splits <= 8 or not 1 <= self.warpgroups <= 7:
-            raise ValueError(f"DecodeConfig: splits must be from 1 to 8 and warpgroups from 1 to 7, got {self}")
+        if not 1 <= self.splits <= 8 or not 1 <= self.warpgroups * self.groups <= 7:
+            raise ValueError(f"DecodeConfig: splits must be from 1 to 8, warpgroups * groups from 1 to 7, got {self}")
 
 
 def token_tile(m: int) -> int:
@@ -55,19 +57,25 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
     ``x`` has m rows, less than 8 or a multiple of 8, at most 64; a per-token ``x_scale`` is as long as the token tile.
 
-    In interpret mode, which has no exchange, the partial sums are returned instead: (splits, 64 * blocks, tokens) int32.
+    In interpret mode, which has no exchange, the partial sums are returned instead, as int32 of shape
+    (splits * groups, channels of all blocks, token tile).
     """
-    splits, warpgroups = config.splits, config.warpgroups
+    splits, warpgroups, groups = config.splits, config.warpgroups, config.groups
+    shared = splits * groups > 1  # whether several warpgroups hold partial sums of the same rows
     channels, tokens = 64 * warpgroups, token_tile(p.m)
     blocks = pl.cdiv(p.n, channels)
-    columns = blocks if splits > 1 else min(config.ctas, blocks)
+    columns = blocks if shared else min(config.ctas, blocks)
     packed = p.bits == 4
-    exchange = registers.Exchange(splits, warpgroups, tokens)
+    exchange = registers.Exchange(splits, groups, warpgroups, tokens)
     slot_bytes = (channels + p.halves * tokens) * STEP
     room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
     visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
     stages = min(config.stages, room, visits)
-    if stages < min(visits, 2) or splits > p.steps:  # A slot is given back when the next one has been waited for.
+    if stages < visits:  # A slot always serves the same group: who waits for a barrier has to see all its phases.
+        stages = stages // groups * groups
+    if groups > 1 and splits == 1:
+        raise NotImplementedError(f"{config}: groups exchange their sums within a cluster, so splits must be 2 or more")
+    if stages < min(visits, groups + 1) or splits * groups > p.steps:  # A step late, slots are given back.
         raise NotImplementedError(f"{config} does not fit {p}")
 
     def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
@@ -79,11 +87,11 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
         begin, end = (lax.div(r * p.steps, jnp.int32(splits)) for r in (rank, rank + 1))
         steps = end - begin
         mine = lax.div(blocks - cta + columns - 1, jnp.int32(columns))
-        exchanges = splits > 1 and not interpret
+        exchanges = shared and not interpret
         if exchanges:
             exchange.begin(scratch["arrived"])
 
-        @pl.when(warpgroup == warpgroups)
+        @pl.when(warpgroup == warpgroups * groups)
         def produce() -> None:
             def step(i: Any, _: Any) -> None:
                 s = tiles.slot(i, stages)
@@ -103,45 +111,48 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 exchange.ready()
             tiles.drain(empty, count, stages)
 
-        @pl.when(warpgroup < warpgroups)
+        @pl.when(warpgroup < warpgroups * groups)
         def consume() -> None:
-            rows = pl.ds(warpgroup * 64, 64)
+            group, row = lax.div(warpgroup, jnp.int32(warpgroups)), lax.rem(warpgroup, jnp.int32(warpgroups))
+            rows = pl.ds(row * 64, 64)
+            turns = lax.div(steps - group + groups - 1, jnp.int32(groups))  # steps of this group
 
             def unpacked(bytes_: Any, half: int) -> Any:
                 own = staged.at[warpgroup] if interpret else None
                 return registers.unpacked_operand(bytes_, half, own, bool(interpret))
 
             def accumulate(t: Any, acc: Any) -> Any:
-                def step(k: Any, _: Any) -> None:
-                    i = t * steps + k
+                def step(turn: Any, _: Any) -> None:
+                    i = t * steps + turn * groups + group
                     s = tiles.slot(i, stages)
                     plgpu.barrier_wait(full.at[s])
                     plgpu.wgmma_wait(0)  # The last step's wgmmas read its slot and the operand registers until now.
-                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[tiles.slot(i + stages - 1, stages)]))
+                    pl.when(turn > 0)(lambda: plgpu.barrier_arrive(empty.at[tiles.slot(i - groups, stages)]))
                     bytes_ = load(w_s.at[s, rows], registers.OPERAND) if packed else None
                     for half in range(p.halves):
                         w = unpacked(bytes_, half) if packed else w_s.at[s, rows]
                         plgpu.wgmma(acc, w, x_s.at[s, half].T)
 
-                lax.fori_loop(0, steps, step, None)
+                lax.fori_loop(0, turns, step, None)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[tiles.slot((t + 1) * steps - 1, stages)])
+                last = t * steps + (turns - 1) * groups + group
+                plgpu.barrier_arrive(empty.at[tiles.slot(last, stages)])
                 return acc[...]
 
             def block(t: Any, _: Any) -> None:
-                first = (cta + t * columns) * channels + warpgroup * 64
+                first = (cta + t * columns) * channels + row * 64
                 factors = row_factors(p, ws_g, bias_g, first)
                 token_scale = None
                 if not p.raw:
                     token_scale = load(xs_g, COLUMN, optimized=False) if p.per_token else xs_g[0]
                 acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
                 if interpret:
-                    o_g[rank, pl.ds(first, 64)] = acc
+                    o_g[rank * groups + group, pl.ds(first, 64)] = acc
                     return
                 if exchanges:
                     acc = exchange(plgpu.layout_cast(acc, registers.ACC), scratch["arrivals"], scratch["arrived"])
                 y = finish(p, acc, factors, token_scale)
-                registers.store(y, o_g, jnp.int32(0), first, splits=splits, warps=exchange.warps)
+                registers.store(y, o_g, jnp.int32(0), first, exchange=exchange if exchanges else None)
 
             if exchanges:
                 exchange.ready()
@@ -149,7 +160,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
     out = jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype)
     if interpret:
-        out = jax.ShapeDtypeStruct((splits, blocks * channels, tokens), jnp.int32)
+        out = jax.ShapeDtypeStruct((splits * groups, blocks * channels, tokens), jnp.int32)
     scratch: dict[str, Any] = {
         "w": plgpu.SMEM((stages, channels, STEP), jnp.int8, transforms=tiles.operand()),
         "x": plgpu.SMEM((stages, p.halves, tokens, STEP), jnp.int8, transforms=tiles.operand()),
@@ -157,8 +168,8 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
         "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if interpret and packed:
-        scratch["staged"] = plgpu.SMEM((warpgroups, p.halves, 64, STEP), jnp.int8, transforms=tiles.operand())
-    if splits > 1:
+        scratch["staged"] = plgpu.SMEM((warpgroups * groups, p.halves, 64, STEP), jnp.int8, transforms=tiles.operand())
+    if shared:
         scratch["arrivals"], scratch["arrived"] = exchange.scratch()
     settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
     if splits > 1:
@@ -169,7 +180,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
         scratch_types=scratch,
         grid=(columns,),
         grid_names=("cta",),
-        num_threads=warpgroups + 1,
+        num_threads=warpgroups * groups + 1,
         thread_name="warpgroup",
         **settings,
     )

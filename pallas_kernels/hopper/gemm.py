@@ -17,6 +17,7 @@ One CTA a multiprocessor walks over output tiles of (64 * warpgroups) channels x
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.compat import kernel, load, plgpu
+from pallas_kernels.compat import kernel, load, plgpu, store_transposed
 from pallas_kernels.hopper import registers, tiles
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -41,17 +42,21 @@ class GemmConfig:
       tokens: rows of x in a tile, a multiple of 8, at most 256.
       warpgroups: consumers; a tile has 64 channels for each.
       width: tiles in a stripe of the order in which tiles are computed.
+      cluster: CTAs that compute tiles of the same rows of x side by side, and share what they load of x (multicast).
     """
 
     tokens: int = 256
     warpgroups: int = 2
     width: int = 8
+    cluster: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens % 8 or not 8 <= self.tokens <= 256:
             raise ValueError(f"GemmConfig: tokens must be a multiple of 8 from 8 to 256, got {self.tokens}")
         if not 1 <= self.warpgroups <= 4:
             raise ValueError(f"GemmConfig: warpgroups must be from 1 to 4, got {self.warpgroups}")
+        if self.cluster not in (1, 2):
+            raise ValueError(f"GemmConfig: cluster must be 1 or 2, got {self.cluster}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,9 +138,9 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
     packed weights times 16.
     """
     channels, tokens = 64 * config.warpgroups, config.tokens
-    m_tiles, n_tiles = pl.cdiv(p.m, tokens), pl.cdiv(p.n, channels)
-    total = m_tiles * n_tiles
-    ctas = min(multiprocessors, total)
+    m_tiles, n_tiles = pl.cdiv(p.m, tokens), pl.cdiv(p.n, channels * config.cluster)
+    total = m_tiles * n_tiles  # of each CTA of a cluster, taken together
+    ctas = min(multiprocessors // config.cluster, total)
     packed = p.bits == 4
     out_item = jnp.dtype(p.out_dtype).itemsize
     by_copy_engine = out_item == 2 or bool(interpret)  # 32-bit results are rare: straight from the registers.
@@ -163,10 +168,13 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         x_full, x_empty = scratch["x_full"], scratch["x_empty"]
         w_full, w_empty = (scratch["w_full"], scratch["w_empty"]) if packed else (x_full, x_empty)
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        peer = lax.axis_index("peer") if config.cluster > 1 else 0
+        multicast: dict[str, Any] = {"collective_axes": "peer"} if config.cluster > 1 else {}
         mine = lax.div(total - cta + ctas - 1, jnp.int32(ctas))
 
         def where(t: Any) -> tuple[Any, Any]:
-            return tiles.order(cta + t * ctas, m_tiles, n_tiles, config.width)
+            m, n = tiles.order(cta + t * ctas, m_tiles, n_tiles, config.width)
+            return m, n * config.cluster + peer
 
         @pl.when(warpgroup == config.warpgroups)
         def produce() -> None:
@@ -192,7 +200,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                         if not packed:
                             copy_weights(k, xs)
                         source = x_g.at[pl.ds(m * tokens, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
-                        plgpu.copy_gmem_to_smem(source, x_s.at[xs], x_full.at[xs])
+                        plgpu.copy_gmem_to_smem(source, x_s.at[xs], x_full.at[xs], **multicast)
 
                 lax.fori_loop(0, p.steps, step, None)
 
@@ -251,7 +259,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                     y = finish(p, acc[:, i * part : (i + 1) * part], factors, scale)
                     if by_copy_engine:
                         plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)
-                        o_s.at[warpgroup, i % out_slots].T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+                        store_transposed(o_s.at[warpgroup, i % out_slots], y)
                         plgpu.commit_smem()
                         place = o_g.at[pl.ds(at, part), pl.ds(first, 64)]
                         plgpu.copy_smem_to_gmem(o_s.at[warpgroup, i % out_slots], place)
@@ -262,11 +270,16 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
             if by_copy_engine:
                 plgpu.wait_smem_to_gmem(0)
 
+    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
+    barrier = plgpu.Barrier
+    if config.cluster > 1:
+        settings |= {"cluster": (config.cluster,), "cluster_names": ("peer",)}
+        barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",))
     scratch: dict[str, Any] = {
         "w": plgpu.SMEM((w_slots, channels, STEP), jnp.int8, transforms=tiles.operand()),
         "x": plgpu.SMEM((x_slots, tokens, STEP), jnp.int8, transforms=tiles.operand()),
         "x_full": plgpu.Barrier(num_arrivals=1 if packed else 2, num_barriers=x_slots),
-        "x_empty": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=x_slots),
+        "x_empty": barrier(num_arrivals=config.warpgroups, num_barriers=x_slots),
     }
     if packed:
         scratch["w_full"] = plgpu.Barrier(num_barriers=w_slots)
@@ -277,7 +290,6 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
     if interpret and packed:
         shape = (config.warpgroups, p.halves, 64, STEP)
         scratch["staged"] = plgpu.SMEM(shape, jnp.int8, transforms=tiles.operand())
-    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
     return kernel(
         body,
         out_type=jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype),

@@ -85,28 +85,42 @@ def _cluster(action: str) -> None:
 
 
 class Exchange:
-    """The reduction of partial sums over the ``splits`` CTAs of a cluster.
+    """The reduction of partial sums over the CTAs of a cluster, and over groups of warpgroups within each.
+
+    A unit is one group of one CTA: (rank in the cluster) * groups + (group).  All units hold partial sums for the same 64 *
+    ``warpgroups`` rows; each finishes an equal share of them.
 
     Args:
       splits: CTAs in the cluster.
-      warpgroups: consumer warpgroups of each, 64 rows a warpgroup.
+      groups: groups in a CTA.
+      warpgroups: warpgroups in a group, 64 rows each.
       tokens: columns of each warpgroup's (64, tokens) partial sums.
     """
 
-    def __init__(self, splits: int, warpgroups: int, tokens: int):
-        if 4 * warpgroups % splits:
-            raise ValueError(f"the rows of {4 * warpgroups} warps cannot be dealt out to {splits} CTAs")
-        self.splits, self.tokens = splits, tokens
-        self.warps = 4 * warpgroups // splits  # of each CTA, whose rows one CTA finishes
+    def __init__(self, splits: int, groups: int, warpgroups: int, tokens: int):
+        self.units = splits * groups
+        if 4 * warpgroups % self.units:
+            raise ValueError(f"the rows of {4 * warpgroups} warps cannot be dealt out to {self.units} groups")
+        self.groups, self.tokens = groups, tokens
+        self.group_warps = 4 * warpgroups
+        self.warps = self.group_warps // self.units  # of each unit, whose rows one unit finishes
         self.chunks = tokens // 2 // CHUNK
+
+    def place(self) -> tuple[Any, Any, Any, Any]:
+        """Of this warp, all i32: its unit, the unit that finishes its rows, its number among those, and its lane."""
+        warp, lane = _thread()
+        rank = arith.index_cast(ir.IntegerType.get_signless(32), mgpu.utils.cluster_idx())
+        group, row = arith.divui(warp, _i32(self.group_warps)), arith.remui(warp, _i32(self.group_warps))
+        unit = arith.addi(arith.muli(rank, _i32(self.groups)), group)
+        return unit, arith.divui(row, _i32(self.warps)), arith.remui(row, _i32(self.warps)), lane
 
     def scratch(self) -> tuple[Any, Any]:
         """Shared memory: where partial sums arrive, and the barrier that counts their bytes."""
         return plgpu.SMEM((self.nbytes() // 4,), jnp.int32), plgpu.SMEM((2,), jnp.int32)
 
     def nbytes(self) -> int:
-        """What the other CTAs send to one."""
-        return (self.splits - 1) * self.warps * self.chunks * WARP * CHUNK * 4
+        """What arrives at one CTA."""
+        return self.groups * (self.units - 1) * self.warps * self.chunks * WARP * CHUNK * 4
 
     def begin(self, barrier: Any) -> None:
         """Prepares the barrier and says so to the cluster; every thread calls it, before its other work."""
@@ -156,20 +170,20 @@ class Exchange:
         )
         def emit(ctx: Any, partial: Any, arrivals: Any, barrier: Any) -> Any:
             del ctx
-            warp, lane = _thread()
-            rank = arith.index_cast(ir.IntegerType.get_signless(32), mgpu.utils.cluster_idx())
-            target, slot = arith.divui(warp, _i32(self.warps)), arith.remui(warp, _i32(self.warps))
+            unit, target, slot, lane = self.place()
             base, counter = _shared_address(arrivals), _shared_address(barrier)
+            cta, group = arith.divui(target, _i32(self.groups)), arith.remui(target, _i32(self.groups))
 
-            def offset(distance: Any, chunk: int) -> Any:  # in bytes: 16 a lane, 512 a chunk
-                box = arith.addi(arith.muli(distance, _i32(self.warps)), slot)
+            def offset(group: Any, distance: Any, chunk: int) -> Any:  # in bytes: 16 a lane, 512 a chunk
+                box = arith.addi(arith.muli(group, _i32(self.units - 1)), distance)
+                box = arith.addi(arith.muli(box, _i32(self.warps)), slot)
                 box = arith.addi(arith.muli(box, _i32(self.chunks)), _i32(chunk))
                 return arith.addi(arith.muli(box, _i32(16 * WARP)), arith.muli(lane, _i32(16)))
 
-            # What this CTA finishes itself stays in the registers; a CTA's place at the target is its distance, less 1.
-            away = arith.cmpi(arith.CmpIPredicate.ne, target, rank)
-            distance = arith.subi(arith.addi(rank, _i32(self.splits - 1)), target)
-            distance = arith.remui(distance, _i32(self.splits))
+            # What this unit finishes itself stays in the registers; a unit's place at the target is its distance, less 1.
+            away = arith.cmpi(arith.CmpIPredicate.ne, target, unit)
+            distance = arith.subi(arith.addi(unit, _i32(self.units - 1)), target)
+            distance = arith.remui(distance, _i32(self.units))
             sums = [scalar for register in partial.registers.flat for scalar in _scalars(register)]
             for chunk in range(self.chunks):
                 ptx(
@@ -179,15 +193,16 @@ class Exchange:
                     mapa.shared::cluster.u32 counter, $1, $2;
                     @$3 st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [data], {$4, $5, $6, $7}, [counter];
                     }""",
-                    arith.addi(base, offset(distance, chunk)),
+                    arith.addi(base, offset(group, distance, chunk)),
                     counter,
-                    target,
+                    cta,
                     away,
                     *sums[CHUNK * chunk : CHUNK * (chunk + 1)],
                 )
             _wait(counter)
-            for chunk, other in itertools.product(range(self.chunks), range(self.splits - 1)):
-                part = _load4(arith.addi(base, offset(_i32(other), chunk)))
+            own = arith.remui(unit, _i32(self.groups))
+            for chunk, other in itertools.product(range(self.chunks), range(self.units - 1)):
+                part = _load4(arith.addi(base, offset(own, _i32(other), chunk)))
                 for i, value in enumerate(part, CHUNK * chunk):
                     sums[i] = arith.addi(sums[i], value)
             registers = np.empty_like(partial.registers)
@@ -219,14 +234,40 @@ def _load4(address: Any) -> tuple[Any, ...]:
     return ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", address, results=CHUNK)
 
 
-def store(value: Any, out: Any, token: Any, channel: Any, *, splits: int = 1, warps: int = 0) -> None:
+def gather(values: Any, index: Any, layout: Any) -> Any:
+    """``values[index]`` as int32.
+
+    Args:
+      values: reference to int16 in shared memory, written and committed before.
+      index: one-dimensional int32 array.
+      layout: of ``index`` and of the result, a strided one.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), layout),
+        return_type=plgpu.ShapeDtypeStruct(index.shape, jnp.int32, layout=layout),
+    )
+    def emit(ctx: Any, values: Any, index: Any) -> Any:
+        del ctx
+        base = _shared_address(values)
+        registers = np.empty_like(index.registers)
+        for i, register in np.ndenumerate(index.registers):
+            addresses = [arith.addi(base, arith.shli(at, _i32(1))) for at in _scalars(register)]
+            words = [ptx("ld.shared.s16 $0, [$1];", address, results=1)[0] for address in addresses]
+            registers[i] = vector.from_elements(register.type, words)
+        return mgpu.FragmentedArray(_registers=registers, _layout=index.layout, _is_signed=True)
+
+    return emit(values, index)
+
+
+def store(value: Any, out: Any, token: Any, channel: Any, *, exchange: Exchange | None = None) -> None:
     """Writes a (64, tokens) tile to its place in (M, N), transposed, leaving out tokens beyond M.
 
     Args:
       value: results of a warpgroup, in the layout of accumulators.
       out: reference to the whole output in device memory.
       token, channel: where the tile begins, int32 scalars; nothing is written from a channel beyond N on.
-      splits, warps: if ``splits`` > 1, only the warps whose rows this CTA finishes write, ``warps`` a CTA.
+      exchange: if there was one, only the warps whose rows their unit finishes write.
     """
     scalar = plgpu.Layout.WG_SPLAT(())
 
@@ -237,10 +278,9 @@ def store(value: Any, out: Any, token: Any, channel: Any, *, splits: int = 1, wa
         limits = [arith.constant(index, size) for size in ir.MemRefType(out.type).shape]
         token, channel = (arith.index_cast(index, start.registers.item()) for start in (token, channel))
         writes = arith.cmpi(arith.CmpIPredicate.ult, channel, limits[1])
-        if splits > 1:
-            rank = arith.index_cast(ir.IntegerType.get_signless(32), mgpu.utils.cluster_idx())
-            mine = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(_thread()[0], _i32(warps)), rank)
-            writes = arith.andi(writes, mine)
+        if exchange is not None:
+            unit, target, *_ = exchange.place()
+            writes = arith.andi(writes, arith.cmpi(arith.CmpIPredicate.eq, unit, target))
 
         def element(scalar: Any, position: tuple[Any, Any]) -> None:
             row = arith.addi(position[1], token)
