@@ -40,18 +40,21 @@ def microseconds(f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *,
       repeats: rounds.
     """
 
-    def one_round() -> None:
-        last = None
-        for a in arguments:  # Results are dropped as they come: together they may be larger than the memory.
-            last = f(*a)
-        jax.block_until_ready(last)
+    def run(rounds: int) -> None:
+        for _ in range(rounds):
+            last = None
+            for a in arguments:  # Results are dropped as they come: together they may be larger than the memory.
+                last = f(*a)
+            jax.block_until_ready(last)
 
-    one_round()  # Compile, and warm up.
-    rounds = []
-    for _ in range(repeats):
-        times = kernel_times(one_round)
-        rounds.append(sum(us for _, us in times) / len(arguments))
-    return statistics.median(rounds)
+    run(1)  # Compile, and warm up.
+    if jax.default_backend() != "gpu":
+        return statistics.median(kernel_times(lambda: run(1))[0][1] for _ in range(repeats)) / len(arguments)
+    times = [us for _, us in kernel_times(lambda: run(repeats))]
+    each, rest = divmod(len(times), repeats)  # kernels of a round
+    if rest:
+        raise RuntimeError(f"{len(times)} kernels ran in {repeats} rounds: they are not the same in every round")
+    return statistics.median(sum(times[i : i + each]) for i in range(0, len(times), each)) / len(arguments)
 
 
 def copies_beyond_cache(nbytes: int, least: int = 2, most: int = 64) -> int:
