@@ -3,16 +3,18 @@
 copy                 reads and writes as many bfloat16 values, for scale
 quantize             static INT8 quantization
 quantize_flatten     the same with a tenth more channels, for what the large ones have left
-rms_norm_...         both, on the output of an RMS norm, which XLA may fuse with them
+rms_norm_...         both behind an RMS norm: quantize_normalized, by the fastest implementation
+xla_rms_norm_...     the same by XLA
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import quantize_activations
+from pallas_kernels import quantize_activations, quantize_normalized
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
 ROWS, CHANNELS = 8192, 4096
@@ -30,25 +32,17 @@ def measure(rows: int = ROWS, channels: int = CHANNELS) -> list[dict[str, Any]]:
     source = jnp.arange(extra) % used * 10
     part = jnp.where(jnp.arange(extra) < used, 1, 1 << 20)
     none = jnp.zeros(0, jnp.int32)
-    weight = jnp.ones(channels, jnp.bfloat16)
-
-    def norm(x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)
-        return (wide * scale).astype(x.dtype) * weight
-
-    def quantize(x: jax.Array) -> jax.Array:
-        return quantize_activations(x, multiplier, none, none, qmax=127)
-
-    def flatten(x: jax.Array) -> jax.Array:
-        return quantize_activations(x, multiplier, source, part, qmax=127)
-
+    plain, flat = (multiplier, none, none), (multiplier, source, part)
+    quantize = functools.partial(quantize_activations, qmax=127)
+    normalize = functools.partial(quantize_normalized, qmax=127, epsilon=1e-5)
     functions: dict[str, Callable[[jax.Array], jax.Array]] = {
         "copy": lambda x: x + 1,
-        "quantize": quantize,
-        "quantize_flatten": flatten,
-        "rms_norm_quantize": lambda x: quantize(norm(x)),
-        "rms_norm_quantize_flatten": lambda x: flatten(norm(x)),
+        "quantize": lambda x: quantize(x, *plain),
+        "quantize_flatten": lambda x: quantize(x, *flat),
+        "rms_norm_quantize": lambda x: normalize(x, *plain),
+        "rms_norm_quantize_flatten": lambda x: normalize(x, *flat),
+        "xla_rms_norm_quantize": lambda x: normalize(x, *plain, implementation="xla"),
+        "xla_rms_norm_quantize_flatten": lambda x: normalize(x, *flat, implementation="xla"),
     }
     copies = copies_beyond_cache(2 * rows * channels, most=8)
     inputs = [(jax.random.normal(jax.random.key(i), (rows, channels), jnp.bfloat16) * 4,) for i in range(copies)]

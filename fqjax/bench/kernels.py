@@ -8,10 +8,13 @@
   int4_matmul     this library, 4-bit weights
 
 Times are the device's (CUPTI), all kernels of a call added up.  A call takes another copy of the weights each time, so
-that they come from memory rather than from the cache.  Results of this library are compared with XLA's, bit for bit.
+that they come from memory rather than from the cache.  Values are normally distributed, as those of models are: with
+few different ones a GPU needs less power, and its clock stays higher.  Results of this library are compared with XLA's,
+bit for bit.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -85,18 +88,25 @@ def run(
 def _cases(n: int, k: int, rows: list[int]) -> list[Case]:
     """All rows of the benchmark for one shape; for every M bf16 first, then XLA's int8."""
     keys = (jax.random.fold_in(jax.random.key(n + k), i) for i in itertools.count())
-    draw = jax.jit(lambda key: jax.random.randint(key, (n, k), -8, 8, jnp.int8))
-    codes = [draw(next(keys)) for _ in range(copies_beyond_cache(n * k // 2))]
-    pack, widen = jax.jit(pack_int4), jax.jit(lambda w: w * jnp.int8(15) + jnp.int8(3))
-    packed = [pack(w) for w in codes]
-    eight = [widen(w) for w in codes[: copies_beyond_cache(n * k)]]
-    bf16 = [w.astype(jnp.bfloat16) for w in codes[: copies_beyond_cache(2 * n * k)]]
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def normal(key: jax.Array, rows: int, bits: int) -> jax.Array:
+        values = jax.random.normal(key, (rows, k), jnp.bfloat16)
+        if bits == 16:
+            return values
+        low, high, unit = {4: (-8, 7, 3), 8: (-127, 127, 32)}[bits]
+        return jnp.clip(jnp.round(values * unit), low, high).astype(jnp.int8)
+
+    def weights(bits: int) -> list[jax.Array]:
+        return [normal(next(keys), n, bits) for _ in range(copies_beyond_cache(n * k * bits // 8))]
+
+    codes, eight, bf16 = weights(4), weights(8), weights(16)
+    packed = [jax.jit(pack_int4)(w) for w in codes]
     one = jnp.float32(0.37)
     scales = one, jax.random.uniform(next(keys), (n,), minval=0.5, maxval=1.5) / 4096
     cases = []
     for m in rows:
-        x = jax.random.randint(next(keys), (m, k), -127, 128, jnp.int8)
-        real = x.astype(jnp.bfloat16)
+        x, real = normal(next(keys), m, 8), normal(next(keys), m, 16)
         cases += [
             Case("xla_bf16", m, n, k, jax.jit(_bf16), [(real, w) for w in bf16]),
             Case("xla_int8", m, n, k, jax.jit(reference.int8_matmul), [(x, w, *scales) for w in eight]),
@@ -123,10 +133,13 @@ def _torch_cases(m: int, n: int, k: int, copies: int) -> list[Case]:
     if not torch.cuda.is_available():
         return []
     cases = []
-    x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
-    weights = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(copies)]
+    x, *weights = (
+        (32 * torch.randn((rows, k), dtype=torch.bfloat16, device="cuda")).round().clip(-127, 127)
+        for rows in [m] + [n] * copies
+    )
     if m > 16:
-        cases.append(Case("cublaslt_int8", m, n, k, _synchronized(torch._int_mm), [(x, w.t()) for w in weights]))
+        arguments = [(x.to(torch.int8), w.to(torch.int8).t()) for w in weights]
+        cases.append(Case("cublaslt_int8", m, n, k, _synchronized(torch._int_mm), arguments))
     if m >= 16:
         one = torch.tensor(1.0, device="cuda")
 
@@ -228,7 +241,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "Written by `scripts/benchmark_kernels.py`. Microseconds of the device, all kernels of a call added up; in brackets",
         "the speed-up over XLA's bf16 product, and the share of the ceiling: of the int8 tensor cores alone where there are",
-        "256 rows or more, of the bandwidth of a copy below. Weights come from memory, not from the cache.",
+        "256 rows or more, of the bandwidth of a copy below. Weights come from memory, not from the cache; all values are",
+        "normally distributed.",
         "",
         f"{describe(result)}. Ceilings in this run: {ceiling['bf16_tflops']:.3g} TFLOP/s bf16, "
         f"{ceiling['int8_tops']:.4g} TOPS int8, copy {ceiling['copy_tb_per_s']:.3g} TB/s.",
