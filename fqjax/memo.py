@@ -36,8 +36,10 @@ class Memo:
         """Sensitivity of every layer."""
         return compute()
 
-    def layer(self, name: str, bits: int, compute: Callable[[], QuantizedLinear]) -> QuantizedLinear:
-        """One quantized layer."""
+    def layer(
+        self, name: str, bits: int, compute: Callable[[], QuantizedLinear], stage: str = "nearest"
+    ) -> QuantizedLinear:
+        """One quantized layer, as it is after a stage of the work."""
         return compute()
 
 
@@ -63,8 +65,10 @@ class DirectoryMemo(Memo):
         write_whole(path, json.dumps(result, indent=1).encode())
         return result
 
-    def layer(self, name: str, bits: int, compute: Callable[[], QuantizedLinear]) -> QuantizedLinear:
-        path = self.directory / f"{name}.int{bits}.npz"
+    def layer(
+        self, name: str, bits: int, compute: Callable[[], QuantizedLinear], stage: str = "nearest"
+    ) -> QuantizedLinear:
+        path = self.directory / f"{name}.int{bits}.{stage}.npz"
         if path.is_file():
             return self._unpack_layer(name, _read_arrays(path))
         result = compute()

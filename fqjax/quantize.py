@@ -6,34 +6,34 @@ model, scheme, data  ->  statistics of every linear layer   (fqjax.calibration)
 ->  expanded layers in a new model     (fqjax.linear, fqjax.surgery)
 """
 
-import functools
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from fqjax.calibration import Statistics, calibrate
+from fqjax.compensate import compensate
 from fqjax.core.codes import qmax
 from fqjax.core.flatten import expansion, flatten_codes
-from fqjax.core.selection import select_low_bits
 from fqjax.core.wide import WideLinear, relative_error
 from fqjax.equalize import equalize
 from fqjax.errors import InputError
 from fqjax.linear import LayerSummary, QuantizedLinear, measured_bound
 from fqjax.memo import Memo
-from fqjax.methods import METHODS
+from fqjax.methods import LayerInputs
+from fqjax.options import Option, layer_inputs, layer_options, select
 from fqjax.progress import track
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.report import Report, report_of
 from fqjax.scheme import Scheme, resolve_scheme
 from fqjax.sensitivity import output_sensitivity
-from fqjax.surgery import replace_modules, select_linears
+from fqjax.surgery import find_linears, replace_modules, select_linears
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -81,24 +81,56 @@ def quantize_with(
     model = equalize(model) if scheme.equalize else model
     linears = select_linears(model, ignore).linears
     first, batches = _peek(calibration)
+    batches = list(batches) if scheme.rounding == "gptq" else batches  # Gone through more than once.
     statistics = memo.statistics(lambda: calibrate(model, batches, linears, sample_rows=scheme.sample_rows))
     macs = count_macs(linears, statistics)
 
-    def layer(name: str, bits: int) -> QuantizedLinear:
-        return memo.layer(
-            name, bits, lambda: quantize_layer(name, linears[name], statistics[name], scheme, bits, macs[name])
-        )
+    options = {
+        name: layer_options(linear, statistics[name], scheme)
+        for name, linear in track(linears.items(), "searching", len(linears))
+    }
 
-    def layers(names: Iterable[str], bits: int) -> dict[str, QuantizedLinear]:
-        return {name: layer(name, bits) for name in track(list(names), f"quantizing to INT{bits}")}
+    def nearest(name: str, option: Option) -> QuantizedLinear:
+        def compute() -> QuantizedLinear:
+            inputs = layer_inputs(linears[name], statistics[name])
+            return assemble(name, linears[name], option.grid.round(inputs.weight), inputs, scheme, macs[name])
 
-    low = layers(linears if scheme.int4_share else (), 4)
-    if 0 < scheme.int4_share < 1:
-        errors = memo.sensitivities(lambda: output_sensitivity(model, low, first))
-        chosen = select_low_bits([errors[name] for name in linears], list(macs.values()), scheme.int4_share)
-        low = {name: low[name] for name, is_low in zip(linears, chosen, strict=True) if is_low}
-    high = layers((name for name in linears if name not in low), 8)
-    return replace_modules(model, low | high)
+        return memo.layer(name, option.grid.bits, compute, stage=f"nearest{option.width}")
+
+    def sensitivities() -> dict[str, float]:
+        low = {name: nearest(name, found[-1]) for name, found in options.items()}
+        return output_sensitivity(model, low, first)
+
+    plain_bytes = sum(2 * linear.in_features * linear.out_features for linear in linears.values())
+    chosen = select(options, macs, plain_bytes, scheme, lambda: memo.sensitivities(sensitivities))
+    layers = {name: nearest(name, option) for name, option in track(chosen.items(), "quantizing", len(chosen))}
+    if scheme.rounding == "gptq":
+        layers = _compensated(memo, model, scheme, layers, chosen, statistics, macs, batches)
+    return replace_modules(model, layers)
+
+
+def _compensated(
+    memo: Memo,
+    model: nnx.Module,
+    scheme: Scheme,
+    nearest: dict[str, QuantizedLinear],
+    chosen: Mapping[str, Option],
+    statistics: Mapping[str, Statistics],
+    macs: Mapping[str, int],
+    batches: Iterable[Any],
+) -> dict[str, QuantizedLinear]:
+    """The layers with their weights rounded anew, block by block."""
+    linears = find_linears(model)
+    grids = {name: option.grid for name, option in chosen.items()}
+
+    def finish(name: str, view: Callable[[], WideLinear]) -> QuantizedLinear:
+        def compute() -> QuantizedLinear:
+            inputs = layer_inputs(linears[name], statistics[name])
+            return assemble(name, linears[name], view(), inputs, scheme, macs[name])
+
+        return memo.layer(name, nearest[name].bits, compute, stage="compensated")
+
+    return compensate(model, nearest, grids, batches, finish, upstream=scheme.upstream)
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
@@ -137,18 +169,18 @@ def count_macs(linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Stati
     }
 
 
-def quantize_layer(
-    name: str, linear: nnx.Linear, statistics: Statistics, scheme: Scheme, bits: int, macs: int
+def assemble(
+    name: str, linear: nnx.Linear, wide: WideLinear, inputs: LayerInputs, scheme: Scheme, macs: int
 ) -> QuantizedLinear:
-    """Quantizes one linear layer.
+    """The layer that runs, of its integer view.
 
     Raises:
       InputError: naming the layer, if its int32 accumulator could overflow.
     """
-    wide, error = _measure(*_layer_inputs(linear, statistics), scheme, bits)
     weight, quantizer = expand(wide)
+    error = float(relative_error(wide, inputs.samples, inputs.weight))
     bound = measured_bound(weight, quantizer)
-    summary = LayerSummary(scheme=scheme, relative_error=float(error), accumulator_bound=bound, macs=macs)
+    summary = LayerSummary(scheme=scheme, relative_error=error, accumulator_bound=bound, macs=macs)
     bias = None if linear.bias is None else linear.bias[...]
     return QuantizedLinear(
         weight, quantizer, bias, dtype=linear.dtype, param_dtype=linear.param_dtype, summary=summary, name=name
@@ -164,7 +196,7 @@ def expand(wide: WideLinear) -> tuple[QTensor, InputQuantizer]:
         source=jnp.asarray(source),
         part=jnp.asarray(x_part),
         scale=wide.x_scale,
-        bits=wide.bits,
+        bits=wide.x_bits,
         used=used,
     )
     return weight, quantizer
@@ -174,17 +206,3 @@ def expand(wide: WideLinear) -> tuple[QTensor, InputQuantizer]:
 def _expand_weight(wide: WideLinear, source: Int32[Array, " e"], part: Int32[Array, " e"]) -> QTensor:
     codes = flatten_codes(wide.w_codes, source, part, qmax(wide.bits))
     return QTensor.from_codes(codes, wide.w_scale, wide.bits)
-
-
-def _layer_inputs(linear: nnx.Linear, statistics: Statistics) -> tuple[Array, Array, Array]:
-    return linear.kernel[...].T, jnp.asarray(statistics.absmax), jnp.asarray(statistics.samples)
-
-
-@functools.partial(jax.jit, static_argnames=("scheme", "bits"))
-def _measure(
-    weight: Float[Array, "n k"], x_max: Float[Array, " k"], samples: Float[Array, "s k"], scheme: Scheme, bits: int
-) -> tuple[WideLinear, Float[Array, ""]]:
-    """A layer's integer view, and the error of its output on the calibration sample."""
-    weight = weight.astype(jnp.float32)
-    wide = METHODS[scheme.method](weight, x_max, scheme, bits)
-    return wide, relative_error(wide, samples, weight)

@@ -5,10 +5,10 @@ import types
 import typing
 from typing import Any, Literal
 
-from fqjax.core.thresholds import Rule
 from fqjax.errors import InputError
 
 Method = Literal["none", "absmax", "smoothquant", "flattenquant"]
+Rule = Literal["tukey", "mean", "search"]
 
 PAPER_INT4_SHARE = 0.4829
 """Share of the linear layers' multiply-accumulates that the FlattenQuant paper computes in INT4."""
@@ -25,9 +25,21 @@ class Scheme:
         "smoothquant" smooths first; "flattenquant" smooths and flattens, with 4 or 8 bits layer by layer.
       alpha: smoothing strength in [0, 1] (:mod:`fqjax.core.smoothing`); None for no smoothing.
       int4_share: least share of the linear multiply-accumulates in INT4, in [0, 1].
+      selection: which layers that are: those whose quantization disturbs the model's output least ("sensitivity"), those
+        whose own output's distribution changes least ("kl", as in the paper), or "budget": for every layer the bits and the
+        number of extra channels, so that the sum of the disturbances is least.
+      compression: with the selection "budget", how many times fewer bytes than in bfloat16 the linear weights take at least;
+        0 for any number.  Where that cannot be had, nearly as few as can.
       equalize: rescale output channels along the model's paths first (:mod:`fqjax.core.equalization`).
       flatten_activations, flatten_weights: which operand may be flattened.
-      threshold_rule: how it is decided where channels are cut (:mod:`fqjax.core.thresholds`).
+      int4_activation_bits: of the activations of layers with 4-bit weights: 4, or 8.
+      weight_scales: "tensor" for one scale a weight, "channel" for one every output channel.
+      rounding: of the weights: "nearest", or "gptq", layer by layer, each making up for the errors before it
+        (:mod:`fqjax.core.gptq`).
+      upstream: with "gptq", how much of the error of the blocks in front a layer takes back, from 0 to 1
+        (:mod:`fqjax.compensate`).
+      threshold_rule: how it is decided where channels are cut: a rule (:mod:`fqjax.core.thresholds`), or "search" for the
+        best thresholds and smoothing of each layer in INT4 (:mod:`fqjax.core.search`).
       threshold_strength, threshold_strength_int8: the rule's parameter for layers in INT4, and in INT8, where a coarser
         cut does as well and costs fewer extra channels.
       max_expansion: most that a layer's K'/K may be, at least 1.
@@ -39,9 +51,15 @@ class Scheme:
     method: Method
     alpha: float | None = 0.5
     int4_share: float = 0.0
+    selection: Literal["sensitivity", "kl", "budget"] = "sensitivity"
+    compression: float = 0.0
     equalize: bool = True
     flatten_activations: bool = True
     flatten_weights: bool = True
+    int4_activation_bits: int = 4
+    weight_scales: Literal["tensor", "channel"] = "tensor"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    upstream: float = 0.3
     threshold_rule: Rule = "tukey"
     threshold_strength: float = 0.25
     threshold_strength_int8: float = 3.0
@@ -54,10 +72,14 @@ class Scheme:
             _check_type(field.name, getattr(self, field.name), hints[field.name])
         _check_range("alpha", self.alpha, 0, 1)
         _check_range("int4_share", self.int4_share, 0, 1)
+        _check_range("upstream", self.upstream, 0, 1)
+        _check_range("compression", self.compression, 0, 4)
         _check_range("threshold_strength", self.threshold_strength, 0, 100)
         _check_range("threshold_strength_int8", self.threshold_strength_int8, 0, 100)
         _check_range("max_expansion", self.max_expansion, 1, 16)
         _check_range("sample_rows", self.sample_rows, 1, 1 << 20)
+        if self.int4_activation_bits not in (4, 8):
+            raise InputError(f"int4_activation_bits={self.int4_activation_bits}: expected 4 or 8")
 
     def override(self, settings: list[str] | tuple[str, ...]) -> "Scheme":
         """Returns the scheme with ``KEY=VALUE`` settings applied, as ``fqjax convert --set`` takes them.
@@ -123,6 +145,16 @@ def _check_range(key: str, value: float | None, low: float, high: float) -> None
         raise InputError(f"{key}={value}: expected a number from {low} to {high}")
 
 
+SEARCHED: dict[str, Any] = {
+    "threshold_rule": "search",
+    "rounding": "gptq",
+    "selection": "budget",
+    "max_expansion": 1.5,
+}
+"""Thresholds and bits looked for layer by layer, weights rounded by GPTQ."""
+FOR_HOPPER: dict[str, Any] = {"int4_activation_bits": 8, "weight_scales": "channel", "rounding": "gptq"}
+"""INT8 activations and a scale for every output channel, which cost a Hopper GPU nothing."""
+
 PRESETS: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -148,13 +180,38 @@ PRESETS: dict[str, Scheme] = {
             name="flattenquant",
             method="flattenquant",
             int4_share=PAPER_INT4_SHARE,
+            compression=2.4,
+            **SEARCHED,
             summary="Large channels flattened, one scale per tensor, INT4 (W4A4) for at least 48.29 % of the linear "
-            "multiply-accumulates and INT8 for the rest (FlattenQuant, as published).",
+            "multiply-accumulates and INT8 for the rest (FlattenQuant).",
+        ),
+        Scheme(
+            name="flattenquant-w4a4",
+            method="flattenquant",
+            int4_share=1.0,
+            compression=3.6,
+            **SEARCHED,
+            summary="The same with INT4 throughout: the smallest, at a price that shows.",
         ),
         Scheme(
             name="flattenquant-w8a8",
             method="flattenquant",
             summary="Large channels flattened, one scale per tensor, INT8 throughout. Nearly free of loss.",
+        ),
+        Scheme(
+            name="flattenquant-hopper",
+            method="flattenquant",
+            int4_share=PAPER_INT4_SHARE,
+            **FOR_HOPPER,
+            summary="INT4 weights for at least 48.29 % of the multiply-accumulates, INT8 activations throughout: as fast as "
+            "INT4 ones on a GPU without INT4 tensor cores, and more accurate.",
+        ),
+        Scheme(
+            name="flattenquant-hopper-int4",
+            method="flattenquant",
+            int4_share=1.0,
+            **FOR_HOPPER,
+            summary="The same with INT4 weights throughout.",
         ),
     )
 }

@@ -97,7 +97,7 @@ def test_what_was_remembered_is_not_computed_again(asked, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         conversion.convert(conversion.plan(asked))
     monkeypatch.undo()
-    for name in ("calibrate", "output_sensitivity", "quantize_layer"):
+    for name in ("calibrate", "output_sensitivity", "assemble"):
         monkeypatch.setattr(sys.modules["fqjax.quantize"], name, _interrupt)
     conversion.convert(conversion.plan(asked), resume=True)
 
@@ -112,11 +112,11 @@ def test_a_killed_conversion_leaves_no_directory_that_looks_complete(asked, tmp_
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     staging = conversion.staging_directory(asked.out)
     deadline = time.time() + 120
-    while not list(staging.glob("*.int4.npz")) and time.time() < deadline:
+    while not list(staging.glob("*.int4.*.npz")) and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(staging.glob("*.int4.npz")) and not asked.out.exists()
+    assert list(staging.glob("*.int4.*.npz")) and not asked.out.exists()
     assert subprocess.run([*command, "--resume"], stdout=subprocess.DEVNULL).returncode == 0
     assert not staging.exists() and fqjax.load(asked.out)
 

@@ -8,7 +8,16 @@ from fqjax.scheme import PRESETS, Scheme, resolve_scheme
 
 
 def test_presets_carry_their_own_names_and_a_line_on_each():
-    assert list(PRESETS) == ["bf16", "w8a8", "smoothquant", "flattenquant", "flattenquant-w8a8"]
+    assert list(PRESETS) == [
+        "bf16",
+        "w8a8",
+        "smoothquant",
+        "flattenquant",
+        "flattenquant-w4a4",
+        "flattenquant-w8a8",
+        "flattenquant-hopper",
+        "flattenquant-hopper-int4",
+    ]
     assert all(preset.name == name and len(preset.summary) > 20 for name, preset in PRESETS.items())
 
 
@@ -49,7 +58,10 @@ def test_any_field_can_be_overridden(setting, key, value):
         ("int4_share=nan", "from 0 to 1"),
         ("max_expansion=0.5", "from 1 to 16"),
         ("flatten_weights=perhaps", "true or false"),
-        ("threshold_rule=median", "tukey or mean"),
+        ("threshold_rule=median", "tukey or mean or search"),
+        ("int4_activation_bits=5", "expected 4 or 8"),
+        ("compression=9", "from 0 to 4"),
+        ("rounding=up", "nearest or gptq"),
         ("sample_rows=2.5", "a whole number"),
         ("method=magic", "none or absmax"),
     ],

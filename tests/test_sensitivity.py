@@ -4,7 +4,8 @@ import pytest
 from flax import nnx
 
 from fqjax.calibration import calibrate
-from fqjax.quantize import count_macs, quantize_layer
+from fqjax.options import layer_inputs, layer_options
+from fqjax.quantize import assemble, count_macs
 from fqjax.scheme import PRESETS
 from fqjax.sensitivity import divergence, output_sensitivity
 from fqjax.surgery import find_linears, replace_modules
@@ -29,10 +30,11 @@ def setup():
     linears = find_linears(model)
     seen = calibrate(model, [batch], linears)
     macs = count_macs(linears, seen)
-    return model, batch, {
-        name: quantize_layer(name, linear, seen[name], PRESETS["flattenquant"], 4, macs[name])
-        for name, linear in linears.items()
-    }  # fmt: skip
+    scheme, candidates = PRESETS["flattenquant"], {}
+    for name, linear in linears.items():
+        inputs, option = layer_inputs(linear, seen[name]), layer_options(linear, seen[name], scheme)[-1]
+        candidates[name] = assemble(name, linear, option.grid.round(inputs.weight), inputs, scheme, macs[name])
+    return model, batch, candidates
 
 
 def test_each_sensitivity_is_that_of_the_model_with_one_layer_replaced(setup):

@@ -11,7 +11,9 @@ block every column is updated at once, the columns behind it when the block is d
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+import jax.scipy.linalg
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
@@ -53,6 +55,26 @@ def gptq(
     factor = jnp.pad(_factor(hessian), ((0, padding), (0, padding))) + jnp.diag((jnp.arange(k + padding) >= k) * 1.0)
     rounded = _sweep(weight, factor, jnp.pad(order, (0, padding)), quantize_column)[:, :k]
     return jnp.zeros_like(rounded).at[:, order].set(rounded)
+
+
+def absorb(
+    weight: Float32[Array, "n k"], gram: Float32[Array, "k k"], cross: Float32[Array, "k k"], *, damping: float = 0.01
+) -> Float32[Array, "n k"]:
+    """The weight that comes closest to the layer's exact output when its input has errors.
+
+    It minimises ``|X W^T - X' V^T|^2 + d |V - W|^2`` over V, with d = ``damping`` times the mean of the diagonal of
+    ``gram``, which keeps it near W where the inputs say little: a linear least-squares fit.
+
+    Args:
+      weight: W, (n, k).
+      gram: X'^T X' of the inputs with errors, (k, k).
+      cross: X'^T X with the exact inputs of the same rows, (k, k).
+      damping: see above.
+    """
+    ridge = damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(gram.shape[0], dtype=gram.dtype)
+    ridge = jnp.where(jnp.trace(gram) > 0, ridge, jnp.eye(gram.shape[0], dtype=gram.dtype))
+    factor = jax.scipy.linalg.cho_factor(gram + ridge, lower=True)
+    return jax.scipy.linalg.cho_solve(factor, (cross + ridge) @ weight.T).T
 
 
 def _factor(hessian: Float32[Array, "k k"]) -> Float32[Array, "k k"]:

@@ -1,10 +1,19 @@
-"""Which layers get 4 bits: turn the least sensitive ones, until they hold a given share of the arithmetic.
+"""Which layers get 4 bits.
 
 FlattenQuant computes 48.29 % of the linear layers' multiply-accumulates in INT4 and the rest in INT8.  Which layers those
-are is decided here by sensitivity, measured on calibration data (:mod:`fqjax.sensitivity`).
+are follows from what each costs: the divergence it causes in the model's output (:mod:`fqjax.sensitivity`), or, as in the
+paper, the Kullback-Leibler divergence of its own output's histogram (:func:`histogram_divergence`).  Layers are ranked by it
+(:func:`select_low_bits`), or, where every layer has more than two ways to be quantized and the bytes count too, the
+cheapest combination is looked for (:func:`choose`).
 """
 
 from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+BINS = 2048
 
 
 def select_low_bits(errors: Sequence[float], macs: Sequence[int], share: float) -> list[bool]:
@@ -35,3 +44,70 @@ def select_low_bits(errors: Sequence[float], macs: Sequence[int], share: float) 
             chosen.remove(i)
             total -= macs[i]
     return [i in chosen for i in range(len(errors))]
+
+
+def choose(
+    errors: Sequence[Sequence[float]],
+    low_macs: Sequence[Sequence[int]],
+    sizes: Sequence[Sequence[int]],
+    *,
+    least_macs: float,
+    most_bytes: float,
+) -> list[int]:
+    """Chooses one of several options for every layer: least error in all, within two bounds on their sums.
+
+    A Lagrangian: with prices for multiply-accumulates and for bytes every layer can choose for itself.  Prices on a grid are
+    tried, and the best choice within the bounds is then improved by changing single layers.
+
+    Args:
+      errors: what each option of each layer costs, in any additive measure.
+      low_macs: multiply-accumulates that the option computes in the lower precision.
+      sizes: bytes of the option.
+      least_macs, most_bytes: bounds on the sums.  Where no choice meets both, the one that misses the bytes by least.
+
+    Returns:
+      The number of the option of each layer.
+    """
+    width = max(map(len, errors))
+    e, a, b = (
+        np.array([[*row, *[fill] * (width - len(row))] for row in table], float)
+        for table, fill in ((errors, np.inf), (low_macs, 0), (sizes, 0))
+    )
+    layers = np.arange(len(e))
+    typical = max(e[np.isfinite(e)].max(), 1e-30)
+    prices = np.concatenate([[0], np.geomspace(1e-7, 1e3, 81)]) * typical
+
+    def key(option: np.ndarray) -> tuple[float, float, float]:
+        missing = max(0.0, least_macs - a[layers, option].sum()) / max(least_macs, 1)
+        excess = max(0.0, b[layers, option].sum() - most_bytes)
+        return missing, excess, e[layers, option].sum()
+
+    a_unit, b_unit = max(a.max(), 1), max(b.max(), 1)
+    tried = (np.argmin(e - p * a / a_unit + q * b / b_unit, axis=1) for p in prices for q in prices)
+    best = min(tried, key=key)
+    while True:
+        single = [
+            np.where(layers == i, o, best) for i, row in enumerate(errors) for o in range(len(row)) if o != best[i]
+        ]
+        better = min([best, *single], key=key)
+        if key(better) >= key(best):
+            return [int(o) for o in best]
+        best = better
+
+
+def histogram_divergence(exact: Float[Array, "..."], approximate: Float[Array, "..."]) -> Float32[Array, ""]:
+    """The divergence of the values' distribution from that of the exact ones, in nats.
+
+    Both are histograms of :data:`BINS` equal bins over the range of the exact values; what lies outside counts to the
+    outermost bins, and every bin holds 1e-10 at least.
+    """
+    low, high = jnp.min(exact), jnp.max(exact)
+    width = jnp.where(high > low, high - low, 1.0) / BINS
+
+    def histogram(values: Array) -> Array:
+        places = jnp.clip(((values - low) / width).astype(jnp.int32), 0, BINS - 1).reshape(-1)
+        share = jnp.zeros(BINS).at[places].add(1.0) / places.size + 1e-10
+        return share / jnp.sum(share)
+
+    p, q = histogram(exact), histogram(approximate)
+    return jnp.sum(p * jnp.log(p / q))

@@ -39,10 +39,12 @@ def within_budget(
     w_max: Float[Array, " k"],
     x_threshold: Float32[Array, ""],
     w_threshold: Float32[Array, ""],
-    qmax: int,
+    limits: tuple[int, int],
     max_expansion: float,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Raises both thresholds by one common factor, the smallest for which K'/K stays within ``max_expansion``.
+
+    ``limits`` are the largest codes of both operands.
 
     The factor is found by bisection in its logarithm, to one part in 10**4.  A threshold never passes its tensor's
     maximum, at which no channel is flattened and K' = K; so a budget of at least 1 can always be met.
@@ -57,7 +59,7 @@ def within_budget(
 
     def fits(factor: Array) -> Array:
         tx, tw = scaled(factor)
-        return jnp.mean(count_pieces(x_max, tx, qmax) * count_pieces(w_max, tw, qmax)) <= max_expansion
+        return jnp.mean(count_pieces(x_max, tx, limits[0]) * count_pieces(w_max, tw, limits[1])) <= max_expansion
 
     def halve(_: Array, interval: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = interval

@@ -15,24 +15,24 @@ from fqjax.core.codes import qmax, round_to_codes
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WideLinear:
-    """``y = (x_codes * x_scale) @ (w_codes * w_scale).T`` with per-tensor scales and per-channel code ranges.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The numbers that a layer's activations and weights may become: everything but the weights' codes.
 
     Attributes:
-      smoothing: what activations are divided by, and weights were multiplied by, (K,).
-      x_scale, w_scale: float32 scalars.
+      smoothing: what activations are divided by, and weights multiplied by, (K,).
+      x_scale: float32 scalar.
+      w_scale: float32 scalar, or one for every output channel, (N,).
       x_pieces, w_pieces: pieces each channel is cut into; codes of channel i reach ``pieces[i] * qmax``, int32 (K,).
-      w_codes: int16 (N, K): at most 16 pieces of 127.
-      bits: 4 or 8, of both operands.
+      x_bits, bits: of the activations, and of the weights; 4 or 8.
     """
 
     smoothing: Float32[Array, " k"]
     x_scale: Float32[Array, ""]
-    w_scale: Float32[Array, ""]
+    w_scale: Float32[Array, "..."]
     x_pieces: Int32[Array, " k"]
     w_pieces: Int32[Array, " k"]
-    w_codes: Int16[Array, "n k"]
+    x_bits: int = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -45,25 +45,51 @@ class WideLinear:
         """K'/K, before padding."""
         return jnp.mean(self.x_pieces * self.w_pieces)
 
+    @property
+    def row_scale(self) -> Float32[Array, "..."]:
+        """The weight's scale, so shaped that it multiplies an (N, K) array."""
+        return self.w_scale[:, None] if self.w_scale.ndim else self.w_scale
 
-def round_weight(
-    weight: Float[Array, "n k"],
-    smoothing: Float32[Array, " k"],
-    scale: Float32[Array, ""],
-    pieces: Int32[Array, " k"],
-    bits: int,
-) -> Int16[Array, "n k"]:
-    """Codes of the smoothed weight, each channel within its pieces."""
-    return round_to_codes(weight * smoothing, scale, pieces * qmax(bits)).astype(jnp.int16)
+    def activations(self, x: Float[Array, "rows k"]) -> Float32[Array, "rows k"]:
+        """What the layer makes of its input: smoothed, rounded, clipped, and scaled back."""
+        limit = self.x_pieces * qmax(self.x_bits)
+        return jnp.clip(jnp.round(x.astype(jnp.float32) * self.multiplier), -limit, limit) * self.x_scale
+
+    def round(self, weight: Float[Array, "n k"]) -> "WideLinear":
+        """The layer with its weight, which is not smoothed yet, rounded to the nearest codes."""
+        return self.with_smoothed(weight.astype(jnp.float32) * self.smoothing)
+
+    def with_smoothed(self, weight: Float32[Array, "n k"]) -> "WideLinear":
+        """The same for a weight that is smoothed already."""
+        codes = round_to_codes(weight, self.row_scale, self.w_pieces * qmax(self.bits)).astype(jnp.int16)
+        return WideLinear(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Grid)}, w_codes=codes
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WideLinear(Grid):
+    """``y = (x_codes * x_scale) @ (w_codes * w_scale).T``, with a range of its own for the codes of every input channel.
+
+    Attributes:
+      w_codes: int16 (N, K): at most 16 pieces of 127.
+    """
+
+    w_codes: Int16[Array, "n k"]
+
+    @property
+    def weight(self) -> Float32[Array, "n k"]:
+        """The weight as it is represented, still smoothed."""
+        return self.w_codes * self.row_scale
 
 
 def output(layer: WideLinear, x: Float[Array, "rows k"]) -> Float32[Array, "rows n"]:
     """What the quantized layer computes, in float32 arithmetic on the unexpanded codes."""
-    limit = layer.x_pieces * qmax(layer.bits)
-    codes = jnp.clip(jnp.round(x.astype(jnp.float32) * layer.multiplier), -limit, limit)
-    return (codes * layer.x_scale) @ (layer.w_codes * layer.w_scale).T
+    return layer.activations(x) @ layer.weight.T
 
 
+@jax.jit
 def relative_error(layer: WideLinear, x: Float[Array, "rows k"], weight: Float[Array, "n k"]) -> Float32[Array, ""]:
     """Mean squared error of the layer's output over the mean square of the unquantized output; 0 if both are 0."""
     exact = x.astype(jnp.float32) @ weight.astype(jnp.float32).T

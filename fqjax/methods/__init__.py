@@ -1,20 +1,21 @@
 """Published methods, one a file: each composes pieces of :mod:`fqjax.core` into one function.
 
-A method is a pure function ``(weight, x_max, scheme, bits) -> WideLinear``: from a layer's weight (N, K) and the largest
-magnitude of each of its input channels (K,) to its integer view.
+A method is a pure function ``(layer, scheme, bits, budgets) -> [Grid, ...]``: from what is known of a layer
+(:class:`LayerInputs`) and the bits of its weights to the numbers that its activations and weights may become
+(:class:`fqjax.core.wide.Grid`), once for each bound on K'/K, or once if it does not flatten.  How the weights are rounded to
+them is another choice, the same for every method.
 """
 
 from collections.abc import Callable
 
-from jaxtyping import Array
-
-from fqjax.core.wide import WideLinear
+from fqjax.core.wide import Grid
 from fqjax.methods import absmax, flattenquant, smoothquant
+from fqjax.methods.inputs import LayerInputs
 from fqjax.scheme import Scheme
 
-METHODS: dict[str, Callable[[Array, Array, Scheme, int], WideLinear]] = {
-    "absmax": absmax.quantize_linear,
-    "smoothquant": smoothquant.quantize_linear,
-    "flattenquant": flattenquant.quantize_linear,
+METHODS: dict[str, Callable[[LayerInputs, Scheme, int, tuple[float, ...]], list[Grid]]] = {
+    "absmax": absmax.grids,
+    "smoothquant": smoothquant.grids,
+    "flattenquant": flattenquant.grids,
 }
 """Every method but "none", by the name that :class:`~fqjax.scheme.Scheme` gives it."""

@@ -1,4 +1,4 @@
-"""Naive quantization: one scale per tensor, from its largest value, rounded to nearest.
+"""Naive quantization: one scale per tensor, from its largest value.
 
     x_scale = max|x| / qmax,    w_scale = max|w| / qmax
 
@@ -9,21 +9,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fqjax.core.codes import absmax_scale
-from fqjax.core.wide import WideLinear, round_weight
+from fqjax.core.wide import Grid
+from fqjax.methods.inputs import LayerInputs
 from fqjax.scheme import Scheme
 
 
-def quantize_linear(weight: Float[Array, "n k"], x_max: Float[Array, " k"], scheme: Scheme, bits: int) -> WideLinear:
-    """Quantizes one layer; see :mod:`fqjax.methods` for the arguments."""
-    return scale_by_absmax(weight, x_max, jnp.ones(weight.shape[1], jnp.float32), bits)
+def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: tuple[float, ...]) -> list[Grid]:
+    """One grid; see :mod:`fqjax.methods` for the arguments."""
+    return [absmax_grid(layer, jnp.ones(layer.weight.shape[1], jnp.float32), bits)]
 
 
-def scale_by_absmax(
-    weight: Float[Array, "n k"], x_max: Float[Array, " k"], smoothing: Float[Array, " k"], bits: int
-) -> WideLinear:
+def absmax_grid(layer: LayerInputs, smoothing: Float[Array, " k"], bits: int) -> Grid:
     """One scale per tensor from the largest value left after smoothing; nothing is flattened."""
-    x_scale = absmax_scale(jnp.max(x_max / smoothing), bits)
-    w_scale = absmax_scale(jnp.max(jnp.abs(weight * smoothing)), bits)
-    whole = jnp.ones(weight.shape[1], jnp.int32)
-    codes = round_weight(weight, smoothing, w_scale, whole, bits)
-    return WideLinear(smoothing, x_scale, w_scale, whole, whole, codes, bits)
+    whole = jnp.ones(layer.weight.shape[1], jnp.int32)
+    return Grid(
+        smoothing=smoothing,
+        x_scale=absmax_scale(jnp.max(layer.x_max / smoothing), bits),
+        w_scale=absmax_scale(jnp.max(jnp.abs(layer.weight * smoothing)), bits),
+        x_pieces=whole,
+        w_pieces=whole,
+        x_bits=bits,
+        bits=bits,
+    )

@@ -5,38 +5,69 @@ tensor, now set by the threshold instead of the largest value:
 
     x_scale = T_x / qmax,    w_scale = T_w / qmax,    K' = sum_i ceil(max|x_i| / T_x) * ceil(max|w_i| / T_w)
 
-How bits are divided among layers is :mod:`fqjax.core.selection`; what is open in the paper, and how it is settled here,
-stands in the documentation.
+Thresholds follow a rule, as in the paper, or are searched for (:mod:`fqjax.core.search`).  With a scale for every output
+channel, which costs a Hopper GPU nothing, the weights are not flattened.  How bits are divided among layers is
+:mod:`fqjax.core.selection`; what is open in the paper, and how it is settled here, stands in the documentation.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from fqjax.core.codes import qmax
 from fqjax.core.flatten import count_pieces
+from fqjax.core.search import ALPHAS, Found, channel_scales, search
 from fqjax.core.thresholds import threshold, within_budget
-from fqjax.core.wide import WideLinear, round_weight
+from fqjax.core.wide import Grid
+from fqjax.methods.inputs import LayerInputs
 from fqjax.methods.smoothquant import smooth
 from fqjax.scheme import Scheme
 
 
-def quantize_linear(weight: Float[Array, "n k"], x_max: Float[Array, " k"], scheme: Scheme, bits: int) -> WideLinear:
-    """Quantizes one layer; see :mod:`fqjax.methods` for the arguments."""
-    smoothing = smooth(weight, x_max, scheme)
-    x_smooth, w_smooth = x_max / smoothing, jnp.max(jnp.abs(weight), axis=0) * smoothing
-    x_threshold, w_threshold = _thresholds(x_smooth, w_smooth, scheme, bits)
-    limit = qmax(bits)
-    x_scale, w_scale = x_threshold / limit, w_threshold / limit
-    x_pieces, w_pieces = count_pieces(x_smooth, x_threshold, limit), count_pieces(w_smooth, w_threshold, limit)
-    codes = round_weight(weight, smoothing, w_scale, w_pieces, bits)
-    return WideLinear(smoothing, x_scale, w_scale, x_pieces, w_pieces, codes, bits)
+def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: tuple[float, ...]) -> list[Grid]:
+    """One grid for each bound on K'/K; see :mod:`fqjax.methods` for the arguments."""
+    x_bits = scheme.int4_activation_bits if bits == 4 else 8
+    if scheme.threshold_rule == "search" and bits == 4:
+        found = search(
+            layer.weight,
+            layer.x_max,
+            layer.samples,
+            x_bits=x_bits,
+            w_bits=bits,
+            alphas=None if scheme.alpha is None else ALPHAS,
+            flatten_activations=scheme.flatten_activations,
+            flatten_weights=scheme.flatten_weights and scheme.weight_scales == "tensor",
+            budgets=budgets,
+        )
+    else:
+        found = [_by_rule(layer, scheme, x_bits, bits, budget) for budget in budgets]
+    return [_grid(layer, scheme, x_bits, bits, choice) for choice in found]
 
 
-def _thresholds(x: Float[Array, " k"], w: Float[Array, " k"], scheme: Scheme, bits: int) -> tuple[Array, Array]:
-    """Both thresholds, raised as far as the scheme's bound on K'/K asks for."""
-    strength = scheme.threshold_strength if bits == 4 else scheme.threshold_strength_int8
-    tx, tw = threshold(x, scheme.threshold_rule, strength), threshold(w, scheme.threshold_rule, strength)
+def _grid(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, found: Found) -> Grid:
+    w_scale, w_pieces = found.w_threshold / qmax(bits), found.w_pieces
+    if scheme.weight_scales == "channel":
+        importance = jnp.mean((layer.samples / found.smoothing) ** 2, axis=0)
+        w_scale, w_pieces = channel_scales(layer.weight * found.smoothing, importance, bits), jnp.ones_like(w_pieces)
+    return Grid(
+        smoothing=found.smoothing,
+        x_scale=found.x_threshold / qmax(x_bits),
+        w_scale=w_scale,
+        x_pieces=found.x_pieces,
+        w_pieces=w_pieces,
+        x_bits=x_bits,
+        bits=bits,
+    )
+
+
+def _by_rule(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, budget: float) -> Found:
+    """Both thresholds by the scheme's rule, raised as far as the bound on K'/K asks for."""
+    smoothing = smooth(layer, scheme)
+    x, w = layer.x_max / smoothing, jnp.max(jnp.abs(layer.weight), axis=0) * smoothing
+    strength = scheme.threshold_strength if x_bits == 4 else scheme.threshold_strength_int8
+    rule = "tukey" if scheme.threshold_rule == "search" else scheme.threshold_rule
+    tx, tw = threshold(x, rule, strength), threshold(w, rule, strength)
     # An operand that is not to be flattened is cut at its maximum, which leaves it whole.
     tx = tx if scheme.flatten_activations else jnp.maximum(jnp.max(x), tx)
-    tw = tw if scheme.flatten_weights else jnp.maximum(jnp.max(w), tw)
-    return within_budget(x, w, tx, tw, qmax(bits), scheme.max_expansion)
+    tw = tw if scheme.flatten_weights and scheme.weight_scales == "tensor" else jnp.maximum(jnp.max(w), tw)
+    tx, tw = within_budget(x, w, tx, tw, (qmax(x_bits), qmax(bits)), budget)
+    pieces = count_pieces(x, tx, qmax(x_bits)), count_pieces(w, tw, qmax(bits))
+    return Found(smoothing, tx, tw, *pieces, jnp.float32(jnp.nan))

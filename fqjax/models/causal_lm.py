@@ -24,6 +24,15 @@ class CausalLM(nnx.Module):
     config: Any
     dtype: DTypeLike
 
+    layers: Any
+    """The blocks, an ``nnx.List``; see :meth:`begin`."""
+
+    @abc.abstractmethod
+    def begin(
+        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None = None
+    ) -> tuple[Float[Array, "batch length hidden"], tuple[Any, ...]]:
+        """What the first layer gets, and what every layer is called with besides: ``layer(x, cache, lengths, *rest)``."""
+
     @abc.abstractmethod
     def trunk(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None

@@ -164,14 +164,18 @@ class Llama(CausalLM):
         if not config.tie_word_embeddings:
             self.lm_head = _linear_maker(False, dtype, rngs)(config.hidden_size, config.vocab_size)
 
+    def begin(
+        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None = None
+    ) -> tuple[Float[Array, "batch length hidden"], tuple[Any, ...]]:
+        length = tokens.shape[1]
+        positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
+        return self.embed_tokens(tokens), (positions, self.config.rotary_frequencies())
+
     def trunk(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None
     ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
-        length = tokens.shape[1]
-        positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
-        x, cache = run_layers(
-            self.layers, self.embed_tokens(tokens), cache, positions, self.config.rotary_frequencies()
-        )
+        x, rest = self.begin(tokens, cache)
+        x, cache = run_layers(self.layers, x, cache, *rest)
         return self.norm(x), cache
 
     def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:

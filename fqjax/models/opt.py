@@ -122,9 +122,9 @@ class OPT(CausalLM):
         if not c.tie_word_embeddings:
             self.lm_head = bare(c.word_embed_proj_dim, c.vocab_size)
 
-    def trunk(
-        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
+    def begin(
+        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None = None
+    ) -> tuple[Float[Array, "batch length hidden"], tuple[Any, ...]]:
         length = tokens.shape[1]
         positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
         x = self.embed_tokens(tokens)
@@ -132,8 +132,13 @@ class OPT(CausalLM):
             x = self.project_in(x)
         # Right padding may stand past the last position; what it reads is masked, so any row of the table will do.
         last = self.config.max_position_embeddings - 1
-        x = x + self.embed_positions(jnp.minimum(positions, last) + POSITION_OFFSET)
-        x, cache = run_layers(self.layers, x, cache)
+        return x + self.embed_positions(jnp.minimum(positions, last) + POSITION_OFFSET), ()
+
+    def trunk(
+        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None
+    ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
+        x, rest = self.begin(tokens, cache)
+        x, cache = run_layers(self.layers, x, cache, *rest)
         return (self.final_layer_norm(x) if self.has_final_norm else x), cache
 
     def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:

@@ -40,7 +40,7 @@ def test_zeros_have_a_positive_threshold(rule):
 def test_the_budget_is_kept_and_used(budget):
     x, w = channels(seed=1), channels(seed=2)
     low = jnp.float32(0.7)
-    tx, tw = within_budget(x, w, low, low, 127, budget)
+    tx, tw = within_budget(x, w, low, low, (127, 127), budget)
 
     def cost(tx, tw):
         return float(jnp.mean(count_pieces(x, tx, 127) * count_pieces(w, tw, 127)))
@@ -52,5 +52,5 @@ def test_the_budget_is_kept_and_used(budget):
 
 def test_thresholds_within_the_budget_are_left_alone():
     x, w = channels(), channels()
-    tx, tw = within_budget(x, w, jnp.float32(2), jnp.float32(3), 127, 4.0)
+    tx, tw = within_budget(x, w, jnp.float32(2), jnp.float32(3), (127, 127), 4.0)
     assert (float(tx), float(tw)) == (2.0, 3.0)

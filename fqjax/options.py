@@ -1,0 +1,128 @@
+"""The ways a layer can be quantized, what each costs, and which is taken."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float32
+
+from fqjax.calibration import Statistics
+from fqjax.core.flatten import padded_width
+from fqjax.core.selection import choose, histogram_divergence, select_low_bits
+from fqjax.core.wide import Grid, output, relative_error
+from fqjax.methods import METHODS, LayerInputs
+from fqjax.scheme import Scheme
+
+ROOM = 1.05
+"""How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to quantize a layer.
+
+    Attributes:
+      grid: what its activations and weights may become.
+      error: relative squared error of the layer's output on the calibration sample, weights rounded to the nearest.
+      divergence: of the output's histogram, in nats (:func:`fqjax.core.selection.histogram_divergence`).
+      width: K' with its padding.
+      bytes: of the layer on the device, but for its bias.
+    """
+
+    grid: Grid
+    error: float
+    divergence: float
+    width: int
+    bytes: int
+
+
+def layer_inputs(linear: nnx.Linear, statistics: Statistics) -> LayerInputs:
+    """What a method is told of a layer."""
+    weight = linear.kernel[...].T.astype(jnp.float32)
+    return LayerInputs(weight, jnp.asarray(statistics.absmax), jnp.asarray(statistics.samples))
+
+
+def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) -> list[Option]:
+    """The options of a layer that a scheme considers: those in INT8 first, then those in INT4, by rising width.
+
+    With the selection "budget" a layer may be flattened by as much as fills 0, 1, 2, ... blocks of the padding; else there
+    is one option for each number of bits.
+    """
+    inputs = layer_inputs(linear, statistics)
+    k = linear.in_features
+    options = []
+    for bits in (8, 4):
+        if (bits == 8 and scheme.int4_share == 1) or (bits == 4 and scheme.int4_share == 0):
+            continue
+        budgets = [scheme.max_expansion]
+        if scheme.selection == "budget":
+            block, first = padded_width(1, bits), padded_width(k, bits)
+            most = max(first, int(scheme.max_expansion * k))
+            budgets = [min(width / k, scheme.max_expansion) for width in range(first, most + block, block)]
+        for grid, error, divergence in _measured(inputs, scheme, bits, tuple(dict.fromkeys(budgets))):
+            width = padded_width(int(jnp.sum(grid.x_pieces * grid.w_pieces)), bits)
+            if width not in [other.width for other in options if other.grid.bits == bits]:
+                recipe = 4 * (k + 2 * (width - k) + 1 + grid.w_scale.size)
+                size = linear.out_features * width * bits // 8 + recipe
+                found = Option(grid=grid, error=float(error), divergence=float(divergence), width=width, bytes=size)
+                options.append(found)
+    return options
+
+
+@functools.partial(jax.jit, static_argnames=("scheme", "bits", "budgets"))
+def _measured(
+    inputs: LayerInputs, scheme: Scheme, bits: int, budgets: tuple[float, ...]
+) -> list[tuple[Grid, Float32[Array, ""], Float32[Array, ""]]]:
+    """Every grid of a layer, with the error of its output and the divergence of its histogram."""
+    exact = inputs.samples @ inputs.weight.T
+    measured = []
+    for grid in METHODS[scheme.method](inputs, scheme, bits, budgets):
+        layer = grid.round(inputs.weight)
+        divergence = histogram_divergence(exact, output(layer, inputs.samples))
+        measured.append((grid, relative_error(layer, inputs.samples, inputs.weight), divergence))
+    return measured
+
+
+def select(
+    options: Mapping[str, list[Option]],
+    macs: Mapping[str, int],
+    plain_bytes: int,
+    scheme: Scheme,
+    sensitivities: Callable[[], Mapping[str, float]],
+) -> dict[str, Option]:
+    """Chooses one option for every layer, by the scheme's selection.
+
+    Args:
+      options: of every layer.
+      macs: multiply-accumulates of every layer.
+      plain_bytes: of all their weights in bfloat16.
+      scheme: its ``selection``, ``int4_share`` and ``compression``.
+      sensitivities: what each layer's last option costs the model; called only if it is needed.
+    """
+    if all(len(found) == 1 for found in options.values()):
+        return {name: found[0] for name, found in options.items()}
+    if scheme.selection != "budget":
+        high, low = ({name: found[i] for name, found in options.items()} for i in (0, -1))
+        if scheme.selection == "kl":
+            errors = {name: low[name].divergence / max(high[name].divergence, 1e-10) for name in options}
+        else:
+            errors = sensitivities()
+        chosen = select_low_bits([errors[name] for name in options], [macs[n] for n in options], scheme.int4_share)
+        return {name: low[name] if is_low else high[name] for name, is_low in zip(options, chosen, strict=True)}
+    costs = sensitivities()
+    tables = [
+        # What an option costs the model: what the last one does, times how much smaller or larger its own error is.
+        ([costs[n] * o.error / max(found[-1].error, 1e-30) for o in found],
+         [macs[n] * (o.grid.bits == 4) for o in found],
+         [o.bytes for o in found])
+        for n, found in options.items()
+    ]  # fmt: skip
+    errors, low_macs, sizes = map(list, zip(*tables, strict=True))
+    most = plain_bytes / scheme.compression if scheme.compression else float("inf")
+    most = max(most, ROOM * sum(min(row) for row in sizes))
+    least = scheme.int4_share * sum(macs[name] for name in options)
+    picked = choose(errors, low_macs, sizes, least_macs=least, most_bytes=most)
+    return {name: found[i] for (name, found), i in zip(options.items(), picked, strict=True)}
