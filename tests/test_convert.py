@@ -59,7 +59,7 @@ def test_the_directory_is_complete_and_nothing_else_is_left(asked, tmp_path):
     assert report.seconds > 0 and report.int4_mac_share >= 0.4829
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "w8a8", "smoothquant", "flattenquant-w8a8"])
+@pytest.mark.parametrize("scheme", ["bf16", "w8a8", "smoothquant", "flattenquant-w8a8", "flattenquant-hopper-int4"])
 def test_every_scheme_converts(asked, scheme):
     report = conversion.convert(conversion.plan(replace(asked, scheme=PRESETS[scheme])))
     assert report.scheme == ("none" if scheme == "bf16" else scheme)
@@ -67,21 +67,23 @@ def test_every_scheme_converts(asked, scheme):
     assert np.isfinite(fqjax.load(asked.out)(tokens)).all()
 
 
-@pytest.mark.parametrize("step", ["statistics", "sensitivities", "layer"])
+@pytest.mark.parametrize("step", ["statistics", "sensitivities", "layer", "compensated"])
 def test_an_interrupted_conversion_resumes_to_the_same_bits(asked, monkeypatch, tmp_path, step):
     whole = replace(asked, out=tmp_path / "whole")
     conversion.convert(conversion.plan(whole))
-    original, calls = getattr(DirectoryMemo, step), []
+    method = "layer" if step == "compensated" else step
+    original, calls = getattr(DirectoryMemo, method), []
 
-    def stop_after(self, *args):
-        result = original(self, *args)
-        calls.append(args)
-        if len(calls) == (4 if step == "layer" else 1):
+    def stop_after(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if step != "compensated" or kwargs["stage"] == "compensated":
+            calls.append(args)
+        if len(calls) == {"layer": 4, "compensated": 3}.get(step, 1):
             raise KeyboardInterrupt
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(DirectoryMemo, step, stop_after)
+        patch.setattr(DirectoryMemo, method, stop_after)
         with pytest.raises(KeyboardInterrupt):
             conversion.convert(conversion.plan(asked))
     assert not asked.out.exists()
