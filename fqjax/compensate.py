@@ -9,9 +9,9 @@ over all calibration rows.  The weight that makes the best of Q(X') is (G + d)^-
 it is rounded by GPTQ with G as its Hessian.  Then the quantized block is run, and what it gives goes to the next one.  The
 layers of one block see what their neighbours, rounded to the nearest, make of the block's input.
 
-r says how much of the error of the blocks in front a layer takes back.  A fit to inputs with errors (r = 1) makes weights
-smaller, layer after layer, and costs more than it gains; so does any such fit where the inputs have hardly an error of
-their own, in INT8.  Both were measured on small models; see the documentation.
+r says how much of the error of the blocks in front a layer takes back.  A least-squares fit to inputs with errors makes
+weights smaller, layer after layer, so r = 1 can cost more than it gains (``scripts/ablation.py`` compares).  Where the
+inputs have hardly an error of their own, in INT8, the weight is left where it is and only rounded by GPTQ.
 
 A model that does not say what its blocks are is one block.
 """
