@@ -102,7 +102,7 @@ def quantize_activations(
       ValueError: if shapes do not fit together.
     """
     _check_recipe("quantize_activations", x, multiplier, source, part)
-    _check_implementation(implementation)
+    _check_implementation(implementation, "xla")
     quantize = functools.partial(reference.quantize_activations, qmax=qmax)
     return without_gradient("quantize_activations", quantize)(x, multiplier, source, part)
 
@@ -147,8 +147,7 @@ def quantize_normalized(
     _check_recipe("quantize_normalized", x, multiplier, source, part)
     if offset is not None and offset.shape != multiplier.shape:
         raise ValueError(f"quantize_normalized: offset must be {multiplier.shape}, got {offset.shape}")
-    if implementation not in (None, "mosaic", "xla"):
-        raise NotImplementedError(f"implementation {implementation!r} is not one of: mosaic, xla")
+    _check_implementation(implementation, "mosaic", "xla")
     quantize = dispatch.quantize_normalized(epsilon, qmax, center, implementation)
     return quantize(x, multiplier, source, part, *(() if offset is None else (offset,)))
 
@@ -171,7 +170,7 @@ def quantize_per_token(
             f"quantize_per_token: x {x.shape} needs multiplier ({x.shape[-1]},) and width >= {x.shape[-1]}, "
             f"got {multiplier.shape} and {width}"
         )
-    _check_implementation(implementation)
+    _check_implementation(implementation, "xla")
     quantize = functools.partial(reference.quantize_per_token, qmax=qmax, width=width)
     return without_gradient("quantize_per_token", quantize)(x, multiplier)
 
@@ -226,8 +225,7 @@ def _check(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"integer matmul: bias must be {weight.shape[:1]}, got {bias.shape}")
-    if implementation not in (None, "mosaic", "xla"):
-        raise NotImplementedError(f"implementation {implementation!r} is not one of: mosaic, xla")
+    _check_implementation(implementation, "mosaic", "xla")
 
 
 def _check_recipe(name: str, x: Array, multiplier: Array, source: Array, part: Array) -> None:
@@ -238,6 +236,6 @@ def _check_recipe(name: str, x: Array, multiplier: Array, source: Array, part: A
         )
 
 
-def _check_implementation(implementation: Implementation | None) -> None:
-    if implementation not in (None, "xla"):
-        raise NotImplementedError(f"implementation {implementation!r} is not one of: xla")
+def _check_implementation(implementation: Implementation | None, *known: Implementation) -> None:
+    if implementation not in (None, *known):
+        raise NotImplementedError(f"implementation {implementation!r} is not one of: {', '.join(known)}")

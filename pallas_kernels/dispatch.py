@@ -1,4 +1,4 @@
-"""Which implementation runs, and what JAX's transformations make of a matmul of integers."""
+"""Which implementation runs, and what JAX's transformations make of functions of integers."""
 
 import functools
 import logging
@@ -121,6 +121,7 @@ def _normalized(
     reason = NO_HOPPER if device is None else norm.cannot_use(p)
     if reason and implementation == "mosaic":
         raise NotImplementedError(f"quantize_normalized: implementation 'mosaic' cannot take x {x.shape}: {reason}")
+    _say("quantize_normalized", x.shape, "xla" if reason else "mosaic", reason or "")
     if reason:
         return xla(*operands)
 
@@ -174,7 +175,7 @@ def _run(
     config = None if reason or device is None else tuning.choose(p, device)
     if config is None and implementation == "mosaic":
         config = tuning.rule(p)
-    _say(name, m, n, k, "xla" if config is None else f"mosaic, {config}", reason or "")
+    _say(name, (m, n, k), "xla" if config is None else f"mosaic, {config}", reason or "")
     if config is None:
         return xla(*operands)
 
@@ -187,5 +188,5 @@ def _run(
 
 
 @functools.cache
-def _say(name: str, m: int, n: int, k: int, choice: str, why: str) -> None:
-    log.info("%s %d x %d x %d: %s%s", name, m, n, k, choice, f" ({why})" if why else "")
+def _say(name: str, shape: tuple[int, ...], choice: str, why: str) -> None:
+    log.info("%s %s: %s%s", name, " x ".join(map(str, shape)), choice, f" ({why})" if why else "")

@@ -13,6 +13,9 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
 
 from pallas_kernels.packing import unpack_int4
 
+LARGEST_CODE = 2**15 - 1
+"""Of a code in :func:`quantize_normalized` before it is flattened: what 258 channels of INT8 hold."""
+
 
 def int8_matmul(
     x: Int8[Array, "*rows k"],
@@ -83,10 +86,6 @@ def quantize_activations(
     out = jnp.zeros((*x.shape[:-1], k + extra), jnp.int8)
     out = lax.dynamic_update_slice(out, main, (*start, 0))
     return lax.dynamic_update_slice(out, (jnp.sign(c) * beyond).astype(jnp.int8), (*start, k))
-
-
-LARGEST_CODE = 2**15 - 1
-"""Of a code in :func:`quantize_normalized` before it is flattened: what 258 channels of INT8 hold."""
 
 
 def quantize_normalized(

@@ -59,7 +59,7 @@ def candidates(p: Problem) -> list[Config]:
     if p.m <= decode.MOST_TOKENS:
         for warpgroups in range(1, 6):
             for splits, groups in itertools.product((1, 2, 3, 4, 5, 8), (1, 2)):
-                if splits * groups == 1 or (splits * groups <= p.steps // 2 and warpgroups * groups <= 5):
+                if splits == groups == 1 or (splits * groups <= p.steps // 2 and warpgroups * groups <= 5):
                     found.append(DecodeConfig(splits=splits, warpgroups=warpgroups, groups=groups))
     else:
         for warpgroups, tokens in EFFICIENCY:
@@ -106,14 +106,13 @@ def estimate(p: Problem, config: Config) -> float:
     if isinstance(config, DecodeConfig):
         tokens, units = decode.token_tile(p.m), config.splits * config.groups
         ctas = blocks * config.splits
-        at_once = min(
-            ctas, MULTIPROCESSORS if config.splits <= 2 else 112
-        )  # Large clusters do not find room everywhere.
+        room = MULTIPROCESSORS if config.splits <= 2 else 112  # Large clusters do not fit everywhere.
+        at_once = min(ctas, room)
         weights = 64 * config.warpgroups * p.k * p.bits / 8 / config.splits  # bytes that one CTA reads
         from_memory = weights * at_once / 4.46e6
         from_cache = (weights + tokens * p.k / config.splits) / min(7.6e6 / at_once, 7.5e4)
         sent = 256 * config.warpgroups * config.groups * tokens * (1 - 1 / units)
-        exchange = 0.15 + sent / 1.35e4 - 0.35 * (config.groups > 1) if units > 1 else 0.0
+        exchange = 0.15 + sent / 1.35e4 - 0.35 * (config.groups > 1) if config.splits > 1 else 0.0
         return 2.85 + -(-ctas // at_once) * (max(from_memory, from_cache) + exchange)
     tiles = -(-blocks // config.cluster) * -(-p.m // config.tokens)  # a CTA of each cluster
     waves = -(-tiles // (MULTIPROCESSORS // config.cluster))

@@ -61,10 +61,9 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     (splits * groups, channels of all blocks, token tile).
     """
     splits, warpgroups, groups = config.splits, config.warpgroups, config.groups
-    shared = splits * groups > 1  # whether several warpgroups hold partial sums of the same rows
     channels, tokens = 64 * warpgroups, token_tile(p.m)
     blocks = pl.cdiv(p.n, channels)
-    columns = blocks if shared else min(config.ctas, blocks)
+    columns = blocks if splits > 1 else min(config.ctas, blocks)
     packed = p.bits == 4
     exchange = registers.Exchange(splits, groups, warpgroups, tokens)
     slot_bytes = (channels + p.halves * tokens) * STEP
@@ -87,7 +86,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
         begin, end = (lax.div(r * p.steps, jnp.int32(splits)) for r in (rank, rank + 1))
         steps = end - begin
         mine = lax.div(blocks - cta + columns - 1, jnp.int32(columns))
-        exchanges = shared and not interpret
+        exchanges = splits > 1 and not interpret
         if exchanges:
             exchange.begin(scratch["arrived"])
 
@@ -169,7 +168,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     }
     if interpret and packed:
         scratch["staged"] = plgpu.SMEM((warpgroups * groups, p.halves, 64, STEP), jnp.int8, transforms=tiles.operand())
-    if shared:
+    if splits > 1:
         scratch["arrivals"], scratch["arrived"] = exchange.scratch()
     settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
     if splits > 1:
