@@ -119,7 +119,7 @@ def compensate(
     chain = _chain(inference_view(nnx.clone(model)))
     begun = [chain.begin(batch) for batch in batches]
     inputs = _Inputs([x for x, _ in begun], [x for x, _ in begun], [others for _, others in begun])
-    done = dict(nearest)
+    done, last = dict(nearest), next(reversed(chain.blocks))
     for path, block in track(chain.blocks.items(), "compensating for errors", len(chain.blocks)):
         start = f"{path}." if path else ""
         names = {name.removeprefix(start): name for name in nearest if name.startswith(start)}
@@ -130,6 +130,8 @@ def compensate(
         for short, name in names.items():
             weight = linears[short].kernel[...].T
             done[name] = finish(name, lambda s=short, w=weight, m=moments, g=local: _rounded(w, g[s], m()[s]))
+        if path == last:
+            break
         finished = replace_modules(block, {short: done[name] for short, name in names.items()})
         inputs = _Inputs(
             _advance(chain.call, block, inputs.exact, inputs.others),

@@ -36,9 +36,7 @@ class Memo:
         """Sensitivity of every layer."""
         return compute()
 
-    def layer(
-        self, name: str, bits: int, compute: Callable[[], QuantizedLinear], stage: str = "nearest"
-    ) -> QuantizedLinear:
+    def layer(self, name: str, bits: int, compute: Callable[[], QuantizedLinear], *, stage: str) -> QuantizedLinear:
         """One quantized layer, as it is after a stage of the work."""
         return compute()
 
@@ -65,9 +63,7 @@ class DirectoryMemo(Memo):
         write_whole(path, json.dumps(result, indent=1).encode())
         return result
 
-    def layer(
-        self, name: str, bits: int, compute: Callable[[], QuantizedLinear], stage: str = "nearest"
-    ) -> QuantizedLinear:
+    def layer(self, name: str, bits: int, compute: Callable[[], QuantizedLinear], *, stage: str) -> QuantizedLinear:
         path = self.directory / f"{name}.int{bits}.{stage}.npz"
         if path.is_file():
             return self._unpack_layer(name, _read_arrays(path))

@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32
+from jax import lax
+from jaxtyping import Array, Float32, Int32
 
 from fqjax.calibration import Statistics
 from fqjax.core.flatten import padded_width
@@ -18,6 +21,10 @@ from fqjax.scheme import Scheme
 
 ROOM = 1.05
 """How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
+
+
+ARRAYS = tuple(field.name for field in dataclasses.fields(Grid) if not field.metadata.get("static"))
+"""The fields of a grid that are arrays."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +46,14 @@ class Option:
     bytes: int
 
 
-def layer_inputs(linear: nnx.Linear, statistics: Statistics) -> LayerInputs:
+def layer_inputs(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) -> LayerInputs:
     """What a method is told of a layer."""
     weight = linear.kernel[...].T.astype(jnp.float32)
-    return LayerInputs(weight, jnp.asarray(statistics.absmax), jnp.asarray(statistics.samples))
+    absmax, samples = jnp.asarray(statistics.absmax), jnp.asarray(statistics.samples)
+    if scheme.activation_percentile < 100:
+        usual = jnp.percentile(jnp.abs(samples), scheme.activation_percentile, axis=0)
+        absmax = jnp.where(usual > 0, usual, absmax)  # A channel that is mostly zero keeps its largest value.
+    return LayerInputs(weight, absmax, samples)
 
 
 def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) -> list[Option]:
@@ -51,7 +62,7 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) ->
     With the selection "budget" a layer may be flattened by as much as fills 0, 1, 2, ... blocks of the padding; else there
     is one option for each number of bits.
     """
-    inputs = layer_inputs(linear, statistics)
+    inputs = layer_inputs(linear, statistics, scheme)
     k = linear.in_features
     options = []
     for bits in (8, 4):
@@ -62,28 +73,56 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) ->
             block, first = padded_width(1, bits), padded_width(k, bits)
             most = max(first, int(scheme.max_expansion * k))
             budgets = [min(width / k, scheme.max_expansion) for width in range(first, most + block, block)]
-        for grid, error, divergence in _measured(inputs, scheme, bits, tuple(dict.fromkeys(budgets))):
-            width = padded_width(int(jnp.sum(grid.x_pieces * grid.w_pieces)), bits)
-            if width not in [other.width for other in options if other.grid.bits == bits]:
-                recipe = 4 * (k + 2 * (width - k) + 1 + grid.w_scale.size)
-                size = linear.out_features * width * bits // 8 + recipe
-                found = Option(grid=grid, error=float(error), divergence=float(divergence), width=width, bytes=size)
-                options.append(found)
+        found = _measured(inputs, scheme, bits, jnp.asarray(list(dict.fromkeys(budgets)), jnp.float32))
+        widths: list[int] = []
+        for i, channels in enumerate(np.asarray(found.channels)):
+            width = padded_width(int(channels), bits)
+            if width in widths:
+                continue
+            widths.append(width)
+            grid = Grid(
+                **{name: leaf[i] for name, leaf in found.arrays.items()}, x_bits=int(found.x_bits[i]), bits=bits
+            )
+            recipe = 4 * (k + 2 * (width - k) + 1 + grid.w_scale.size)
+            size = linear.out_features * width * bits // 8 + recipe
+            error, divergence = float(found.error[i]), float(found.divergence[i])
+            options.append(Option(grid=grid, error=error, divergence=divergence, width=width, bytes=size))
     return options
 
 
-@functools.partial(jax.jit, static_argnames=("scheme", "bits", "budgets"))
-def _measured(
-    inputs: LayerInputs, scheme: Scheme, bits: int, budgets: tuple[float, ...]
-) -> list[tuple[Grid, Float32[Array, ""], Float32[Array, ""]]]:
+class _Measured(NamedTuple):
+    """The grids of a layer for some budgets, along the leading axis of every array.
+
+    Attributes:
+      arrays: the fields of the grids that are arrays, by name.
+      x_bits: bits of the activations.
+      channels: K', before padding.
+      error, divergence: as :class:`Option` has them.
+    """
+
+    arrays: dict[str, Array]
+    x_bits: Int32[Array, " b"]
+    channels: Int32[Array, " b"]
+    error: Float32[Array, " b"]
+    divergence: Float32[Array, " b"]
+
+
+@functools.partial(jax.jit, static_argnames=("scheme", "bits"))
+def _measured(inputs: LayerInputs, scheme: Scheme, bits: int, budgets: Float32[Array, " b"]) -> _Measured:
     """Every grid of a layer, with the error of its output and the divergence of its histogram."""
     exact = inputs.samples @ inputs.weight.T
-    measured = []
-    for grid in METHODS[scheme.method](inputs, scheme, bits, budgets):
+    grid_of = METHODS[scheme.method](inputs, scheme, bits, budgets)
+
+    def measure(i: Array) -> _Measured:
+        grid = grid_of(i)
         layer = grid.round(inputs.weight)
+        arrays = {name: getattr(grid, name) for name in ARRAYS}
+        channels = jnp.sum(grid.x_pieces * grid.w_pieces)
         divergence = histogram_divergence(exact, output(layer, inputs.samples))
-        measured.append((grid, relative_error(layer, inputs.samples, inputs.weight), divergence))
-    return measured
+        error = relative_error(layer, inputs.samples, inputs.weight)
+        return _Measured(arrays, jnp.int32(grid.x_bits), channels, error, divergence)
+
+    return lax.map(measure, jnp.arange(len(budgets)))
 
 
 def select(

@@ -78,6 +78,15 @@ def quantize_with(
     memo: Memo, model: ModelT, scheme: Scheme, calibration: Iterable[Any], ignore: Iterable[str]
 ) -> ModelT:
     """:func:`quantize` without its checks, with a memory for what has been worked out before."""
+    with jax.default_matmul_precision(
+        "float32"
+    ):  # On a GPU, float32 would else be multiplied with 10 bits of mantissa.
+        return _quantize_with(memo, model, scheme, calibration, ignore)
+
+
+def _quantize_with(
+    memo: Memo, model: ModelT, scheme: Scheme, calibration: Iterable[Any], ignore: Iterable[str]
+) -> ModelT:
     model = equalize(model) if scheme.equalize else model
     linears = select_linears(model, ignore).linears
     first, batches = _peek(calibration)
@@ -90,12 +99,17 @@ def quantize_with(
         for name, linear in track(linears.items(), "searching", len(linears))
     }
 
+    made: dict[tuple[str, int, int], QuantizedLinear] = {}
+
     def nearest(name: str, option: Option) -> QuantizedLinear:
         def compute() -> QuantizedLinear:
-            inputs = layer_inputs(linears[name], statistics[name])
+            inputs = layer_inputs(linears[name], statistics[name], scheme)
             return assemble(name, linears[name], option.grid.round(inputs.weight), inputs, scheme, macs[name])
 
-        return memo.layer(name, option.grid.bits, compute, stage=f"nearest{option.width}")
+        key = name, option.grid.bits, option.width
+        if key not in made:  # Layers that were tried in INT4 and stay in it need not be made twice.
+            made[key] = memo.layer(name, option.grid.bits, compute, stage=f"nearest{option.width}")
+        return made[key]
 
     def sensitivities() -> dict[str, float]:
         low = {name: nearest(name, found[-1]) for name, found in options.items()}
@@ -125,7 +139,7 @@ def _compensated(
 
     def finish(name: str, view: Callable[[], WideLinear]) -> QuantizedLinear:
         def compute() -> QuantizedLinear:
-            inputs = layer_inputs(linears[name], statistics[name])
+            inputs = layer_inputs(linears[name], statistics[name], scheme)
             return assemble(name, linears[name], view(), inputs, scheme, macs[name])
 
         return memo.layer(name, nearest[name].bits, compute, stage="compensated")

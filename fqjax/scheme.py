@@ -43,6 +43,8 @@ class Scheme:
       threshold_strength, threshold_strength_int8: the rule's parameter for layers in INT4, and in INT8, where a coarser
         cut does as well and costs fewer extra channels.
       max_expansion: most that a layer's K'/K may be, at least 1.
+      activation_percentile: of a channel's magnitudes in the rows kept by calibration, which counts as its largest, from 50
+        to 100; less than 100 lets single extreme tokens be clipped.  At 100 it is the largest of all rows that passed.
       sample_rows: rows of every layer's input kept by calibration to judge errors on.
     """
 
@@ -64,6 +66,7 @@ class Scheme:
     threshold_strength: float = 0.25
     threshold_strength_int8: float = 3.0
     max_expansion: float = 1.25
+    activation_percentile: float = 100.0
     sample_rows: int = 512
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class Scheme:
         _check_range("threshold_strength", self.threshold_strength, 0, 100)
         _check_range("threshold_strength_int8", self.threshold_strength_int8, 0, 100)
         _check_range("max_expansion", self.max_expansion, 1, 16)
+        _check_range("activation_percentile", self.activation_percentile, 50, 100)
         _check_range("sample_rows", self.sample_rows, 1, 1 << 20)
         if self.int4_activation_bits not in (4, 8):
             raise InputError(f"int4_activation_bits={self.int4_activation_bits}: expected 4 or 8")

@@ -41,7 +41,7 @@ def setup():
     grids = {name: layer_options(linear, seen[name], scheme)[-1].grid for name, linear in linears.items()}
 
     def finish(name, view):
-        inputs = layer_inputs(linears[name], seen[name])
+        inputs = layer_inputs(linears[name], seen[name], scheme)
         return assemble(name, linears[name], view(), inputs, scheme, macs[name])
 
     nearest = {name: finish(name, lambda n=name: grids[n].round(linears[n].kernel[...].T)) for name in linears}

@@ -32,7 +32,7 @@ def setup():
     macs = count_macs(linears, seen)
     scheme, candidates = PRESETS["flattenquant"], {}
     for name, linear in linears.items():
-        inputs, option = layer_inputs(linear, seen[name]), layer_options(linear, seen[name], scheme)[-1]
+        inputs, option = layer_inputs(linear, seen[name], scheme), layer_options(linear, seen[name], scheme)[-1]
         candidates[name] = assemble(name, linear, option.grid.round(inputs.weight), inputs, scheme, macs[name])
     return model, batch, candidates
 

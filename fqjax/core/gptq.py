@@ -19,6 +19,10 @@ from jaxtyping import Array, Float32, Int32
 
 ColumnQuantizer = Callable[[Float32[Array, " n"], Int32[Array, ""]], Float32[Array, " n"]]
 """(a column, its index in the weight) -> the column as it will be represented."""
+FindScale = Callable[[Float32[Array, "n g"]], Float32[Array, " n"]]
+"""The columns of a group -> the scale of each of its rows."""
+ScaledQuantizer = Callable[[Float32[Array, " n"], Float32[Array, " n"]], Float32[Array, " n"]]
+"""(a column, the scales of its group) -> the column as it will be represented."""
 
 BLOCK = 128
 
@@ -43,7 +47,71 @@ def gptq(
     Returns:
       The represented weight, (n, k), in the order of ``weight``.  Columns whose input is always zero are zero.
     """
-    k = weight.shape[1]
+    return _in_order(weight, hessian, quantize_column, None, 0, damping, act_order)[0]
+
+
+def gptq_grouped(
+    weight: Float32[Array, "n k"],
+    hessian: Float32[Array, "k k"],
+    find_scale: FindScale,
+    quantize_column: ScaledQuantizer,
+    *,
+    group_size: int,
+    damping: float = 0.01,
+    act_order: bool = False,
+    static_groups: bool = False,
+) -> tuple[Float32[Array, "n k"], Float32[Array, "n groups"]]:
+    """:func:`gptq` for a format with a scale for every row and every ``group_size`` input channels.
+
+    Args:
+      weight, hessian, damping, act_order: as for :func:`gptq`.
+      find_scale: the scales of one group, from its columns; jittable.
+      quantize_column: what becomes of a column of a group with these scales; jittable.
+      group_size: channels of a group: a divisor of 128 and of k.
+      static_groups: whether all scales come from the weight as it was, rather than each group's from what the errors before
+        it have made of its columns.
+
+    Returns:
+      The represented weight, (n, k), and the scales, (n, k / group_size), both in the order of ``weight``.
+
+    Raises:
+      ValueError: if the groups do not fit, or if ``act_order`` is asked for without ``static_groups``: a group's columns
+        would then be rounded at different times, and its scale would be needed before it is known.
+    """
+    n, k = weight.shape
+    if group_size < 1 or BLOCK % group_size or k % group_size:
+        raise ValueError(f"gptq_grouped: group_size must divide {BLOCK} and the {k} input channels, got {group_size}")
+    if act_order and not static_groups:
+        raise ValueError("gptq_grouped: act_order needs static_groups")
+    if not static_groups:
+        return _in_order(
+            weight,
+            hessian,
+            lambda column, _, scale: quantize_column(column, scale),
+            find_scale,
+            group_size,
+            damping,
+            False,
+        )
+    scales = jax.vmap(find_scale, in_axes=1, out_axes=1)(weight.reshape(n, k // group_size, group_size))
+
+    def quantize(column: Array, i: Array) -> Array:
+        return quantize_column(column, scales[:, i // group_size])
+
+    return gptq(weight, hessian, quantize, damping=damping, act_order=act_order), scales
+
+
+def _in_order(
+    weight: Float32[Array, "n k"],
+    hessian: Float32[Array, "k k"],
+    quantize: Callable[..., Array],
+    find_scale: FindScale | None,
+    group_size: int,
+    damping: float,
+    act_order: bool,
+) -> tuple[Float32[Array, "n k"], Float32[Array, "n groups"]]:
+    """Puts the columns in the order in which they are rounded, rounds them, and puts them back."""
+    n, k = weight.shape
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0
     order = jnp.argsort(-diagonal) if act_order else jnp.arange(k)
@@ -53,8 +121,8 @@ def gptq(
     padding = -k % BLOCK
     weight = jnp.pad(weight, ((0, 0), (0, padding)))
     factor = jnp.pad(_factor(hessian), ((0, padding), (0, padding))) + jnp.diag((jnp.arange(k + padding) >= k) * 1.0)
-    rounded = _sweep(weight, factor, jnp.pad(order, (0, padding)), quantize_column)[:, :k]
-    return jnp.zeros_like(rounded).at[:, order].set(rounded)
+    rounded, scales = _sweep(weight, factor, jnp.pad(order, (0, padding)), quantize, find_scale, group_size)
+    return jnp.zeros((n, k), jnp.float32).at[:, order].set(rounded[:, :k]), scales[:, : k // (group_size or k)]
 
 
 def absorb(
@@ -71,8 +139,8 @@ def absorb(
       cross: X'^T X with the exact inputs of the same rows, (k, k).
       damping: see above.
     """
-    ridge = damping * jnp.mean(jnp.diagonal(gram)) * jnp.eye(gram.shape[0], dtype=gram.dtype)
-    ridge = jnp.where(jnp.trace(gram) > 0, ridge, jnp.eye(gram.shape[0], dtype=gram.dtype))
+    mean = jnp.mean(jnp.diagonal(gram))
+    ridge = jnp.where(mean > 0, damping * mean, 1.0) * jnp.eye(gram.shape[0], dtype=gram.dtype)
     factor = jax.scipy.linalg.cho_factor(gram + ridge, lower=True)
     return jax.scipy.linalg.cho_solve(factor, (cross + ridge) @ weight.T).T
 
@@ -89,25 +157,43 @@ def _factor(hessian: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
 
 
 def _sweep(
-    weight: Float32[Array, "n k"], factor: Float32[Array, "k k"], order: Int32[Array, " k"], quantize: ColumnQuantizer
-) -> Float32[Array, "n k"]:
+    weight: Float32[Array, "n k"],
+    factor: Float32[Array, "k k"],
+    order: Int32[Array, " k"],
+    quantize: Callable[..., Array],
+    find_scale: FindScale | None,
+    group_size: int,
+) -> tuple[Float32[Array, "n k"], Float32[Array, "n groups"]]:
+    """Rounds the columns from left to right; with ``find_scale``, ``quantize`` gets the group's scales besides."""
     n, k = weight.shape
 
-    def block(b: Int32[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        weight, rounded = carry
-        start = b * BLOCK
-        rows = lax.dynamic_slice(factor, (start, jnp.zeros_like(start)), (BLOCK, k))
-        square = lax.dynamic_slice(rows, (jnp.zeros_like(start), start), (BLOCK, BLOCK))
+    def block(b: Int32[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        weight, rounded, scales = carry
+        start, zero = b * BLOCK, jnp.zeros_like(b)
+        rows = lax.dynamic_slice(factor, (start, zero), (BLOCK, k))
+        square = lax.dynamic_slice(rows, (zero, start), (BLOCK, BLOCK))
 
-        def column(w: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
-            represented = quantize(w[:, i], order[start + i])
+        def column(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+            w, scale = carry
+            known: tuple[Array, ...] = ()
+            if find_scale is not None:
+                group = lax.dynamic_slice(w, (zero, i), (n, group_size))
+                scale = lax.cond(i % group_size == 0, find_scale, lambda _: scale, group)
+                known = (scale,)
+            represented = quantize(w[:, i], order[start + i], *known)
             error = (w[:, i] - represented) / square[i, i]
-            return w - jnp.outer(error, square[i] * (jnp.arange(BLOCK) > i)), (represented, error)
+            return (w - jnp.outer(error, square[i] * (jnp.arange(BLOCK) > i)), scale), (represented, error, scale)
 
-        inside = lax.dynamic_slice(weight, (jnp.zeros_like(start), start), (n, BLOCK))
-        _, (columns, errors) = lax.scan(column, inside, jnp.arange(BLOCK))
+        inside = lax.dynamic_slice(weight, (zero, start), (n, BLOCK))
+        _, (columns, errors, found) = lax.scan(column, (inside, jnp.zeros(n)), jnp.arange(BLOCK))
         behind = rows * (jnp.arange(k) >= start + BLOCK)
         weight = weight - errors.T @ behind
-        return weight, lax.dynamic_update_slice(rounded, columns.T, (jnp.zeros_like(start), start))
+        rounded = lax.dynamic_update_slice(rounded, columns.T, (zero, start))
+        if find_scale is not None:
+            first = b * (BLOCK // group_size)
+            scales = lax.dynamic_update_slice(scales, found[::group_size].T, (zero, first))
+        return weight, rounded, scales
 
-    return lax.fori_loop(0, k // BLOCK, block, (weight, jnp.zeros_like(weight)))[1]
+    scales = jnp.zeros((n, k // (group_size or k)))
+    _, rounded, scales = lax.fori_loop(0, k // BLOCK, block, (weight, jnp.zeros_like(weight), scales))
+    return rounded, scales

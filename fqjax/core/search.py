@@ -71,8 +71,8 @@ def search(
     alphas: tuple[float, ...] | None = ALPHAS,
     flatten_activations: bool = True,
     flatten_weights: bool = True,
-    budgets: tuple[float, ...],
-) -> list[Found]:
+    budgets: Float32[Array, " b"],
+) -> Found:
     """Chooses smoothing and thresholds of one layer.
 
     Args:
@@ -85,29 +85,32 @@ def search(
       budgets: most that K'/K may be, at least 1; several to choose for at once.
 
     Returns:
-      One choice for each budget.
+      One choice for each budget: every attribute has a leading axis for them.
     """
     w_max = jnp.max(jnp.abs(weight), axis=0)
 
-    def at(smoothing: Float32[Array, " k"]) -> list[Found]:
+    def at(smoothing: Float32[Array, " k"]) -> Found:
         x, w = samples / smoothing, weight * smoothing
         x_cuts = _cuts(x_max / smoothing, x_bits, flatten_activations)
         w_cuts = _cuts(w_max * smoothing, w_bits, flatten_weights)
         x_errors = lax.map(lambda cut: jnp.sum(((_rounded(x, cut, x_bits) - x) @ w.T) ** 2), x_cuts)
         w_errors = lax.map(lambda cut: jnp.sum((x @ (_rounded(w, cut, w_bits) - w).T) ** 2), w_cuts)
         expansion = (x_cuts.pieces.astype(jnp.float32) @ w_cuts.pieces.T.astype(jnp.float32)) / weight.shape[1]
-        found = []
-        for budget in budgets:
-            errors = jnp.where(expansion <= budget, x_errors[:, None] + w_errors, jnp.inf)
-            i, j = jnp.unravel_index(jnp.argmin(errors), errors.shape)
+        errors = x_errors[:, None] + w_errors
+
+        def within(budget: Array) -> Found:
+            allowed = jnp.where(expansion <= budget, errors, jnp.inf)
+            i, j = jnp.unravel_index(jnp.argmin(allowed), allowed.shape)
             cut = (x_cuts.thresholds[i], w_cuts.thresholds[j], x_cuts.pieces[i], w_cuts.pieces[j])
-            found.append(Found(smoothing, *cut, errors[i, j]))
-        return found
+            return Found(smoothing, *cut, allowed[i, j])
+
+        return jax.vmap(within)(budgets)
 
     if alphas is None:
         return at(jnp.ones_like(x_max))
     tried = lax.map(lambda alpha: at(smoothing_factors(x_max, w_max, alpha)), jnp.asarray(alphas))
-    return [Found(*(leaf[jnp.argmin(found.error)] for leaf in found)) for found in tried]
+    best = jnp.argmin(tried.error, axis=0)
+    return Found(*(leaf[best, jnp.arange(len(budgets))] for leaf in tried))
 
 
 def channel_scales(weight: Float32[Array, "n k"], importance: Float32[Array, " k"], bits: int) -> Float32[Array, " n"]:

@@ -40,7 +40,7 @@ def within_budget(
     x_threshold: Float32[Array, ""],
     w_threshold: Float32[Array, ""],
     limits: tuple[int, int],
-    max_expansion: float,
+    max_expansion: float | Array,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Raises both thresholds by one common factor, the smallest for which K'/K stays within ``max_expansion``.
 

@@ -5,6 +5,8 @@
 The baseline.  One channel that is fifty times larger than the rest leaves the rest a fiftieth of the codes.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -14,9 +16,10 @@ from fqjax.methods.inputs import LayerInputs
 from fqjax.scheme import Scheme
 
 
-def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: tuple[float, ...]) -> list[Grid]:
-    """One grid; see :mod:`fqjax.methods` for the arguments."""
-    return [absmax_grid(layer, jnp.ones(layer.weight.shape[1], jnp.float32), bits)]
+def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: Float[Array, " b"]) -> Callable[[Array], Grid]:
+    """The same grid for every budget; see :mod:`fqjax.methods` for the arguments."""
+    grid = absmax_grid(layer, jnp.ones(layer.weight.shape[1], jnp.float32), bits)
+    return lambda _: grid
 
 
 def absmax_grid(layer: LayerInputs, smoothing: Float[Array, " k"], bits: int) -> Grid:

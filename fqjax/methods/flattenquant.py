@@ -10,7 +10,10 @@ channel, which costs a Hopper GPU nothing, the weights are not flattened.  How b
 :mod:`fqjax.core.selection`; what is open in the paper, and how it is settled here, stands in the documentation.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from fqjax.core.codes import qmax
 from fqjax.core.flatten import count_pieces
@@ -22,24 +25,23 @@ from fqjax.methods.smoothquant import smooth
 from fqjax.scheme import Scheme
 
 
-def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: tuple[float, ...]) -> list[Grid]:
-    """One grid for each bound on K'/K; see :mod:`fqjax.methods` for the arguments."""
+def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: Float[Array, " b"]) -> Callable[[Array], Grid]:
+    """The grid of each budget; see :mod:`fqjax.methods` for the arguments."""
     x_bits = scheme.int4_activation_bits if bits == 4 else 8
-    if scheme.threshold_rule == "search" and bits == 4:
-        found = search(
-            layer.weight,
-            layer.x_max,
-            layer.samples,
-            x_bits=x_bits,
-            w_bits=bits,
-            alphas=None if scheme.alpha is None else ALPHAS,
-            flatten_activations=scheme.flatten_activations,
-            flatten_weights=scheme.flatten_weights and scheme.weight_scales == "tensor",
-            budgets=budgets,
-        )
-    else:
-        found = [_by_rule(layer, scheme, x_bits, bits, budget) for budget in budgets]
-    return [_grid(layer, scheme, x_bits, bits, choice) for choice in found]
+    if scheme.threshold_rule != "search" or bits == 8:
+        return lambda i: _grid(layer, scheme, x_bits, bits, _by_rule(layer, scheme, x_bits, bits, budgets[i]))
+    found = search(
+        layer.weight,
+        layer.x_max,
+        layer.samples,
+        x_bits=x_bits,
+        w_bits=bits,
+        alphas=None if scheme.alpha is None else ALPHAS,
+        flatten_activations=scheme.flatten_activations,
+        flatten_weights=scheme.flatten_weights and scheme.weight_scales == "tensor",
+        budgets=budgets,
+    )
+    return lambda i: _grid(layer, scheme, x_bits, bits, Found(*(leaf[i] for leaf in found)))
 
 
 def _grid(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, found: Found) -> Grid:
@@ -58,7 +60,7 @@ def _grid(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, found: Fou
     )
 
 
-def _by_rule(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, budget: float) -> Found:
+def _by_rule(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, budget: Array) -> Found:
     """Both thresholds by the scheme's rule, raised as far as the bound on K'/K asks for."""
     smoothing = smooth(layer, scheme)
     x, w = layer.x_max / smoothing, jnp.max(jnp.abs(layer.weight), axis=0) * smoothing

@@ -3,6 +3,8 @@
 Static per-tensor scales for both operands, the paper's setting O3.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,9 +15,10 @@ from fqjax.methods.inputs import LayerInputs
 from fqjax.scheme import Scheme
 
 
-def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: tuple[float, ...]) -> list[Grid]:
-    """One grid; see :mod:`fqjax.methods` for the arguments."""
-    return [absmax_grid(layer, smooth(layer, scheme), bits)]
+def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: Float[Array, " b"]) -> Callable[[Array], Grid]:
+    """The same grid for every budget; see :mod:`fqjax.methods` for the arguments."""
+    grid = absmax_grid(layer, smooth(layer, scheme), bits)
+    return lambda _: grid
 
 
 def smooth(layer: LayerInputs, scheme: Scheme) -> Float[Array, " k"]:

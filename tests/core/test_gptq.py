@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.gptq import _factor, gptq
+from fqjax.core.gptq import _factor, gptq, gptq_grouped
 
 
 def inputs(rows, k, seed=0):
@@ -98,3 +98,65 @@ def test_works_under_jit():
     weight, hessian = problem()
     jitted = jax.jit(lambda w, h: gptq(w, h, nearest))(weight, hessian)
     assert (np.asarray(jitted) != np.asarray(gptq(weight, hessian, nearest))).mean() < 0.01
+
+
+def largest(group):
+    return jnp.max(jnp.abs(group), axis=1) / 7
+
+
+def on_grid(column, scale):
+    return jnp.clip(jnp.round(column / scale), -7, 7) * scale
+
+
+def wide_ranges(k=256):
+    weight, hessian = problem(k=k)
+    return weight * jnp.exp(jnp.linspace(-2, 2, k)), hessian
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_static_groups_keep_the_scales_of_the_weight_as_it_was(group_size):
+    weight, hessian = wide_ranges()
+    represented, scales = gptq_grouped(
+        weight, hessian, largest, on_grid, group_size=group_size, act_order=True, static_groups=True
+    )
+    groups = weight.reshape(len(weight), -1, group_size)
+    np.testing.assert_allclose(scales, jnp.max(jnp.abs(groups), axis=2) / 7, rtol=1e-6)
+    assert_on_grid(represented, scales, group_size)
+    plain = on_grid(weight, jnp.repeat(scales, group_size, axis=1))
+    assert output_error(weight, represented, hessian) < 0.4 * output_error(weight, plain, hessian)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_groups_take_their_scales_when_they_are_reached(group_size):
+    weight, hessian = wide_ranges()
+    represented, scales = gptq_grouped(weight, hessian, largest, on_grid, group_size=group_size)
+    groups = weight.reshape(len(weight), -1, group_size)
+    first = jnp.max(jnp.abs(groups), axis=2) / 7
+    np.testing.assert_allclose(scales[:, 0], first[:, 0], rtol=1e-6)  # Nothing has been rounded in front of it.
+    assert (jnp.abs(scales[:, 1:] / first[:, 1:] - 1) > 1e-4).mean() > 0.9
+    assert_on_grid(represented, scales, group_size)
+    plain = on_grid(weight, jnp.repeat(first, group_size, axis=1))
+    assert output_error(weight, represented, hessian) < 0.6 * output_error(weight, plain, hessian)
+
+
+def test_one_group_of_all_channels_is_no_group():
+    weight, hessian = problem(k=128)
+    scale = largest(weight)
+    represented, _ = gptq_grouped(weight, hessian, largest, on_grid, group_size=128)
+    np.testing.assert_array_equal(represented, gptq(weight, hessian, lambda column, _: on_grid(column, scale)))
+
+
+def assert_on_grid(represented, scales, group_size):
+    codes = represented / jnp.repeat(scales, group_size, axis=1)
+    np.testing.assert_allclose(codes, jnp.round(codes), atol=1e-4)
+    assert jnp.max(jnp.abs(codes)) < 7.001
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [({"group_size": 48}, "must divide 128"), ({"group_size": 32, "act_order": True}, "static_groups")],
+)
+def test_groups_that_do_not_fit_are_refused(settings, complaint):
+    weight, hessian = problem(k=256)
+    with pytest.raises(ValueError, match=complaint):
+        gptq_grouped(weight, hessian, largest, on_grid, **settings)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from fqjax.core.flatten import count_pieces
-from fqjax.core.search import ALPHAS, channel_scales, search
+from fqjax.core.search import ALPHAS, Found, channel_scales, search
 from fqjax.core.smoothing import smoothing_factors
 
 
@@ -15,9 +15,9 @@ def problem(x_outliers=20.0, w_outliers=8.0, seed=0):
     return jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)
 
 
-def run(weight, x, **settings):
-    (found,) = search(weight, jnp.abs(x).max(0), x, **({"x_bits": 4, "w_bits": 4, "budgets": (1.25,)} | settings))
-    return found
+def run(weight, x, budget=1.25, **settings):
+    found = search(weight, jnp.abs(x).max(0), x, x_bits=4, w_bits=4, budgets=jnp.asarray([budget]), **settings)
+    return Found(*(leaf[0] for leaf in found))
 
 
 def expansion(found):
@@ -27,13 +27,13 @@ def expansion(found):
 @pytest.mark.parametrize("budget", [1.0, 1.05, 1.5])
 def test_the_budget_is_kept(budget):
     weight, x = problem()
-    assert expansion(run(weight, x, budgets=(budget,))) <= budget
+    assert expansion(run(weight, x, budget)) <= budget
 
 
 def test_more_room_never_costs_accuracy():
     weight, x = problem()
-    found = search(weight, jnp.abs(x).max(0), x, x_bits=4, w_bits=4, budgets=(1.0, 1.1, 1.3, 2.0))
-    errors = [float(choice.error) for choice in found]
+    found = search(weight, jnp.abs(x).max(0), x, x_bits=4, w_bits=4, budgets=jnp.asarray([1.0, 1.1, 1.3, 2.0]))
+    errors = found.error.tolist()
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
 
 
@@ -57,7 +57,7 @@ def test_what_is_not_to_be_flattened_is_cut_off_at_half_of_its_maximum_at_most()
 
 def test_flattened_channels_keep_all_their_values():
     weight, x = problem()
-    found = run(weight, x, alphas=(0.5,), budgets=(2.0,))
+    found = run(weight, x, budget=2.0, alphas=(0.5,))
     assert expansion(found) > 1
     needed = count_pieces(jnp.abs(x).max(0) / found.smoothing, found.x_threshold, 7)
     assert (found.x_pieces == needed).all() or (found.x_pieces == 1).all()

@@ -22,8 +22,8 @@ def problem(x_outliers=1.0, w_outliers=1.0, seed=0):
 
 def error(method, x, w, bits, **settings):
     scheme = dataclasses.replace(PRESETS["flattenquant"], **settings)
-    (grid,) = METHODS[method](LayerInputs(w, jnp.abs(x).max(0), x), scheme, bits, (scheme.max_expansion,))
-    wide = grid.round(w)
+    grid_of = METHODS[method](LayerInputs(w, jnp.abs(x).max(0), x), scheme, bits, jnp.asarray([scheme.max_expansion]))
+    wide = grid_of(jnp.int32(0)).round(w)
     return float(relative_error(wide, x, w)), wide
 
 

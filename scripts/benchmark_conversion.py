@@ -1,0 +1,145 @@
+"""Times calibration and quantization of blocks of a large model's shape, and extrapolates to the whole model.
+
+Examples:
+    python scripts/benchmark_conversion.py                        # blocks of Llama-3-8B; needs a GPU of 40 GB
+    python scripts/benchmark_conversion.py --config config.json --blocks 1 3
+
+Weights and tokens are random, which changes what is found but not what is computed.  Everything but the trial of every
+layer takes time in proportion to the number of blocks, so a line through two numbers of blocks says what the whole model
+takes; that trial runs all blocks once for each of their four layers, and its time is added, from that of one block's run.
+The very first conversion also compiles what is compiled once; what it took longer than the same again is added at the end.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import fqjax
+from fqjax.bench.environment import describe, environment
+from fqjax.models.llama import Llama, config_from_hf
+
+LLAMA_3_8B = {
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 128000,
+}
+
+
+LAYERS = 4
+"""Linear layers of a block."""
+
+
+def setup(hf: dict[str, Any], blocks: int, samples: int, window: int) -> tuple[Llama, list[Any]]:
+    """A model of so many blocks, and its calibration data."""
+    model = Llama(config_from_hf(hf | {"num_hidden_layers": blocks}), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    text = np.random.default_rng(0).integers(0, hf["vocab_size"], samples * window, np.int32)
+    batches = fqjax.calibration_batches(text, model.config, samples=samples, window=window)
+    jax.block_until_ready(nnx.state(model))
+    return model, batches
+
+
+def conversion(model: Llama, batches: list[Any], scheme: str) -> float:
+    """Seconds to calibrate and quantize."""
+    start = time.perf_counter()
+    quantized, _ = fqjax.quantize(model, scheme, batches)
+    jax.block_until_ready(nnx.state(quantized))
+    return time.perf_counter() - start
+
+
+def forward(model: Llama, batches: list[Any]) -> float:
+    """Seconds to run one batch, the best of five."""
+    run, times = nnx.jit(lambda model, tokens: model(tokens)), []
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(run(model, batches[0]))
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def document(results: dict[str, Any]) -> str:
+    """All results in Markdown."""
+    lines = [
+        "# Time to convert",
+        "",
+        "Written by `scripts/benchmark_conversion.py`: seconds to calibrate and quantize a few blocks of a large model's",
+        "shape, and what follows for all of them.",
+        "",
+        "| model | scheme | calibrated on | blocks | seconds | whole model | minutes | with |",
+        "|---|---|---|---|---|---:|---:|---|",
+    ]
+    for r in results.values():
+        lines.append(
+            f"| {r['model']} | `{r['scheme']}` | {r['samples']} windows of {r['window']} tokens "
+            f"| {', '.join(r['seconds'])} | {', '.join(f'{s:.0f}' for s in r['seconds'].values())} "
+            f"| {r['whole']} blocks | {r['minutes']:.1f} | {describe(r['environment'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="a config.json of the Llama family instead")
+    parser.add_argument("--blocks", nargs=2, type=int, default=(1, 3), help="two numbers of blocks")
+    parser.add_argument("--scheme", default="flattenquant", choices=list(fqjax.PRESETS))
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/benchmarks/conversion"), help="written with .json and .md"
+    )
+    a = parser.parse_args()
+    hf = json.loads(a.config.read_text()) if a.config else LLAMA_3_8B
+    name, whole = (str(a.config.parent.name) if a.config else "Llama-3-8B"), hf["num_hidden_layers"]
+    few, more = sorted(a.blocks)
+    model, batches = setup(hf, few, a.samples, a.window)
+    cold, warm, once = (
+        conversion(model, batches, a.scheme),
+        conversion(model, batches, a.scheme),
+        forward(model, batches),
+    )
+    print(f"{few} blocks: {cold:.1f} s, again {warm:.1f} s", flush=True)
+    model, batches = setup(hf, more, a.samples, a.window)
+    longer = conversion(model, batches, a.scheme)
+    a_block = (forward(model, batches) - once) / (more - few)
+    print(f"{more} blocks: {longer:.1f} s; one run of a block: {1e3 * a_block:.1f} ms", flush=True)
+    trial = LAYERS * whole * whole * a_block
+    total = cold + (whole - few) * (longer - warm) / (more - few) + trial
+    print(
+        f"{whole} blocks: {total / 60:.1f} minutes by extrapolation, {trial:.0f} s of them for the trial of every layer"
+    )
+    record = a.out.with_suffix(".json")
+    results: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+    results[f"{name} {a.scheme}"] = {
+        "environment": environment(),
+        "model": name,
+        "scheme": a.scheme,
+        "samples": a.samples,
+        "window": a.window,
+        "seconds": {f"{few}, compiling": cold, str(few): warm, str(more): longer},
+        "trial_seconds": trial,
+        "whole": whole,
+        "minutes": total / 60,
+    }
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(results, indent=1) + "\n")
+    a.out.with_suffix(".md").write_text(document(results))
+    print(f"wrote {record} and {a.out}.md")
+
+
+if __name__ == "__main__":
+    main()
