@@ -13,7 +13,8 @@ r says how much of the error of the blocks in front a layer takes back.  A least
 weights smaller, layer after layer, so r = 1 can cost more than it gains (``scripts/ablation.py`` compares).  Where the
 inputs have hardly an error of their own, in INT8, the weight is left where it is and only rounded by GPTQ.
 
-A model that does not say what its blocks are is one block.
+A model that does not say what its blocks are is one block.  Quantized layers are simulated (:mod:`fqjax.blocks`), so that one
+compiled program serves all blocks.
 """
 
 import functools
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from fqjax.calibration import as_arguments, inference_view
+from fqjax.blocks import Simulated, chain, run
 from fqjax.core.codes import qmax
 from fqjax.core.gptq import absorb, gptq
 from fqjax.core.wide import Grid, WideLinear
@@ -43,6 +44,20 @@ class Moments(NamedTuple):
     cross: Float32[Array, "k k"]
 
 
+class _Rounding(NamedTuple):
+    """What becomes of a layer's input: arrays alone, so that 4 or 8 bits are the same to the compiler."""
+
+    smoothing: Float32[Array, " k"]
+    multiplier: Float32[Array, " k"]
+    limit: Float32[Array, " k"]
+    x_scale: Float32[Array, ""]
+
+    @classmethod
+    def of(cls, grid: Grid) -> "_Rounding":
+        limit = (grid.x_pieces * qmax(grid.x_bits)).astype(jnp.float32)
+        return cls(grid.smoothing, grid.multiplier, limit, grid.x_scale)
+
+
 class _Seen(nnx.Variable):
     """The last input of a layer."""
 
@@ -56,34 +71,6 @@ class _Tap(nnx.Module):
     def __call__(self, x: Float[Array, "... k"], *args: Any, **kwargs: Any) -> Array:
         self.seen.set_value(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
         return self.layer(x, *args, **kwargs)
-
-
-class _Chain(NamedTuple):
-    """A model as blocks one after the other.
-
-    Attributes:
-      blocks: module of each, by dotted path.
-      begin: from a batch to the first block's input, and what every block is called with besides.
-      call: runs a block.
-    """
-
-    blocks: dict[str, nnx.Module]
-    begin: Callable[[Any], tuple[Any, Any]]
-    call: Callable[[Any, Any, Any], Any]
-
-
-def _chain(model: Any) -> _Chain:
-    if not hasattr(model, "begin"):
-        return _Chain({"": model}, as_arguments, _call_model)
-    return _Chain({f"layers.{i}": layer for i, layer in enumerate(model.layers)}, model.begin, _call_layer)
-
-
-def _call_model(model: Any, args: Any, kwargs: Any) -> Any:
-    return model(*args, **kwargs)
-
-
-def _call_layer(layer: Any, x: Any, args: Any) -> Any:
-    return layer(x, None, None, *args)[0]
 
 
 class _Inputs(NamedTuple):
@@ -116,26 +103,26 @@ def compensate(
     Returns:
       The layers, by dotted path.
     """
-    chain = _chain(inference_view(nnx.clone(model)))
-    begun = [chain.begin(batch) for batch in batches]
+    blocks = chain(model, nearest)
+    begun = [blocks.begin(batch) for batch in batches]
     inputs = _Inputs([x for x, _ in begun], [x for x, _ in begun], [others for _, others in begun])
-    done, last = dict(nearest), next(reversed(chain.blocks))
-    for path, block in track(chain.blocks.items(), "compensating for errors", len(chain.blocks)):
+    done, last = dict(nearest), next(reversed(blocks.blocks))
+    for path, block in track(blocks.blocks.items(), "compensating for errors", len(blocks.blocks)):
         start = f"{path}." if path else ""
         names = {name.removeprefix(start): name for name in nearest if name.startswith(start)}
-        rough = {short: nearest[name] for short, name in names.items()}
         local = {short: grids[name] for short, name in names.items()}
-        moments = functools.cache(functools.partial(_moments, chain.call, block, rough, local, inputs, upstream))
+        rough = {short: nearest[name] for short, name in names.items()}
+        moments = functools.cache(functools.partial(_moments, blocks.call, block, rough, local, inputs, upstream))
         linears = find_linears(block)
         for short, name in names.items():
             weight = linears[short].kernel[...].T
             done[name] = finish(name, lambda s=short, w=weight, m=moments, g=local: _rounded(w, g[s], m()[s]))
         if path == last:
             break
-        finished = replace_modules(block, {short: done[name] for short, name in names.items()})
+        finished = replace_modules(block, {short: Simulated(done[name]) for short, name in names.items()})
         inputs = _Inputs(
-            _advance(chain.call, block, inputs.exact, inputs.others),
-            _advance(chain.call, finished, inputs.approximate, inputs.others),
+            [run(blocks, block, x, rest) for x, rest in zip(inputs.exact, inputs.others, strict=True)],
+            [run(blocks, finished, x, rest) for x, rest in zip(inputs.approximate, inputs.others, strict=True)],
             inputs.others,
         )
     return done
@@ -152,12 +139,15 @@ def _moments(
     """The moments of all layers of a block, over all batches."""
     exact_def, exact = nnx.split(replace_modules(block, lambda path, node: _Tap(node) if path in rough else node))
     approximate_def, approximate = nnx.split(
-        replace_modules(block, {path: _Tap(layer) for path, layer in rough.items()})
+        replace_modules(block, {path: _Tap(Simulated(layer)) for path, layer in rough.items()})
     )
-    zeros = {path: jnp.zeros((grid.smoothing.shape[0],) * 2, jnp.float32) for path, grid in grids.items()}
+    rounding = {path: _Rounding.of(grid) for path, grid in grids.items()}
+    zeros = {path: jnp.zeros((len(grid.smoothing),) * 2, jnp.float32) for path, grid in grids.items()}
     moments = {path: Moments(zero, zero) for path, zero in zeros.items()}
     for x, seen, others in zip(*inputs, strict=True):
-        moments = _add(call, exact_def, approximate_def, exact, approximate, grids, upstream, moments, x, seen, others)
+        moments = _add(
+            call, exact_def, approximate_def, exact, approximate, rounding, upstream, moments, x, seen, others
+        )
     return moments
 
 
@@ -168,7 +158,7 @@ def _add(
     approximate_def: Any,
     exact_state: Any,
     approximate_state: Any,
-    grids: dict[str, Grid],
+    rounding: dict[str, _Rounding],
     upstream: float,
     moments: dict[str, Moments],
     x: Any,
@@ -181,9 +171,9 @@ def _add(
     call(approximate, seen, others)
     wanted, given = _taken(exact), _taken(approximate)
     added = {}
-    for path, grid in grids.items():
-        rows = grid.activations(given[path])
-        aim = (given[path] + upstream * (wanted[path] - given[path])) / grid.smoothing
+    for path, rule in rounding.items():
+        rows = jnp.clip(jnp.round(given[path] * rule.multiplier), -rule.limit, rule.limit) * rule.x_scale
+        aim = (given[path] + upstream * (wanted[path] - given[path])) / rule.smoothing
         gram, cross = rows.T @ rows, rows.T @ aim
         added[path] = Moments(moments[path].gram + gram, moments[path].cross + cross)
     return added
@@ -208,13 +198,3 @@ def _rounded(weight: Float[Array, "n k"], grid: Grid, moments: Moments) -> WideL
         act_order=True,
     )
     return grid.with_smoothed(rounded)
-
-
-def _advance(call: Callable[..., Any], block: nnx.Module, inputs: list[Any], others: list[Any]) -> list[Any]:
-    graphdef, state = nnx.split(block)
-    return [_run(call, graphdef, state, x, rest) for x, rest in zip(inputs, others, strict=True)]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(call: Callable[..., Any], graphdef: Any, state: Any, x: Any, others: Any) -> Any:
-    return call(nnx.merge(graphdef, state), x, others)

@@ -1,11 +1,13 @@
 """How much the model's output suffers when one layer alone is quantized.
 
 The error of a layer's own output says little about this: a layer that writes small corrections into the residual stream
-can be coarse, one that feeds attention scores cannot.  So every layer is tried for real.  One compiled program holds both
-versions of each layer behind a switch; running it once for every layer costs as many forward passes as there are layers.
+can be coarse, one that feeds attention scores cannot.  So every layer is tried for real: its block runs with both versions
+of each layer behind a switch, then the blocks behind it run as they are.  That costs half as many forward passes as there
+are layers, and two compiled programs.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,24 +15,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from fqjax.calibration import as_arguments, inference_view
+from fqjax.blocks import Simulated, chain, run
+from fqjax.calibration import as_arguments
 from fqjax.linear import QuantizedLinear
 from fqjax.progress import track
 from fqjax.surgery import replace_modules
 
 
-class _Switch(nnx.Variable):
-    """Number of the layer that runs quantized; one variable, shared by all probes."""
+class _Number(nnx.Variable):
+    """Number of the layer that runs quantized; all probes of a block hold one and the same."""
 
 
 class Probe(nnx.Module):
-    """Runs the quantized layer if the switch has its number, else the float one."""
+    """Runs the quantized layer if its number is up, else the float one."""
 
-    def __init__(self, linear: nnx.Linear, quantized: QuantizedLinear, number: int, switch: _Switch):
-        self.linear, self.quantized, self.number, self.switch = linear, quantized, number, switch
+    def __init__(self, linear: nnx.Linear, quantized: Simulated, number: int, up: _Number):
+        self.linear, self.quantized, self.number, self.up = linear, quantized, number, up
 
     def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
-        return jax.lax.cond(self.switch[...] == self.number, self.quantized, self.linear, x)
+        return jax.lax.cond(self.up[...] == self.number, self.quantized, self.linear, x)
 
 
 def output_sensitivity(model: nnx.Module, candidates: Mapping[str, QuantizedLinear], batch: Any) -> dict[str, float]:
@@ -44,26 +47,41 @@ def output_sensitivity(model: nnx.Module, candidates: Mapping[str, QuantizedLine
     Returns:
       For each candidate the divergence of the model's output from the float model's (:func:`divergence`).
     """
-    args, kwargs = as_arguments(batch)
-    switch = _Switch(jnp.int32(-1))
-    numbers = {name: i for i, name in enumerate(candidates)}
+    parts = chain(model, candidates)
+    x, others = parts.begin(batch)
+    inputs = []  # of every block
+    for block in parts.blocks.values():
+        inputs.append(x)
+        x = run(parts, block, x, others)
+    exact, is_text = parts.end(x), _is_token_batch(as_arguments(batch)[0])
+    blocks = list(parts.blocks.items())
+    found: dict[str, float] = {}
+    for i, (path, block) in enumerate(track(blocks, "measuring sensitivity")):
+        start = f"{path}." if path else ""
+        names = [name for name in candidates if name.startswith(start)]
+        up = _Number(jnp.int32(-1))
+        numbers = {name.removeprefix(start): number for number, name in enumerate(names)}
+        probed = replace_modules(
+            block,
+            lambda short, node, numbers=numbers, start=start, up=up: (
+                Probe(node, Simulated(candidates[start + short]), numbers[short], up) if short in numbers else node
+            ),
+        )
+        graphdef, up_state, rest = nnx.split(probed, _Number, ...)
+        for number, name in enumerate(names):
+            x = _run_probed(parts.call, graphdef, up_state, rest, jnp.int32(number), inputs[i], others)
+            for _, later in blocks[i + 1 :]:
+                x = run(parts, later, x, others)
+            found[name] = float(divergence(exact, parts.end(x), is_text))
+    return {name: found[name] for name in candidates}
 
-    def probe(name: str, node: Any) -> Any:
-        return Probe(node, candidates[name], numbers[name], switch) if name in numbers else node
 
-    graphdef, switches, rest = nnx.split(inference_view(replace_modules(model, probe)), _Switch, ...)
-
-    @jax.jit
-    def run(rest: Any, number: Int32[Array, ""], args: Any, kwargs: Any) -> Any:
-        chosen = jax.tree.map(lambda _: number, switches)
-        return nnx.merge(graphdef, chosen, rest)(*args, **kwargs)
-
-    is_text = _is_token_batch(args)
-    exact = run(rest, jnp.int32(-1), args, kwargs)
-    return {
-        name: float(divergence(exact, run(rest, jnp.int32(numbers[name]), args, kwargs), is_text))
-        for name in track(numbers, "measuring sensitivity")
-    }
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_probed(
+    call: Callable[..., Any], graphdef: Any, up: Any, rest: Any, number: Int32[Array, ""], x: Any, others: Any
+) -> Any:
+    chosen = jax.tree.map(lambda _: number, up)
+    return call(nnx.merge(graphdef, chosen, rest), x, others)
 
 
 def divergence(exact: Any, approximate: Any, is_text: bool) -> Float32[Array, ""]:

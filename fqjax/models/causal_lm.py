@@ -13,9 +13,9 @@ from fqjax.models.cache import KeyValueCache
 class CausalLM(nnx.Module):
     """Base of the model families.
 
-    A family supplies ``trunk`` (tokens to final hidden states), ``head`` (hidden states to logits) and the sizes of its
-    cache.  :func:`fqjax.generate` and :func:`fqjax.perplexity` need no more than this class's public methods, so a model
-    of your own works with them if it has the same methods.
+    A family supplies ``begin`` (tokens to the first block's input), the blocks, ``final_norm``, ``head`` (hidden states to
+    logits) and the sizes of its cache.  :func:`fqjax.generate` and :func:`fqjax.perplexity` need no more than this class's
+    public methods, so a model of your own works with them if it has the same methods.
     """
 
     keep_in_float: ClassVar[tuple[str, ...]] = ()
@@ -34,14 +34,24 @@ class CausalLM(nnx.Module):
         """What the first layer gets, and what every layer is called with besides: ``layer(x, cache, lengths, *rest)``."""
 
     @abc.abstractmethod
-    def trunk(
-        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
-        """Final hidden states, and the cache with the tokens written behind what it held (its lengths unchanged)."""
+    def final_norm(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
+        """The norm behind the last block; the identity in a family without one."""
 
     @abc.abstractmethod
     def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
         """Logits in float32."""
+
+    def trunk(
+        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None
+    ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
+        """Final hidden states, and the cache with the tokens written behind what it held (its lengths unchanged)."""
+        x, rest = self.begin(tokens, cache)
+        x, cache = run_layers(self.layers, x, cache, *rest)
+        return self.final_norm(x), cache
+
+    def end(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
+        """Logits of what the last block gives."""
+        return self.head(self.final_norm(hidden))
 
     def __call__(self, tokens: Int32[Array, "batch length"]) -> Float32[Array, "batch length vocabulary"]:
         """Logits at every position, each seeing the tokens up to its own."""

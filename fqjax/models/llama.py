@@ -18,7 +18,7 @@ from fqjax.equalize import ScalingPath
 from fqjax.errors import InputError
 from fqjax.models.attention import attend, rotate
 from fqjax.models.cache import KeyValueCache, LayerCache
-from fqjax.models.causal_lm import CausalLM, eos_ids, run_layers, unembed
+from fqjax.models.causal_lm import CausalLM, eos_ids, unembed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,12 +171,8 @@ class Llama(CausalLM):
         positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
         return self.embed_tokens(tokens), (positions, self.config.rotary_frequencies())
 
-    def trunk(
-        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
-        x, rest = self.begin(tokens, cache)
-        x, cache = run_layers(self.layers, x, cache, *rest)
-        return self.norm(x), cache
+    def final_norm(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
+        return self.norm(hidden)
 
     def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
         if self.config.tie_word_embeddings:

@@ -14,7 +14,7 @@ from fqjax.equalize import ScalingPath
 from fqjax.errors import InputError
 from fqjax.models.attention import attend
 from fqjax.models.cache import KeyValueCache, LayerCache
-from fqjax.models.causal_lm import CausalLM, eos_ids, run_layers, unembed
+from fqjax.models.causal_lm import CausalLM, eos_ids, unembed
 
 POSITION_OFFSET = 2
 """OPT's position table starts with two rows that are not positions."""
@@ -134,12 +134,8 @@ class OPT(CausalLM):
         last = self.config.max_position_embeddings - 1
         return x + self.embed_positions(jnp.minimum(positions, last) + POSITION_OFFSET), ()
 
-    def trunk(
-        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
-        x, rest = self.begin(tokens, cache)
-        x, cache = run_layers(self.layers, x, cache, *rest)
-        return (self.final_layer_norm(x) if self.has_final_norm else x), cache
+    def final_norm(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
+        return self.final_layer_norm(hidden) if self.has_final_norm else hidden
 
     def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
         if self.config.projects:

@@ -1,0 +1,117 @@
+"""A model as blocks one after the other, and layers that behave as quantized ones without their expanded channels.
+
+Both are there for compile time: the blocks of a language model have the same shapes, and so have the layers of this module
+whatever the bits and the extra channels of those they stand for.  What is jitted for one block serves all.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int16, Int32
+
+from fqjax.calibration import as_arguments, inference_view
+from fqjax.linear import QuantizedLinear
+
+
+class Chain(NamedTuple):
+    """A model as blocks one after the other.
+
+    Attributes:
+      blocks: module of each, by dotted path; the path of a whole model is empty.
+      begin: from a batch to the first block's input, and what every block is called with besides.
+      call: runs a block, (block, input, what else) -> output.
+      end: from the last block's output to that of the model.
+    """
+
+    blocks: dict[str, nnx.Module]
+    begin: Callable[[Any], tuple[Any, Any]]
+    call: Callable[[Any, Any, Any], Any]
+    end: Callable[[Any], Any]
+
+
+def chain(model: nnx.Module, names: Iterable[str]) -> Chain:
+    """The blocks of a model, as it runs in inference.
+
+    A model that does not say what its blocks are is one, and so is one with any of the layers named outside its blocks.
+    """
+    running: Any = inference_view(nnx.clone(model))
+    blocks = {f"layers.{i}": layer for i, layer in enumerate(running.layers)} if hasattr(running, "begin") else {}
+    if not all(name.startswith(tuple(f"{path}." for path in blocks)) for name in names):
+        return Chain({"": running}, as_arguments, _call_model, lambda output: output)
+    graphdef, state = nnx.split(running)
+    return Chain(blocks, running.begin, _call_layer, lambda hidden: _end(graphdef, state, hidden))
+
+
+def run(chain: Chain, block: nnx.Module, x: Any, others: Any) -> Any:
+    """A block's output, jitted."""
+    graphdef, state = nnx.split(block)
+    return _run(chain.call, graphdef, state, x, others)
+
+
+def _call_model(model: Any, args: Any, kwargs: Any) -> Any:
+    return model(*args, **kwargs)
+
+
+def _call_layer(layer: Any, x: Any, args: Any) -> Any:
+    return layer(x, None, None, *args)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(call: Callable[..., Any], graphdef: Any, state: Any, x: Any, others: Any) -> Any:
+    return call(nnx.merge(graphdef, state), x, others)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _end(graphdef: Any, state: Any, hidden: Any) -> Any:
+    return nnx.merge(graphdef, state).end(hidden)
+
+
+class Simulated(nnx.Module):
+    """Computes what a quantized layer computes, in float32 on the channels as they were before they were expanded."""
+
+    def __init__(self, layer: QuantizedLinear):
+        quantizer, scale = layer.input.get_value(), layer.weight.get_value().scale
+        codes, limit = fold(layer)
+        if quantizer.scale is None:
+            raise NotImplementedError("Simulated: scales of single tokens are not simulated")
+        self.multiplier, self.limit, self.codes = (
+            nnx.Variable(array) for array in (quantizer.multiplier, limit, codes)
+        )
+        self.scale = nnx.Variable(quantizer.scale * scale)
+        self.bias = None if layer.bias is None else nnx.Variable(layer.bias[...])
+        self.dtype, self.param_dtype = layer.dtype, layer.param_dtype
+
+    def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
+        limit = self.limit[...]
+        rows = jnp.clip(jnp.round(x.astype(jnp.float32) * self.multiplier[...]), -limit, limit)
+        y = (rows @ self.codes[...].T.astype(jnp.float32)) * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
+
+
+def fold(layer: QuantizedLinear) -> tuple[Int16[Array, "out k"], Float32[Array, " k"]]:
+    """Takes flattening back.
+
+    Returns:
+      The weight's codes on the layer's K input channels, and the largest code of each channel's activations.
+    """
+    quantizer = layer.input.get_value()
+    return _fold(layer.weight.get_value().unpacked(), quantizer.source, quantizer.part, quantizer.used, quantizer.qmax)
+
+
+@jax.jit
+def _fold(
+    codes: Array, source: Int32[Array, " e"], part: Int32[Array, " e"], used: int, largest: int
+) -> tuple[Int16[Array, "out k"], Float32[Array, " k"]]:
+    k = codes.shape[1] - source.shape[0]
+    real = jnp.arange(source.shape[0]) < used
+    # Of the pairs (a, b) of an activation's and a weight's pieces, those with a = 0 hold every b once.
+    extra = jnp.where(real & (part == 0), codes[:, k:].astype(jnp.int16), 0)
+    whole = codes[:, :k].astype(jnp.int16).at[:, source].add(extra)
+    pieces = jnp.ones(k, jnp.int32).at[source].max(jnp.where(real, part + 1, 1))
+    return whole, (pieces * largest).astype(jnp.float32)
