@@ -34,6 +34,7 @@ from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.core.flatten import padded_width
 from fqjax.corpus import reference_text
 from fqjax.errors import InputError
+from fqjax.findings import Findings
 from fqjax.memo import DirectoryMemo, write_whole
 from fqjax.models import FAMILIES
 from fqjax.quantize import quantize_with
@@ -136,10 +137,10 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
     staging = staging_directory(made.conversion.out)
     with _claimed(staging, made.fingerprint, resume):
         try:
-            model = _quantized(made, staging)
+            model, findings = _quantized(made, staging)
             finished = staging / "checkpoint"
             shutil.rmtree(finished, ignore_errors=True)
-            write(finished, model, made.tokenizer)
+            write(finished, model, made.tokenizer, findings)
             refuse_existing(made.conversion.out)
             finished.rename(made.conversion.out)
         except InputError:
@@ -147,7 +148,7 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
     shutil.rmtree(staging, ignore_errors=True)
-    return report_of(model, time.perf_counter() - start)
+    return report_of(model, time.perf_counter() - start, findings)
 
 
 def staging_directory(out: Path) -> Path:
@@ -186,11 +187,11 @@ def _estimated_bytes(linear: nnx.Linear, scheme: Scheme) -> float:
     return scheme.int4_share * low + (1 - scheme.int4_share) * high
 
 
-def _quantized(made: Plan, staging: Path) -> nnx.Module:
+def _quantized(made: Plan, staging: Path) -> tuple[nnx.Module, Findings | None]:
     conversion = made.conversion
     model = read_model(made.directory, *made.architecture, jnp.bfloat16)
     if conversion.scheme.method == "none":
-        return model
+        return model, None
     memo = DirectoryMemo(staging, conversion.scheme)
     return quantize_with(memo, model, conversion.scheme, made.batches, conversion.ignore)
 

@@ -151,10 +151,9 @@ def select(
             errors = sensitivities()
         chosen = select_low_bits([errors[name] for name in options], [macs[n] for n in options], scheme.int4_share)
         return {name: low[name] if is_low else high[name] for name, is_low in zip(options, chosen, strict=True)}
-    costs = sensitivities()
+    measured = sensitivities()
     tables = [
-        # What an option costs the model: what the last one does, times how much smaller or larger its own error is.
-        ([costs[n] * o.error / max(found[-1].error, 1e-30) for o in found],
+        (_costs(found, measured[n]),
          [macs[n] * (o.grid.bits == 4) for o in found],
          [o.bytes for o in found])
         for n, found in options.items()
@@ -165,3 +164,22 @@ def select(
     least = scheme.int4_share * sum(macs[name] for name in options)
     picked = choose(errors, low_macs, sizes, least_macs=least, most_bytes=most)
     return {name: found[i] for (name, found), i in zip(options.items(), picked, strict=True)}
+
+
+def costs_by_bits(
+    options: Mapping[str, list[Option]], chosen: Mapping[str, Option], sensitivities: Mapping[str, float]
+) -> dict[str, dict[int, float]]:
+    """What each layer costs the model, by the bits of its weight: as chosen, or with the other bits as little as can be."""
+    found: dict[str, dict[int, float]] = {}
+    for name, choices in options.items():
+        costs: dict[int, list[float]] = {}
+        for option, cost in zip(choices, _costs(choices, sensitivities[name]), strict=True):
+            if option is chosen[name] or option.grid.bits != chosen[name].grid.bits:
+                costs.setdefault(option.grid.bits, []).append(cost)
+        found[name] = {bits: min(some) for bits, some in costs.items()}
+    return found
+
+
+def _costs(options: list[Option], last: float) -> list[float]:
+    """What each option costs the model: what the last one does, times how much smaller or larger its own error is."""
+    return [last * option.error / max(options[-1].error, 1e-30) for option in options]

@@ -6,6 +6,7 @@ model, scheme, data  ->  statistics of every linear layer   (fqjax.calibration)
 ->  expanded layers in a new model     (fqjax.linear, fqjax.surgery)
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,10 +25,11 @@ from fqjax.core.flatten import expansion, flatten_codes
 from fqjax.core.wide import WideLinear, relative_error
 from fqjax.equalize import equalize
 from fqjax.errors import InputError
+from fqjax.findings import Findings
 from fqjax.linear import LayerSummary, QuantizedLinear, measured_bound
 from fqjax.memo import Memo
 from fqjax.methods import LayerInputs
-from fqjax.options import Option, layer_inputs, layer_options, select
+from fqjax.options import Option, costs_by_bits, layer_inputs, layer_options, select
 from fqjax.progress import track
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.report import Report, report_of
@@ -70,14 +72,14 @@ def quantize(
         return nnx.clone(model), report_of(model)
     if calibration is None:
         raise InputError(f"scheme {scheme.name!r} needs calibration data: an iterable of model inputs")
-    quantized = quantize_with(Memo(), model, scheme, calibration, ignore)
-    return quantized, report_of(quantized, time.perf_counter() - start)
+    quantized, findings = quantize_with(Memo(), model, scheme, calibration, ignore)
+    return quantized, report_of(quantized, time.perf_counter() - start, findings)
 
 
 def quantize_with(
     memo: Memo, model: ModelT, scheme: Scheme, calibration: Iterable[Any], ignore: Iterable[str]
-) -> ModelT:
-    """:func:`quantize` without its checks, with a memory for what has been worked out before."""
+) -> tuple[ModelT, Findings]:
+    """:func:`quantize` without its checks and its report, with a memory for what has been worked out before."""
     with jax.default_matmul_precision(
         "float32"
     ):  # On a GPU, float32 would else be multiplied with 10 bits of mantissa.
@@ -86,7 +88,7 @@ def quantize_with(
 
 def _quantize_with(
     memo: Memo, model: ModelT, scheme: Scheme, calibration: Iterable[Any], ignore: Iterable[str]
-) -> ModelT:
+) -> tuple[ModelT, Findings]:
     model = equalize(model) if scheme.equalize else model
     linears = select_linears(model, ignore).linears
     first, batches = _peek(calibration)
@@ -111,16 +113,19 @@ def _quantize_with(
             made[key] = memo.layer(name, option.grid.bits, compute, stage=f"nearest{option.width}")
         return made[key]
 
-    def sensitivities() -> dict[str, float]:
+    def try_all() -> dict[str, float]:
         low = {name: nearest(name, found[-1]) for name, found in options.items()}
         return output_sensitivity(model, low, first)
 
+    sensitivities = functools.cache(lambda: memo.sensitivities(try_all))
+
     plain_bytes = sum(2 * linear.in_features * linear.out_features for linear in linears.values())
-    chosen = select(options, macs, plain_bytes, scheme, lambda: memo.sensitivities(sensitivities))
+    chosen = select(options, macs, plain_bytes, scheme, sensitivities)
     layers = {name: nearest(name, option) for name, option in track(chosen.items(), "quantizing", len(chosen))}
     if scheme.rounding == "gptq":
         layers = _compensated(memo, model, scheme, layers, chosen, statistics, macs, batches)
-    return replace_modules(model, layers)
+    costs = costs_by_bits(options, chosen, sensitivities()) if sensitivities.cache_info().currsize else {}
+    return replace_modules(model, layers), Findings({name: statistics[name].absmax for name in layers}, costs)
 
 
 def _compensated(

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fqjax.core.overflow import LIMIT
+from fqjax.findings import Findings
 from fqjax.linear import QuantizedLinear
 from fqjax.surgery import dotted, select_linears
 
@@ -54,6 +55,7 @@ class Report:
       skipped: linear layers left in floating point, each with the reason.
       model_bytes: all arrays of the model, on the device.
       seconds: time that calibration and quantization took; 0 where nothing was timed.
+      findings: what calibration found out; None where it is not known.
     """
 
     scheme: str
@@ -61,6 +63,7 @@ class Report:
     skipped: dict[str, str]
     model_bytes: int
     seconds: float = 0.0
+    findings: Findings | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def int4_mac_share(self) -> float:
@@ -92,6 +95,13 @@ class Report:
         """Bytes of the whole model with its linear layers in bfloat16."""
         return self.model_bytes - self.bytes + self.bytes_bf16
 
+    @property
+    def trade_off(self) -> list[tuple[float, float]]:
+        """(share of INT4, sum of the layers' costs) as INT4 is given to one layer after the other; see :class:`Findings`."""
+        if self.findings is None:
+            return []
+        return self.findings.trade_off({row.name: row.macs for row in self.layers})
+
     def to_json(self) -> dict[str, Any]:
         """What ``fqjax inspect --json`` writes."""
         return {
@@ -110,6 +120,7 @@ class Report:
             "bytes_bf16": self.bytes_bf16,
             "model_bytes": self.model_bytes,
             "model_bytes_bf16": self.model_bytes_bf16,
+            "trade_off": self.trade_off,
         }
 
     def table(self) -> Table:
@@ -143,7 +154,7 @@ class Report:
         )
 
 
-def report_of(model: nnx.Module, seconds: float = 0.0) -> Report:
+def report_of(model: nnx.Module, seconds: float = 0.0, findings: Findings | None = None) -> Report:
     """Reports on a model's linear layers as they are, quantized or not."""
     quantized = quantized_layers(model)
     rows = [_quantized_row(name, layer) for name, layer in quantized.items()]
@@ -158,6 +169,7 @@ def report_of(model: nnx.Module, seconds: float = 0.0) -> Report:
         skipped=selection.skipped,
         model_bytes=sum(leaf.nbytes for leaf in leaves),
         seconds=seconds,
+        findings=findings,
     )
 
 

@@ -195,7 +195,7 @@ PRESETS: dict[str, Scheme] = {
             int4_share=1.0,
             compression=3.6,
             **SEARCHED,
-            summary="The same with INT4 throughout: the smallest, at a price that shows.",
+            summary="The same with INT4 throughout, activations too: half the arithmetic of INT8, at a price that shows.",
         ),
         Scheme(
             name="flattenquant-w8a8",

@@ -1,6 +1,8 @@
 """The command line: what it prints, what it writes, and one clear line for every kind of bad input."""
 
+import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -100,9 +102,28 @@ def test_inspect_takes_a_float_model(capsys, converted):
 
 def test_inspect_draws_pictures(capsys, converted, tmp_path):
     code, _, _ = run(capsys, "inspect", converted / "out", "--plot", tmp_path / "plots")
-    pictures = sorted((tmp_path / "plots").iterdir())
-    assert code == 0 and [p.name for p in pictures] == ["channels.png", "layers.png"]
-    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in pictures)
+    written = {path.name: path for path in (tmp_path / "plots").iterdir()}
+    pictures = {"channels.png", "bits.png", "layers.png", "int4_share.png"}
+    assert code == 0 and set(written) == pictures | {"layers.csv", "int4_share.csv", "report.json"}
+    assert all(written[name].read_bytes()[:4] == b"\x89PNG" for name in pictures)
+    report = json.loads(written["report.json"].read_text())
+    with open(written["layers.csv"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [row["name"] for row in report["layers"]]
+    assert [int(row["bits"]) for row in rows] == [row["bits"] for row in report["layers"]]
+    shares, costs = zip(*report["trade_off"], strict=True)
+    assert shares[0] == 0 and shares[-1] == 1 and len(shares) == 9 and costs[0] < costs[-1]
+
+
+def test_inspect_draws_without_what_calibration_found(capsys, converted, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(converted / "out", bare)
+    (bare / "calibration.safetensors").unlink()
+    code, _, _ = run(capsys, "inspect", bare, "--plot", tmp_path / "plots")
+    assert code == 0 and (tmp_path / "plots" / "channels.png").is_file()
+    assert not (tmp_path / "plots" / "int4_share.png").exists()
+    (bare / "calibration.safetensors").write_bytes(b"nothing of the kind")
+    complains(capsys, "calibration.safetensors: cannot be read", "inspect", bare)
 
 
 def test_schemes_lists_every_preset(capsys):

@@ -4,6 +4,7 @@
       state/ ...         the arrays, a nested dictionary (fqjax/checkpoint/tree.py)
       fqjax.json         what they are (fqjax/checkpoint/manifest.py)
       tokenizer/         as transformers saves it, if there is one
+      calibration.safetensors   what was found out on the way, if it is known (fqjax/findings.py); loading does without
 
 Loading builds the quantized model from the manifest alone: no float model is made on the way.  Orbax casts silently when
 it is asked for another dtype than it stored, so stored shapes and dtypes are compared with the manifest's first.
@@ -29,21 +30,23 @@ from fqjax.checkpoint.manifest import NAME, abstract_architecture, abstract_laye
 from fqjax.checkpoint.tokenizer import FOLDER
 from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unnest, with_leaves
 from fqjax.errors import InputError
+from fqjax.findings import Findings
 from fqjax.linear import measured_bound
-from fqjax.report import quantized_layers
+from fqjax.report import Report, quantized_layers
 from fqjax.surgery import find_linears, replace_modules
 
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 """Where arrays go: one sharding for all, or a function of dotted name and shape."""
 
 
-def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None) -> None:
+def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None, report: Report | None = None) -> None:
     """Saves a model, quantized or not.
 
     Args:
       path: directory to write; it must not exist, and appears only when complete.
       model: any NNX module.
       tokenizer: a transformers tokenizer to store beside it.
+      report: what :func:`fqjax.quantize` gave besides; with it, ``fqjax inspect --plot`` can show what calibration saw.
 
     Raises:
       InputError: if ``path`` exists or cannot be written.
@@ -53,7 +56,7 @@ def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None) -> None:
     staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(staging, model, tokenizer)
+        write(staging, model, tokenizer, report.findings if report else None)
         staging.rename(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -61,7 +64,7 @@ def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write(directory: Path, model: nnx.Module, tokenizer: Any) -> None:
+def write(directory: Path, model: nnx.Module, tokenizer: Any, findings: Findings | None) -> None:
     """Writes a checkpoint into a directory that does not exist yet."""
     _, stored, _ = split_storable(model)
     # Orbax does not store empty arrays; loading makes them again from the manifest.
@@ -69,6 +72,8 @@ def write(directory: Path, model: nnx.Module, tokenizer: Any) -> None:
     ocp.save(str(directory), nest(leaves))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory / FOLDER)
+    if findings is not None:
+        findings.write(directory)
     (directory / NAME).write_text(json.dumps(describe(model), indent=1) + "\n")
 
 

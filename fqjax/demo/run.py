@@ -58,7 +58,7 @@ def run_demo(out: Path, console: Console) -> None:
         start = time.perf_counter()
         candidate, report = quantize(model, scheme, batches)
         if scheme == SAVED:
-            save(out, candidate, tokenizer=tokenizer)
+            save(out, candidate, tokenizer=tokenizer, report=report)
             candidate = load(out)
         value = perplexity(candidate, held_out, WINDOW, windows=WINDOWS)
         reference = reference or value
