@@ -33,14 +33,15 @@ def ratio(shared, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "scheme", "most"),
     [
-        ("novels-llama", "flattenquant", 1.045),
+        ("novels-llama", "flattenquant", 1.020),
         ("novels-llama", "flattenquant-w8a8", 1.003),
-        ("novels-opt", "flattenquant", 1.045),
+        ("novels-opt", "flattenquant", 1.024),
         ("novels-opt", "flattenquant-w8a8", 1.002),
         ("stories260k", "flattenquant-w8a8", 1.01),
     ],
 )
 def test_the_loss_is_small(ratio, name, scheme, most):
     value, report = ratio(name, scheme)
-    assert value <= most and report["expansion"] <= 1.12
-    assert scheme != "flattenquant" or report["int4_mac_share"] >= 0.4829
+    assert value <= most and report["expansion"] <= 1.15
+    if scheme == "flattenquant":
+        assert report["int4_mac_share"] >= 0.4829 and report["bytes_bf16"] >= 2.4 * report["bytes"]
