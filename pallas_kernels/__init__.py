@@ -5,6 +5,8 @@ The package stands alone; nothing in it knows of models or quantization methods.
 
 from pallas_kernels.api import (
     can_use_mosaic,
+    grouped_int4_matmul,
+    grouped_int8_matmul,
     int4_matmul,
     int8_matmul,
     quantize_activations,
@@ -15,6 +17,8 @@ from pallas_kernels.packing import pack_int4, unpack_int4
 
 __all__ = [
     "can_use_mosaic",
+    "grouped_int4_matmul",
+    "grouped_int8_matmul",
     "int4_matmul",
     "int8_matmul",
     "pack_int4",

@@ -67,9 +67,59 @@ def int4_matmul(
 
     ``packed`` has shape (n, k / 2) with k a multiple of 256; everything else is as in :func:`int8_matmul`.
     """
-    if packed.shape[-1] % (BLOCK // 2):
-        raise ValueError(f"int4_matmul: packed weights come in blocks of {BLOCK // 2} bytes, got shape {packed.shape}")
+    _check_packed("int4_matmul", packed)
     return _matmul(4, x, packed, x_scale, weight_scale, bias, out_dtype, implementation)
+
+
+def grouped_int8_matmul(
+    x: Int8[Array, "*rows k"],
+    weight: Int8[Array, "n k"],
+    x_scale: Float32[Array, "..."],
+    group_scale: Int32[Array, "groups n"] | Float32[Array, "groups n"],
+    weight_scale: Float32[Array, "..."] | float = 1.0,
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Array:
+    """Multiplies int8 codes whose weights have a scale for every output channel and every group of input channels.
+
+    Args:
+      x: activation codes, (..., k).
+      weight: weight codes, (n, k).
+      x_scale: float32 scalar, or one per row, shape ``x.shape[:-1]``.
+      group_scale: (groups, n); a group is k / groups neighbouring channels.  int32 scales keep the sum over the groups in
+        int32 (Integer Scale, arXiv 2405.14597); whoever makes them sees to it that it cannot overflow
+        (:func:`fqjax.core.integer_scale.scaled_bound`).  With float32 scales every group's product is converted.
+      weight_scale: what all of it is multiplied with besides: float32 scalar, such as 1 / amplifier, or one per output
+        channel, (n,).
+      bias, out_dtype: as for :func:`int8_matmul`.
+      implementation: None or "xla".
+
+    Returns:
+      ``cast(sum_g(group_scale[g] * int32(x_g @ weight_g.T)) * (x_scale * weight_scale) + bias)``, shape (..., n).
+
+    Raises:
+      ValueError: if shapes do not fit together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    return _grouped(8, x, weight, x_scale, group_scale, weight_scale, bias, out_dtype, implementation)
+
+
+def grouped_int4_matmul(
+    x: Int8[Array, "*rows k"],
+    packed: Int8[Array, "n half"],
+    x_scale: Float32[Array, "..."],
+    group_scale: Int32[Array, "groups n"] | Float32[Array, "groups n"],
+    weight_scale: Float32[Array, "..."] | float = 1.0,
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Array:
+    """:func:`grouped_int8_matmul` with 4-bit weight codes, two to a byte as :func:`pallas_kernels.pack_int4` packs them."""
+    _check_packed("grouped_int4_matmul", packed)
+    return _grouped(4, x, packed, x_scale, group_scale, weight_scale, bias, out_dtype, implementation)
 
 
 def quantize_activations(
@@ -198,9 +248,42 @@ def _matmul(
     implementation: Implementation | None,
 ) -> Array:
     x_scale, weight_scale = (jnp.asarray(scale, jnp.float32) for scale in (x_scale, weight_scale))
-    _check(x, weight, weight.shape[-1] * (8 // bits), x_scale, weight_scale, bias, implementation)
+    _check(x, weight, weight.shape[-1] * (8 // bits), x_scale, weight_scale, bias)
+    _check_implementation(implementation, "mosaic", "xla")
     operands = (x, weight, x_scale, weight_scale) if bias is None else (x, weight, x_scale, weight_scale, bias)
     return matmul(bits, jnp.dtype(out_dtype), implementation)(*operands)
+
+
+def _grouped(
+    bits: Literal[4, 8],
+    x: Array,
+    weight: Array,
+    x_scale: Array,
+    group_scale: Array,
+    weight_scale: Array | float,
+    bias: Array | None,
+    out_dtype: DTypeLike,
+    implementation: Implementation | None,
+) -> Array:
+    x_scale, weight_scale = (jnp.asarray(scale, jnp.float32) for scale in (x_scale, weight_scale))
+    k = weight.shape[-1] * (8 // bits)
+    _check(x, weight, k, x_scale, weight_scale, bias)
+    _check_implementation(implementation, "xla")
+    if group_scale.dtype not in (jnp.int32, jnp.float32):
+        raise ValueError(f"grouped matmul: group_scale must be int32 or float32, got {group_scale.dtype}")
+    if group_scale.ndim != 2 or group_scale.shape[1] != weight.shape[0] or k % max(len(group_scale), 1):
+        raise ValueError(
+            f"grouped matmul: group_scale must be (groups, {weight.shape[0]}) with groups a divisor of {k}, "
+            f"got {group_scale.shape}"
+        )
+    f = getattr(reference, f"grouped_int{bits}_matmul")
+    multiply = without_gradient(f"grouped_int{bits}_matmul", functools.partial(f, out_dtype=jnp.dtype(out_dtype)))
+    return multiply(x, weight, x_scale, group_scale, weight_scale, *(() if bias is None else (bias,)))
+
+
+def _check_packed(name: str, packed: Array) -> None:
+    if packed.shape[-1] % (BLOCK // 2):
+        raise ValueError(f"{name}: packed weights come in blocks of {BLOCK // 2} bytes, got shape {packed.shape}")
 
 
 def _check(
@@ -210,7 +293,6 @@ def _check(
     x_scale: Array,
     weight_scale: Array,
     bias: Array | None,
-    implementation: Implementation | None,
 ) -> None:
     for operand, array in (("x", x), ("the weight", weight)):
         if array.dtype != jnp.int8:
@@ -225,7 +307,6 @@ def _check(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"integer matmul: bias must be {weight.shape[:1]}, got {bias.shape}")
-    _check_implementation(implementation, "mosaic", "xla")
 
 
 def _check_recipe(name: str, x: Array, multiplier: Array, source: Array, part: Array) -> None:

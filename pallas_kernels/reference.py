@@ -42,8 +42,48 @@ def int4_matmul(
     return int8_matmul(x, unpack_int4(packed), x_scale, weight_scale, bias, out_dtype)
 
 
+def grouped_int8_matmul(
+    x: Int8[Array, "*rows k"],
+    weight: Int8[Array, "n k"],
+    x_scale: Float32[Array, "..."],
+    group_scale: Int32[Array, "groups n"] | Float32[Array, "groups n"],
+    weight_scale: Float32[Array, "..."],
+    bias: Float[Array, " n"] | None = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+) -> Array:
+    """The products of each group of input channels, times the group's scale, added up over the groups.
+
+    With integer scales all of that is int32, and what follows is as in :func:`int8_matmul`.  With float scales every group's
+    product is converted to float32, and the sum is taken in the order of the groups.
+    """
+    groups, n = group_scale.shape
+    rows, size = x.reshape(-1, x.shape[-1]), x.shape[-1] // groups
+    exact = jnp.issubdtype(group_scale.dtype, jnp.integer)
+
+    def add(g: Int32[Array, ""], total: Array) -> Array:
+        x_part, w_part = (lax.dynamic_slice_in_dim(operand, g * size, size, 1) for operand in (rows, weight))
+        product = lax.dot_general(x_part, w_part, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        return total + product.astype(total.dtype) * group_scale[g]
+
+    total = lax.fori_loop(0, groups, add, jnp.zeros((len(rows), n), jnp.int32 if exact else jnp.float32))
+    return _epilogue(total.reshape(*x.shape[:-1], n), x_scale, weight_scale, bias, out_dtype)
+
+
+def grouped_int4_matmul(
+    x: Int8[Array, "*rows k"],
+    packed: Int8[Array, "n half"],
+    x_scale: Float32[Array, "..."],
+    group_scale: Int32[Array, "groups n"] | Float32[Array, "groups n"],
+    weight_scale: Float32[Array, "..."],
+    bias: Float[Array, " n"] | None = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+) -> Array:
+    """:func:`grouped_int8_matmul` with the weight's codes packed two to a byte."""
+    return grouped_int8_matmul(x, unpack_int4(packed), x_scale, group_scale, weight_scale, bias, out_dtype)
+
+
 def _epilogue(
-    acc: Int32[Array, "*rows n"],
+    acc: Int32[Array, "*rows n"] | Float32[Array, "*rows n"],
     x_scale: Float32[Array, "..."],
     weight_scale: Float32[Array, "..."],
     bias: Float[Array, " n"] | None,
@@ -57,7 +97,8 @@ def _epilogue(
     if bias is not None:
         # A compiler that fused the product with the sum would round once instead of twice, and the bits would depend on
         # the compiler.  It cannot fuse through a selection; int32's minimum is no sum of products that fit.
-        y = jnp.where(acc == jnp.iinfo(jnp.int32).min, jnp.nan, y) + bias.astype(jnp.float32)
+        impossible = acc == jnp.iinfo(jnp.int32).min if jnp.issubdtype(acc.dtype, jnp.integer) else jnp.isnan(acc)
+        y = jnp.where(impossible, jnp.nan, y) + bias.astype(jnp.float32)
     return y.astype(out_dtype)
 
 

@@ -1,0 +1,113 @@
+"""Integer Scale: group scales that are integers, so that a grouped matmul stays in int32 from end to end (arXiv 2405.14597).
+
+A weight with a scale for every output channel n and every group g of input channels is ``q * s[g, n]``.  Multiplied by an
+amplifier a and rounded, the scales become integers,
+
+    S[g, n] = max(1, round(a * s[g, n])),        y[n] = x_scale / a * sum_g S[g, n] * (x_g . q_g[n]),
+
+and the sum over all groups can be kept in int32: one conversion to floating point an output instead of one a group.  S is
+never 0, which would delete the group.
+
+**Folded.**  Where every code times its scale fits into int8, the scale can be multiplied into the code as it is unpacked, and
+the matmul does not know of groups any more.  With codes of 4 bits that takes scales from 1 to 15; what they cannot express is
+left to one float scale an output channel (:func:`fold_scales`), and the codes are rounded anew on the coarser grid.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float32, Int, Int8, Int32
+
+from fqjax.core.overflow import LIMIT
+
+AMPLIFIER = 1024
+LARGEST_FOLDED = 15
+"""Of a scale that is folded: 15 times -8 fits into int8."""
+FOLD_SHRINKS = tuple(1 - i / 20 for i in range(8))
+"""What :func:`fold_scales` tries for the largest scale of a channel, relative to it."""
+
+
+def amplify(scales: Float32[Array, "groups n"], amplifier: int) -> Int32[Array, "groups n"]:
+    """``max(1, round(amplifier * scales))``."""
+    return jnp.maximum(jnp.round(scales * amplifier), 1).astype(jnp.int32)
+
+
+def group_sums(codes: Int8[Array, "n k"], group_size: int) -> Int32[Array, "groups n"]:
+    """Sum of the magnitudes of the codes in each group of input channels."""
+    n, k = codes.shape
+    return jnp.sum(jnp.abs(codes.astype(jnp.int32)).reshape(n, k // group_size, group_size), axis=-1).T
+
+
+def scaled_bound(sums: Int[np.ndarray, "groups n"], scales: Int[np.ndarray, "groups n"], x_qmax: int) -> int:
+    """Largest magnitude the int32 accumulator can reach for any activations, and any partial sum on the way.
+
+    Args:
+      sums: :func:`group_sums`.
+      scales: integer scales.
+      x_qmax: largest activation code.
+    """
+    columns = np.sum(np.asarray(sums, np.int64) * np.asarray(scales, np.int64), axis=0)
+    return int(columns.max(initial=0)) * x_qmax
+
+
+def safe_amplifier(
+    scales: Float32[Array, "groups n"], sums: Int32[Array, "groups n"], *, x_qmax: int, most: int = AMPLIFIER
+) -> int | None:
+    """The largest power of two, at most ``most``, with which the accumulator cannot overflow.
+
+    A smaller one than ``most`` is taken only as long as the smallest scale is still amplified to 1 at least.
+
+    Returns:
+      The amplifier; None if there is none, and the layer has to keep its float scales.
+    """
+    smallest, host = float(jnp.min(scales)), np.asarray(sums)
+    amplifier = most
+    while True:
+        if scaled_bound(host, np.asarray(amplify(scales, amplifier)), x_qmax) <= LIMIT:
+            return amplifier
+        amplifier //= 2
+        if amplifier * smallest < 1:
+            return None
+
+
+def round_on_integer_grid(
+    weight: Float32[Array, "n k"], scales: Int32[Array, "groups n"], unit: Float32[Array, "..."]
+) -> Int8[Array, "n k"]:
+    """4-bit codes, rounded anew for integer scales: ``clip(round(weight / (scales * unit)), -8, 7)``.
+
+    ``unit`` is 1 / amplifier, or the channel scales, (N,), of :func:`fold_scales`.
+    """
+    n, k = weight.shape
+    step = (scales * unit).T
+    codes = jnp.round(weight.reshape(n, len(scales), -1) / step[:, :, None])
+    return jnp.clip(codes, -8, 7).astype(jnp.int8).reshape(n, k)
+
+
+def fold_scales(
+    weight: Float32[Array, "n k"], scales: Float32[Array, "groups n"], importance: Float32[Array, " k"]
+) -> tuple[Int32[Array, "groups n"], Float32[Array, " n"]]:
+    """Splits float scales into integers from 1 to 15 and a float scale an output channel.
+
+    For each channel, of several units the one is taken with which the weight, rounded anew, comes closest.
+
+    Args:
+      weight: (N, K).
+      scales: (K / group_size, N).
+      importance: mean square of every input channel, (K,); errors are weighted with it.
+
+    Returns:
+      Integer scales and channel scales.
+    """
+    n, groups = weight.shape[0], len(scales)
+    largest = jnp.max(scales, axis=0) / LARGEST_FOLDED
+
+    def split(shrink: Array) -> tuple[Array, Array, Array]:
+        unit = largest * shrink
+        integers = jnp.clip(jnp.round(scales / unit), 1, LARGEST_FOLDED).astype(jnp.int32)
+        codes = round_on_integer_grid(weight, integers, unit)
+        represented = codes.reshape(n, groups, -1) * (integers * unit).T[:, :, None]
+        return jnp.sum((represented.reshape(weight.shape) - weight) ** 2 * importance, axis=1), integers, unit
+
+    errors, integers, units = lax.map(split, jnp.asarray(FOLD_SHRINKS))
+    best = jnp.argmin(errors, axis=0)
+    return jnp.take_along_axis(integers, best[None, None], axis=0)[0], jnp.take_along_axis(units, best[None], axis=0)[0]
