@@ -15,6 +15,7 @@ from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.errors import InputError
 from fqjax.evaluate import perplexity
 from fqjax.inference.generate import generate
+from fqjax.integer_scale import integer_scales
 from fqjax.linear import LayerSummary, QuantizedLinear
 from fqjax.qtensor import InputQuantizer, QFormat, QTensor
 from fqjax.quantize import quantize
@@ -37,6 +38,7 @@ __all__ = [
     "calibrate",
     "calibration_batches",
     "generate",
+    "integer_scales",
     "load",
     "load_hf",
     "load_tokenizer",

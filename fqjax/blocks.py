@@ -14,7 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int16, Int32
 
 from fqjax.calibration import as_arguments, inference_view
+from fqjax.core.wide import represented
 from fqjax.linear import QuantizedLinear
+from fqjax.qtensor import QTensor
 
 
 class Chain(NamedTuple):
@@ -74,21 +76,17 @@ class Simulated(nnx.Module):
     """Computes what a quantized layer computes, in float32 on the channels as they were before they were expanded."""
 
     def __init__(self, layer: QuantizedLinear):
-        quantizer, scale = layer.input.get_value(), layer.weight.get_value().scale
+        quantizer = layer.input.get_value()
         codes, limit = fold(layer)
-        if quantizer.scale is None:
-            raise NotImplementedError("Simulated: scales of single tokens are not simulated")
-        self.multiplier, self.limit, self.codes = (
-            nnx.Variable(array) for array in (quantizer.multiplier, limit, codes)
-        )
-        self.scale = nnx.Variable(quantizer.scale * scale)
+        self.multiplier, self.limit = nnx.Variable(quantizer.multiplier), nnx.Variable(limit)
+        self.weight = nnx.Variable(_represented(codes, layer.weight.get_value()))
+        self.x_scale = None if quantizer.scale is None else nnx.Variable(quantizer.scale)
         self.bias = None if layer.bias is None else nnx.Variable(layer.bias[...])
         self.dtype, self.param_dtype = layer.dtype, layer.param_dtype
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
-        limit = self.limit[...]
-        rows = jnp.clip(jnp.round(x.astype(jnp.float32) * self.multiplier[...]), -limit, limit)
-        y = (rows @ self.codes[...].T.astype(jnp.float32)) * self.scale[...]
+        x_scale = None if self.x_scale is None else self.x_scale[...]
+        y = represented(x, self.multiplier[...], self.limit[...], x_scale) @ self.weight[...].T
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
@@ -102,6 +100,12 @@ def fold(layer: QuantizedLinear) -> tuple[Int16[Array, "out k"], Float32[Array, 
     """
     quantizer = layer.input.get_value()
     return _fold(layer.weight.get_value().unpacked(), quantizer.source, quantizer.part, quantizer.used, quantizer.qmax)
+
+
+@jax.jit
+def _represented(codes: Int16[Array, "out k"], weight: QTensor) -> Float32[Array, "out k"]:
+    steps = weight.steps()
+    return codes * (steps if weight.group_scale is None else steps[:, : codes.shape[1]])
 
 
 @jax.jit

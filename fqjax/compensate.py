@@ -27,9 +27,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from fqjax.blocks import Simulated, chain, run
-from fqjax.core.codes import qmax
 from fqjax.core.gptq import absorb, gptq
-from fqjax.core.wide import Grid, WideLinear
+from fqjax.core.wide import Grid, WideLinear, represented
 from fqjax.linear import QuantizedLinear
 from fqjax.progress import track
 from fqjax.surgery import dotted, find_linears, replace_modules
@@ -50,12 +49,11 @@ class _Rounding(NamedTuple):
     smoothing: Float32[Array, " k"]
     multiplier: Float32[Array, " k"]
     limit: Float32[Array, " k"]
-    x_scale: Float32[Array, ""]
+    x_scale: Float32[Array, ""] | None
 
     @classmethod
     def of(cls, grid: Grid) -> "_Rounding":
-        limit = (grid.x_pieces * qmax(grid.x_bits)).astype(jnp.float32)
-        return cls(grid.smoothing, grid.multiplier, limit, grid.x_scale)
+        return cls(grid.smoothing, grid.multiplier, grid.x_limit, grid.x_scale)
 
 
 class _Seen(nnx.Variable):
@@ -172,7 +170,7 @@ def _add(
     wanted, given = _taken(exact), _taken(approximate)
     added = {}
     for path, rule in rounding.items():
-        rows = jnp.clip(jnp.round(given[path] * rule.multiplier), -rule.limit, rule.limit) * rule.x_scale
+        rows = represented(given[path], rule.multiplier, rule.limit, rule.x_scale)
         aim = (given[path] + upstream * (wanted[path] - given[path])) / rule.smoothing
         gram, cross = rows.T @ rows, rows.T @ aim
         added[path] = Moments(moments[path].gram + gram, moments[path].cross + cross)
@@ -189,12 +187,10 @@ def _rounded(weight: Float[Array, "n k"], grid: Grid, moments: Moments) -> WideL
     target = weight.astype(jnp.float32) * grid.smoothing
     if grid.x_bits == 4:
         target = absorb(target, moments.gram, moments.cross, damping=DAMPING)
-    scale, limit = grid.w_scale, grid.w_pieces * qmax(grid.bits)
-    rounded = gptq(
-        target,
-        moments.gram,
-        lambda column, i: jnp.clip(jnp.round(column / scale), -limit[i], limit[i]) * scale,
-        damping=DAMPING,
-        act_order=True,
-    )
-    return grid.with_smoothed(rounded)
+    lowest, largest = grid.code_range
+    steps = jnp.broadcast_to(grid.steps, target.shape)
+
+    def quantize_column(column: Array, i: Array) -> Array:
+        return jnp.clip(jnp.round(column / steps[:, i]), lowest[i], largest[i]) * steps[:, i]
+
+    return grid.with_smoothed(gptq(target, moments.gram, quantize_column, damping=DAMPING, act_order=True))

@@ -4,13 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
+from fqjax.core.integer_scale import group_sums, scaled_bound
 from fqjax.core.overflow import accumulator_bound, check_accumulator, row_sums
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.scheme import Scheme
-from pallas_kernels import int4_matmul, int8_matmul
+from pallas_kernels import grouped_int4_matmul, grouped_int8_matmul, int4_matmul, int8_matmul
 
 
 class Quantized(nnx.Variable):
@@ -75,8 +77,11 @@ class QuantizedLinear(nnx.Module):
         weight, quantizer = self.weight.get_value(), self.input.get_value()
         codes, scale = quantizer(x)
         bias = None if self.bias is None else self.bias[...]
-        matmul = int4_matmul if weight.format.packed else int8_matmul
         dtype = self.dtype or jnp.result_type(x.dtype, self.param_dtype)
+        if weight.group_scale is not None:
+            grouped = grouped_int4_matmul if weight.format.packed else grouped_int8_matmul
+            return grouped(codes, weight.codes, scale, weight.group_scale, weight.scale, bias, out_dtype=dtype)
+        matmul = int4_matmul if weight.format.packed else int8_matmul
         return matmul(codes, weight.codes, scale, weight.scale, bias, out_dtype=dtype)
 
     @property
@@ -97,8 +102,22 @@ class QuantizedLinear(nnx.Module):
 
 
 def measured_bound(weight: QTensor, input: InputQuantizer) -> int:
-    """The accumulator bound of a layer, from its codes."""
-    return accumulator_bound(int(_largest_row(weight)), input.qmax)
+    """The accumulator bound of a layer, from its codes and, where they are integers, the scales of its groups.
+
+    With float scales every group has an accumulator of its own.
+    """
+    if weight.group_scale is None:
+        return accumulator_bound(int(_largest_row(weight)), input.qmax)
+    sums = np.asarray(group_sums_of(weight))
+    if not weight.format.integer_scales:
+        return accumulator_bound(int(sums.max(initial=0)), input.qmax)
+    return scaled_bound(sums, np.asarray(weight.group_scale), input.qmax, weight.format.bits)
+
+
+@jax.jit
+def group_sums_of(weight: QTensor) -> Int32[Array, "groups out"]:
+    """Sum of the magnitudes of the codes in each group of input channels."""
+    return group_sums(weight.unpacked(), weight.format.group_size)
 
 
 @jax.jit

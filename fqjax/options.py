@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,10 +80,11 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) ->
             if width in widths:
                 continue
             widths.append(width)
-            grid = Grid(
-                **{name: leaf[i] for name, leaf in found.arrays.items()}, x_bits=int(found.x_bits[i]), bits=bits
-            )
-            recipe = 4 * (k + 2 * (width - k) + 1 + grid.w_scale.size)
+            arrays: dict[str, Any] = {name: leaf if leaf is None else leaf[i] for name, leaf in found.arrays.items()}
+            groups = arrays["group_scale"]
+            group_size = 0 if groups is None else scheme.group_size
+            grid = Grid(**arrays, x_bits=int(found.x_bits[i]), bits=bits, group_size=group_size)
+            recipe = 4 * (k + 2 * (width - k) + 1 + grid.w_scale.size + (0 if groups is None else groups.size))
             size = linear.out_features * width * bits // 8 + recipe
             error, divergence = float(found.error[i]), float(found.divergence[i])
             options.append(Option(grid=grid, error=error, divergence=divergence, width=width, bytes=size))
@@ -100,7 +101,7 @@ class _Measured(NamedTuple):
       error, divergence: as :class:`Option` has them.
     """
 
-    arrays: dict[str, Array]
+    arrays: dict[str, Any]
     x_bits: Int32[Array, " b"]
     channels: Int32[Array, " b"]
     error: Float32[Array, " b"]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 from fqjax.core.codes import qmax
 from pallas_kernels import pack_int4, quantize_activations, quantize_per_token, unpack_int4
 
-Granularity = Literal["tensor", "channel"]
+Granularity = Literal["tensor", "channel", "group"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,21 +23,34 @@ class QFormat:
 
     Attributes:
       bits: 4 or 8.
-      granularity: what one scale covers: the whole tensor, or one output channel.
+      granularity: what one scale covers: the whole tensor, one output channel, or, in one output channel, one group of input
+        channels.
       packed: whether two 4-bit codes share a byte (see :mod:`pallas_kernels.packing`).
+      group_size: input channels of a group; 0 without groups.
+      integer_scales: whether the groups' scales are integers (:mod:`fqjax.core.integer_scale`).
+      folded: whether every code times its integer scale fits into int8.
     """
 
     bits: int
     granularity: Granularity = "tensor"
     packed: bool = False
+    group_size: int = 0
+    integer_scales: bool = False
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(f"QFormat: bits must be 4 or 8, got {self.bits}")
         if self.packed and self.bits != 4:
             raise ValueError("QFormat: only 4-bit codes are packed")
-        if self.granularity not in ("tensor", "channel"):
-            raise ValueError(f"QFormat: granularity must be 'tensor' or 'channel', got {self.granularity!r}")
+        if self.granularity not in ("tensor", "channel", "group"):
+            raise ValueError(f"QFormat: granularity must be 'tensor', 'channel' or 'group', got {self.granularity!r}")
+        if (self.granularity == "group") != (self.group_size > 0) or (self.group_size and 128 % self.group_size):
+            raise ValueError(f"QFormat: group_size must divide 128, and is 0 without groups; got {self.group_size}")
+        if self.integer_scales and not self.group_size:
+            raise ValueError("QFormat: only scales of groups are integers")
+        if self.folded and not self.integer_scales:
+            raise ValueError("QFormat: only integer scales are folded")
 
 
 @jax.tree_util.register_dataclass
@@ -48,22 +61,37 @@ class QTensor:
     Invariants:
       * ``codes`` is int8, output channels first (K-major): shape (out, in), or (out, in / 2) when packed;
       * ``in`` counts the flattened channels and the padding; it is a multiple of 128, of 256 when packed;
-      * every code lies in [-qmax, qmax], qmax = 127 or 7; padding codes are 0;
-      * ``scale`` is float32 and positive: a scalar, or shape (out,) when the granularity is "channel";
-      * the real weight is ``codes * scale`` (:meth:`dequantize`), still smoothed and flattened.
+      * every code lies in [-qmax, qmax], qmax = 127 or 7, or, with groups and 4 bits, in [-8, 7]; padding codes are 0;
+      * ``scale`` is float32 and positive: a scalar, or shape (out,), as it always is when the granularity is "channel";
+      * ``group_scale`` is positive, shape (in / group_size, out), int32 or float32 as the format says; None without groups;
+      * the real weight is ``codes * scale``, times its group's scale (:meth:`dequantize`), still smoothed and flattened.
     """
 
     codes: Int8[Array, "out stored"]
     scale: Float32[Array, "..."]
     format: QFormat = dataclasses.field(metadata={"static": True})
+    group_scale: Float32[Array, "groups out"] | Int32[Array, "groups out"] | None = None
 
     @classmethod
-    def from_codes(cls, codes: Int8[Array, "out width"], scale: Float32[Array, "..."], bits: int) -> "QTensor":
+    def from_codes(
+        cls,
+        codes: Int8[Array, "out width"],
+        scale: Float32[Array, "..."],
+        bits: int,
+        group_scale: Float32[Array, "groups out"] | Int32[Array, "groups out"] | None = None,
+        *,
+        folded: bool = False,
+    ) -> "QTensor":
         """Wraps int8 codes (out, in), packing them if they have 4 bits."""
         packed = bits == 4
-        granularity: Granularity = "channel" if scale.ndim else "tensor"
         stored = pack_int4(codes) if packed else codes
-        return cls(stored, scale, QFormat(bits=bits, granularity=granularity, packed=packed))
+        if group_scale is None:
+            granularity: Granularity = "channel" if scale.ndim else "tensor"
+            return cls(stored, scale, QFormat(bits=bits, granularity=granularity, packed=packed))
+        size = codes.shape[1] // group_scale.shape[0]
+        integers = jnp.issubdtype(group_scale.dtype, jnp.integer)
+        kind = {"group_size": size, "integer_scales": integers, "folded": folded}
+        return cls(stored, scale, QFormat(bits=bits, granularity="group", packed=packed, **kind), group_scale)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,16 +102,22 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes on the device: codes as stored, and scales."""
-        return self.codes.nbytes + self.scale.nbytes
+        return self.codes.nbytes + self.scale.nbytes + (0 if self.group_scale is None else self.group_scale.nbytes)
 
     def unpacked(self) -> Int8[Array, "out width"]:
         """The codes as int8 (out, in)."""
         return unpack_int4(self.codes) if self.format.packed else self.codes
 
     def dequantize(self) -> Float32[Array, "out width"]:
-        """``codes * scale`` in float32, (out, in)."""
+        """The real weight in float32, (out, in)."""
+        return self.unpacked().astype(jnp.float32) * self.steps()
+
+    def steps(self) -> Float32[Array, "..."]:
+        """What each code is multiplied with, so shaped that it multiplies an (out, in) array."""
         scale = self.scale[:, None] if self.scale.ndim else self.scale
-        return self.unpacked().astype(jnp.float32) * scale
+        if self.group_scale is None:
+            return scale
+        return scale * jnp.repeat(self.group_scale.T.astype(jnp.float32), self.format.group_size, axis=1)
 
 
 @jax.tree_util.register_dataclass

@@ -6,6 +6,7 @@ model, scheme, data  ->  statistics of every linear layer   (fqjax.calibration)
 ->  expanded layers in a new model     (fqjax.linear, fqjax.surgery)
 """
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -18,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int32
 
+from fqjax.blocks import Simulated
 from fqjax.calibration import Statistics, calibrate
 from fqjax.compensate import compensate
 from fqjax.core.codes import qmax
@@ -26,6 +28,7 @@ from fqjax.core.wide import WideLinear, relative_error
 from fqjax.equalize import equalize
 from fqjax.errors import InputError
 from fqjax.findings import Findings
+from fqjax.integer_scale import with_integer_scales
 from fqjax.linear import LayerSummary, QuantizedLinear, measured_bound
 from fqjax.memo import Memo
 from fqjax.methods import LayerInputs
@@ -124,8 +127,25 @@ def _quantize_with(
     layers = {name: nearest(name, option) for name, option in track(chosen.items(), "quantizing", len(chosen))}
     if scheme.rounding == "gptq":
         layers = _compensated(memo, model, scheme, layers, chosen, statistics, macs, batches)
+    if scheme.scales == "integer":
+        layers = {
+            name: _with_integer_scales(layer, linears[name], statistics[name], scheme) for name, layer in layers.items()
+        }
     costs = costs_by_bits(options, chosen, sensitivities()) if sensitivities.cache_info().currsize else {}
     return replace_modules(model, layers), Findings({name: statistics[name].absmax for name in layers}, costs)
+
+
+def _with_integer_scales(
+    layer: QuantizedLinear, linear: nnx.Linear, statistics: Statistics, scheme: Scheme
+) -> QuantizedLinear:
+    """The layer with integer scales, where they are safe, and its error measured again."""
+    changed = with_integer_scales(layer, scheme.amplifier)
+    inputs = layer_inputs(linear, statistics, scheme)
+    exact = inputs.samples @ inputs.weight.T
+    given = Simulated(changed)(inputs.samples).astype(jnp.float32) - (0 if changed.bias is None else changed.bias[...])
+    error = float(jnp.sum((given - exact) ** 2) / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny))
+    changed.summary = dataclasses.replace(changed.summary, relative_error=error)
+    return changed
 
 
 def _compensated(
@@ -223,5 +243,11 @@ def expand(wide: WideLinear) -> tuple[QTensor, InputQuantizer]:
 
 @jax.jit
 def _expand_weight(wide: WideLinear, source: Int32[Array, " e"], part: Int32[Array, " e"]) -> QTensor:
-    codes = flatten_codes(wide.w_codes, source, part, qmax(wide.bits))
-    return QTensor.from_codes(codes, wide.w_scale, wide.bits)
+    if wide.group_scale is None:
+        codes = flatten_codes(wide.w_codes, source, part, qmax(wide.bits))
+        return QTensor.from_codes(codes, wide.w_scale, wide.bits)
+    codes = jnp.pad(wide.w_codes.astype(jnp.int8), ((0, 0), (0, len(source))))
+    missing = codes.shape[1] // wide.group_size - len(wide.group_scale)
+    groups = jnp.pad(wide.group_scale, ((0, missing), (0, 0)), constant_values=1)
+    folded = jnp.issubdtype(groups.dtype, jnp.integer)  # A method makes no other integer scales.
+    return QTensor.from_codes(codes, wide.w_scale, wide.bits, groups, folded=folded)

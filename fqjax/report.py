@@ -12,6 +12,7 @@ from rich.table import Table
 from fqjax.core.overflow import LIMIT
 from fqjax.findings import Findings
 from fqjax.linear import QuantizedLinear
+from fqjax.qtensor import QTensor
 from fqjax.surgery import dotted, select_linears
 
 
@@ -28,6 +29,8 @@ class LayerReport:
       bytes_bf16: weight and bias in bfloat16.
       macs: multiply-accumulates of the unquantized layer for one token.
       accumulator_bound: largest magnitude the int32 accumulator can reach; 0 in floating point.
+      scales: what has a scale of its own: "tensor", "channel", or "group of 128", "group of 128, integer", "group of 128,
+        folded"; "" in floating point.
     """
 
     name: str
@@ -38,6 +41,7 @@ class LayerReport:
     bytes_bf16: int
     macs: int
     accumulator_bound: int
+    scales: str = ""
 
     @property
     def overflow_margin_bits(self) -> float:
@@ -211,7 +215,16 @@ def _quantized_row(name: str, layer: QuantizedLinear) -> LayerReport:
         bytes_bf16=2 * (n * k + (n if layer.bias is not None else 0)),
         macs=layer.summary.macs,
         accumulator_bound=layer.summary.accumulator_bound,
+        scales=_describe_scales(layer.weight.get_value()),
     )
+
+
+def _describe_scales(weight: QTensor) -> str:
+    form = weight.format
+    if not form.group_size:
+        return form.granularity
+    kind = ", folded" if form.folded else ", integer" if form.integer_scales else ""
+    return f"group of {form.group_size}{kind}"
 
 
 def _float_row(name: str, linear: nnx.Linear) -> LayerReport:

@@ -3,11 +3,12 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from fqjax.errors import InputError
 
-Method = Literal["none", "absmax", "smoothquant", "flattenquant"]
+Method = Literal["none", "absmax", "smoothquant", "flattenquant", "grouped"]
 Rule = Literal["tukey", "mean", "search"]
 
 PAPER_INT4_SHARE = 0.4829
@@ -22,7 +23,8 @@ class Scheme:
       name: preset this scheme started from.
       summary: one line: what it is and what it costs.
       method: "none" leaves the model in floating point; "absmax" takes one scale per tensor from the largest value;
-        "smoothquant" smooths first; "flattenquant" smooths and flattens, with 4 or 8 bits layer by layer.
+        "smoothquant" smooths first; "flattenquant" smooths and flattens, with 4 or 8 bits layer by layer; "grouped" takes a
+        scale for every output channel and group of input channels, and INT8 activations with a scale for every token.
       alpha: smoothing strength in [0, 1] (:mod:`fqjax.core.smoothing`); None for no smoothing.
       int4_share: least share of the linear multiply-accumulates in INT4, in [0, 1].
       selection: which layers that are: those whose quantization disturbs the model's output least ("sensitivity"), those
@@ -45,6 +47,11 @@ class Scheme:
       max_expansion: most that a layer's K'/K may be, at least 1.
       activation_percentile: of a channel's magnitudes in the rows kept by calibration, which counts as its largest, from 50
         to 100; less than 100 lets single extreme tokens be clipped.  At 100 it is the largest of all rows that passed.
+      group_size: with the method "grouped", how many neighbouring input channels share a scale: 16, 32, 64 or 128.
+      scales: of the groups: "float"; "integer", times an amplifier and rounded, codes left as they are; or "folded", integers
+        small enough to be multiplied into the codes (:mod:`fqjax.core.integer_scale`).
+      amplifier: with integer scales, the most that they are multiplied with before they are rounded, a power of two.
+      awq: with the method "grouped", scale input channels by their activations first (:mod:`fqjax.methods.grouped`).
       sample_rows: rows of every layer's input kept by calibration to judge errors on.
     """
 
@@ -67,6 +74,10 @@ class Scheme:
     threshold_strength_int8: float = 3.0
     max_expansion: float = 1.25
     activation_percentile: float = 100.0
+    group_size: int = 128
+    scales: Literal["float", "integer", "folded"] = "float"
+    amplifier: int = 1024
+    awq: bool = False
     sample_rows: int = 512
 
     def __post_init__(self) -> None:
@@ -84,6 +95,10 @@ class Scheme:
         _check_range("sample_rows", self.sample_rows, 1, 1 << 20)
         if self.int4_activation_bits not in (4, 8):
             raise InputError(f"int4_activation_bits={self.int4_activation_bits}: expected 4 or 8")
+        if self.group_size not in (16, 32, 64, 128):
+            raise InputError(f"group_size={self.group_size}: expected 16, 32, 64 or 128")
+        if self.amplifier not in [1 << i for i in range(21)]:
+            raise InputError(f"amplifier={self.amplifier}: expected a power of two, 2**20 at most")
 
     def override(self, settings: list[str] | tuple[str, ...]) -> "Scheme":
         """Returns the scheme with ``KEY=VALUE`` settings applied, as ``fqjax convert --set`` takes them.
@@ -159,6 +174,38 @@ SEARCHED: dict[str, Any] = {
 FOR_HOPPER: dict[str, Any] = {"int4_activation_bits": 8, "weight_scales": "channel", "rounding": "gptq"}
 """INT8 activations and a scale for every output channel, which cost a Hopper GPU nothing."""
 
+
+def _grouped_presets() -> Iterator[Scheme]:
+    """W4A8 in groups of 128: three kinds of scales, each with three ways to come to the codes."""
+    kinds: dict[str, tuple[Literal["float", "integer", "folded"], str]] = {
+        "w4a8": (
+            "float",
+            "INT4 weights with a float scale for each group of 128 channels, INT8 activations with one a token",
+        ),
+        "w4a8-integer-scale": (
+            "integer",
+            "The same with integer scales, so that all sums stay in int32 (Integer Scale)",
+        ),
+        "w4a8-integer-scale-folded": (
+            "folded",
+            "The same with integer scales so small that they are multiplied into the codes",
+        ),
+    }
+    for name, (scales, what) in kinds.items():
+        common: dict[str, Any] = {
+            "method": "grouped",
+            "int4_share": 1.0,
+            "equalize": False,
+            "alpha": None,
+            "scales": scales,
+        }
+        yield Scheme(name=name, summary=f"{what}.", **common)
+        yield Scheme(name=f"{name}-gptq", rounding="gptq", summary=f"{name} with weights rounded by GPTQ.", **common)
+        yield Scheme(
+            name=f"{name}-awq", awq=True, summary=f"{name} with channels scaled by their activations (AWQ).", **common
+        )
+
+
 PRESETS: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -217,6 +264,7 @@ PRESETS: dict[str, Scheme] = {
             **FOR_HOPPER,
             summary="The same with INT4 weights throughout.",
         ),
+        *_grouped_presets(),
     )
 }
 

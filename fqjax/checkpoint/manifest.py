@@ -107,6 +107,7 @@ def describe_layer(layer: QuantizedLinear, schemes: list[Scheme]) -> dict[str, A
         "width": weight.shape[1],
         "flattened": quantizer.used,
         "weight": dataclasses.asdict(weight.format),
+        "channel_scales": weight.scale.ndim == 1,
         "activation_bits": quantizer.bits,
         "activation_scale": "token" if quantizer.scale is None else "tensor",
         "bias": None if layer.bias is None else layer.bias[...].dtype.name,
@@ -127,9 +128,14 @@ def abstract_layer(name: str, entry: dict[str, Any], schemes: list[dict[str, Any
 
     n, k, width = entry["out_features"], entry["in_features"], entry["width"]
     weight_format = QFormat(**entry["weight"])
-    scale_shape = (n,) if weight_format.granularity == "channel" else ()
     stored = width // 2 if weight_format.packed else width
-    weight = QTensor(shaped((n, stored), jnp.int8), shaped(scale_shape, jnp.float32), weight_format)
+    per_channel = entry.get("channel_scales", weight_format.granularity == "channel")
+    group_scale = None
+    if weight_format.group_size:
+        kind = jnp.int32 if weight_format.integer_scales else jnp.float32
+        group_scale = shaped((width // weight_format.group_size, n), kind)
+    scale = shaped((n,) if per_channel else (), jnp.float32)
+    weight = QTensor(shaped((n, stored), jnp.int8), scale, weight_format, group_scale)
     quantizer = InputQuantizer(
         multiplier=shaped((k,), jnp.float32),
         source=shaped((width - k,), jnp.int32),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int16, Int32
 
-from fqjax.core.codes import qmax, round_to_codes
+from fqjax.core.codes import qmax
 
 
 @jax.tree_util.register_dataclass
@@ -21,24 +21,29 @@ class Grid:
 
     Attributes:
       smoothing: what activations are divided by, and weights multiplied by, (K,).
-      x_scale: float32 scalar.
+      x_scale: float32 scalar; None gives every token a scale of its own.
       w_scale: float32 scalar, or one for every output channel, (N,).
       x_pieces, w_pieces: pieces each channel is cut into; codes of channel i reach ``pieces[i] * qmax``, int32 (K,).
       x_bits, bits: of the activations, and of the weights; 4 or 8.
+      group_scale: what ``w_scale`` is multiplied with in each group of ``group_size`` neighbouring input channels, the last
+        of which may have fewer, (groups, N), float32 or int32; None without groups.  With groups, codes of 4 bits reach down
+        to -8.
     """
 
     smoothing: Float32[Array, " k"]
-    x_scale: Float32[Array, ""]
+    x_scale: Float32[Array, ""] | None
     w_scale: Float32[Array, "..."]
     x_pieces: Int32[Array, " k"]
     w_pieces: Int32[Array, " k"]
     x_bits: int = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
+    group_scale: Float32[Array, "groups n"] | Int32[Array, "groups n"] | None = None
+    group_size: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def multiplier(self) -> Float32[Array, " k"]:
         """What an activation is multiplied with before it is rounded."""
-        return 1 / (self.smoothing * self.x_scale)
+        return 1 / (self.smoothing if self.x_scale is None else self.smoothing * self.x_scale)
 
     @property
     def expansion(self) -> Float32[Array, ""]:
@@ -46,14 +51,28 @@ class Grid:
         return jnp.mean(self.x_pieces * self.w_pieces)
 
     @property
-    def row_scale(self) -> Float32[Array, "..."]:
-        """The weight's scale, so shaped that it multiplies an (N, K) array."""
-        return self.w_scale[:, None] if self.w_scale.ndim else self.w_scale
+    def steps(self) -> Float32[Array, "..."]:
+        """The weight's scales, so shaped that they multiply an (N, K) array."""
+        scale = self.w_scale[:, None] if self.w_scale.ndim else self.w_scale
+        if self.group_scale is None:
+            return scale
+        each = jnp.repeat(self.group_scale.T.astype(jnp.float32), self.group_size, axis=1)
+        return scale * each[:, : self.smoothing.shape[0]]
+
+    @property
+    def code_range(self) -> tuple[Int32[Array, " k"], Int32[Array, " k"]]:
+        """Smallest and largest code of the weight in every channel."""
+        largest = self.w_pieces * qmax(self.bits)
+        return (-largest if self.group_scale is None or self.bits == 8 else -largest - 1), largest
 
     def activations(self, x: Float[Array, "rows k"]) -> Float32[Array, "rows k"]:
         """What the layer makes of its input: smoothed, rounded, clipped, and scaled back."""
-        limit = self.x_pieces * qmax(self.x_bits)
-        return jnp.clip(jnp.round(x.astype(jnp.float32) * self.multiplier), -limit, limit) * self.x_scale
+        return represented(x, self.multiplier, self.x_limit, self.x_scale)
+
+    @property
+    def x_limit(self) -> Float32[Array, " k"]:
+        """Largest code of the activations in every channel."""
+        return (self.x_pieces * qmax(self.x_bits)).astype(jnp.float32)
 
     def round(self, weight: Float[Array, "n k"]) -> "WideLinear":
         """The layer with its weight, which is not smoothed yet, rounded to the nearest codes."""
@@ -61,7 +80,7 @@ class Grid:
 
     def with_smoothed(self, weight: Float32[Array, "n k"]) -> "WideLinear":
         """The same for a weight that is smoothed already."""
-        codes = round_to_codes(weight, self.row_scale, self.w_pieces * qmax(self.bits)).astype(jnp.int16)
+        codes = jnp.clip(jnp.round(weight / self.steps), *self.code_range).astype(jnp.int16)
         return WideLinear(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(Grid)}, w_codes=codes
         )
@@ -81,7 +100,22 @@ class WideLinear(Grid):
     @property
     def weight(self) -> Float32[Array, "n k"]:
         """The weight as it is represented, still smoothed."""
-        return self.w_codes * self.row_scale
+        return self.w_codes * self.steps
+
+
+def represented(
+    x: Float[Array, "*rows k"],
+    multiplier: Float32[Array, " k"],
+    limit: Float32[Array, " k"],
+    scale: Float32[Array, ""] | None,
+) -> Float32[Array, "*rows k"]:
+    """What a layer makes of its input: smoothed, rounded, clipped, and scaled back; without a scale, by one for every row."""
+    x = x.astype(jnp.float32) * multiplier
+    if scale is None:
+        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        step = jnp.where(largest > 0, largest, 1.0) / limit[0]
+        return jnp.round(x / step) * step
+    return jnp.clip(jnp.round(x), -limit, limit) * scale
 
 
 def output(layer: WideLinear, x: Float[Array, "rows k"]) -> Float32[Array, "rows n"]:

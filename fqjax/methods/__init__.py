@@ -11,7 +11,7 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from fqjax.core.wide import Grid
-from fqjax.methods import absmax, flattenquant, smoothquant
+from fqjax.methods import absmax, flattenquant, grouped, smoothquant
 from fqjax.methods.inputs import LayerInputs
 from fqjax.scheme import Scheme
 
@@ -19,5 +19,6 @@ METHODS: dict[str, Callable[[LayerInputs, Scheme, int, Float[Array, " b"]], Call
     "absmax": absmax.grids,
     "smoothquant": smoothquant.grids,
     "flattenquant": flattenquant.grids,
+    "grouped": grouped.grids,
 }
 """Every method but "none", by the name that :class:`~fqjax.scheme.Scheme` gives it."""
