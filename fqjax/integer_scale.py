@@ -49,13 +49,17 @@ def with_integer_scales(layer: QuantizedLinear, amplifier: int = AMPLIFIER, unit
     """One layer with integer scales; the layer itself if no amplifier is safe."""
     weight, quantizer = layer.weight.get_value(), layer.input.get_value()
     assert weight.group_scale is not None
-    unit = channel_units(weight.group_scale) if units else jnp.float32(1)
-    scales, sums = weight.group_scale / unit, group_sums_of(weight)
+    sums = group_sums_of(weight)
+    used = sums > 0  # The scale of a group without codes, such as padding, means nothing.
+    unit = channel_units(jnp.where(used, weight.group_scale, 0)) if units else jnp.ones(sums.shape[1])
+    unit = jnp.where(unit > 0, unit, 1.0)
+    scales = jnp.where(used, weight.group_scale / unit, 1.0)
     found = safe_amplifier(scales, sums, x_qmax=quantizer.qmax, bits=layer.bits, most=amplifier)
     if found is None:
         return layer
     form = dataclasses.replace(weight.format, integer_scales=True)
-    changed = QTensor(weight.codes, weight.scale * unit / found, form, amplify(scales, found))
+    scale = weight.scale * (unit if units else 1) / found
+    changed = QTensor(weight.codes, scale, form, amplify(scales, found))
     bound = measured_bound(changed, quantizer)
     return QuantizedLinear(
         changed,

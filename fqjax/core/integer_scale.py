@@ -26,6 +26,8 @@ from jaxtyping import Array, Float32, Int, Int8, Int32
 from fqjax.core.overflow import LIMIT
 
 AMPLIFIER = 1024
+LEAST = 4
+"""What the largest scale of an output channel has to become: with less, rounding the scales costs more than INT4 does."""
 LARGEST_FOLDED = 15
 """Of a scale that is folded: 15 times -8 fits into int8."""
 FOLD_SHRINKS = tuple(1 - i / 20 for i in range(8))
@@ -76,7 +78,8 @@ def safe_amplifier(
 ) -> int | None:
     """The largest power of two, at most ``most``, with which the accumulator cannot overflow.
 
-    A smaller one than ``most`` is taken only as long as the smallest scale is still amplified to 1 at least.
+    A smaller one than ``most`` is taken only as long as the largest scale of every output channel becomes :data:`LEAST` at
+    least.
 
     Args:
       scales: float scales, divided by their units.
@@ -88,13 +91,13 @@ def safe_amplifier(
     Returns:
       The amplifier; None if there is none, and the layer has to keep its float scales.
     """
-    smallest, host = float(jnp.min(scales)), np.asarray(sums)
+    smallest, host = float(jnp.min(jnp.max(scales, axis=0))), np.asarray(sums)
     amplifier = most
     while True:
         if scaled_bound(host, np.asarray(amplify(scales, amplifier)), x_qmax, bits) <= LIMIT:
             return amplifier
         amplifier //= 2
-        if amplifier * smallest < 1:
+        if amplifier * smallest < LEAST:
             return None
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 BINS = 2048
+MOST_PAIRED = 2500
+"""Changes of one layer, beyond which they are not tried in pairs."""
 
 
 def select_low_bits(errors: Sequence[float], macs: Sequence[int], share: float) -> list[bool]:
@@ -57,7 +59,7 @@ def choose(
     """Chooses one of several options for every layer: least error in all, within two bounds on their sums.
 
     A Lagrangian: with prices for multiply-accumulates and for bytes every layer can choose for itself.  Prices on a grid are
-    tried, and the best choice within the bounds is then improved by changing single layers.
+    tried, and the best choice within the bounds is then improved by changing layers, one or two at a time.
 
     Args:
       errors: what each option of each layer costs, in any additive measure.
@@ -85,14 +87,36 @@ def choose(
     a_unit, b_unit = max(a.max(), 1), max(b.max(), 1)
     tried = (np.argmin(e - p * a / a_unit + q * b / b_unit, axis=1) for p in prices for q in prices)
     best = min(tried, key=key)
+    moved, option = np.nonzero(np.isfinite(e))
     while True:
-        single = [
-            np.where(layers == i, o, best) for i, row in enumerate(errors) for o in range(len(row)) if o != best[i]
-        ]
-        better = min([best, *single], key=key)
+        # What every change of one layer adds to the sums; the last changes nothing.
+        changes = [np.append(t[moved, option] - t[moved, best[moved]], 0.0) for t in (e, a, b)]
+        sums = [t[layers, best].sum() for t in (e, a, b)]
+        pairs = len(moved) if len(moved) <= MOST_PAIRED else 0
+        first, second = np.arange(len(moved) + 1)[:, None], np.arange(len(moved) - pairs, len(moved) + 1)[None]
+        error, share, size = (total + c[first] + c[second] for total, c in zip(sums, changes, strict=True))
+        places = np.append(moved, -1)
+        same = (places[first] == places[second]) & (places[first] >= 0)
+        missing = np.maximum(0.0, least_macs - share) / max(least_macs, 1)
+        excess = np.maximum(0.0, size - most_bytes)
+        missing[same] = np.inf
+        i, j = np.unravel_index(_first_of(missing, excess, error), missing.shape)
+        better = best.copy()
+        for move in (int(first[i, 0]), int(second[0, j])):
+            if move < len(moved):
+                better[moved[move]] = option[move]
         if key(better) >= key(best):
             return [int(o) for o in best]
         best = better
+
+
+def _first_of(*keys: np.ndarray) -> int:
+    """Where the first key is least, of these where the second is, and so on."""
+    left = np.arange(keys[0].size)
+    for values in keys:
+        chosen = values.reshape(-1)[left]
+        left = left[chosen <= chosen.min() + 1e-12 * abs(chosen.min())]
+    return int(left[0])
 
 
 def histogram_divergence(exact: Float[Array, "..."], approximate: Float[Array, "..."]) -> Float32[Array, ""]:

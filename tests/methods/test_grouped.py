@@ -1,0 +1,93 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fqjax.core.wide import relative_error
+from fqjax.methods import LayerInputs, grouped
+from fqjax.methods.grouped import group_scales
+from fqjax.scheme import PRESETS
+
+
+def problem(k=384, n=64, outliers=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    x, w = rng.normal(size=(300, k)), rng.normal(size=(n, k)) * np.exp(rng.normal(0, 0.7, (1, k)))
+    x[:, ::16] *= outliers
+    return LayerInputs(*(jnp.asarray(a, jnp.float32) for a in (w, np.abs(x).max(axis=0), x)))
+
+
+def grid(layer, bits=4, **settings):
+    scheme = dataclasses.replace(PRESETS["w4a8"], **settings)
+    return grouped.grids(layer, scheme, bits, jnp.ones(1))(jnp.int32(0))
+
+
+def error(layer, **settings):
+    return float(relative_error(grid(layer, **settings).round(layer.weight), layer.samples, layer.weight))
+
+
+def test_smaller_groups_are_finer():
+    layer = problem()
+    errors = [error(layer, group_size=size) for size in (32, 64, 128)]
+    assert errors == sorted(errors) and errors[-1] > 1.1 * errors[0]
+
+
+def test_codes_use_all_of_four_bits():
+    codes = grid(problem()).round(problem().weight).w_codes
+    assert int(codes.min()) == -8 and int(codes.max()) == 7
+    wide = grid(problem(), bits=8).round(problem().weight).w_codes
+    assert -127 <= int(wide.min()) < -100
+
+
+def test_scales_are_chosen_by_the_error_of_the_output():
+    layer = problem()
+    moments = layer.samples.T @ layer.samples
+
+    def output_error(scales):
+        step = jnp.repeat(scales.T, 128, axis=1)
+        change = jnp.clip(jnp.round(layer.weight / step), -8, 7) * step - layer.weight
+        return sum(
+            float(jnp.sum((change[:, g : g + 128] @ moments[g : g + 128, g : g + 128]) * change[:, g : g + 128]))
+            for g in range(0, 384, 128)
+        )
+
+    plain = group_scales(layer.weight, layer.samples, 128, 4, (1.0,))
+    np.testing.assert_allclose(plain.T, jnp.abs(layer.weight.reshape(64, 3, 128)).max(axis=2) / 7.5, rtol=1e-6)
+    assert output_error(group_scales(layer.weight, layer.samples, 128, 4)) < 0.97 * output_error(plain)
+
+
+def test_the_last_group_may_be_short():
+    layer = problem(k=300)
+    found = grid(layer)
+    assert found.group_scale.shape == (3, 64) and found.steps.shape == (64, 300)
+    assert error(layer) < 0.03
+
+
+def test_a_group_of_zeros_does_no_harm():
+    layer = problem()
+    layer = dataclasses.replace(layer, weight=layer.weight.at[:, :128].set(0))
+    found = grid(layer)
+    assert (
+        bool(jnp.isfinite(found.group_scale).all())
+        and int(jnp.abs(found.round(layer.weight).w_codes[:, :128]).max()) == 0
+    )
+
+
+def test_awq_makes_room_for_channels_with_large_activations():
+    layer = problem(outliers=20.0)
+    found = grid(layer, awq=True)
+    assert float(found.smoothing[::16].mean()) > 2 * float(found.smoothing[1::16].mean())
+    assert error(layer, awq=True) < 0.75 * error(layer)
+    alike = problem()
+    assert error(alike, awq=True) <= 1.05 * error(alike)
+
+
+@pytest.mark.parametrize("awq", [False, True])
+def test_folded_scales_cost_little(awq):
+    layer = problem()
+    folded = grid(layer, scales="folded", awq=awq)
+    assert folded.group_scale.dtype == jnp.int32 and folded.w_scale.shape == (64,)
+    assert 1 <= int(folded.group_scale.min()) and int(folded.group_scale.max()) <= 15
+    product = folded.round(layer.weight).w_codes * jnp.repeat(folded.group_scale.T, 128, axis=1)
+    assert int(jnp.abs(product).max()) <= 127
+    assert error(layer, scales="folded", awq=awq) < 1.2 * error(layer, awq=awq)
