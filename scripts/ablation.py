@@ -51,4 +51,4 @@ if __name__ == "__main__":
     a = command.parse_args()
     preset = fqjax.PRESETS["flattenquant"]
     schemes = {name: dataclasses.replace(preset, **VARIANTS[name]) for name in a.variants or VARIANTS}
-    quality.run(a, schemes, HEADING, "variant")
+    quality.run(a, schemes, HEADING, "variant", timed=False)

@@ -24,6 +24,19 @@ def test_a_scale_for_each_output_channel():
     np.testing.assert_array_equal(q.dequantize(), np.asarray(codes(127)) * np.arange(1.0, 7.0)[:, None])
 
 
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_scale_for_each_group(folded):
+    scales = jnp.asarray(np.random.default_rng(1).integers(1, 16, (8, 6)), jnp.int32)
+    q = QTensor.from_codes(codes(7), jnp.arange(1.0, 7.0), 4, scales, folded=folded)
+    assert (q.format.granularity, q.format.group_size, q.format.integer_scales) == ("group", 32, True)
+    assert q.format.folded == folded and q.nbytes == 6 * 128 + 6 * 4 + 8 * 6 * 4
+    each = np.repeat(np.asarray(scales).T, 32, axis=1)
+    np.testing.assert_array_equal(q.dequantize(), np.asarray(codes(7)) * each * np.arange(1.0, 7.0)[:, None])
+    real = QTensor.from_codes(codes(7), jnp.float32(2), 4, scales.astype(jnp.float32))
+    assert not real.format.integer_scales
+    np.testing.assert_array_equal(real.dequantize(), np.asarray(codes(7)) * each * 2)
+
+
 def test_it_is_a_pytree():
     q = QTensor.from_codes(codes(7), jnp.float32(2), 4)
     doubled = jax.jit(lambda t: jax.tree.map(lambda leaf: leaf * 1, t))(q)
@@ -31,7 +44,19 @@ def test_it_is_a_pytree():
     np.testing.assert_array_equal(doubled.codes, q.codes)
 
 
-@pytest.mark.parametrize("bad", [{"bits": 3}, {"bits": 8, "packed": True}, {"bits": 8, "granularity": "row"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"bits": 3},
+        {"bits": 8, "packed": True},
+        {"bits": 8, "granularity": "row"},
+        {"bits": 8, "granularity": "group"},
+        {"bits": 8, "granularity": "group", "group_size": 48},
+        {"bits": 8, "group_size": 32},
+        {"bits": 8, "integer_scales": True},
+        {"bits": 8, "granularity": "group", "group_size": 32, "folded": True},
+    ],
+)
 def test_formats_that_do_not_exist_are_refused(bad):
     with pytest.raises(ValueError, match="QFormat"):
         QFormat(**bad)

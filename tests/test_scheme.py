@@ -6,6 +6,8 @@ import pytest
 from fqjax.errors import InputError
 from fqjax.scheme import PRESETS, Scheme, resolve_scheme
 
+METHODS = ("", "-gptq", "-awq")
+
 
 def test_presets_carry_their_own_names_and_a_line_on_each():
     assert list(PRESETS) == [
@@ -17,6 +19,7 @@ def test_presets_carry_their_own_names_and_a_line_on_each():
         "flattenquant-w8a8",
         "flattenquant-hopper",
         "flattenquant-hopper-int4",
+        *(f"w4a8{scales}{method}" for scales in ("", "-integer-scale", "-integer-scale-folded") for method in METHODS),
     ]
     assert all(preset.name == name and len(preset.summary) > 20 for name, preset in PRESETS.items())
 

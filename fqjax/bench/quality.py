@@ -32,7 +32,9 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
     return command
 
 
-def run(a: argparse.Namespace, schemes: Mapping[str, Scheme], heading: Sequence[str], column: str) -> None:
+def run(
+    a: argparse.Namespace, schemes: Mapping[str, Scheme], heading: Sequence[str], column: str, *, timed: bool = True
+) -> None:
     """Measures every scheme on every model, and writes the result after each model.
 
     Args:
@@ -40,6 +42,7 @@ def run(a: argparse.Namespace, schemes: Mapping[str, Scheme], heading: Sequence[
       schemes: by the name that they have in the table.
       heading: first lines of the document.
       column: what the names are.
+      timed: whether the document says how long each took.
     """
     models = dict(m.split("=", 1) for m in a.model) if a.model else {"bundled": str(CHECKPOINT)}
     calibration = read_text(a.calibration) if a.calibration else reference_text()
@@ -60,7 +63,7 @@ def run(a: argparse.Namespace, schemes: Mapping[str, Scheme], heading: Sequence[
         }
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(results, indent=1) + "\n")
-        a.out.with_suffix(".md").write_text(_document(results, heading, column))
+        a.out.with_suffix(".md").write_text(document(results, heading, column, timed))
     print(f"wrote {record} and {a.out}.md")
 
 
@@ -93,7 +96,7 @@ def _measure(
     return rows
 
 
-def _document(results: Mapping[str, Any], heading: Sequence[str], column: str) -> str:
+def document(results: Mapping[str, Any], heading: Sequence[str], column: str, timed: bool) -> str:
     """All results in Markdown."""
     lines = list(heading)
     for name, result in results.items():
@@ -104,12 +107,12 @@ def _document(results: Mapping[str, Any], heading: Sequence[str], column: str) -
             f"{describe(result['environment'])}. {result['windows']} windows of {result['window']} tokens of "
             f"{result['text']}, calibrated on {result['samples']} windows of {result['calibration']}.",
             "",
-            f"| {column} | perplexity | ratio | INT4 share | K'/K | bytes of bf16 | seconds |",
-            "|---" + "|---:" * 6 + "|",
+            f"| {column} | perplexity | ratio | INT4 share | K'/K | bytes of bf16 |" + " seconds |" * timed,
+            "|---" + "|---:" * (5 + timed) + "|",
         ]
         for row in result["rows"]:
             lines.append(
                 f"| {row['scheme']} | {row['perplexity']:.2f} | {row['ratio']:.4f} | {row['int4_mac_share']:.1%} "
-                f"| {row['expansion']:.3f} | {row['bytes_ratio']:.1%} | {row['seconds']:.0f} |"
+                f"| {row['expansion']:.3f} | {row['bytes_ratio']:.1%} |" + f" {row['seconds']:.0f} |" * timed
             )
     return "\n".join(lines) + "\n"
