@@ -35,17 +35,18 @@ class Findings:
 
         Returns:
           (share of the multiply-accumulates in INT4, sum of the layers' costs): all layers in INT8, then with one more in
-          INT4 each time, that which adds least for its multiply-accumulates.  Empty if a layer had no choice.
+          INT4 each time, that which adds least for its multiply-accumulates.  Layers that can only be in INT8 stay in it.
+          Empty if no layer had a choice.
         """
-        if not self.costs or any(set(cost) != {4, 8} for cost in self.costs.values()):
+        if any(8 not in cost for cost in self.costs.values()):
             return []
-        added = {name: cost[4] - cost[8] for name, cost in self.costs.items()}
-        share, total = 0, sum(cost[8] for cost in self.costs.values())
+        added = {name: cost[4] - cost[8] for name, cost in self.costs.items() if 4 in cost}
+        low, total = 0, sum(cost[8] for cost in self.costs.values())
         points = [(0.0, total)]
         for name in sorted(added, key=lambda name: added[name] / macs[name]):
-            share, total = share + macs[name], total + added[name]
-            points.append((share / sum(macs[name] for name in added), total))
-        return points
+            low, total = low + macs[name], total + added[name]
+            points.append((low / sum(macs[name] for name in self.costs), total))
+        return points if added else []
 
     def cost(self, bits: Mapping[str, int]) -> float:
         """The sum of the layers' costs for the bits that they have."""

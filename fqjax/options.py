@@ -56,8 +56,9 @@ def layer_inputs(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) -> 
     return LayerInputs(weight, absmax, samples)
 
 
-def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) -> list[Option]:
-    """The options of a layer that a scheme considers: those in INT8 first, then those in INT4, by rising width.
+def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *, int4: bool = True) -> list[Option]:
+    """The options of a layer that a scheme considers: those in INT8 first, then those in INT4 if it may have any, by rising
+    width.
 
     With the selection "budget" a layer may be flattened by as much as fills 0, 1, 2, ... blocks of the padding; else there
     is one option for each number of bits.
@@ -66,7 +67,8 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) ->
     k = linear.in_features
     options = []
     for bits in (8, 4):
-        if (bits == 8 and scheme.int4_share == 1) or (bits == 4 and scheme.int4_share == 0):
+        wanted = int4 and scheme.int4_share > 0 if bits == 4 else not int4 or scheme.int4_share < 1
+        if not wanted:
             continue
         budgets = [scheme.max_expansion]
         if scheme.selection == "budget":

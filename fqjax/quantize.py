@@ -9,6 +9,7 @@ model, scheme, data  ->  statistics of every linear layer   (fqjax.calibration)
 import dataclasses
 import functools
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -99,8 +100,9 @@ def _quantize_with(
     statistics = memo.statistics(lambda: calibrate(model, batches, linears, sample_rows=scheme.sample_rows))
     macs = count_macs(linears, statistics)
 
+    kept = _kept_in_int8(scheme, linears)
     options = {
-        name: layer_options(linear, statistics[name], scheme)
+        name: layer_options(linear, statistics[name], scheme, int4=name not in kept)
         for name, linear in track(linears.items(), "searching", len(linears))
     }
 
@@ -133,6 +135,13 @@ def _quantize_with(
         }
     costs = costs_by_bits(options, chosen, sensitivities()) if sensitivities.cache_info().currsize else {}
     return replace_modules(model, layers), Findings({name: statistics[name].absmax for name in layers}, costs)
+
+
+def _kept_in_int8(scheme: Scheme, names: Iterable[str]) -> set[str]:
+    found = {name for name in names if scheme.int8_layers and re.search(scheme.int8_layers, name)}
+    if scheme.int8_layers and not found:
+        raise InputError(f"int8_layers={scheme.int8_layers}: found in the path of no linear layer")
+    return found
 
 
 def _with_integer_scales(

@@ -1,6 +1,7 @@
 """Schemes: which method quantizes a model, with which settings.  Presets have names; every field can be overridden."""
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ class Scheme:
         number of extra channels, so that the sum of the disturbances is least.
       compression: with the selection "budget", how many times fewer bytes than in bfloat16 the linear weights take at least;
         0 for any number.  Where that cannot be had, nearly as few as can.
+      int8_layers: regular expression; a layer in whose dotted path it is found is not quantized to INT4.  Empty for none.
       equalize: rescale output channels along the model's paths first (:mod:`fqjax.core.equalization`).
       flatten_activations, flatten_weights: which operand may be flattened.
       int4_activation_bits: of the activations of layers with 4-bit weights: 4, or 8.
@@ -62,6 +64,7 @@ class Scheme:
     int4_share: float = 0.0
     selection: Literal["sensitivity", "kl", "budget"] = "sensitivity"
     compression: float = 0.0
+    int8_layers: str = ""
     equalize: bool = True
     flatten_activations: bool = True
     flatten_weights: bool = True
@@ -93,6 +96,10 @@ class Scheme:
         _check_range("max_expansion", self.max_expansion, 1, 16)
         _check_range("activation_percentile", self.activation_percentile, 50, 100)
         _check_range("sample_rows", self.sample_rows, 1, 1 << 20)
+        try:
+            re.compile(self.int8_layers)
+        except re.error as error:
+            raise InputError(f"int8_layers={self.int8_layers}: not a regular expression ({error})") from None
         if self.int4_activation_bits not in (4, 8):
             raise InputError(f"int4_activation_bits={self.int4_activation_bits}: expected 4 or 8")
         if self.group_size not in (16, 32, 64, 128):

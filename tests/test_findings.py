@@ -22,7 +22,12 @@ def test_the_trade_off_takes_the_cheapest_layer_for_its_arithmetic_first():
     assert FOUND.cost({"a": 8, "b": 4, "c": 8}) == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("costs", [{}, {"a": {4: 1.0}}])
+def test_a_layer_that_stays_in_int8_is_counted():
+    found = Findings({}, FOUND.costs | {"c": {8: 0.3}})
+    np.testing.assert_allclose(found.trade_off(MACS), [(0, 0.4), (0.1, 0.6), (0.2, 1.0)])
+
+
+@pytest.mark.parametrize("costs", [{}, {"a": {4: 1.0}}, {"a": {8: 1.0}}])
 def test_there_is_no_trade_off_without_a_choice(costs):
     assert Findings({}, costs).trade_off(MACS) == []
 

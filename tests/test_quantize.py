@@ -1,5 +1,7 @@
 """``quantize`` on any NNX module: the user's own, nested, shared, called several times."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,3 +250,20 @@ def test_a_layer_that_could_overflow_is_refused(monkeypatch, mlp):
     monkeypatch.setattr("fqjax.core.overflow.LIMIT", 1000)
     with pytest.raises(InputError, match="first: the int32 accumulator could reach"):
         fqjax.quantize(mlp, "w8a8", batches())
+
+
+def test_layers_can_be_kept_in_int8():
+    data = [jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)), jnp.float32)]
+    for name in ("w4a8", "flattenquant"):
+        scheme = dataclasses.replace(fqjax.PRESETS[name], int8_layers=r"middle|^tail")
+        _, report = fqjax.quantize(MLP(nnx.Rngs(0)), scheme, data)
+        bits = {row.name: row.bits for row in report.layers}
+        kept = {name for name in bits if name.startswith(("middle", "tail"))}
+        assert len(kept) == 4 and {bits[name] for name in kept} == {8} and 4 in bits.values()
+
+
+@pytest.mark.parametrize("pattern", ["nowhere", "("])
+def test_a_pattern_for_int8_that_fits_nothing_is_refused(pattern):
+    with pytest.raises(InputError, match="int8_layers"):
+        scheme = dataclasses.replace(fqjax.PRESETS["w4a8"], int8_layers=pattern)
+        fqjax.quantize(MLP(nnx.Rngs(0)), scheme, [jnp.ones((4, 24))])
