@@ -131,14 +131,15 @@ class Report:
         """The report as a table for the terminal."""
         table = narrow_table(f"scheme: {self.scheme}", self.totals())
         table.add_column("layer", no_wrap=True)
-        for heading in ("bits", "K'/K", "error", "bytes", "of bf16", "margin"):
+        grouped = any(row.scales.startswith("group") for row in self.layers)
+        for heading in ("bits", "scales" if grouped else "K'/K", "error", "bytes", "of bf16", "margin"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.layers:
             quantized = row.accumulator_bound > 0
             table.add_row(
                 row.name,
                 str(row.bits),
-                f"{row.expansion:.3f}",
+                _short(row.scales) if grouped else f"{row.expansion:.3f}",
                 f"{row.relative_error:.2%}" if quantized else "-",
                 format_bytes(row.bytes),
                 f"{row.bytes / row.bytes_bf16:.0%}",
@@ -150,8 +151,13 @@ class Report:
 
     def totals(self) -> str:
         """Three lines on the whole."""
+        grouped = [row for row in self.layers if row.scales.startswith("group")]
+        floats = sum("," not in row.scales for row in grouped)
+        second = f"K'/K: {self.expansion:.3f} on average."
+        if grouped:
+            second = f"Float group scales: {floats} of {len(grouped)} layers."
         return (
-            f"INT4: {self.int4_mac_share:.2%} of the multiply-accumulates.  K'/K: {self.expansion:.3f} on average.\n"
+            f"INT4: {self.int4_mac_share:.2%} of the multiply-accumulates.  {second}\n"
             f"Linear layers: {format_bytes(self.bytes)}, {_ratio(self.bytes_bf16, self.bytes):.2f} x less than in bf16.  "
             f"Whole model: {format_bytes(self.model_bytes)}.\n"
             "error: mean square, of the layer's output.  margin: bits before int32 overflows."
@@ -217,6 +223,11 @@ def _quantized_row(name: str, layer: QuantizedLinear) -> LayerReport:
         accumulator_bound=layer.summary.accumulator_bound,
         scales=_describe_scales(layer.weight.get_value()),
     )
+
+
+def _short(scales: str) -> str:
+    """``LayerReport.scales`` in few letters."""
+    return scales.removeprefix("group of ").replace(", integer", " int").replace(", folded", " fold")
 
 
 def _describe_scales(weight: QTensor) -> str:

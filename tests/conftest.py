@@ -3,18 +3,33 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before JAX starts: an interpreted GPU kernel holds one of XLA's threads for each of its warpgroups, and waits for ever if
 # there are not as many.
 os.environ.setdefault("NPROC", "16")
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from fqjax.demo.run import CHECKPOINT
 from tests.models import variants
+
+
+COMPILED_BYTES = 3 * 2**30
+"""Memory of a test process, mostly compiled programs, beyond which they are dropped."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Drops compiled programs once a process has gathered many: several hundred tests compile for shapes of their own."""
+    yield
+    statm = Path("/proc/self/statm")
+    if statm.is_file() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > COMPILED_BYTES:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Grouped schemes from end to end, and integer scales put onto any of them."""
 
 import dataclasses
+import io
 
 import jax.numpy as jnp
 import numpy as np
@@ -168,3 +169,14 @@ def test_grouped_layers_can_be_simulated(data, quantized, name):
 def test_settings_that_do_not_fit_are_refused(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         dataclasses.replace(fqjax.PRESETS["w4a8"], **settings)
+
+
+def test_the_table_says_which_layers_have_integer_scales(quantized, monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setattr(module, "safe_amplifier", lambda scales, *_, **settings: None if len(scales) > 2 else 64)
+    _, report = fqjax.integer_scales(quantized["w4a8"][0])
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.table())
+    text = " ".join(console.export_text().split())
+    assert "128 int" in text and "Float group scales: 1 of 2 layers." in text and "\u2026" not in text
