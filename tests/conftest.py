@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 from fqjax.demo.run import CHECKPOINT
 from tests.models import variants
 
-
 COMPILED_BYTES = 3 * 2**30
 """Memory of a test process, mostly compiled programs, beyond which they are dropped."""
 
