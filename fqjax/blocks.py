@@ -48,10 +48,9 @@ def chain(model: nnx.Module, names: Iterable[str]) -> Chain:
     return Chain(blocks, running.begin, _call_layer, lambda hidden: _end(graphdef, state, hidden))
 
 
-def run(chain: Chain, block: nnx.Module, x: Any, others: Any) -> Any:
-    """A block's output, jitted."""
-    graphdef, state = nnx.split(block)
-    return _run(chain.call, graphdef, state, x, others)
+def run(chain: Chain, block: tuple[Any, Any], x: Any, others: Any) -> Any:
+    """The output of a block, which is given as ``nnx.split`` gives it, jitted."""
+    return _run(chain.call, *block, x, others)
 
 
 def _call_model(model: Any, args: Any, kwargs: Any) -> Any:
@@ -85,11 +84,15 @@ class Simulated(nnx.Module):
         self.dtype, self.param_dtype = layer.dtype, layer.param_dtype
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
-        x_scale = None if self.x_scale is None else self.x_scale[...]
-        y = represented(x, self.multiplier[...], self.limit[...], x_scale) @ self.weight[...].T
+        y = self.product(x)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
+
+    def product(self, x: Float[Array, "*rows k"]) -> Float32[Array, "*rows out"]:
+        """The output without the bias, as float32."""
+        x_scale = None if self.x_scale is None else self.x_scale[...]
+        return represented(x, self.multiplier[...], self.limit[...], x_scale) @ self.weight[...].T
 
 
 def fold(layer: QuantizedLinear) -> tuple[Int16[Array, "out k"], Float32[Array, " k"]]:

@@ -118,9 +118,10 @@ def compensate(
         if path == last:
             break
         finished = replace_modules(block, {short: Simulated(done[name]) for short, name in names.items()})
+        float_block, quantized_block = nnx.split(block), nnx.split(finished)
         inputs = _Inputs(
-            [run(blocks, block, x, rest) for x, rest in zip(inputs.exact, inputs.others, strict=True)],
-            [run(blocks, finished, x, rest) for x, rest in zip(inputs.approximate, inputs.others, strict=True)],
+            [run(blocks, float_block, x, rest) for x, rest in zip(inputs.exact, inputs.others, strict=True)],
+            [run(blocks, quantized_block, x, rest) for x, rest in zip(inputs.approximate, inputs.others, strict=True)],
             inputs.others,
         )
     return done

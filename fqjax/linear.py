@@ -84,6 +84,12 @@ class QuantizedLinear(nnx.Module):
         matmul = int4_matmul if weight.format.packed else int8_matmul
         return matmul(codes, weight.codes, scale, weight.scale, bias, out_dtype=dtype)
 
+    def with_summary(self, summary: LayerSummary) -> "QuantizedLinear":
+        """The same layer with another summary."""
+        bias = None if self.bias is None else self.bias[...]
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return QuantizedLinear(self.weight.get_value(), self.input.get_value(), bias, summary=summary, **kinds)
+
     @property
     def bits(self) -> int:
         """Bits of a weight code."""

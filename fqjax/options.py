@@ -36,7 +36,7 @@ class Option:
       error: relative squared error of the layer's output on the calibration sample, weights rounded to the nearest.
       divergence: of the output's histogram, in nats (:func:`fqjax.core.selection.histogram_divergence`).
       width: K' with its padding.
-      bytes: of the layer on the device, but for its bias.
+      bytes: of the layer on the device.
     """
 
     grid: Grid
@@ -66,10 +66,8 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *,
     inputs = layer_inputs(linear, statistics, scheme)
     k = linear.in_features
     options = []
-    for bits in (8, 4):
-        wanted = int4 and scheme.int4_share > 0 if bits == 4 else not int4 or scheme.int4_share < 1
-        if not wanted:
-            continue
+    allowed = {8: not int4 or scheme.int4_share < 1, 4: int4 and scheme.int4_share > 0}
+    for bits in (bits for bits in allowed if allowed[bits]):
         budgets = [scheme.max_expansion]
         if scheme.selection == "budget":
             block, first = padded_width(1, bits), padded_width(k, bits)
@@ -83,14 +81,21 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *,
                 continue
             widths.append(width)
             arrays: dict[str, Any] = {name: leaf if leaf is None else leaf[i] for name, leaf in found.arrays.items()}
-            groups = arrays["group_scale"]
-            group_size = 0 if groups is None else scheme.group_size
+            group_size = 0 if arrays["group_scale"] is None else scheme.group_size
             grid = Grid(**arrays, x_bits=int(found.x_bits[i]), bits=bits, group_size=group_size)
-            recipe = 4 * (k + 2 * (width - k) + 1 + grid.w_scale.size + (0 if groups is None else groups.size))
-            size = linear.out_features * width * bits // 8 + recipe
+            size = _bytes(linear, grid, width)
             error, divergence = float(found.error[i]), float(found.divergence[i])
             options.append(Option(grid=grid, error=error, divergence=divergence, width=width, bytes=size))
     return options
+
+
+def _bytes(linear: nnx.Linear, grid: Grid, width: int) -> int:
+    """Of the layer made of a grid: codes, scales, what quantizing and flattening its input needs, bias."""
+    codes = linear.out_features * width * grid.bits // 8
+    groups = 0 if grid.group_scale is None else linear.out_features * width // grid.group_size
+    floats = grid.smoothing.size + grid.w_scale.size + groups + (0 if grid.x_scale is None else 1)
+    extra = 2 * (width - linear.in_features)  # The source and the part of every channel that was added.
+    return codes + 4 * (floats + extra) + (0 if linear.bias is None else linear.bias[...].nbytes)
 
 
 class _Measured(NamedTuple):
@@ -140,7 +145,7 @@ def select(
     Args:
       options: of every layer.
       macs: multiply-accumulates of every layer.
-      plain_bytes: of all their weights in bfloat16.
+      plain_bytes: of all of them in bfloat16.
       scheme: its ``selection``, ``int4_share`` and ``compression``.
       sensitivities: what each layer's last option costs the model; called only if it is needed.
     """

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from fqjax.core.codes import qmax
+from fqjax.core.codes import qmax, steps
 from pallas_kernels import pack_int4, quantize_activations, quantize_per_token, unpack_int4
 
 Granularity = Literal["tensor", "channel", "group"]
@@ -114,10 +114,7 @@ class QTensor:
 
     def steps(self) -> Float32[Array, "..."]:
         """What each code is multiplied with, so shaped that it multiplies an (out, in) array."""
-        scale = self.scale[:, None] if self.scale.ndim else self.scale
-        if self.group_scale is None:
-            return scale
-        return scale * jnp.repeat(self.group_scale.T.astype(jnp.float32), self.format.group_size, axis=1)
+        return steps(self.scale, self.group_scale, self.format.group_size)
 
 
 @jax.tree_util.register_dataclass

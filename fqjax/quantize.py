@@ -9,7 +9,6 @@ model, scheme, data  ->  statistics of every linear layer   (fqjax.calibration)
 import dataclasses
 import functools
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,7 +24,7 @@ from fqjax.calibration import Statistics, calibrate
 from fqjax.compensate import compensate
 from fqjax.core.codes import qmax
 from fqjax.core.flatten import expansion, flatten_codes
-from fqjax.core.wide import WideLinear, relative_error
+from fqjax.core.wide import WideLinear, relative_error, relative_square
 from fqjax.equalize import equalize
 from fqjax.errors import InputError
 from fqjax.findings import Findings
@@ -84,9 +83,8 @@ def quantize_with(
     memo: Memo, model: ModelT, scheme: Scheme, calibration: Iterable[Any], ignore: Iterable[str]
 ) -> tuple[ModelT, Findings]:
     """:func:`quantize` without its checks and its report, with a memory for what has been worked out before."""
-    with jax.default_matmul_precision(
-        "float32"
-    ):  # On a GPU, float32 would else be multiplied with 10 bits of mantissa.
+    # On a GPU, float32 would else be multiplied with 10 bits of mantissa.
+    with jax.default_matmul_precision("float32"):
         return _quantize_with(memo, model, scheme, calibration, ignore)
 
 
@@ -95,12 +93,12 @@ def _quantize_with(
 ) -> tuple[ModelT, Findings]:
     model = equalize(model) if scheme.equalize else model
     linears = select_linears(model, ignore).linears
+    kept = scheme.kept_in_int8(linears)
     first, batches = _peek(calibration)
     batches = list(batches) if scheme.rounding == "gptq" else batches  # Gone through more than once.
     statistics = memo.statistics(lambda: calibrate(model, batches, linears, sample_rows=scheme.sample_rows))
     macs = count_macs(linears, statistics)
 
-    kept = _kept_in_int8(scheme, linears)
     options = {
         name: layer_options(linear, statistics[name], scheme, int4=name not in kept)
         for name, linear in track(linears.items(), "searching", len(linears))
@@ -124,7 +122,8 @@ def _quantize_with(
 
     sensitivities = functools.cache(lambda: memo.sensitivities(try_all))
 
-    plain_bytes = sum(2 * linear.in_features * linear.out_features for linear in linears.values())
+    parameters = jax.tree.leaves([nnx.state(linear, nnx.Param) for linear in linears.values()])
+    plain_bytes = 2 * sum(leaf.size for leaf in parameters)
     chosen = select(options, macs, plain_bytes, scheme, sensitivities)
     layers = {name: nearest(name, option) for name, option in track(chosen.items(), "quantizing", len(chosen))}
     if scheme.rounding == "gptq":
@@ -137,24 +136,15 @@ def _quantize_with(
     return replace_modules(model, layers), Findings({name: statistics[name].absmax for name in layers}, costs)
 
 
-def _kept_in_int8(scheme: Scheme, names: Iterable[str]) -> set[str]:
-    found = {name for name in names if scheme.int8_layers and re.search(scheme.int8_layers, name)}
-    if scheme.int8_layers and not found:
-        raise InputError(f"int8_layers={scheme.int8_layers}: found in the path of no linear layer")
-    return found
-
-
 def _with_integer_scales(
     layer: QuantizedLinear, linear: nnx.Linear, statistics: Statistics, scheme: Scheme
 ) -> QuantizedLinear:
     """The layer with integer scales, where they are safe, and its error measured again."""
     changed = with_integer_scales(layer, scheme.amplifier)
     inputs = layer_inputs(linear, statistics, scheme)
-    exact = inputs.samples @ inputs.weight.T
-    given = Simulated(changed)(inputs.samples).astype(jnp.float32) - (0 if changed.bias is None else changed.bias[...])
-    error = float(jnp.sum((given - exact) ** 2) / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny))
-    changed.summary = dataclasses.replace(changed.summary, relative_error=error)
-    return changed
+    error = relative_square(Simulated(changed).product(inputs.samples), inputs.samples @ inputs.weight.T)
+    summary = dataclasses.replace(changed.summary, relative_error=float(error))
+    return changed.with_summary(summary)
 
 
 def _compensated(

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from fqjax.errors import InputError
@@ -106,6 +106,17 @@ class Scheme:
             raise InputError(f"group_size={self.group_size}: expected 16, 32, 64 or 128")
         if self.amplifier not in [1 << i for i in range(21)]:
             raise InputError(f"amplifier={self.amplifier}: expected a power of two, 2**20 at most")
+
+    def kept_in_int8(self, names: Iterable[str]) -> set[str]:
+        """The layers, by dotted path, that :attr:`int8_layers` keeps out of INT4.
+
+        Raises:
+          InputError: if there is a pattern, and it is found in none.
+        """
+        found = {name for name in names if self.int8_layers and re.search(self.int8_layers, name)}
+        if self.int8_layers and not found:
+            raise InputError(f"int8_layers={self.int8_layers}: found in the path of no linear layer")
+        return found
 
     def override(self, settings: list[str] | tuple[str, ...]) -> "Scheme":
         """Returns the scheme with ``KEY=VALUE`` settings applied, as ``fqjax convert --set`` takes them.
@@ -249,7 +260,7 @@ PRESETS: dict[str, Scheme] = {
             int4_share=1.0,
             compression=3.6,
             **SEARCHED,
-            summary="The same with INT4 throughout, activations too: half the arithmetic of INT8, at a price that shows.",
+            summary="The same with INT4 throughout, activations too; the loss shows.",
         ),
         Scheme(
             name="flattenquant-w8a8",

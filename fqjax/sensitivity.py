@@ -49,14 +49,14 @@ def output_sensitivity(model: nnx.Module, candidates: Mapping[str, QuantizedLine
     """
     parts = chain(model, candidates)
     x, others = parts.begin(batch)
+    plain = [nnx.split(block) for block in parts.blocks.values()]
     inputs = []  # of every block
-    for block in parts.blocks.values():
+    for block in plain:
         inputs.append(x)
         x = run(parts, block, x, others)
     exact, is_text = parts.end(x), _is_token_batch(as_arguments(batch)[0])
-    blocks = list(parts.blocks.items())
     found: dict[str, float] = {}
-    for i, (path, block) in enumerate(track(blocks, "measuring sensitivity")):
+    for i, (path, block) in enumerate(track(parts.blocks.items(), "measuring sensitivity", len(plain))):
         start = f"{path}." if path else ""
         names = [name for name in candidates if name.startswith(start)]
         up = _Number(jnp.int32(-1))
@@ -70,7 +70,7 @@ def output_sensitivity(model: nnx.Module, candidates: Mapping[str, QuantizedLine
         graphdef, up_state, rest = nnx.split(probed, _Number, ...)
         for number, name in enumerate(names):
             x = _run_probed(parts.call, graphdef, up_state, rest, jnp.int32(number), inputs[i], others)
-            for _, later in blocks[i + 1 :]:
+            for later in plain[i + 1 :]:
                 x = run(parts, later, x, others)
             found[name] = float(divergence(exact, parts.end(x), is_text))
     return {name: found[name] for name in candidates}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 import fqjax
 from fqjax import integer_scale as module
@@ -14,7 +15,7 @@ from fqjax.blocks import Simulated
 from fqjax.core.integer_scale import scaled_bound
 from fqjax.core.overflow import LIMIT
 from fqjax.errors import InputError
-from fqjax.linear import QuantizedLinear, group_sums_of
+from fqjax.linear import QuantizedLinear, group_sums_of, measured_bound
 from fqjax.report import quantized_layers
 
 GROUPED = [name for name in fqjax.PRESETS if name.startswith("w4a8")]
@@ -145,8 +146,6 @@ def test_one_step_past_the_bound_is_refused_when_built_and_when_loaded(tmp_path,
 
 
 def with_weight(layer, weight):
-    from fqjax.linear import measured_bound
-
     bound = measured_bound(weight, layer.input.get_value())
     summary = dataclasses.replace(layer.summary, accumulator_bound=bound)
     kinds = {"dtype": layer.dtype, "param_dtype": layer.param_dtype, "summary": summary}
@@ -172,8 +171,6 @@ def test_settings_that_do_not_fit_are_refused(settings):
 
 
 def test_the_table_says_which_layers_have_integer_scales(quantized, monkeypatch):
-    from rich.console import Console
-
     monkeypatch.setattr(module, "safe_amplifier", lambda scales, *_, **settings: None if len(scales) > 2 else 64)
     _, report = fqjax.integer_scales(quantized["w4a8"][0])
     console = Console(width=80, record=True, file=io.StringIO())

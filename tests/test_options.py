@@ -8,6 +8,7 @@ from flax import nnx
 from fqjax.calibration import Statistics
 from fqjax.errors import InputError
 from fqjax.options import costs_by_bits, layer_inputs, layer_options
+from fqjax.quantize import assemble
 from fqjax.scheme import PRESETS
 
 SCHEME = PRESETS["flattenquant"]
@@ -61,3 +62,14 @@ def test_a_layer_costs_as_chosen_or_as_little_as_the_other_bits_can(linear, seen
     assert costs[8] == pytest.approx(2 * min(o.error for o in options if o.grid.bits == 8) / low[-1].error)
     assert costs_by_bits({"a": options}, {"a": options[0]}, {"a": 2.0})["a"][4] == pytest.approx(2.0)
     assert jnp.isfinite(jnp.asarray(list(costs.values()))).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scheme", ["flattenquant", "flattenquant-hopper", "w4a8"])
+def test_an_option_takes_the_bytes_of_the_layer_made_of_it(seen, scheme, bias):
+    scheme = dataclasses.replace(PRESETS[scheme], max_expansion=3.0)
+    linear = nnx.Linear(300, 64, use_bias=bias, rngs=nnx.Rngs(0))
+    inputs = layer_inputs(linear, seen, scheme)
+    for option in layer_options(linear, seen, scheme):
+        layer = assemble("a", linear, option.grid.round(inputs.weight), inputs, scheme, macs=1)
+        assert layer.nbytes == option.bytes

@@ -18,13 +18,19 @@ def absmax_scale(largest: Float[Array, "*shape"], bits: int) -> Float32[Array, "
     return jnp.where(largest > 0, largest, 1.0 * qmax(bits)) / qmax(bits)
 
 
-def round_to_codes(
-    values: Float[Array, "*shape"], scale: Float[Array, "..."], limit: int | Int32[Array, "..."]
-) -> Int32[Array, "*shape"]:
-    """``clip(round(values / scale), -limit, limit)`` as int32.
+def steps(
+    scale: Float32[Array, "..."],
+    group_scale: Float32[Array, "groups n"] | Int32[Array, "groups n"] | None,
+    group_size: int,
+) -> Float32[Array, "..."]:
+    """What each code of a weight is multiplied with, so shaped that it multiplies an array (N, groups * group_size).
 
-    ``limit`` may be an array: flattening lets a channel's codes reach several times ``qmax`` (see
-    :mod:`fqjax.core.flatten`).
+    Args:
+      scale: a scalar, or one for every output channel, (N,).
+      group_scale: what it is multiplied with in each group of input channels; None without groups.
+      group_size: channels of a group.
     """
-    codes = jnp.round(values.astype(jnp.float32) / scale)
-    return jnp.clip(codes, -limit, limit).astype(jnp.int32)
+    scale = scale[:, None] if scale.ndim else scale
+    if group_scale is None:
+        return scale
+    return scale * jnp.repeat(group_scale.T.astype(jnp.float32), group_size, axis=1)

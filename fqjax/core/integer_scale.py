@@ -55,8 +55,8 @@ def scaled_bound(
 ) -> int:
     """Largest magnitude the int32 accumulator can reach for any activations, and any partial sum on the way.
 
-    Kernels leave a code of 4 bits in the upper half of its byte, where it counts 16 times, so bits = 4 makes the bound 16
-    times larger.
+    A kernel may leave a code of 4 bits in the upper half of its byte, where it counts 16 times, so bits = 4 makes the bound
+    16 times larger.
 
     Args:
       sums: :func:`group_sums`.

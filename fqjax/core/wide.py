@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int16, Int32
 
-from fqjax.core.codes import qmax
+from fqjax.core.codes import qmax, steps
 
 
 @jax.tree_util.register_dataclass
@@ -53,11 +53,8 @@ class Grid:
     @property
     def steps(self) -> Float32[Array, "..."]:
         """The weight's scales, so shaped that they multiply an (N, K) array."""
-        scale = self.w_scale[:, None] if self.w_scale.ndim else self.w_scale
-        if self.group_scale is None:
-            return scale
-        each = jnp.repeat(self.group_scale.T.astype(jnp.float32), self.group_size, axis=1)
-        return scale * each[:, : self.smoothing.shape[0]]
+        each = steps(self.w_scale, self.group_scale, self.group_size)
+        return each if self.group_scale is None else each[:, : self.smoothing.shape[0]]
 
     @property
     def code_range(self) -> tuple[Int32[Array, " k"], Int32[Array, " k"]]:
@@ -113,7 +110,7 @@ def represented(
     x = x.astype(jnp.float32) * multiplier
     if scale is None:
         largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        step = jnp.where(largest > 0, largest, 1.0) / limit[0]
+        step = jnp.maximum(largest, 1e-8) / limit[0]  # as pallas_kernels.quantize_per_token has it
         return jnp.round(x / step) * step
     return jnp.clip(jnp.round(x), -limit, limit) * scale
 
@@ -126,7 +123,10 @@ def output(layer: WideLinear, x: Float[Array, "rows k"]) -> Float32[Array, "rows
 @jax.jit
 def relative_error(layer: WideLinear, x: Float[Array, "rows k"], weight: Float[Array, "n k"]) -> Float32[Array, ""]:
     """Mean squared error of the layer's output over the mean square of the unquantized output; 0 if both are 0."""
-    exact = x.astype(jnp.float32) @ weight.astype(jnp.float32).T
-    power = jnp.sum(exact**2)
-    error = jnp.sum((output(layer, x) - exact) ** 2)
-    return jnp.where(error > 0, error / jnp.maximum(power, jnp.finfo(jnp.float32).tiny), 0.0)
+    return relative_square(output(layer, x), x.astype(jnp.float32) @ weight.astype(jnp.float32).T)
+
+
+def relative_square(given: Float32[Array, "..."], exact: Float32[Array, "..."]) -> Float32[Array, ""]:
+    """Squared difference over the square of what is exact; 0 if both are 0."""
+    error = jnp.sum((given - exact) ** 2)
+    return jnp.where(error > 0, error / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny), 0.0)

@@ -58,3 +58,10 @@ def test_activations_and_weights_have_bits_of_their_own():
     grid = dataclasses.replace(unit_grid(20), bits=4)
     assert np.abs(grid.round(100 * weight).w_codes).max() == 7
     assert np.abs(grid.activations(1000 * x)).max() == 127
+
+
+def test_codes_are_rounded_half_to_even_and_clipped_by_channel():
+    one, whole = jnp.float32(1), jnp.asarray([1, 1, 1, 2])
+    grid = Grid(smoothing=jnp.ones(4), x_scale=one, w_scale=one, x_pieces=whole, w_pieces=whole, x_bits=4, bits=4)
+    codes = grid.round(jnp.asarray([[0.5, 1.5, 9.0, -30.0]])).w_codes
+    assert codes.tolist() == [[0, 2, 7, -14]] and codes.dtype == jnp.int16
