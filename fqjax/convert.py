@@ -110,6 +110,7 @@ def plan(conversion: Conversion) -> Plan:
     files = TensorFiles(directory)
     check_tensors(files, FAMILIES[name], dict(nnx.to_flat_state(nnx.state(model))))
     selection = select_linears(model, conversion.ignore)
+    conversion.scheme.kept_in_int8(selection.linears)
     tokenizer = load_tokenizer(directory)
     text, batches = "", []
     if conversion.scheme.method != "none":
@@ -161,30 +162,38 @@ def plan_table(made: Plan) -> Table:
     scheme = made.conversion.scheme
     kinds = {0.0: "INT8", 1.0: "INT4"}
     kind = "bf16" if scheme.method == "none" else kinds.get(scheme.int4_share, "INT4 or INT8")
+    kept = scheme.kept_in_int8(made.selection.linears)
     table = narrow_table(f"{made.directory} to {made.conversion.out}, scheme {scheme.name}", "")
     for heading in ("layer", "out x in", "format", "bf16", "estimate"):
         table.add_column(heading, justify="left" if heading in ("layer", "format") else "right", no_wrap=True)
     before, after = 0, 0.0
     for name, linear in made.selection.linears.items():
         plain = 2 * linear.in_features * linear.out_features
-        estimate = plain if scheme.method == "none" else _estimated_bytes(linear, scheme)
+        estimate = plain if scheme.method == "none" else _estimated_bytes(linear, scheme, int4=name not in kept)
         before, after = before + plain, after + estimate
         shape = f"{linear.out_features} x {linear.in_features}"
-        table.add_row(name, shape, kind, format_bytes(plain), format_bytes(estimate))
-    for name, reason in made.selection.skipped.items():
-        table.add_row(name, "", f"float: {reason}", "", "", style="dim")
+        table.add_row(name, shape, "INT8" if name in kept else kind, format_bytes(plain), format_bytes(estimate))
+    for name in made.selection.skipped:
+        table.add_row(name, "", "float", "", "", style="dim")
     windows = sum(len(batch) for batch in made.batches)
+    reasons = "".join(f"\n{name}: {reason}." for name, reason in made.selection.skipped.items())
     table.caption = (
         f"Linear layers: {format_bytes(before)} in bf16, about {format_bytes(after)} before flattening.\n"
-        f"Calibration: {windows} windows of {made.conversion.window} tokens."
+        f"Calibration: {windows} windows of {made.conversion.window} tokens.{reasons}"
     )
     return table
 
 
-def _estimated_bytes(linear: nnx.Linear, scheme: Scheme) -> float:
-    low = linear.out_features * padded_width(linear.in_features, 4) / 2
-    high = linear.out_features * padded_width(linear.in_features, 8)
-    return scheme.int4_share * low + (1 - scheme.int4_share) * high
+def _estimated_bytes(linear: nnx.Linear, scheme: Scheme, *, int4: bool) -> float:
+    """Of codes and group scales, before flattening."""
+    share = scheme.int4_share if int4 else 0.0
+
+    def size(bits: int) -> float:
+        width = padded_width(linear.in_features, bits)
+        scales = 4 * width / scheme.group_size if scheme.method == "grouped" else 0
+        return linear.out_features * (width * bits / 8 + scales)
+
+    return share * size(4) + (1 - share) * size(8)
 
 
 def _quantized(made: Plan, staging: Path) -> tuple[nnx.Module, Findings | None]:

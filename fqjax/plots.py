@@ -64,6 +64,7 @@ def plot_report(model: nnx.Module, report: Report, directory: Path) -> list[Path
 LAYER_COLUMNS = (
     "name",
     "bits",
+    "scales",
     "expansion",
     "relative_error",
     "bytes",

@@ -1,7 +1,7 @@
 """Times calibration and quantization of blocks of a large model's shape, and extrapolates to the whole model.
 
 Examples:
-    python scripts/benchmark_conversion.py                        # blocks of Llama-3-8B; needs a GPU of 40 GB
+    python scripts/benchmark_conversion.py                        # blocks of Llama-3-8B, on a GPU
     python scripts/benchmark_conversion.py --config config.json --blocks 1 3
 
 Weights and tokens are random, which changes what is found but not what is computed.  Everything but the trial of every

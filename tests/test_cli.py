@@ -95,6 +95,16 @@ def test_inspect_reports_every_layer(capsys, converted, tmp_path):
     assert report["bytes"] == sum(row["bytes"] for row in report["layers"])
 
 
+def test_a_dry_run_says_which_layers_stay_in_int8(capsys, checkpoint, text, tmp_path):
+    common = ("convert", checkpoint, tmp_path / "out", "--scheme", "w4a8", "--calibration", text, "--window", 64)
+    code, out, _ = run(capsys, *common, "--dry-run", "--set", "int8_layers=down_proj")
+    kinds = {line.split()[0]: line.split()[4] for line in out.splitlines() if line.startswith(" layers")}
+    assert code == 0 and len(kinds) == 8
+    assert all(kind == ("INT8" if "down_proj" in name else "INT4") for name, kind in kinds.items())
+    complains(capsys, "int8_layers=nowhere", *common, "--set", "int8_layers=nowhere")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_inspect_takes_a_float_model(capsys, converted):
     code, out, _ = run(capsys, "inspect", converted / "source")
     assert code == 0 and "scheme: none" in out and "16" in out
