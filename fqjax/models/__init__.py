@@ -10,8 +10,9 @@ from typing import Any
 
 from flax import nnx
 
-from fqjax.models import llama, opt
+from fqjax.models import llama, mistral, opt, qwen2, qwen3
 from fqjax.models.causal_lm import CausalLM
+from fqjax.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,21 @@ class Family:
 
 
 _QKV = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+_GATE_UP = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
+
+
+def _decoder(model: type[Decoder], config: type, config_from_hf: Callable[[dict[str, Any]], Any]) -> Family:
+    """A family on :mod:`fqjax.models.decoder`, whose tensors all have the same names."""
+    return Family(
+        model=model, config=config, config_from_hf=config_from_hf, prefixes=("model.",), fused=_QKV | _GATE_UP
+    )
+
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(
-        model=llama.Llama,
-        config=llama.LlamaConfig,
-        config_from_hf=llama.config_from_hf,
-        prefixes=("model.",),
-        fused={**_QKV, "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
-    ),
+    "LlamaForCausalLM": _decoder(llama.Llama, llama.LlamaConfig, llama.config_from_hf),
+    "MistralForCausalLM": _decoder(mistral.Mistral, mistral.MistralConfig, mistral.config_from_hf),
+    "Qwen2ForCausalLM": _decoder(qwen2.Qwen2, qwen2.Qwen2Config, qwen2.config_from_hf),
+    "Qwen3ForCausalLM": _decoder(qwen3.Qwen3, qwen3.Qwen3Config, qwen3.config_from_hf),
     "OPTForCausalLM": Family(
         model=opt.OPT,
         config=opt.OPTConfig,

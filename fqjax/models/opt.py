@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 
 from fqjax.equalize import ScalingPath
-from fqjax.errors import InputError
 from fqjax.models.attention import attend
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import CausalLM, eos_ids, unembed
+from fqjax.models.hf_config import check_choice, check_divides, sizes
 
 POSITION_OFFSET = 2
 """OPT's position table starts with two rows that are not positions."""
@@ -186,19 +186,17 @@ def config_from_hf(hf: dict[str, Any]) -> OPTConfig:
     Raises:
       InputError: naming the entry that this family's code does not cover.
     """
-    activation = hf["activation_function"]
-    if activation not in ACTIVATIONS:
-        raise InputError(
-            f"config.json: activation_function {activation!r} is not supported for OPT; "
-            f"expected one of {', '.join(ACTIVATIONS)}"
-        )
-    same = ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "word_embed_proj_dim")
+    check_choice(hf, "activation_function", ACTIVATIONS)
+    read = sizes(
+        hf, "vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "word_embed_proj_dim",
+        "max_position_embeddings",
+    )  # fmt: skip
+    check_divides(read, "num_attention_heads", "hidden_size")
     flags = ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings")
     return OPTConfig(
-        **{key: hf[key] for key in same},
+        **read,
         **{key: bool(hf[key]) for key in flags},
-        max_position_embeddings=hf["max_position_embeddings"],
-        activation_function=activation,
+        activation_function=hf["activation_function"],
         remove_final_layer_norm=bool(hf.get("_remove_final_layer_norm")),
         bos_token_id=hf.get("bos_token_id"),
         eos_token_id=eos_ids(hf),

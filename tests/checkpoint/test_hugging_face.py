@@ -118,14 +118,14 @@ def test_a_configuration_that_is_none(tmp_path, content):
 
 def test_an_architecture_that_is_not_supported(checkpoint):
     edit_config(checkpoint, architectures=["BertModel"])
-    fails(checkpoint, "BertModel is not supported; supported are LlamaForCausalLM, OPTForCausalLM")
+    fails(checkpoint, "BertModel is not supported; supported are LlamaForCausalLM, MistralForCausalLM, .*OPTForCausalLM")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"hidden_size": "wide"}, "config.json"),
         ({"intermediate_size": 96}, r"down_proj.weight' has shape \(48, 80\), config.json implies \(48, 96\)"),
         ({"num_key_value_heads": 4}, r"implies \(144, 48\) \(q_proj \+ k_proj \+ v_proj together\)"),

@@ -42,7 +42,12 @@ _OPT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_MISTRAL = _LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
+_QWEN2 = _MISTRAL | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+_QWEN3 = _MISTRAL | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
+_YARN_OPTIONS = {"beta_fast": 2.0, "beta_slow": 0.5, "truncate": False, "mscale": 0.7, "mscale_all_dim": 0.3}
 
 VARIANTS: dict[str, dict] = {
     "llama": _LLAMA,
@@ -55,6 +60,22 @@ VARIANTS: dict[str, dict] = {
     "llama-theta": _LLAMA | {"rope_theta": 500.0},
     "llama-rope-linear": _LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama-rope-llama3": _LLAMA | {"rope_scaling": _LLAMA3 | {"original_max_position_embeddings": 16}},
+    "llama-rope-yarn": _LLAMA | {"rope_parameters": _YARN},
+    "mistral": _MISTRAL | {"sliding_window": None, "head_dim": 16},
+    "mistral-window": _MISTRAL | {"sliding_window": 5, "tie_word_embeddings": True},
+    "qwen2": _QWEN2 | {"tie_word_embeddings": True},
+    "qwen2-window": _QWEN2 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": _QWEN3 | {"rope_parameters": _YARN | _YARN_OPTIONS},
+    "qwen3-window": _QWEN3
+    | {
+        "head_dim": 12,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3, "rope_theta": 100.0},
+    },
     "opt": _OPT,
     "opt-350m": _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
     "opt-post-norm": _OPT | {"do_layer_norm_before": False},
@@ -85,7 +106,7 @@ def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a variant's tensors, as transformers writes them."""
-    return _llama_shapes(config) if config["model_type"] == "llama" else _opt_shapes(config)
+    return _opt_shapes(config) if config["model_type"] == "opt" else _decoder_shapes(config)
 
 
 def write_checkpoint(directory: Path, config: dict) -> Path:
@@ -96,19 +117,20 @@ def write_checkpoint(directory: Path, config: dict) -> Path:
     return directory
 
 
-def _llama_shapes(c: dict) -> dict[str, tuple[int, ...]]:
+def _decoder_shapes(c: dict) -> dict[str, tuple[int, ...]]:
     d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
     head = c.get("head_dim", d // c["num_attention_heads"])
     q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (v, d)
+    qkv_bias = c.get("attention_bias") or c["model_type"] == "qwen2"
     for i in range(c["num_hidden_layers"]):
         prefix = f"model.layers.{i}."
         for name, (n, k), bias in (
-            ("self_attn.q_proj", (q, d), c.get("attention_bias")),
-            ("self_attn.k_proj", (kv, d), c.get("attention_bias")),
-            ("self_attn.v_proj", (kv, d), c.get("attention_bias")),
+            ("self_attn.q_proj", (q, d), qkv_bias),
+            ("self_attn.k_proj", (kv, d), qkv_bias),
+            ("self_attn.v_proj", (kv, d), qkv_bias),
             ("self_attn.o_proj", (d, q), c.get("attention_bias")),
             ("mlp.gate_proj", (f, d), c.get("mlp_bias")),
             ("mlp.up_proj", (f, d), c.get("mlp_bias")),
@@ -118,6 +140,8 @@ def _llama_shapes(c: dict) -> dict[str, tuple[int, ...]]:
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (n,)
         shapes[f"{prefix}input_layernorm.weight"] = shapes[f"{prefix}post_attention_layernorm.weight"] = (d,)
+        if c["model_type"] == "qwen3":
+            shapes[f"{prefix}self_attn.q_norm.weight"] = shapes[f"{prefix}self_attn.k_norm.weight"] = (head,)
     return shapes
 
 

@@ -1,0 +1,147 @@
+"""The decoder that Llama introduced and other families vary: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Query, key and value projections are one linear layer (``qkv_proj``), and so are gate and up (``gate_up_proj``): they read
+the same input, which is then quantized once.  What a family varies stands in its :class:`DecoderConfig`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Float32, Int32
+
+from fqjax.equalize import ScalingPath
+from fqjax.models.attention import attend
+from fqjax.models.cache import KeyValueCache, LayerCache
+from fqjax.models.causal_lm import CausalLM, unembed
+from fqjax.models.decoder_config import DecoderConfig
+from fqjax.models.rotary import Rotation, rotate, rotation
+
+
+class Attention(nnx.Module):
+    """Self-attention with rotary positions; over a window where ``window`` is not None."""
+
+    def __init__(self, config: DecoderConfig, window: int | None, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        c, self.window = config, window
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = _linear(c.hidden_size, width, c.qkv_bias, dtype, rngs)
+        self.o_proj = _linear(self.heads * self.head_dim, c.hidden_size, c.attention_bias, dtype, rngs)
+        self.normalizes = c.qk_norm
+        if self.normalizes:
+            self.q_norm, self.k_norm = (_norm(c.head_dim, c.rms_norm_eps, dtype, rngs) for _ in range(2))
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length hidden"],
+        cache: LayerCache | None,
+        lengths: Int32[Array, " batch"] | None,
+        rotation: Rotation,
+    ) -> tuple[Float[Array, "batch length hidden"], LayerCache | None]:
+        qkv = self.qkv_proj(x).reshape(*x.shape[:2], -1, self.head_dim)
+        q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
+        if self.normalizes:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        out, cache = attend(q, k, v, cache, lengths, window=self.window)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+
+class MLP(nnx.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        c = config
+        self.gate_up_proj = _linear(c.hidden_size, 2 * c.intermediate_size, c.mlp_bias, dtype, rngs)
+        self.down_proj = _linear(c.intermediate_size, c.hidden_size, c.mlp_bias, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: DecoderConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        c = config
+        self.input_layernorm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
+        self.self_attn = Attention(c, c.window(index), dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
+        self.mlp = MLP(c, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length hidden"],
+        cache: LayerCache | None,
+        lengths: Int32[Array, " batch"] | None,
+        rotation: Rotation,
+    ) -> tuple[Float[Array, "batch length hidden"], LayerCache | None]:
+        attended, cache = self.self_attn(self.input_layernorm(x), cache, lengths, rotation)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(CausalLM):
+    """Base of the families with this architecture.
+
+    Args:
+      config: sizes and constants.
+      dtype: dtype of parameters and activations; norms, softmax and logits are computed in float32.
+      rngs: seeds the initial parameters.
+    """
+
+    keep_in_float = (r"^lm_head$",)
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
+        c = config
+        self.config, self.dtype = c, jnp.dtype(dtype)
+        self.embed_tokens = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Layer(c, i, dtype=dtype, rngs=rngs) for i in range(c.num_hidden_layers)])
+        self.norm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
+        if not c.tie_word_embeddings:
+            self.lm_head = _linear(c.hidden_size, c.vocab_size, False, dtype, rngs)
+
+    def begin(
+        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None = None
+    ) -> tuple[Float[Array, "batch length hidden"], tuple[Any, ...]]:
+        c, length = self.config, tokens.shape[1]
+        positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
+        return self.embed_tokens(tokens), (rotation(positions, c.head_dim, c.rope_theta, dict(c.rope_scaling)),)
+
+    def final_norm(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
+        return self.norm(hidden)
+
+    def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
+        if self.config.tie_word_embeddings:
+            return unembed(hidden, self.embed_tokens.embedding[...])
+        return unembed(hidden, self.lm_head.kernel[...].T)
+
+    def scaling_paths(self) -> list[ScalingPath]:
+        """Values scale through attention to ``o_proj``, the up projection through its gate to ``down_proj``."""
+        c = self.config
+        # Input channel (h, d) of o_proj reads channel d of the value head that query head h shares.
+        heads = np.arange(c.num_attention_heads) // (c.num_attention_heads // c.num_key_value_heads)
+        first_value = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+        values = first_value + (heads[:, None] * c.head_dim + np.arange(c.head_dim)).reshape(-1)
+        up = c.intermediate_size + np.arange(c.intermediate_size)
+        paths = []
+        for i in range(c.num_hidden_layers):
+            attention, mlp = f"layers.{i}.self_attn", f"layers.{i}.mlp"
+            paths.append(ScalingPath(f"{attention}.qkv_proj", f"{attention}.o_proj", values))
+            paths.append(ScalingPath(f"{mlp}.gate_up_proj", f"{mlp}.down_proj", up))
+        return paths
+
+    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        c = self.config
+        return KeyValueCache.create(c.num_hidden_layers, batch, capacity, c.num_key_value_heads, c.head_dim, self.dtype)
+
+
+def _norm(size: int, epsilon: float, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(size, epsilon=epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def _linear(inputs: int, outputs: int, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)

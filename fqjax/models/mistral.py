@@ -1,0 +1,33 @@
+"""Mistral 7B and what shares its architecture: every layer attends over a sliding window (arXiv 2310.06825), or none."""
+
+import dataclasses
+from typing import Any
+
+from fqjax.errors import InputError
+from fqjax.models.decoder import Decoder
+from fqjax.models.decoder_config import FULL, SLIDING, DecoderConfig, read_config, read_windows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MistralConfig(DecoderConfig):
+    """Sizes and constants of a Mistral model."""
+
+
+class Mistral(Decoder):
+    """A Mistral language model; arguments as for :class:`fqjax.models.decoder.Decoder`."""
+
+
+def config_from_hf(hf: dict[str, Any]) -> MistralConfig:
+    """Reads a Hugging Face configuration (the dictionary that ``AutoConfig`` gives).
+
+    Raises:
+      InputError: naming the entry that this family's code does not cover.
+    """
+    window = hf.get("sliding_window")
+    windows, expected = read_windows(hf, window, first=0), FULL if window is None else SLIDING
+    if set(windows["layer_types"]) != {expected}:
+        # transformers passes over the entry for this architecture, so nobody has run the layers that it asks for.
+        raise InputError(
+            f"config.json: layer_types of Mistral with sliding_window {window}: expected {expected!r} alone"
+        )
+    return read_config(MistralConfig, hf, **windows)

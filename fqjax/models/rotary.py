@@ -1,0 +1,157 @@
+"""Rotary positions, and how their frequencies are stretched for texts longer than those of training.
+
+A pair of channels is turned by an angle in proportion to the position, each pair at a frequency of its own, so that the
+product of a query and a key depends on their distance alone (arXiv 2104.09864).  The scalings that keep one frequency a
+pair whatever the length of the text are here; "dynamic" and "longrope", whose frequencies change as the text grows, do not
+fit a cache of keys that are already turned.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from fqjax.errors import InputError
+from fqjax.models.hf_config import check_number
+
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""The supported scalings by Hugging Face's name, with the entries that each needs."""
+
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+}
+"""Entries that a scaling takes besides."""
+
+Rotation = tuple[Float32[Array, "*batch length half"], Float32[Array, "*batch length half"]]
+"""Cosines and sines of the angles at some positions."""
+
+
+def rotate(x: Float[Array, "batch length heads dim"], rotation: Rotation) -> Float[Array, "batch length heads dim"]:
+    """Rotary position embedding (arXiv 2104.09864), pairs taken from the two halves of a head.
+
+    Args:
+      x: queries or keys.
+      rotation: of the tokens' positions, (length, dim / 2) or (batch, length, dim / 2).
+    """
+    cos, sin = (part[..., None, :] for part in rotation)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rotation(
+    positions: Int32[Array, "*batch length"], head_dim: int, theta: float, scaling: dict[str, Any]
+) -> Rotation:
+    """Cosines and sines at positions, after the scaling that :func:`read_rope` found; for YaRN, times its magnitude."""
+    angles = positions[..., None].astype(jnp.float32) * frequencies(head_dim, theta, scaling)
+    size = _yarn_magnitude(scaling) if scaling.get("rope_type") == "yarn" else 1.0
+    return jnp.cos(angles) * size, jnp.sin(angles) * size
+
+
+def frequencies(head_dim: int, theta: float, scaling: dict[str, Any]) -> Float32[Array, " half"]:
+    """Angle per position of each pair of channels, after scaling; ``scaling`` as in :func:`rotation`."""
+    inverse = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    kind = scaling.get("rope_type", "default")
+    if kind == "linear":
+        return inverse / scaling["factor"]
+    if kind == "llama3":
+        return _llama3(inverse, scaling)
+    if kind == "yarn":
+        return _yarn(inverse, theta, scaling)
+    return inverse
+
+
+def _llama3(inverse: Float32[Array, " half"], scaling: dict[str, Any]) -> Float32[Array, " half"]:
+    """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, those between interpolated."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
+    return _blend(inverse, scaling["factor"], jnp.clip((turns - low) / (high - low), 0, 1))
+
+
+def _yarn(inverse: Float32[Array, " half"], theta: float, scaling: dict[str, Any]) -> Float32[Array, " half"]:
+    """YaRN (arXiv 2309.00071, section 3.2).
+
+    Pairs that turn more than ``beta_fast`` times within the original length are kept, those that turn less than
+    ``beta_slow`` times are stretched by ``factor``, and those between are interpolated by their index.
+    """
+    half, original = inverse.shape[0], scaling["original_max_position_embeddings"]
+
+    def index(turns: float) -> float:
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = index(scaling.get("beta_fast", 32)), index(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    ramp = (jnp.arange(half, dtype=jnp.float32) - low) / (high - low or 0.001)
+    return _blend(inverse, scaling["factor"], 1 - jnp.clip(ramp, 0, 1))
+
+
+def _blend(inverse: Float32[Array, " half"], factor: float, kept: Float32[Array, " half"]) -> Float32[Array, " half"]:
+    return (1 - kept) * inverse / factor + kept * inverse
+
+
+def _yarn_magnitude(scaling: dict[str, Any]) -> float:
+    """What YaRN multiplies queries and keys with (its section 3.4): ``attention_factor``, or what ``factor`` implies."""
+    if "attention_factor" in scaling:
+        return scaling["attention_factor"]
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(max(scaling["factor"], 1.0)) + 1.0
+
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
+        return magnitude(scaling["mscale"]) / magnitude(scaling["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+def read_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Reads theta and scaling from a Hugging Face configuration.
+
+    ``rope_parameters`` holds both in transformers 5; before, theta stood beside ``rope_scaling``.
+
+    Returns:
+      Theta, and the scaling's entries with its name under "rope_type"; empty for no scaling.
+
+    Raises:
+      InputError: naming the entry that is missing, out of range, or of a kind that is not supported.
+    """
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise InputError(f"config.json: rope_parameters has entries for {nested[0]}; expected the same for all layers")
+    if kind not in REQUIRED:
+        raise InputError(f"config.json: rope_type {kind!r} is not supported; expected one of {', '.join(REQUIRED)}")
+    part = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if part not in (None, 1):
+        raise InputError(f"config.json: partial_rotary_factor {part!r} is not supported; expected 1")
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    check_number("rope_theta", theta, above=1)
+    names = (*REQUIRED[kind], *OPTIONAL.get(kind, ()))
+    scaling = {key: rope[key] for key in names if rope.get(key) is not None}
+    _check_scaling(kind, scaling)
+    return float(theta), {"rope_type": kind, **scaling} if kind != "default" else {}
+
+
+def _check_scaling(kind: str, scaling: dict[str, Any]) -> None:
+    for key in REQUIRED[kind]:
+        if key not in scaling:
+            raise InputError(f"config.json: rope_type {kind!r} needs {key!r}")
+    for key, value in scaling.items():
+        if key != "truncate":
+            check_number(key, value)
+        elif not isinstance(value, bool):
+            raise InputError(f"config.json: truncate {value!r} of rope_type {kind!r}: expected true or false")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise InputError(
+            f"config.json: high_freq_factor {scaling['high_freq_factor']}: expected more than low_freq_factor "
+            f"{scaling['low_freq_factor']}"
+        )
+    fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
+    if fast <= slow:
+        raise InputError(f"config.json: beta_fast {fast}: expected more than beta_slow {slow}")

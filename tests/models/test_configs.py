@@ -1,0 +1,104 @@
+"""Configurations that a family's code does not cover are refused before any weight is read."""
+
+import json
+
+import pytest
+
+from fqjax.checkpoint.hugging_face import read_architecture
+from fqjax.errors import InputError
+from fqjax.models import FAMILIES
+from tests.models import variants
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def read(directory, name, **changes):
+    """Reads a variant's configuration with some entries changed, or left out where None is given."""
+    config = {key: value for key, value in (variants.VARIANTS[name] | changes).items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(config))
+    return read_architecture(directory)[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; expected 'silu'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4: expected a multiple of num_key_value_heads 3"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0: expected a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0: expected a whole number"),
+        ({"intermediate_size": -80}, "intermediate_size -80: expected a whole number"),
+        ({"head_dim": 11}, "head_dim.*11"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps 0.0: expected a (finite )?number above 0"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
+    ],
+)
+def test_entries_that_all_decoders_refuse(tmp_path, name, changes, message):
+    refused(tmp_path, name, changes, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "qwen2",
+            {"num_attention_heads": 5, "num_key_value_heads": 5},
+            "hidden_size 48: expected a multiple of num_at",
+        ),
+        ("qwen2", {"layer_types": [FULL, "chunked_attention"]}, "'chunked_attention' is not supported; expected 'full"),
+        ("qwen2", {"layer_types": [FULL, SLIDING]}, "layer_types has 'sliding_attention': expected sliding_window to"),
+        ("qwen3-window", {"layer_types": [FULL]}, "layer_types"),
+        ("qwen3-window", {"sliding_window": 0}, "sliding_window 0: expected a whole number"),
+        ("mistral-window", {"sliding_window": -4}, "sliding_window -4: expected a whole number"),
+        ("mistral-window", {"layer_types": [FULL, SLIDING]}, "layer_types of Mistral with sliding_window 5: expected"),
+        (
+            "opt",
+            {"activation_function": "silu"},
+            "activation_function 'silu' is not supported; expected 'relu', 'gelu'",
+        ),
+        ("opt", {"num_attention_heads": 5}, "hidden_size 48: expected a multiple of num_attention_heads 5"),
+        ("opt", {"ffn_dim": 0}, "ffn_dim 0: expected a whole number"),
+    ],
+)
+def test_entries_that_a_family_refuses(tmp_path, name, changes, message):
+    refused(tmp_path, name, changes, message)
+
+
+def refused(directory, name, changes, message):
+    with pytest.raises(InputError, match=f"config.json.*{message}") as caught:
+        read(directory, name, **changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "windows"),
+    [
+        ("llama", {}, [None, None]),
+        ("mistral-window", {}, [5, 5]),
+        ("mistral-window", {"layer_types": [SLIDING, SLIDING]}, [5, 5]),
+        ("qwen2", {"sliding_window": 5}, [None, None]),
+        ("qwen2-window", {}, [None, 5]),
+        ("qwen2-window", {"max_window_layers": 2}, [None, None]),
+        ("qwen2-window", {"max_window_layers": 0}, [5, 5]),
+        ("qwen2-window", {"layer_types": [SLIDING, FULL]}, [5, None]),
+        ("qwen3-window", {}, [3, None]),
+    ],
+)
+def test_layers_that_slide(tmp_path, name, changes, windows):
+    config = read(tmp_path, name, **changes)
+    assert [config.window(layer) for layer in range(2)] == windows
+
+
+def test_a_configuration_as_an_older_transformers_writes_it():
+    """Without what ``AutoConfig`` adds: ``layer_types``, ``head_dim``, ``rope_parameters``."""
+    old = variants.VARIANTS["qwen2-window"] | {"hidden_act": "silu", "rope_scaling": {"type": "linear", "factor": 2.0}}
+    config = FAMILIES["Qwen2ForCausalLM"].config_from_hf(old)
+    assert config.layer_types == (FULL, SLIDING) and config.head_dim == 12 and config.rope_theta == 10000.0
+    assert dict(config.rope_scaling) == {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "GPT2LMHeadModel"])
+def test_other_architectures_are_answered_with_the_supported_ones(tmp_path, name):
+    with pytest.raises(InputError, match=f"{name} is not supported; supported are {', '.join(FAMILIES)}"):
+        read(tmp_path, "llama", architectures=[name])
+    assert list(FAMILIES)[:4] == [f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")]
