@@ -45,6 +45,33 @@ def test_the_function_stays_and_large_rows_go(name, tmp_path):
     assert values.max() / np.median(values) < 3
 
 
+@pytest.mark.parametrize("name", ["mistral-window", "qwen2", "qwen3-window"])
+def test_large_values_go_with_their_biases(name, tmp_path):
+    """Value channels that are large, bias included, and undone in the next layer; queries and keys are left alone."""
+    model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS[name]), jnp.float32)
+    tokens = variants.tokens()
+    before, plain = model(tokens), nnx.clone(model)
+    head_dim = model.config.head_dim
+    for layer in model.layers:
+        qkv, out = layer.self_attn.qkv_proj, layer.self_attn.o_proj
+        # The first channel of the last value head, which the last two of the four query heads share.
+        qkv.kernel[...] = qkv.kernel[...].at[:, -head_dim].multiply(64)
+        if qkv.bias is not None:
+            qkv.bias[...] = qkv.bias[...].at[-head_dim].multiply(64)
+        out.kernel[...] = out.kernel[...].at[jnp.array([2, 3]) * head_dim].divide(64)
+    np.testing.assert_allclose(model(tokens), before, rtol=1e-5, atol=1e-5)
+    equal = equalize(model)
+    np.testing.assert_allclose(equal(tokens), before, rtol=1e-5, atol=1e-5)
+    for layer, original in zip(equal.layers, plain.layers, strict=True):
+        new, old = layer.self_attn.qkv_proj, original.self_attn.qkv_proj
+        values = 2 * head_dim
+        np.testing.assert_array_equal(new.kernel[:, :-values], old.kernel[:, :-values])
+        assert 0.4 < np.abs(new.kernel[:, -head_dim]).max() / np.abs(old.kernel[:, -head_dim]).max() < 2.1
+        if new.bias is not None:
+            np.testing.assert_array_equal(new.bias[:-values], old.bias[:-values])
+            assert 0.4 < new.bias[-head_dim] / old.bias[-head_dim] < 2.1
+
+
 def test_nothing_is_done_through_an_activation_that_is_not_linear(tmp_path):
     model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS["opt-gelu"]), jnp.float32)
     np.testing.assert_array_equal(equalize(model).layers[0].fc1.kernel[...], model.layers[0].fc1.kernel[...])
