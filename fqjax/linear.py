@@ -80,7 +80,8 @@ class QuantizedLinear(nnx.Module):
         dtype = self.dtype or jnp.result_type(x.dtype, self.param_dtype)
         if weight.group_scale is not None:
             grouped = grouped_int4_matmul if weight.format.packed else grouped_int8_matmul
-            return grouped(codes, weight.codes, scale, weight.group_scale, weight.scale, bias, out_dtype=dtype)
+            kinds = {"out_dtype": dtype, "folded": weight.format.folded}
+            return grouped(codes, weight.codes, scale, weight.group_scale, weight.scale, bias, **kinds)
         matmul = int4_matmul if weight.format.packed else int8_matmul
         return matmul(codes, weight.codes, scale, weight.scale, bias, out_dtype=dtype)
 

@@ -2,8 +2,8 @@
 
 Every function takes ``implementation``: None picks the fastest one that supports the call on this device, a name asks for
 that one and raises ``NotImplementedError`` if it cannot take the case.  All implementations give the same bits as
-:mod:`pallas_kernels.reference` (but for the norm of :func:`quantize_normalized`), and work under ``jit``, ``vmap`` and
-``shard_map``.
+:mod:`pallas_kernels.reference`, but where floats are added up: in the norm of :func:`quantize_normalized`, and over groups
+with float scales.  All work under ``jit``, ``vmap`` and ``shard_map``.
 
   "mosaic"  kernels written in Pallas Mosaic GPU, for NVIDIA Hopper (:mod:`pallas_kernels.hopper`)
   "xla"     the reference, compiled by XLA, for any device
@@ -15,10 +15,10 @@ import functools
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
+from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
 from pallas_kernels import dispatch, reference
-from pallas_kernels.dispatch import Implementation, hopper_device, matmul, problem, without_gradient
+from pallas_kernels.dispatch import Implementation, Matmul, hopper_device, matmul, problem, without_gradient
 from pallas_kernels.packing import BLOCK
 
 
@@ -50,7 +50,8 @@ def int8_matmul(
       ValueError: if shapes do not fit together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    return _matmul(8, x, weight, x_scale, weight_scale, bias, out_dtype, implementation)
+    kind = Matmul(bits=8, out_dtype=jnp.dtype(out_dtype))
+    return _matmul(kind, x, weight, x_scale, weight_scale, None, bias, implementation)
 
 
 def int4_matmul(
@@ -68,18 +69,20 @@ def int4_matmul(
     ``packed`` has shape (n, k / 2) with k a multiple of 256; everything else is as in :func:`int8_matmul`.
     """
     _check_packed("int4_matmul", packed)
-    return _matmul(4, x, packed, x_scale, weight_scale, bias, out_dtype, implementation)
+    kind = Matmul(bits=4, out_dtype=jnp.dtype(out_dtype))
+    return _matmul(kind, x, packed, x_scale, weight_scale, None, bias, implementation)
 
 
 def grouped_int8_matmul(
     x: Int8[Array, "*rows k"],
     weight: Int8[Array, "n k"],
     x_scale: Float32[Array, "..."],
-    group_scale: Int32[Array, "groups n"] | Float32[Array, "groups n"],
+    group_scale: Int[Array, "groups n"] | Float32[Array, "groups n"],
     weight_scale: Float32[Array, "..."] | float = 1.0,
     bias: Float[Array, " n"] | None = None,
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
+    folded: bool = False,
     implementation: Implementation | None = None,
 ) -> Array:
     """Multiplies int8 codes whose weights have a scale for every output channel and every group of input channels.
@@ -88,13 +91,17 @@ def grouped_int8_matmul(
       x: activation codes, (..., k).
       weight: weight codes, (n, k).
       x_scale: float32 scalar, or one per row, shape ``x.shape[:-1]``.
-      group_scale: (groups, n); a group is k / groups neighbouring channels.  int32 scales keep the sum over the groups in
-        int32 (Integer Scale, arXiv 2405.14597); whoever makes them sees to it that it cannot overflow
-        (:func:`fqjax.core.integer_scale.scaled_bound`).  With float32 scales every group's product is converted.
+      group_scale: (groups, n); a group is k / groups neighbouring channels.  int32 or int16 scales keep the sum over the
+        groups in int32 (Integer Scale, arXiv 2405.14597); whoever makes them sees to it that neither the sum nor, with
+        4-bit codes, 16 times the sum can overflow (:func:`fqjax.core.integer_scale.scaled_bound`).  With float32 scales
+        every group's product is converted.
       weight_scale: what all of it is multiplied with besides: float32 scalar, such as 1 / amplifier, or one per output
         channel, (n,).
       bias, out_dtype: as for :func:`int8_matmul`.
-      implementation: None or "xla".
+      folded: promises that the scales are integers and that every code times its scale fits into int8 (scales from 1 to 15
+        for 4-bit codes).  The result is the same, but codes may be multiplied with their scales first, after which the
+        matmul need not know of groups.
+      implementation: None, "mosaic" (4-bit codes in groups of 128) or "xla".
 
     Returns:
       ``cast(sum_g(group_scale[g] * int32(x_g @ weight_g.T)) * (x_scale * weight_scale) + bias)``, shape (..., n).
@@ -103,23 +110,26 @@ def grouped_int8_matmul(
       ValueError: if shapes do not fit together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    return _grouped(8, x, weight, x_scale, group_scale, weight_scale, bias, out_dtype, implementation)
+    kind = Matmul(bits=8, grouped=True, folded=folded, out_dtype=jnp.dtype(out_dtype))
+    return _matmul(kind, x, weight, x_scale, jnp.asarray(weight_scale, jnp.float32), group_scale, bias, implementation)
 
 
 def grouped_int4_matmul(
     x: Int8[Array, "*rows k"],
     packed: Int8[Array, "n half"],
     x_scale: Float32[Array, "..."],
-    group_scale: Int32[Array, "groups n"] | Float32[Array, "groups n"],
+    group_scale: Int[Array, "groups n"] | Float32[Array, "groups n"],
     weight_scale: Float32[Array, "..."] | float = 1.0,
     bias: Float[Array, " n"] | None = None,
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
+    folded: bool = False,
     implementation: Implementation | None = None,
 ) -> Array:
     """:func:`grouped_int8_matmul` with 4-bit weight codes, two to a byte as :func:`pallas_kernels.pack_int4` packs them."""
     _check_packed("grouped_int4_matmul", packed)
-    return _grouped(4, x, packed, x_scale, group_scale, weight_scale, bias, out_dtype, implementation)
+    kind = Matmul(bits=4, grouped=True, folded=folded, out_dtype=jnp.dtype(out_dtype))
+    return _matmul(kind, x, packed, x_scale, jnp.asarray(weight_scale, jnp.float32), group_scale, bias, implementation)
 
 
 def quantize_activations(
@@ -226,59 +236,56 @@ def quantize_per_token(
 
 
 def can_use_mosaic(
-    bits: Literal[4, 8], rows: int, n: int, k: int, *, out_dtype: DTypeLike = jnp.bfloat16, device: str | None = None
+    bits: Literal[4, 8],
+    rows: int,
+    n: int,
+    k: int,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    group_dtype: DTypeLike | None = None,
+    folded: bool = False,
+    device: str | None = None,
 ) -> bool:
     """Whether the Hopper kernels can multiply (rows, k) activation codes with (n, k) weight codes of so many bits.
 
-    ``device`` is the name of a GPU ("NVIDIA H200"), that of this process by default.
+    ``group_dtype`` is the dtype of the scales of groups of 128, if there are any; ``folded`` is as in
+    :func:`grouped_int8_matmul`; ``device`` is the name of a GPU ("NVIDIA H200"), that of this process by default.
     """
     from pallas_kernels.hopper.matmul import cannot_use
 
-    return (device or hopper_device()) is not None and cannot_use(problem(bits, rows, n, k, out_dtype)) is None
+    p = problem(bits, rows, n, k, out_dtype, group_dtype=group_dtype, folded=folded)
+    return (device or hopper_device()) is not None and cannot_use(p) is None
 
 
 def _matmul(
-    bits: Literal[4, 8],
+    kind: Matmul,
     x: Array,
     weight: Array,
     x_scale: Array,
     weight_scale: Array,
+    group_scale: Array | None,
     bias: Array | None,
-    out_dtype: DTypeLike,
     implementation: Implementation | None,
 ) -> Array:
     x_scale, weight_scale = (jnp.asarray(scale, jnp.float32) for scale in (x_scale, weight_scale))
-    _check(x, weight, weight.shape[-1] * (8 // bits), x_scale, weight_scale, bias)
-    _check_implementation(implementation, "mosaic", "xla")
-    operands = (x, weight, x_scale, weight_scale) if bias is None else (x, weight, x_scale, weight_scale, bias)
-    return matmul(bits, jnp.dtype(out_dtype), implementation)(*operands)
-
-
-def _grouped(
-    bits: Literal[4, 8],
-    x: Array,
-    weight: Array,
-    x_scale: Array,
-    group_scale: Array,
-    weight_scale: Array | float,
-    bias: Array | None,
-    out_dtype: DTypeLike,
-    implementation: Implementation | None,
-) -> Array:
-    x_scale, weight_scale = (jnp.asarray(scale, jnp.float32) for scale in (x_scale, weight_scale))
-    k = weight.shape[-1] * (8 // bits)
+    k = weight.shape[-1] * (8 // kind.bits)
     _check(x, weight, k, x_scale, weight_scale, bias)
-    _check_implementation(implementation, "xla")
-    if group_scale.dtype not in (jnp.int32, jnp.float32):
-        raise ValueError(f"grouped matmul: group_scale must be int32 or float32, got {group_scale.dtype}")
-    if group_scale.ndim != 2 or group_scale.shape[1] != weight.shape[0] or k % max(len(group_scale), 1):
+    if group_scale is not None:
+        _check_groups(kind, weight.shape[0], k, group_scale)
+    _check_implementation(implementation, "mosaic", "xla")
+    rest = [operand for operand in (group_scale, bias) if operand is not None]
+    return matmul(kind, implementation)(x, weight, x_scale, weight_scale, *rest)
+
+
+def _check_groups(kind: Matmul, n: int, k: int, scales: Array) -> None:
+    if scales.dtype not in (jnp.int16, jnp.int32, jnp.float32):
+        raise ValueError(f"{kind.name}: group_scale must be int16, int32 or float32, got {scales.dtype}")
+    if kind.folded and scales.dtype == jnp.float32:
+        raise ValueError(f"{kind.name}: only integer scales can be folded, got {scales.dtype}")
+    if scales.ndim != 2 or scales.shape[1] != n or k % max(len(scales), 1):
         raise ValueError(
-            f"grouped matmul: group_scale must be (groups, {weight.shape[0]}) with groups a divisor of {k}, "
-            f"got {group_scale.shape}"
+            f"{kind.name}: group_scale must be (groups, {n}) with groups a divisor of {k}, got {scales.shape}"
         )
-    f = getattr(reference, f"grouped_int{bits}_matmul")
-    multiply = without_gradient(f"grouped_int{bits}_matmul", functools.partial(f, out_dtype=jnp.dtype(out_dtype)))
-    return multiply(x, weight, x_scale, group_scale, weight_scale, *(() if bias is None else (bias,)))
 
 
 def _check_packed(name: str, packed: Array) -> None:

@@ -1,8 +1,9 @@
 """Which implementation runs, and what JAX's transformations make of functions of integers."""
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -37,32 +38,72 @@ def problem(
     per_token: bool = False,
     per_channel: bool = False,
     bias: bool = False,
+    group_dtype: DTypeLike | None = None,
+    folded: bool = False,
 ) -> Any:
-    """A :class:`pallas_kernels.hopper.gemm.Problem`; Mosaic GPU is imported only where it may be used."""
-    from pallas_kernels.hopper.gemm import Problem
+    """A :class:`pallas_kernels.hopper.problem.Problem`; Mosaic GPU is imported only where it may be used."""
+    from pallas_kernels.hopper.problem import Problem
 
-    kinds = {"per_token": per_token, "per_channel": per_channel, "bias": bias}
-    return Problem(m=m, n=n, k=k, bits=bits, out_dtype=jnp.dtype(out_dtype), **kinds)
+    kinds = {"per_token": per_token, "per_channel": per_channel, "bias": bias, "folded": folded}
+    groups = None if group_dtype is None else jnp.dtype(group_dtype)
+    return Problem(m=m, n=n, k=k, bits=bits, out_dtype=jnp.dtype(out_dtype), group_dtype=groups, **kinds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matmul:
+    """Which of the integer matmuls is meant.
+
+    Attributes:
+      bits: of the weight codes.
+      grouped: whether groups of input channels have scales.
+      folded: whether those are integers from 1 to 15, and codes of 4 bits times them fit into int8.
+      out_dtype: of the result.
+    """
+
+    bits: Literal[4, 8]
+    grouped: bool = False
+    folded: bool = False
+    out_dtype: Any
+
+    @property
+    def name(self) -> str:
+        """Of the entry point."""
+        return f"grouped_int{self.bits}_matmul" if self.grouped else f"int{self.bits}_matmul"
+
+    def split(self, rest: Sequence[Array]) -> tuple[Array | None, Array | None]:
+        """Scales of groups and bias, each None if not there, of what stands behind the four operands of every matmul."""
+        groups, bias = rest[: self.grouped], rest[self.grouped :]
+        return groups[0] if groups else None, bias[0] if bias else None
+
+    def xla(self, x: Array, weight: Array, x_scale: Array, weight_scale: Array, *rest: Array) -> Array:
+        """The reference."""
+        groups, bias = self.split(rest)
+        f = getattr(reference, self.name)
+        if groups is None:
+            return f(x, weight, x_scale, weight_scale, bias, self.out_dtype)
+        return f(x, weight, x_scale, groups, weight_scale, bias, self.out_dtype, self.folded)
 
 
 @functools.cache
-def matmul(bits: Literal[4, 8], out_dtype: Any, implementation: Implementation | None) -> Callable[..., Array]:
-    """The matmul as a function of (x, weight, x_scale, weight_scale, bias if any), with its rules for transformations."""
-    name = f"int{bits}_matmul"
+def matmul(kind: Matmul, implementation: Implementation | None) -> Callable[..., Array]:
+    """The matmul as a function of (x, weight, x_scale, weight_scale, scales of groups if any, bias if any).
 
-    def rows(x: Array, weight: Array, x_scale: Array, weight_scale: Array, *bias: Array) -> Array:
+    It has its rules for transformations.
+    """
+
+    def rows(x: Array, weight: Array, x_scale: Array, weight_scale: Array, *rest: Array) -> Array:
         """Any leading axes of x are rows."""
         if not x.size or not weight.size:
-            return _xla(name, out_dtype, x, weight, x_scale, weight_scale, *bias)
+            return kind.xla(x, weight, x_scale, weight_scale, *rest)
         flat, scale = x.reshape(-1, x.shape[-1]), x_scale.reshape(-1) if x_scale.ndim else x_scale
-        y = _run(name, bits, out_dtype, implementation, flat, weight, scale, weight_scale, *bias)
+        y = _run(kind, implementation, flat, weight, scale, weight_scale, *rest)
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     batched = jax.custom_batching.custom_vmap(rows)
 
     @batched.def_vmap
     def _(size: int, in_batched: list[bool], *operands: Array) -> tuple[Array, bool]:
-        x, weight, x_scale, weight_scale, *bias = operands
+        x, weight, x_scale, weight_scale, *rest = operands
         x_batched, weight_batched, scale_batched, *others_batched = in_batched
         if weight_batched or any(others_batched):  # Several weights: one after the other.
             axes = [0 if b else None for b in in_batched]
@@ -74,9 +115,9 @@ def matmul(bits: Literal[4, 8], out_dtype: Any, implementation: Implementation |
             x_scale = x_scale if scale_batched else x_scale[None]
             x_scale = x_scale.reshape(*x_scale.shape, *(1,) * (x.ndim - 1 - x_scale.ndim))
             x_scale = jnp.broadcast_to(x_scale, x.shape[:-1])
-        return batched(x, weight, x_scale, weight_scale, *bias), True
+        return batched(x, weight, x_scale, weight_scale, *rest), True
 
-    return without_gradient(name, batched)
+    return without_gradient(kind.name, batched)
 
 
 @functools.cache
@@ -148,43 +189,43 @@ def without_gradient(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
     return closed
 
 
-def _xla(
-    name: str, out_dtype: Any, x: Array, weight: Array, x_scale: Array, weight_scale: Array, *bias: Array
-) -> Array:
-    return getattr(reference, name)(x, weight, x_scale, weight_scale, *(bias or (None,)), out_dtype)
-
-
-def _run(
-    name: str, bits: Literal[4, 8], out_dtype: Any, implementation: Implementation | None, *operands: Array
-) -> Array:
+def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) -> Array:
     """One matmul with x of shape (m, k), by the implementation asked for or the fastest there is."""
-    xla = functools.partial(_xla, name, out_dtype)
     device = hopper_device()
     if implementation == "xla" or (implementation is None and device is None):
-        return xla(*operands)
+        return kind.xla(*operands)
     from pallas_kernels import tuning
     from pallas_kernels.hopper import matmul
 
-    x, weight, x_scale, weight_scale, *bias = operands
+    x, weight, x_scale, weight_scale, *rest = operands
+    groups, bias = kind.split(rest)
     (m, k), n = x.shape, weight.shape[0]
-    kinds = {"per_token": bool(x_scale.ndim), "per_channel": bool(weight_scale.ndim), "bias": bool(bias)}
-    p = problem(bits, m, n, k, out_dtype, **kinds)
-    reason = NO_HOPPER if device is None else matmul.cannot_use(p)
+    kinds = {"per_token": bool(x_scale.ndim), "per_channel": bool(weight_scale.ndim), "bias": bias is not None}
+    group_dtype = None if groups is None else groups.dtype
+    p = problem(kind.bits, m, n, k, kind.out_dtype, group_dtype=group_dtype, folded=kind.folded, **kinds)
+    reason = NO_HOPPER if device is None else _wrong_groups(k, groups) or matmul.cannot_use(p)
     if reason and implementation == "mosaic":
-        raise NotImplementedError(f"{name}: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
+        raise NotImplementedError(f"{kind.name}: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
     config = None if reason or device is None else tuning.choose(p, device)
     if config is None and implementation == "mosaic":
         config = tuning.rule(p)
-    _say(name, (m, n, k), "xla" if config is None else f"mosaic, {config}", reason or "")
+    _say(kind.name, (m, n, k), "xla" if config is None else f"mosaic, {config}", reason or "")
     if config is None:
-        return xla(*operands)
+        return kind.xla(*operands)
 
-    def mosaic(x: Array, weight: Array, x_scale: Array, weight_scale: Array, *bias: Array) -> Array:
-        return matmul.matmul(p, config, x, weight, x_scale, weight_scale, *(bias or (None,)))
+    def mosaic(x: Array, weight: Array, x_scale: Array, weight_scale: Array, *rest: Array) -> Array:
+        return matmul.matmul(p, config, x, weight, x_scale, weight_scale, *kind.split(rest))
 
     if implementation == "mosaic":
         return mosaic(*operands)
-    return lax.platform_dependent(*operands, cuda=mosaic, default=xla)
+    return lax.platform_dependent(*operands, cuda=mosaic, default=kind.xla)
+
+
+def _wrong_groups(k: int, scales: Array | None) -> str | None:
+    """Why the kernels cannot take these scales of groups; None if they can."""
+    if scales is None or k == 128 * len(scales):
+        return None
+    return f"groups have {k // len(scales)} input channels, not 128"
 
 
 @functools.cache

@@ -9,7 +9,7 @@ Terminology:
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
+from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
 from pallas_kernels.packing import unpack_int4
 
@@ -46,19 +46,25 @@ def grouped_int8_matmul(
     x: Int8[Array, "*rows k"],
     weight: Int8[Array, "n k"],
     x_scale: Float32[Array, "..."],
-    group_scale: Int32[Array, "groups n"] | Float32[Array, "groups n"],
+    group_scale: Int[Array, "groups n"] | Float32[Array, "groups n"],
     weight_scale: Float32[Array, "..."],
     bias: Float[Array, " n"] | None = None,
     out_dtype: DTypeLike = jnp.bfloat16,
+    folded: bool = False,
 ) -> Array:
     """The products of each group of input channels, times the group's scale, added up over the groups.
 
     With integer scales all of that is int32, and what follows is as in :func:`int8_matmul`.  With float scales every group's
-    product is converted to float32, and the sum is taken in the order of the groups.
+    product is converted to float32, and the sum is taken in the order of the groups.  ``folded`` promises that every code
+    times its scale fits into int8: then they are multiplied first, and the sum, the same one, knows of no groups.
     """
     groups, n = group_scale.shape
+    if folded:
+        each = jnp.repeat(group_scale.astype(jnp.int8).T, weight.shape[1] // groups, axis=1)
+        return int8_matmul(x, weight * each, x_scale, weight_scale, bias, out_dtype)
     rows, size = x.reshape(-1, x.shape[-1]), x.shape[-1] // groups
     exact = jnp.issubdtype(group_scale.dtype, jnp.integer)
+    group_scale = group_scale.astype(jnp.int32 if exact else jnp.float32)
 
     def add(g: Int32[Array, ""], total: Array) -> Array:
         x_part, w_part = (lax.dynamic_slice_in_dim(operand, g * size, size, 1) for operand in (rows, weight))
@@ -73,13 +79,14 @@ def grouped_int4_matmul(
     x: Int8[Array, "*rows k"],
     packed: Int8[Array, "n half"],
     x_scale: Float32[Array, "..."],
-    group_scale: Int32[Array, "groups n"] | Float32[Array, "groups n"],
+    group_scale: Int[Array, "groups n"] | Float32[Array, "groups n"],
     weight_scale: Float32[Array, "..."],
     bias: Float[Array, " n"] | None = None,
     out_dtype: DTypeLike = jnp.bfloat16,
+    folded: bool = False,
 ) -> Array:
     """:func:`grouped_int8_matmul` with the weight's codes packed two to a byte."""
-    return grouped_int8_matmul(x, unpack_int4(packed), x_scale, group_scale, weight_scale, bias, out_dtype)
+    return grouped_int8_matmul(x, unpack_int4(packed), x_scale, group_scale, weight_scale, bias, out_dtype, folded)
 
 
 def _epilogue(

@@ -9,9 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from pallas_kernels.hopper import decode, gemm
 from pallas_kernels.hopper.decode import DecodeConfig
-from pallas_kernels.hopper.gemm import GemmConfig, Problem
+from pallas_kernels.hopper.gemm import GemmConfig
+from pallas_kernels.hopper.problem import Problem
 
 Config = GemmConfig | DecodeConfig
 MULTIPROCESSORS = 132
@@ -22,7 +25,7 @@ def choose(p: Problem, device: str) -> Config | None:
 
     Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, others what the rule says.
     """
-    measured = _table(device).get((p.bits, p.n, p.k))
+    measured = _table(device).get((p.bits, p.scales, p.n, p.k))
     if measured:
         config = measured[min((m for m in measured if m >= p.m), default=max(measured))]
         if not isinstance(config, DecodeConfig) or p.m <= decode.MOST_TOKENS:
@@ -36,14 +39,14 @@ def table_file(device: str) -> Path:
 
 
 @functools.cache
-def _table(device: str) -> dict[tuple[int, int, int], dict[int, Config | None]]:
-    """(bits, n, k) to rows to configuration."""
+def _table(device: str) -> dict[tuple[int, str | None, int, int], dict[int, Config | None]]:
+    """(bits, scales of groups, n, k) to rows to configuration."""
     file = table_file(device)
-    table: dict[tuple[int, int, int], dict[int, Config | None]] = {}
+    table: dict[tuple[int, str | None, int, int], dict[int, Config | None]] = {}
     if file.is_file():
         for entry in json.loads(file.read_text())["entries"]:
             kind = {"gemm": GemmConfig, "decode": DecodeConfig}.get(entry["kernel"])
-            shape = (entry["bits"], entry["n"], entry["k"])
+            shape = (entry["bits"], entry.get("scales"), entry["n"], entry["k"])
             table.setdefault(shape, {})[entry["m"]] = kind(**entry["config"]) if kind else None
     return table
 
@@ -60,7 +63,8 @@ def candidates(p: Problem) -> list[Config]:
         for warpgroups in range(1, 6):
             for splits, groups in itertools.product((1, 2, 3, 4, 5, 8), (1, 2)):
                 if splits == groups == 1 or (splits * groups <= p.steps // 2 and warpgroups * groups <= 5):
-                    found.append(DecodeConfig(splits=splits, warpgroups=warpgroups, groups=groups))
+                    for fold in (False, True)[: 1 + p.folded]:
+                        found.append(DecodeConfig(splits=splits, warpgroups=warpgroups, groups=groups, fold=fold))
     else:
         for warpgroups, tokens in EFFICIENCY:
             for cluster in (1, 2):
@@ -69,7 +73,7 @@ def candidates(p: Problem) -> list[Config]:
 
 
 def build(p: Problem, config: Config) -> Any:
-    """The kernel that a configuration is for, a function of (w, x, w_scale, x_scale, bias if any)."""
+    """The kernel that a configuration is for: a function of (w, x, w_scale, x_scale, scales of groups and bias if any)."""
     return decode.build(p, config) if isinstance(config, DecodeConfig) else gemm.build(p, config)
 
 
@@ -100,6 +104,10 @@ ONE_WAVE = {(1, 128): (0.83, 0.88), (2, 64): (0.56, 0.83)}
 """The same where every multiprocessor has one tile at most, and it is another: from what was printed for 256 rows."""
 
 
+FLUSHED = 0.68
+"""What flushing every group leaves of a tile's rate, so far for all tiles alike."""
+
+
 def estimate(p: Problem, config: Config) -> float:
     """Microseconds, roughly, on an H200: fitted to what ``scripts/tune_kernels.py`` printed for seven shapes."""
     blocks = -(-p.n // (64 * config.warpgroups))
@@ -108,7 +116,8 @@ def estimate(p: Problem, config: Config) -> float:
         ctas = blocks * config.splits
         room = MULTIPROCESSORS if config.splits <= 2 else 112  # Large clusters do not fit everywhere.
         at_once = min(ctas, room)
-        weights = 64 * config.warpgroups * p.k * p.bits / 8 / config.splits  # bytes that one CTA reads
+        code_bytes = p.bits / 8 + (jnp.dtype(p.group_dtype).itemsize / 128 if p.grouped else 0)
+        weights = 64 * config.warpgroups * p.k * code_bytes / config.splits  # bytes that one CTA reads
         from_memory = weights * at_once / 4.46e6
         from_cache = (weights + tokens * p.k / config.splits) / min(7.6e6 / at_once, 7.5e4)
         sent = 256 * config.warpgroups * config.groups * tokens * (1 - 1 / units)
@@ -119,6 +128,8 @@ def estimate(p: Problem, config: Config) -> float:
     macs = 64 * config.warpgroups * config.tokens * p.k
     tile = config.warpgroups, config.tokens
     share = (ONE_WAVE if waves == 1 and tile in ONE_WAVE else EFFICIENCY)[tile][p.bits == 8]
+    if p.flushed:
+        share *= FLUSHED
     if config.cluster > 1:  # Sharing pays where a tile is large; a small one waits for the other CTA.
         share *= 1.01 if config.tokens == 256 else 0.98 if p.bits == 4 else 0.9
     return 3 + waves * (macs / (4096 * 1650 * share) + 0.3)

@@ -1,15 +1,16 @@
 """Integer matmul for few rows: K split over a cluster of CTAs, the partial sums exchanged through shared memory.
 
-What is computed is what :mod:`pallas_kernels.hopper.gemm` computes; what bounds it is how fast the weights come from
+What is computed is in :mod:`pallas_kernels.hopper.problem`; what bounds it is how fast the weights come from
 memory.  So every multiprocessor gets a part of them: a cluster of ``splits`` CTAs owns 64 * ``warpgroups`` channels, each
 CTA a slice of K, streamed through a deep ring together with the activations that belong to it.  At the end the CTAs of a
-cluster exchange their int32 partial sums (:class:`pallas_kernels.hopper.registers.Exchange`), each finishes some of the
+cluster exchange their partial sums (:class:`pallas_kernels.hopper.registers.Exchange`), each finishes some of the
 rows, and no second kernel is needed.
 
 With one CTA a cluster there is nothing to exchange, and CTAs may walk over several blocks of channels.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import kernel, load, plgpu
-from pallas_kernels.hopper import registers, tiles
-from pallas_kernels.hopper.gemm import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
+from pallas_kernels.hopper import grouped, registers, tiles
+from pallas_kernels.hopper.problem import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
 
 MOST_TOKENS = 64
 
@@ -34,6 +35,7 @@ class DecodeConfig:
       groups: how many such sets of consumers take the steps of a CTA in turns; warpgroups * groups is at most 7.
       stages: slots of the ring, at most as many as shared memory holds.
       ctas: with one split, how many CTAs walk over the blocks of channels at most.
+      fold: whether scales of groups that can be folded into the codes are; otherwise every group is flushed.
     """
 
     splits: int = 4
@@ -41,6 +43,7 @@ class DecodeConfig:
     groups: int = 1
     stages: int = 12
     ctas: int = 132
+    fold: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.splits <= 8 or not 1 <= self.warpgroups * self.groups <= 7:
@@ -53,25 +56,31 @@ def token_tile(m: int) -> int:
 
 
 def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
-    """The kernel, a function of (w, x, w_scale, x_scale, bias if any), as :func:`pallas_kernels.hopper.gemm.build`.
+    """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups if any, bias if any).
+
+    Operands are as in :func:`pallas_kernels.hopper.gemm.build`.
 
     ``x`` has m rows, less than 8 or a multiple of 8, at most 64; a per-token ``x_scale`` is as long as the token tile.
 
-    In interpret mode, which has no exchange, the partial sums are returned instead, as int32 of shape
+    In interpret mode, which has no exchange, the partial sums are returned instead, of shape
     (splits * groups, channels of all blocks, token tile).
     """
+    if p.folded and not config.fold:
+        p = dataclasses.replace(p, folded=False)
     splits, warpgroups, groups = config.splits, config.warpgroups, config.groups
     channels, tokens = 64 * warpgroups, token_tile(p.m)
     blocks = pl.cdiv(p.n, channels)
     columns = blocks if splits > 1 else min(config.ctas, blocks)
     packed = p.bits == 4
-    exchange = registers.Exchange(splits, groups, warpgroups, tokens)
-    slot_bytes = (channels + p.halves * tokens) * STEP
+    exchange = registers.Exchange(splits, groups, warpgroups, tokens, p.total_dtype)
+    slot_bytes = (channels + p.halves * tokens) * STEP + grouped.slot_bytes(p, channels)
     room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
     visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
     stages = min(config.stages, room, visits)
     if stages < visits:  # A slot always serves the same group: who waits for a barrier has to see all its phases.
         stages = stages // groups * groups
+    if p.grouped and warpgroups * groups > grouped.most_consumers(p, tokens):
+        raise NotImplementedError(f"{config} leaves no registers for the scales of groups")
     if groups > 1 and splits == 1:
         raise NotImplementedError(f"{config}: groups exchange their sums within a cluster, so splits must be 2 or more")
     if stages < min(visits, groups + 1) or splits * groups > p.steps:  # A step late, slots are given back.
@@ -79,8 +88,9 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
     def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None
-        bias_g, o_g = rest if p.bias else (missing, *rest)
-        w_s, x_s, staged, full, empty = (scratch.get(name, missing) for name in ("w", "x", "staged", "full", "empty"))
+        group_g, bias_g, o_g = tiles.optional(rest, p.grouped, p.bias)
+        w_s, x_s, groups_s, staged = (scratch.get(name, missing) for name in ("w", "x", "groups", "staged"))
+        full, empty = scratch["full"], scratch["empty"]
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index("split") if splits > 1 else jnp.int32(0)
         begin, end = (lax.div(r * p.steps, jnp.int32(splits)) for r in (rank, rank + 1))
@@ -99,6 +109,8 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty.at[s]))
                 source = w_g.at[pl.ds(block * channels, channels), pl.ds(k * STEP, STEP)]
                 plgpu.copy_gmem_to_smem(source, w_s.at[s], full.at[s])
+                if p.grouped:
+                    grouped.copy(p, group_g, block * channels, k, groups_s.at[s], full.at[s])
                 for half in range(p.halves):
                     # A traced zero: the tile may have more rows than x, and the copy engine fills them with zeros.
                     part = x_g.at[pl.ds(cta * 0, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
@@ -116,9 +128,9 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
             rows = pl.ds(row * 64, 64)
             turns = lax.div(steps - group + groups - 1, jnp.int32(groups))  # steps of this group
 
-            def unpacked(bytes_: Any, half: int) -> Any:
+            def unpacked(bytes_: Any, half: int, scale: Any = None) -> Any:
                 own = staged.at[warpgroup] if interpret else None
-                return registers.unpacked_operand(bytes_, half, own, bool(interpret))
+                return registers.unpacked_operand(bytes_, half, scale, own, bool(interpret))
 
             def accumulate(t: Any, acc: Any) -> Any:
                 def step(turn: Any, _: Any) -> None:
@@ -128,8 +140,9 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                     plgpu.wgmma_wait(0)  # The last step's wgmmas read its slot and the operand registers until now.
                     pl.when(turn > 0)(lambda: plgpu.barrier_arrive(empty.at[tiles.slot(i - groups, stages)]))
                     bytes_ = load(w_s.at[s, rows], registers.OPERAND) if packed else None
+                    scales = grouped.rows(p, groups_s, s, rows)
                     for half in range(p.halves):
-                        w = unpacked(bytes_, half) if packed else w_s.at[s, rows]
+                        w = unpacked(bytes_, half, scales[half]) if packed else w_s.at[s, rows]
                         plgpu.wgmma(acc, w, x_s.at[s, half].T)
 
                 lax.fori_loop(0, turns, step, None)
@@ -138,13 +151,39 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 plgpu.barrier_arrive(empty.at[tiles.slot(last, stages)])
                 return acc[...]
 
+            def accumulate_groups(t: Any) -> Any:
+                def step(turn: Any, totals: Any) -> Any:
+                    s = tiles.slot(t * steps + turn * groups + group, stages)
+                    plgpu.barrier_wait(full.at[s])
+                    bytes_ = load(w_s.at[s, rows], registers.OPERAND)
+
+                    def done(half: int) -> None:
+                        if half == p.halves - 1:
+                            plgpu.barrier_arrive(empty.at[s])
+
+                    return grouped.flush(
+                        totals,
+                        grouped.rows(p, groups_s, s, rows),
+                        functools.partial(unpacked, bytes_),
+                        lambda half, part: x_s.at[s, half, pl.ds(part * chunk, chunk)],
+                        lambda half: None,
+                        done,
+                    )
+
+                chunk = min(tokens, 32)
+                totals = lax.fori_loop(0, turns, step, (grouped.zero(p, chunk),) * (tokens // chunk))
+                return registers.concatenate(totals, bool(interpret))
+
             def block(t: Any, _: Any) -> None:
                 first = (cta + t * columns) * channels + row * 64
                 factors = row_factors(p, ws_g, bias_g, first)
                 token_scale = None
                 if not p.raw:
                     token_scale = load(xs_g, COLUMN, optimized=False) if p.per_token else xs_g[0]
-                acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
+                if p.flushed:
+                    acc = accumulate_groups(t)
+                else:
+                    acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
                 if interpret:
                     o_g[rank * groups + group, pl.ds(first, 64)] = acc
                     return
@@ -159,11 +198,11 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
     out = jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype)
     if interpret:
-        out = jax.ShapeDtypeStruct((splits * groups, blocks * channels, tokens), jnp.int32)
-    scratch: dict[str, Any] = {
+        out = jax.ShapeDtypeStruct((splits * groups, blocks * channels, tokens), p.total_dtype)
+    scratch: dict[str, Any] = grouped.scratch(p, stages, channels) | {
         "w": plgpu.SMEM((stages, channels, STEP), jnp.int8, transforms=tiles.operand()),
         "x": plgpu.SMEM((stages, p.halves, tokens, STEP), jnp.int8, transforms=tiles.operand()),
-        "full": plgpu.Barrier(num_arrivals=1 + p.halves, num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=1 + p.halves + p.grouped, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if interpret and packed:

@@ -1,10 +1,10 @@
 """Integer matmul for many rows: persistent, warp-specialised, scales applied in the epilogue.
 
-    out[m, n] = cast( int32(sum_k x[m, k] * w[n, k]) * (x_scale[m] * w_scale[n]) + bias[n] )
-
-The product is computed transposed: 64 weight rows are the rows of a ``wgmma``, tokens its columns.  int8 weights come from
-shared memory, packed 4-bit weights through registers, unpacked on the way; either way the activations of one tile are
-shared by all consumer warpgroups, so that shared memory carries little more than it must.
+What is computed is in :mod:`pallas_kernels.hopper.problem`.  It is computed transposed: 64 weight rows are the rows of a
+``wgmma``, tokens its columns.  int8 weights come from shared memory, packed 4-bit weights through registers, unpacked on
+the way; either way the activations of one tile are shared by all consumer warpgroups, so that shared memory carries little
+more than it must.  Where groups of input channels have scales, :mod:`pallas_kernels.hopper.grouped` says what becomes of
+them.
 
 One CTA a multiprocessor walks over output tiles of (64 * warpgroups) channels x ``tokens`` rows of x.
 
@@ -18,7 +18,7 @@ One CTA a multiprocessor walks over output tiles of (64 * warpgroups) channels x
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import kernel, load, plgpu, store_transposed
-from pallas_kernels.hopper import registers, tiles
+from pallas_kernels.hopper import grouped, registers, tiles
+from pallas_kernels.hopper.problem import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
 
-ROW = plgpu.Layout.WGMMA.reduce(1)
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
-SHARED_MEMORY = 227 * 1024
-STEP = 128  # codes of K that one wgmma group takes
+MOST_FLUSHED = 128
+"""Tokens of a tile whose totals, beside the products that are added to them, fit into the registers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,83 +58,12 @@ class GemmConfig:
             raise ValueError(f"GemmConfig: cluster must be 1 or 2, got {self.cluster}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What is multiplied, as far as the kernel is specialised for it.
-
-    Attributes:
-      m, n, k: rows of x, output channels, input channels.
-      bits: of the weight codes, 8 or 4.
-      per_token, per_channel: whether the scale of x has shape (m,), that of the weight (n,); otherwise (1,).
-      bias: whether there is one.
-      out_dtype: bfloat16, float16, float32 or int32.
-    """
-
-    m: int
-    n: int
-    k: int
-    bits: Literal[4, 8]
-    per_token: bool
-    per_channel: bool
-    bias: bool
-    out_dtype: Any
-
-    @property
-    def halves(self) -> int:
-        """Runs of 128 codes that a 128-byte row of weights holds."""
-        return 8 // self.bits
-
-    @property
-    def steps(self) -> int:
-        """Rows of weights of 128 bytes."""
-        return self.k // (STEP * self.halves)
-
-    @property
-    def raw(self) -> bool:
-        """Whether the bare accumulator is wanted."""
-        return jnp.issubdtype(self.out_dtype, jnp.integer)
-
-
-def finish(p: Problem, acc: Any, factors: tuple[Any, Any], token_scale: Any) -> Any:
-    """The epilogue on a (64, tokens) int32 tile; ``factors`` are those of :func:`row_factors`."""
-    acc = plgpu.layout_cast(acc, plgpu.Layout.WGMMA)
-    if p.raw:
-        return acc >> 4 if p.bits == 4 else acc
-    weight_scale, bias = factors
-
-    def spread(value: Any, axis: int) -> Any:
-        return lax.broadcast_in_dim(value, acc.shape, [axis]) if value.ndim else value
-
-    scale = spread(token_scale, 1) * spread(weight_scale, 0)
-    if p.bits == 4:
-        scale = scale * jnp.float32(1 / 16)
-    y = acc.astype(jnp.float32) * scale
-    if bias is not None:  # Not fused with the product, as in pallas_kernels.reference.
-        y = jnp.where(acc == jnp.iinfo(jnp.int32).min, jnp.float32(jnp.nan), y) + spread(bias, 0)
-    return y.astype(p.out_dtype)
-
-
-def row_factors(p: Problem, scale: Any, bias: Any, first: Any) -> tuple[Any, Any]:
-    """Weight scale (a scalar or a row vector) and bias (or None) of 64 channels from ``first`` on.
-
-    Where those lie beyond the output, those of the last 64: what is made of them is not written.
-    """
-    rows = pl.ds(jnp.minimum(first, p.n - 64), 64)
-
-    def vector(ref: Any) -> Any:
-        return load(ref.at[rows], ROW, optimized=False)
-
-    if p.raw:
-        return None, None
-    return vector(scale) if p.per_channel else scale[0], vector(bias) if p.bias else None
-
-
 def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpret: Any = None) -> Any:
-    """The kernel, a function of (w, x, w_scale, x_scale, bias if any).
+    """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups if any, bias if any).
 
     ``w`` is (n, k) int8, or (n, k / 2) packed; n is a multiple of 64, k of 128 (int8) or 256 (packed); ``x`` has m rows, m a
-    multiple of 8; a per-token ``x_scale`` is as long as all tiles together.  Accumulators must not overflow int32, with
-    packed weights times 16.
+    multiple of 8; a per-token ``x_scale`` is as long as all tiles together; scales of groups are (k / 128, n).  No
+    accumulator may overflow int32; that of packed weights holds 16 times the sum, unless scales are folded into them.
     """
     channels, tokens = 64 * config.warpgroups, config.tokens
     m_tiles, n_tiles = pl.cdiv(p.m, tokens), pl.cdiv(p.n, channels * config.cluster)
@@ -147,7 +75,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
     part = next(size for size in (64, 32, 16, 8) if tokens % size == 0)  # tokens that are written at a time
     out_slots = 2 if by_copy_engine else 1
     out_bytes = config.warpgroups * out_slots * part * 64 * out_item if by_copy_engine else 0
-    weight_bytes, x_bytes = channels * STEP, tokens * STEP
+    weight_bytes, x_bytes = channels * STEP + grouped.slot_bytes(p, channels), tokens * STEP
     budget = SHARED_MEMORY - 2048 - out_bytes
     if packed:
         w_slots = min(6, budget // (weight_bytes + 2 * x_bytes))
@@ -156,6 +84,8 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         w_slots = x_slots = min(12, budget // (weight_bytes + x_bytes))
     if min(w_slots, x_slots) < 2:
         raise NotImplementedError(f"{config} leaves no room for a pipeline")
+    if p.flushed and (tokens > MOST_FLUSHED or config.warpgroups > 2):
+        raise NotImplementedError(f"{config} leaves no registers for the totals of groups")
     at_launch = min(232, 2**16 // (STEP * (config.warpgroups + 1)) // 8 * 8)  # registers of every thread
     producer_registers = 40  # What the producer gives back is dealt out to the consumers; more than that would hang.
     left = at_launch * (config.warpgroups + 1) - producer_registers
@@ -163,8 +93,8 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
 
     def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None
-        bias_g, o_g = rest if p.bias else (missing, *rest)
-        w_s, x_s, o_s, staged = (scratch.get(name, missing) for name in ("w", "x", "out", "staged"))
+        group_g, bias_g, o_g = tiles.optional(rest, p.grouped, p.bias)
+        w_s, x_s, o_s, groups_s, staged = (scratch.get(name, missing) for name in ("w", "x", "out", "groups", "staged"))
         x_full, x_empty = scratch["x_full"], scratch["x_empty"]
         w_full, w_empty = (scratch["w_full"], scratch["w_empty"]) if packed else (x_full, x_empty)
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
@@ -186,6 +116,8 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                 def copy_weights(step: Any, s: Any) -> None:
                     source = w_g.at[pl.ds(n * channels, channels), pl.ds(step * STEP, STEP)]
                     plgpu.copy_gmem_to_smem(source, w_s.at[s], w_full.at[s])
+                    if p.grouped:
+                        grouped.copy(p, group_g, n * channels, step, groups_s.at[s], w_full.at[s])
 
                 def step(k: Any, _: Any) -> None:
                     i = t * p.steps + k
@@ -215,22 +147,23 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
             rows = pl.ds(warpgroup * 64, 64)
             whole_scale = None if p.raw or p.per_token else xs_g[0]
 
-            def unpacked(bytes_: Any, half: int) -> Any:
+            def unpacked(bytes_: Any, half: int, scale: Any = None) -> Any:
                 own = staged.at[warpgroup] if interpret else None
-                return registers.unpacked_operand(bytes_, half, own, bool(interpret))
+                return registers.unpacked_operand(bytes_, half, scale, own, bool(interpret))
 
             def accumulate(t: Any, acc: Any) -> Any:
                 def step(k: Any, _: Any) -> None:
                     i = t * p.steps + k
                     ws = tiles.slot(i, w_slots)
-                    bytes_ = missing
+                    bytes_, scales = missing, missing
                     if packed:
                         plgpu.barrier_wait(w_full.at[ws])
                         bytes_ = load(w_s.at[ws, rows], registers.OPERAND)
+                        scales = grouped.rows(p, groups_s, ws, rows)
                     for half in range(p.halves):
                         j = p.halves * i + half
                         xs, before = tiles.slot(j, x_slots), tiles.slot(j + x_slots - 1, x_slots)
-                        w = unpacked(bytes_, half) if packed else w_s.at[xs, rows]
+                        w = unpacked(bytes_, half, scales[half]) if packed else w_s.at[xs, rows]
                         plgpu.barrier_wait(x_full.at[xs])
                         plgpu.wgmma(acc, w, x_s.at[xs].T)
                         plgpu.wgmma_wait(1)  # The one before this is complete.
@@ -246,17 +179,44 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                 plgpu.barrier_arrive(x_empty.at[tiles.slot((t + 1) * p.steps * p.halves - 1, x_slots)])
                 return acc[...]
 
+            def accumulate_groups(t: Any) -> tuple[Any, ...]:
+                def step(k: Any, totals: Any) -> Any:
+                    i = t * p.steps + k
+                    ws, xs = tiles.slot(i, w_slots), [tiles.slot(p.halves * i + h, x_slots) for h in range(p.halves)]
+                    plgpu.barrier_wait(w_full.at[ws])
+                    bytes_ = load(w_s.at[ws, rows], registers.OPERAND)
+
+                    def done(half: int) -> None:
+                        plgpu.barrier_arrive(x_empty.at[xs[half]])
+                        if half == p.halves - 1:
+                            plgpu.barrier_arrive(w_empty.at[ws])
+
+                    return grouped.flush(
+                        totals,
+                        grouped.rows(p, groups_s, ws, rows),
+                        functools.partial(unpacked, bytes_),
+                        lambda half, chunk: x_s.at[xs[half], pl.ds(chunk * part, part)],
+                        lambda half: plgpu.barrier_wait(x_full.at[xs[half]]),
+                        done,
+                    )
+
+                return lax.fori_loop(0, p.steps, step, (grouped.zero(p, part),) * (tokens // part))
+
             def tile(t: Any, _: Any) -> None:
                 m, n = where(t)
                 first = n * channels + warpgroup * 64
                 factors = row_factors(p, ws_g, bias_g, first)
-                acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
-                for i in range(pl.cdiv(tokens, part)):
+                if p.flushed:
+                    totals = accumulate_groups(t)
+                else:
+                    acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
+                    totals = [acc[:, i * part : (i + 1) * part] for i in range(tokens // part)]
+                for i, total in enumerate(totals):
                     at = m * tokens + i * part
                     scale = whole_scale
                     if p.per_token and not p.raw:
                         scale = load(xs_g.at[pl.ds(at, part)], COLUMN, optimized=False)
-                    y = finish(p, acc[:, i * part : (i + 1) * part], factors, scale)
+                    y = finish(p, total, factors, scale)
                     if by_copy_engine:
                         plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)
                         store_transposed(o_s.at[warpgroup, i % out_slots], y)
@@ -275,14 +235,14 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
     if config.cluster > 1:
         settings |= {"cluster": (config.cluster,), "cluster_names": ("peer",)}
         barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",))
-    scratch: dict[str, Any] = {
+    scratch: dict[str, Any] = grouped.scratch(p, w_slots, channels) | {
         "w": plgpu.SMEM((w_slots, channels, STEP), jnp.int8, transforms=tiles.operand()),
         "x": plgpu.SMEM((x_slots, tokens, STEP), jnp.int8, transforms=tiles.operand()),
         "x_full": plgpu.Barrier(num_arrivals=1 if packed else 2, num_barriers=x_slots),
         "x_empty": barrier(num_arrivals=config.warpgroups, num_barriers=x_slots),
     }
     if packed:
-        scratch["w_full"] = plgpu.Barrier(num_barriers=w_slots)
+        scratch["w_full"] = plgpu.Barrier(num_arrivals=1 + p.grouped, num_barriers=w_slots)
         scratch["w_empty"] = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=w_slots)
     if by_copy_engine:
         shape = (config.warpgroups, out_slots, part, 64)

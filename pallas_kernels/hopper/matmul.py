@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.hopper import decode
-from pallas_kernels.hopper.gemm import Problem
+from pallas_kernels.hopper import decode, grouped
+from pallas_kernels.hopper.problem import Problem
 
 OUT_DTYPES = ("bfloat16", "float16", "float32", "int32")
 
@@ -17,18 +17,18 @@ OUT_DTYPES = ("bfloat16", "float16", "float32", "int32")
 def cannot_use(p: Problem) -> str | None:
     """Why the kernels cannot take a problem; None if they can."""
     block = 128 * p.halves
-    largest = 8 if p.bits == 4 else 127
+    largest = 8 * 16 if p.shifted else 127  # of what a code is multiplied as
     if p.n % 64:
         return f"N = {p.n} is not a multiple of 64"
     if p.k % block:
         return f"K = {p.k} is not a multiple of {block}"
-    if p.k * 127 * largest * (16 if p.bits == 4 else 1) >= 2**31:
+    if not p.flushed and p.k * 127 * largest >= 2**31:
         return f"K = {p.k} could overflow int32"
     if jnp.dtype(p.out_dtype).name not in OUT_DTYPES:
         return f"the output dtype {jnp.dtype(p.out_dtype).name} is not one of {', '.join(OUT_DTYPES)}"
     if p.m < 1:
         return "there are no rows"
-    return None
+    return grouped.cannot_use(p) if p.grouped else None
 
 
 def matmul(
@@ -38,9 +38,10 @@ def matmul(
     weight: jax.Array,
     x_scale: jax.Array,
     weight_scale: jax.Array,
+    group_scale: jax.Array | None,
     bias: jax.Array | None,
 ) -> jax.Array:
-    """``p`` with a configuration; operands as in :func:`pallas_kernels.int8_matmul`, x of shape (m, k)."""
+    """``p`` with a configuration; operands as in :func:`pallas_kernels.grouped_int4_matmul`, x of shape (m, k)."""
     few = isinstance(config, decode.DecodeConfig)
     rows = p.m if p.m % 8 == 0 or (few and p.m < 8) else -(-p.m // 8) * 8
     tile = decode.token_tile(p.m) if few else config.tokens
@@ -50,6 +51,8 @@ def matmul(
     if p.per_token:
         x_scale = jnp.pad(x_scale, (0, -p.m % tile))
     operands = [weight, x, weight_scale.reshape(-1), x_scale]
+    if group_scale is not None:
+        operands.append(group_scale)
     if bias is not None:
         operands.append(bias.astype(jnp.float32))
     return _kernel(p, config, rows)(*operands)[: p.m]

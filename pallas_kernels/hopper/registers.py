@@ -2,17 +2,17 @@
 
 Unpacking.  A byte holds two 4-bit codes (see :mod:`pallas_kernels.packing`).  A code left in the high half of its byte is
 16 times itself as int8, so four codes take one mask (high nibbles) or a shift and a mask (low nibbles); the factor 16
-goes into the scale.  A 64 x 128 tile of bytes loaded in the layout of a tensor-core operand becomes two operands without
-any code changing its lane.
+goes into the scale.  Small integer scales can be multiplied into the codes on the way (:func:`unpack_scaled`).  A 64 x 128
+tile of bytes loaded in the layout of a tensor-core operand becomes two operands without any code changing its lane.
 
-Exchange.  Where K is split over the CTAs of a cluster, each CTA holds int32 partial sums for the same rows.  Each of its
+Exchange.  Where K is split over the CTAs of a cluster, each CTA holds partial sums for the same rows.  Each of its
 warps owns 16 rows; the warps' rows are dealt out to the CTAs, and every warp sends its registers to the CTA that finishes
 its rows, straight into that CTA's shared memory (``st.async``, counted by a barrier there).  Integer addition is exact in
 any order, and the order is fixed besides.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ ACC = plgpu.Layout.WGMMA
 """Layout of accumulators: a lane has two consecutive columns of two rows, eight apart, in every eight columns."""
 OPERAND = plgpu.Layout.WGMMA_8BIT
 """Layout of an 8-bit operand in registers."""
+OPERAND_ROW = OPERAND.reduce(1)
+"""Layout of a value for every row of an operand."""
 WARP, CHUNK = 32, 4  # lanes a warp; registers one 16-byte store moves
 
 
@@ -31,16 +33,24 @@ def _i32(value: int) -> Any:
     return arith.constant(ir.IntegerType.get_signless(32), value - (1 << 32) if value >= 1 << 31 else value)
 
 
-def _map_words(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A function of four packed bytes in a 32-bit word, applied to all registers of a (64, 128) operand."""
+def _map_words(fn: Callable[..., Any], *vectors: Any) -> Callable[..., Any]:
+    """A function of four packed bytes in a 32-bit word, applied to all registers of a (64, 128) operand.
 
-    @plgpu.inline_mgpu(arg_types=(OPERAND,), return_type=plgpu.ShapeDtypeStruct((64, 128), jnp.int8, layout=OPERAND))
-    def mapped(ctx: Any, packed: Any) -> Any:
+    Args:
+      fn: takes the word, and the word of the same row of every vector.
+      vectors: layouts of int32 arrays (64,) with a value for every row.
+    """
+    operand = plgpu.ShapeDtypeStruct((64, 128), jnp.int8, layout=OPERAND)
+
+    @plgpu.inline_mgpu(arg_types=(OPERAND, *vectors), return_type=operand)
+    def mapped(ctx: Any, packed: Any, *rows: Any) -> Any:
         del ctx
         word, four = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        spread = [row.broadcast_in_dim(packed.shape, (0,), packed.layout).registers for row in rows]
         registers = np.empty_like(packed.registers)
         for index, register in np.ndenumerate(packed.registers):
-            registers[index] = mgpu.utils.bitcast(fn(mgpu.utils.bitcast(register, word)), four)
+            values = [_scalars(row[index])[0] for row in spread]
+            registers[index] = mgpu.utils.bitcast(fn(mgpu.utils.bitcast(register, word), *values), four)
         return mgpu.FragmentedArray(_registers=registers, _layout=packed.layout, _is_signed=True)
 
     return mapped
@@ -52,19 +62,46 @@ def unpack(packed: Any, half: int) -> Any:
     return _map_words(lambda w: arith.andi(w if half else arith.shli(w, _i32(4)), _i32(mask)))(packed)
 
 
-def unpacked_operand(packed: Any, half: int, staged: Any, interpret: bool) -> Any:
-    """:func:`unpack` as a ``wgmma`` operand; the interpreter, which can run neither, gets it through shared memory.
+def unpack_scaled(packed: Any, half: int, scale: Any) -> Any:
+    """The codes of the low or high nibbles times an integer from 1 to 15 for every row.
+
+    With u = code + 8 in 0 .. 15, u * scale + 128 - 8 * scale lies in 8 .. 233: one multiplication and one addition do
+    four bytes without a carry from one to the next, and flipping the highest bits takes the 128 away again.
 
     Args:
       packed: (64, 128) bytes.
       half: 0 for the low nibbles, 1 for the high ones.
+      scale: (64,) int32 in the layout ``OPERAND_ROW``.
+    """
+
+    def scaled(word: Any, scale: Any) -> Any:
+        word = arith.shrui(word, _i32(4)) if half else word
+        u = arith.andi(arith.xori(word, _i32(0x08080808)), _i32(0x0F0F0F0F))
+        offset = arith.subi(_i32(0x80808080), arith.muli(scale, _i32(0x08080808)))
+        return arith.xori(arith.addi(arith.muli(u, scale), offset), _i32(0x80808080))
+
+    return _map_words(scaled, OPERAND_ROW)(packed, scale)
+
+
+def unpacked_operand(packed: Any, half: int, scale: Any, staged: Any, interpret: bool) -> Any:
+    """:func:`unpack`, or :func:`unpack_scaled` if there is a scale, as a ``wgmma`` operand.
+
+    The interpreter, which can run neither, gets it through shared memory.
+
+    Args:
+      packed: (64, 128) bytes.
+      half: 0 for the low nibbles, 1 for the high ones.
+      scale: (64,) int32, or None.
       staged: in interpret mode, a reference to (2, 64, 128) int8 of this warpgroup's own; unused otherwise.
       interpret: whether the kernel is interpreted.
     """
     if not interpret:
-        return unpack(packed, half)
+        return unpack(packed, half) if scale is None else unpack_scaled(packed, half, scale)
     wide = packed.astype(jnp.int32)
-    staged[half] = ((wide if half else wide << 4) & 0xF0).astype(jnp.int8)
+    high = (wide if half else wide << 4) & 0xF0
+    if scale is not None:
+        high = ((high << 24) >> 28) * scale[:, None]
+    staged[half] = high.astype(jnp.int8)
     plgpu.commit_smem()
     return staged.at[half]
 
@@ -95,13 +132,14 @@ class Exchange:
       groups: groups in a CTA.
       warpgroups: warpgroups in a group, 64 rows each.
       tokens: columns of each warpgroup's (64, tokens) partial sums.
+      dtype: of the sums, int32 or float32.
     """
 
-    def __init__(self, splits: int, groups: int, warpgroups: int, tokens: int):
+    def __init__(self, splits: int, groups: int, warpgroups: int, tokens: int, dtype: Any = jnp.int32):
         self.units = splits * groups
         if 4 * warpgroups % self.units:
             raise ValueError(f"the rows of {4 * warpgroups} warps cannot be dealt out to {self.units} groups")
-        self.groups, self.tokens = groups, tokens
+        self.groups, self.tokens, self.dtype = groups, tokens, dtype
         self.group_warps = 4 * warpgroups
         self.warps = self.group_warps // self.units  # of each unit, whose rows one unit finishes
         self.chunks = tokens // 2 // CHUNK
@@ -156,7 +194,7 @@ class Exchange:
         """Sums over the cluster.
 
         Args:
-          partial: (64, tokens) int32 of each consumer warpgroup, in the layout ``ACC``.
+          partial: (64, tokens) of each consumer warpgroup, in the layout ``ACC``.
           arrivals: scratch of this CTA.
           barrier: prepared by :meth:`begin`, and :meth:`ready` was called.
 
@@ -166,12 +204,14 @@ class Exchange:
 
         @plgpu.inline_mgpu(
             arg_types=(ACC, plgpu.RefType(), plgpu.RefType()),
-            return_type=plgpu.ShapeDtypeStruct((64, self.tokens), jnp.int32, layout=ACC),
+            return_type=plgpu.ShapeDtypeStruct((64, self.tokens), self.dtype, layout=ACC),
         )
         def emit(ctx: Any, partial: Any, arrivals: Any, barrier: Any) -> Any:
             del ctx
             unit, target, slot, lane = self.place()
             base, counter = _shared_address(arrivals), _shared_address(barrier)
+            word, floats = ir.IntegerType.get_signless(32), self.dtype == jnp.float32
+            add = arith.addf if floats else arith.addi
             cta, group = arith.divui(target, _i32(self.groups)), arith.remui(target, _i32(self.groups))
 
             def offset(group: Any, distance: Any, chunk: int) -> Any:  # in bytes: 16 a lane, 512 a chunk
@@ -197,23 +237,26 @@ class Exchange:
                     counter,
                     cta,
                     away,
-                    *sums[CHUNK * chunk : CHUNK * (chunk + 1)],
+                    *(mgpu.utils.bitcast(sum_, word) for sum_ in sums[CHUNK * chunk : CHUNK * (chunk + 1)]),
                 )
             _wait(counter)
             own = arith.remui(unit, _i32(self.groups))
             for chunk, other in itertools.product(range(self.chunks), range(self.units - 1)):
                 part = _load4(arith.addi(base, offset(own, _i32(other), chunk)))
                 for i, value in enumerate(part, CHUNK * chunk):
-                    sums[i] = arith.addi(sums[i], value)
+                    sums[i] = add(sums[i], mgpu.utils.bitcast(value, sums[i].type))
             registers = np.empty_like(partial.registers)
             for i, register in enumerate(partial.registers.flat):
                 registers.flat[i] = vector.from_elements(register.type, sums[2 * i : 2 * i + 2])
-            return mgpu.FragmentedArray(_registers=registers, _layout=partial.layout, _is_signed=True)
+            signed = None if floats else True
+            return mgpu.FragmentedArray(_registers=registers, _layout=partial.layout, _is_signed=signed)
 
         return emit(partial, arrivals, barrier)
 
 
 def _scalars(register: Any) -> list[Any]:
+    if not isinstance(register.type, ir.VectorType):
+        return [register]
     positions = [ir.DenseI64ArrayAttr.get([i]) for i in range(ir.VectorType(register.type).shape[0])]
     return [vector.extract(register, dynamic_position=[], static_position=at) for at in positions]
 
@@ -232,6 +275,22 @@ def _wait(barrier: Any) -> None:
 
 def _load4(address: Any) -> tuple[Any, ...]:
     return ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", address, results=CHUNK)
+
+
+def concatenate(parts: Sequence[Any], interpret: bool) -> Any:
+    """Arrays (64, columns) in the layout ``ACC``, side by side."""
+    if interpret or len(parts) == 1:
+        return jnp.concatenate(parts, axis=1)
+    columns = sum(part.shape[1] for part in parts)
+    whole = plgpu.ShapeDtypeStruct((64, columns), parts[0].dtype, layout=ACC)
+
+    @plgpu.inline_mgpu(arg_types=(ACC,) * len(parts), return_type=whole)
+    def emit(ctx: Any, *parts: Any) -> Any:
+        del ctx
+        registers = np.concatenate([part.registers for part in parts], axis=1)  # Axis 1 counts tiles of 8 columns.
+        return mgpu.FragmentedArray(_registers=registers, _layout=parts[0].layout, _is_signed=parts[0].is_signed)
+
+    return emit(*parts)
 
 
 def gather(values: Any, index: Any, layout: Any) -> Any:

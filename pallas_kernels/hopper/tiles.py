@@ -1,5 +1,6 @@
 """Tiles: how they lie in shared memory, and in which order they are computed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,12 @@ SWIZZLE = 128
 def operand(bits: int = 8) -> tuple[Any, ...]:
     """Shared-memory layout that the copy engine writes and the tensor cores read: 8 x 128-byte tiles, swizzled."""
     return plgpu.TilingTransform((8, 8 * SWIZZLE // bits)), plgpu.SwizzleTransform(SWIZZLE)
+
+
+def optional(references: Sequence[Any], *there: bool) -> tuple[Any, ...]:
+    """The references of a kernel behind those it always has: None for those that are not there, and the output."""
+    rest = iter(references)
+    return (*(next(rest) if given else None for given in there), *rest)
 
 
 def slot(i: Any, slots: int) -> Any:

@@ -17,7 +17,7 @@ def hopper(monkeypatch):
     """A process that believes to have an H200, and the calls its kernels got."""
     calls = []
 
-    def kernel(p, config, x, weight, x_scale, weight_scale, bias):
+    def kernel(p, config, x, weight, x_scale, weight_scale, group_scale, bias):
         calls.append(config)
         return jnp.zeros((p.m, p.n), p.out_dtype)
 

@@ -35,16 +35,41 @@ def test_integer_scales_equal_64_bit_numpy(m, size, packed):
     np.testing.assert_array_equal(result, wanted)
 
 
-def test_99_per_cent_of_the_overflow_bound():
-    """The worst activations there are, every group's scale as large as the bound allows."""
-    weight = jnp.where(codes((64, 512), 1, 0) > 0, 7, -8).astype(jnp.int8)
-    scale = int(0.99 * 2**31 / (127 * 8 * 512))
-    scales = jnp.full((4, 64), scale, jnp.int32)
-    x = (127 * jnp.sign(weight[:5])).astype(jnp.int8)
+@pytest.mark.parametrize("m", [1, 40, 200])
+def test_99_per_cent_of_the_overflow_bound(implementation, m):
+    """The worst activations there are, every group's scale as large as the bound on 16 times the sum allows."""
+    weight = jnp.where(codes((256, 2048), 1, 0) > 0, 7, -8).astype(jnp.int8)
+    sums = np.abs(np.asarray(weight, np.int64)).sum(1)
+    scales = jnp.full((16, 256), 0.995 * 2**31 / (16 * 127 * sums.max()), jnp.int32)
+    x = jnp.tile((127 * jnp.sign(weight[sums.argmax()])).astype(jnp.int8), (m, 1))
     wanted, largest = exact(x, weight, scales)
-    assert 0.9 * 2**31 < largest < 2**31
-    result = multiply(True, x, weight, jnp.float32(1), scales, out_dtype=jnp.int32)
-    np.testing.assert_array_equal(result, wanted)
+    assert 0.98 * 2**31 < 16 * largest < 2**31
+    settings = {"out_dtype": jnp.int32, "implementation": implementation}
+    np.testing.assert_array_equal(multiply(True, x, weight, jnp.float32(1), scales, **settings), wanted)
+
+
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("dtype", [jnp.int16, jnp.int32])
+@pytest.mark.parametrize("folded", [False, True])
+def test_every_implementation_adds_up_groups_exactly(implementation, m, dtype, folded):
+    x, weight = codes((m, 768), 127, 0), codes((192, 768), 8, 1).clip(max=7)
+    scales = jnp.asarray(np.random.default_rng(2).integers(1, 16 if folded else 600, (6, 192)), dtype)
+    wanted, largest = exact(x, weight, scales)
+    assert 16 * largest < 2**31
+    settings = {"out_dtype": jnp.int32, "folded": folded, "implementation": implementation}
+    np.testing.assert_array_equal(multiply(True, x, weight, jnp.float32(1), scales, **settings), wanted)
+
+
+def test_extreme_codes_are_folded_exactly(implementation):
+    """-8 times 15 and 7 times 15, at the largest K that fits."""
+    k = 2**31 // (127 * 120) // 256 * 256
+    weight = jnp.where(jnp.arange(64)[:, None] % 2, 7, -8) * jnp.ones((64, k), jnp.int8)
+    scales = jnp.full((k // 128, 64), 15, jnp.int32)
+    settings = {"out_dtype": jnp.int32, "folded": True, "implementation": implementation}
+    result = multiply(
+        True, jnp.full((130, k), 127, jnp.int8), weight.astype(jnp.int8), jnp.float32(1), scales, **settings
+    )
+    np.testing.assert_array_equal(result[7], np.where(np.arange(64) % 2, 7, -8) * 15 * 127 * k)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -96,7 +121,7 @@ def test_jit_and_vmap():
         (jnp.ones((3, 64), jnp.int32), "groups a divisor of 256"),
         (jnp.ones((2, 63), jnp.int32), "group_scale must be"),
         (jnp.ones(64, jnp.int32), "group_scale must be"),
-        (jnp.ones((2, 64), jnp.int16), "int32 or float32"),
+        (jnp.ones((2, 64), jnp.uint8), "int32 or float32"),
     ],
 )
 def test_scales_that_do_not_fit(scales, complaint):
@@ -106,7 +131,9 @@ def test_scales_that_do_not_fit(scales, complaint):
 
 def test_what_is_not_there_is_refused():
     operands = codes((4, 256), 127, 0), codes((64, 256), 127, 1), jnp.float32(1), jnp.ones((2, 64), jnp.int32)
-    with pytest.raises(NotImplementedError, match="not one of: xla"):
+    with pytest.raises(NotImplementedError, match="'mosaic' cannot take x"):
         grouped_int8_matmul(*operands, implementation="mosaic")
+    with pytest.raises(ValueError, match="only integer scales can be folded"):
+        grouped_int8_matmul(*operands[:3], operands[3].astype(jnp.float32), folded=True)
     with pytest.raises(NotImplementedError, match="cannot be differentiated"):
         jax.grad(lambda scale: grouped_int8_matmul(*operands[:2], scale, operands[3]).sum().astype(float))(1.0)

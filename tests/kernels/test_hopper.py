@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, pack_int4, reference, tuning
-from pallas_kernels.dispatch import hopper_device
+from pallas_kernels import compat, pack_int4, tuning
+from pallas_kernels.dispatch import Matmul, hopper_device
 from pallas_kernels.hopper import decode, gemm, matmul, tiles
 from pallas_kernels.hopper.decode import DecodeConfig
-from pallas_kernels.hopper.gemm import GemmConfig, Problem
+from pallas_kernels.hopper.gemm import GemmConfig
+from pallas_kernels.hopper.problem import Problem
 
 interpreted = pytest.mark.skipif(compat.version < (0, 11), reason="Mosaic GPU's interpreter needs jax 0.11")
 
@@ -26,22 +27,41 @@ def problem(m, n, k, bits, **change):
     return dataclasses.replace(base, **change)
 
 
+INTEGER, FLOAT = {"group_dtype": jnp.dtype("int32")}, {"group_dtype": jnp.dtype("float32")}
+SHORT, FOLDED = {"group_dtype": jnp.dtype("int16")}, INTEGER | {"folded": True}
+
+
 def operands(p, seed=0):
-    """x, weight codes (packed or not), x_scale, w_scale, bias or None; codes over the whole range."""
+    """x, weight codes (packed or not), x_scale, w_scale, scales of groups or None, bias or None; all codes occur."""
     rng = np.random.default_rng(seed)
     low, high = (-127, 128) if p.bits == 8 else (-8, 8)
     weight = jnp.asarray(rng.integers(low, high, (p.n, p.k)).astype(np.int8))
+    groups = None
+    if p.grouped:
+        groups = jnp.asarray(rng.integers(1, 16, (p.k // 128, p.n)), p.group_dtype)
+        groups = groups * 0.37 if p.scales == "float" else groups
     return (
         jnp.asarray(rng.integers(-127, 128, (p.m, p.k)).astype(np.int8)),
         weight if p.bits == 8 else jax.jit(pack_int4)(weight),
         jnp.asarray(rng.uniform(0.5, 2, p.m if p.per_token else ()), jnp.float32),
         jnp.asarray(rng.uniform(0.5, 2, p.n if p.per_channel else ()), jnp.float32),
+        groups,
         jnp.asarray(rng.normal(0, 1, p.n), jnp.float32) if p.bias else None,
     )
 
 
 def expected(p, arguments):
-    return jax.jit(getattr(reference, f"int{p.bits}_matmul"), static_argnums=5)(*arguments, p.out_dtype)
+    kind = Matmul(bits=p.bits, grouped=p.grouped, folded=p.folded, out_dtype=p.out_dtype)
+    return jax.jit(kind.xla)(*(operand for operand in arguments if operand is not None))
+
+
+def same(p, result, wanted):
+    """Bit for bit; where floats are added up, as closely as the order of the sum allows."""
+    if p.scales == "float":
+        largest = jnp.abs(wanted.astype(jnp.float32)).max()
+        rounding = 2.0**-7 if p.out_dtype == jnp.bfloat16 else 2.0**-20
+        return bool(jnp.allclose(result, wanted, rtol=rounding, atol=1e-6 * float(largest)))
+    return bool(jnp.array_equal(result, wanted))
 
 
 @interpreted
@@ -55,6 +75,10 @@ def expected(p, arguments):
         (problem(136, 320, 512, 8), GemmConfig(tokens=64, warpgroups=2, cluster=2)),
         (problem(72, 320, 512, 4), GemmConfig(tokens=64, warpgroups=1, cluster=2)),
         (problem(72, 320, 256, 4, out_dtype=jnp.dtype("int32")), GemmConfig(tokens=64, warpgroups=3)),
+        (problem(136, 192, 512, 4, per_token=True, bias=True, **INTEGER), GemmConfig(tokens=128)),
+        (problem(72, 128, 768, 4, out_dtype=jnp.dtype("int32"), **SHORT), GemmConfig(tokens=64, warpgroups=1)),
+        (problem(136, 320, 512, 4, bias=True, **FLOAT), GemmConfig(tokens=128, cluster=2)),
+        (problem(136, 192, 512, 4, per_token=True, **FOLDED), GemmConfig(tokens=64)),
     ],
 )
 def test_gemm_in_interpret_mode(monkeypatch, p, config):
@@ -62,10 +86,10 @@ def test_gemm_in_interpret_mode(monkeypatch, p, config):
     settings = {"multiprocessors": 4, "interpret": compat.interpret_params()}
     monkeypatch.setattr(gemm, "build", lambda p, config: build(p, config, **settings))
     matmul._kernel.cache_clear()
-    x, weight, x_scale, w_scale, bias = arguments = operands(p)
-    result = matmul.matmul(p, config, x, weight, x_scale, w_scale, bias)
+    arguments = operands(p)
+    result = matmul.matmul(p, config, *arguments)
     matmul._kernel.cache_clear()
-    np.testing.assert_array_equal(result, expected(p, arguments))
+    assert same(p, result, expected(p, arguments))
 
 
 @interpreted
@@ -77,15 +101,23 @@ def test_gemm_in_interpret_mode(monkeypatch, p, config):
         (problem(8, 128, 3584, 4), DecodeConfig(splits=2, warpgroups=1, groups=2, stages=5)),
         (problem(5, 192, 1280, 4), DecodeConfig(splits=3, warpgroups=3)),
         (problem(40, 448, 768, 8), DecodeConfig(splits=1, ctas=2, warpgroups=3)),
+        (problem(8, 128, 2560, 4, **INTEGER), DecodeConfig(splits=2, warpgroups=1, groups=2, stages=4)),
+        (problem(40, 192, 768, 4, **SHORT), DecodeConfig(splits=1, ctas=2, warpgroups=2)),
+        (problem(16, 192, 768, 4, **FOLDED), DecodeConfig(splits=3, warpgroups=3)),
+        (problem(16, 192, 768, 4, **FOLDED), DecodeConfig(splits=3, warpgroups=3, fold=True)),
+        (problem(16, 128, 768, 4, **FLOAT), DecodeConfig(splits=2)),
     ],
 )
 def test_partial_sums_of_decode_in_interpret_mode(p, config):
-    x, weight, *_ = operands(p)
+    x, weight, _, _, groups, _ = operands(p)
     kernel = decode.build(p, config, interpret=compat.interpret_params())
-    partial = kernel(weight, x, jnp.ones(p.n), jnp.ones(1))
-    sums = np.asarray(partial).sum(0)[: p.n, : p.m].T // (16 if p.bits == 4 else 1)
-    raw = dataclasses.replace(p, out_dtype=jnp.dtype("int32"))
-    np.testing.assert_array_equal(sums, expected(raw, operands(p)))
+    partial = kernel(weight, x, jnp.ones(p.n), jnp.ones(1), *(() if groups is None else (groups,)))
+    sums = np.asarray(partial).sum(0)[: p.n, : p.m].T
+    sums = sums / (16 if p.bits == 4 and not (p.folded and config.fold) else 1)
+    one = jnp.float32(1)
+    raw = dataclasses.replace(p, per_token=False, per_channel=False, bias=False, out_dtype=jnp.dtype("float32"))
+    wanted = expected(raw, (x, weight, one, one, groups, None))
+    assert same(p, jnp.asarray(sums, jnp.float32), wanted)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -101,6 +133,20 @@ def test_partial_sums_of_decode_in_interpret_mode(p, config):
 )
 def test_kernels_lower_for_cuda(bits, dtype, m, config):
     p = problem(m, 448, 2048, bits, out_dtype=jnp.dtype(dtype), per_token=True, bias=True)
+    assert_lowers(p, config)
+
+
+@pytest.mark.parametrize("scales", [INTEGER, SHORT, FLOAT, FOLDED])
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [(1, DecodeConfig(groups=2)), (64, DecodeConfig(splits=2, fold=True)), (264, GemmConfig(tokens=128, cluster=2))],
+)
+def test_kernels_with_groups_lower_for_cuda(scales, m, config):
+    p = problem(m, 448, 2048, 4, out_dtype=jnp.dtype("bfloat16"), per_token=True, bias=True, **scales)
+    assert_lowers(p, config)
+
+
+def assert_lowers(p, config):
     f = jax.jit(lambda *a: matmul.matmul(p, config, *a))
     text = f.trace(*operands(p)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1
@@ -120,6 +166,9 @@ def test_every_tile_is_visited_once(m_tiles, n_tiles, width):
         ({"k": 128}, "K = 128 is not a multiple of 256"),
         ({"k": 262144}, "could overflow"),
         ({"out_dtype": jnp.dtype("int8")}, "int8 is not one of"),
+        ({"bits": 8} | INTEGER, "8 bits have no kernel with groups"),
+        ({"out_dtype": jnp.dtype("int32")} | FLOAT, "no bare accumulator"),
+        ({"k": 262144} | FOLDED, "could overflow"),
     ],
 )
 def test_what_the_kernels_cannot_take_is_said(change, reason):
@@ -145,22 +194,34 @@ def test_configurations_that_cannot_work_are_refused(m, config):
     assert not tuning.fits(problem(m, 256, 512, 8), config)
 
 
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [(256, GemmConfig(tokens=256)), (256, GemmConfig(tokens=64, warpgroups=3)), (64, DecodeConfig(warpgroups=3))],
+)
+def test_groups_are_refused_registers_that_are_not_there(m, config):
+    p = problem(m, 768, 4096, 4)
+    assert tuning.fits(p, config) and not tuning.fits(dataclasses.replace(p, **INTEGER), config)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("m", [1, 16, 64, 65, 4096])
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (4096, 14336), (57344, 8192)])
 def test_the_rule_finds_a_kernel_for_every_shape(bits, m, n, k):
     p = problem(m, n, k, bits)
-    config = tuning.rule(p)
-    assert isinstance(config, DecodeConfig) == (m <= decode.MOST_TOKENS)
-    assert tuning.fits(p, config)
+    for scales in (None, INTEGER, FLOAT, FOLDED) if bits == 4 else (None,):
+        p = dataclasses.replace(p, **scales or {})
+        config = tuning.rule(p)
+        assert isinstance(config, DecodeConfig) == (m <= decode.MOST_TOKENS)
+        assert tuning.fits(p, config)
 
 
 def test_every_entry_of_the_table_can_be_built():
     table = tuning._table("NVIDIA H200")
     assert table
-    for (bits, n, k), rows in table.items():
+    kinds = {None: {}, "integer": INTEGER, "float": FLOAT, "folded": FOLDED}
+    for (bits, scales, n, k), rows in table.items():
         for m, config in rows.items():
-            assert config is None or tuning.fits(problem(m, n, k, bits), config)
+            assert config is None or tuning.fits(problem(m, n, k, bits, **kinds[scales]), config)
 
 
 def test_an_unknown_device_uses_the_rule():
@@ -171,29 +232,42 @@ def test_an_unknown_device_uses_the_rule():
 needs_hopper = pytest.mark.skipif(hopper_device() is None, reason="needs an NVIDIA GPU of compute capability 9.0")
 
 
+KINDS = {
+    "int8": (8, {}),
+    "int4": (4, {}),
+    "integer": (4, INTEGER),
+    "short": (4, SHORT),
+    "float": (4, FLOAT),
+    "folded": (4, FOLDED),
+}
+
+
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [1, 13, 64, 1000])
-def test_every_configuration_on_the_gpu(bits, m):
-    p = problem(m, 1472, 2560, bits, out_dtype=jnp.dtype("bfloat16"), bias=True, per_token=True)
+def test_every_configuration_on_the_gpu(kind, m):
+    bits, scales = KINDS[kind]
+    p = problem(m, 1472, 2560, bits, out_dtype=jnp.dtype("bfloat16"), bias=True, per_token=True, **scales)
     arguments = operands(p)
     wanted = expected(p, arguments)
     for config in tuning.candidates(p):
         result = jax.jit(lambda *a, config=config: matmul.matmul(p, config, *a))(*arguments)
-        assert jnp.array_equal(result, wanted), config
+        assert same(p, result, wanted), config
 
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 4096, 4096), (16, 6144, 4096), (64, 4096, 14336), (1024, 4096, 4096), (4096, 4096, 4096)]
 )
-def test_no_races_in_fifty_runs(bits, m, n, k):
-    p = problem(m, n, k, bits, out_dtype=jnp.dtype("bfloat16"))
+def test_no_races_in_fifty_runs(kind, m, n, k):
+    bits, scales = KINDS[kind]
+    p = problem(m, n, k, bits, out_dtype=jnp.dtype("bfloat16"), **scales)
     f = jax.jit(lambda *a: matmul.matmul(p, tuning.choose(p, hopper_device()), *a))
     for seed in range(5):
         arguments = operands(p, seed)
-        wanted = expected(p, arguments)
-        assert all(bool(jnp.array_equal(f(*arguments), wanted)) for _ in range(10))
+        first = f(*arguments)
+        assert same(p, first, expected(p, arguments))
+        assert all(bool(jnp.array_equal(f(*arguments), first)) for _ in range(9))
