@@ -46,6 +46,10 @@ class DecoderConfig:
     qk_norm: ClassVar[bool] = False
     """Whether each head's queries and keys pass through a norm."""
 
+    def __post_init__(self) -> None:
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
+
     @property
     def qkv_bias(self) -> bool:
         """Whether the projections to queries, keys and values have biases."""

@@ -1,5 +1,6 @@
 """Configurations that a family's code does not cover are refused before any weight is read."""
 
+import dataclasses
 import json
 
 import pytest
@@ -87,6 +88,12 @@ def refused(directory, name, changes, message):
 def test_layers_that_slide(tmp_path, name, changes, windows):
     config = read(tmp_path, name, **changes)
     assert [config.window(layer) for layer in range(2)] == windows
+
+
+def test_a_configuration_has_a_type_for_each_layer(tmp_path):
+    config = read(tmp_path, "qwen3-window")
+    with pytest.raises(ValueError, match="layer_types has 1 entries for 2 layers"):
+        dataclasses.replace(config, layer_types=(FULL,))
 
 
 def test_a_configuration_as_an_older_transformers_writes_it():
