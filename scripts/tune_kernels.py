@@ -10,6 +10,7 @@ Every configuration is first compared, bit for bit, with XLA's result; a wrong o
 import argparse
 import dataclasses
 import faulthandler
+import functools
 import json
 import sys
 import time
@@ -22,8 +23,9 @@ import jax.numpy as jnp
 
 from fqjax.bench.environment import environment
 from fqjax.bench.kernels import parse_shape
-from pallas_kernels import pack_int4, reference, tuning
-from pallas_kernels.dispatch import problem
+from pallas_kernels import pack_int4, tuning
+from pallas_kernels.dispatch import Matmul, problem
+from pallas_kernels.hopper.problem import Problem
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
@@ -31,34 +33,49 @@ SLOWER = 1.12  # Configurations that the rule thinks this much slower than the b
 HANG = 90  # Seconds after which a kernel is taken to hang.
 
 
-def weights(n: int, k: int, bits: int, seed: int) -> jax.Array:
-    low, high = (-127, 128) if bits == 8 else (-8, 8)
-    codes = jax.random.randint(jax.random.key(seed), (n, k), low, high, jnp.int8)
-    return codes if bits == 8 else jax.jit(pack_int4)(codes)
+GROUPS: dict[str, dict[str, Any]] = {
+    "integer": {"group_dtype": jnp.int32},
+    "float": {"group_dtype": jnp.float32},
+    "folded": {"group_dtype": jnp.int32, "folded": True},
+}
+KINDS = ("int4", "int8", *GROUPS)
 
 
-def tune(m: int, n: int, k: int, bits: Literal[4, 8], repeats: int) -> dict[str, Any]:
+def weights(p: Problem, seed: int) -> tuple[jax.Array, ...]:
+    """Codes, and the scales of groups if there are any."""
+    low, high = (-127, 128) if p.bits == 8 else (-8, 8)
+    codes = jax.random.randint(jax.random.key(seed), (p.n, p.k), low, high, jnp.int8)
+    codes = codes if p.bits == 8 else jax.jit(pack_int4)(codes)
+    if not p.grouped:
+        return (codes,)
+    return codes, jax.random.randint(jax.random.key(seed), (p.k // 128, p.n), 1, 16).astype(p.group_dtype)
+
+
+def tune(m: int, n: int, k: int, kind: str, repeats: int) -> dict[str, Any]:
     """The fastest configuration of one shape, and the times of all."""
-    p = problem(bits, m, n, k, jnp.bfloat16, per_channel=True)
-    several = [weights(n, k, bits, seed) for seed in range(copies_beyond_cache(n * k * bits // 8))]
+    bits: Literal[4, 8] = 8 if kind == "int8" else 4
+    p = problem(bits, m, n, k, jnp.bfloat16, per_channel=True, **GROUPS.get(kind, {}))
+    several = [weights(p, seed) for seed in range(copies_beyond_cache(n * k * bits // 8))]
     x = jax.random.randint(jax.random.key(99), (m, k), -127, 128, jnp.int8)
     w_scale = jax.random.uniform(jax.random.key(98), (n,), minval=0.5, maxval=1.5) / 4096
     x_scale = jnp.full((1,), 0.37, jnp.float32)
-    xla = jax.jit(getattr(reference, f"int{bits}_matmul"))
-    wanted = xla(x, several[0], x_scale[0], w_scale)
+    xla = jax.jit(Matmul(bits=bits, grouped=p.grouped, folded=p.folded, out_dtype=p.out_dtype).xla)
+    operands = [(w, x, w_scale, x_scale, *groups) for w, *groups in several]
+    by_xla = [(x, w, x_scale[0], w_scale, *groups) for w, *groups in several]
+    wanted = xla(*by_xla[0])
+    same = jnp.array_equal if p.scales != "float" else functools.partial(jnp.allclose, rtol=2.0**-7)
     faulthandler.dump_traceback_later(HANG, exit=True)
     rule = tuning.rule(p)
     most = SLOWER * tuning.estimate(p, rule)
     configs = [config for config in tuning.candidates(p) if tuning.estimate(p, config) <= most]
-    operands = [(w, x, w_scale, x_scale) for w in several]
     lowered = [jax.jit(tuning.build(p, config)).lower(*operands[0]) for config in configs]
     with ThreadPoolExecutor(14) as pool:
         compiled = list(pool.map(lambda stage: stage.compile(), lowered))
     times: list[tuple[float, str, tuning.Config | None]] = []
-    times.append((microseconds(xla, [(x, w, x_scale[0], w_scale) for w in several], repeats=repeats), "xla", None))
+    times.append((microseconds(xla, by_xla, repeats=repeats), "xla", None))
     for config, f in zip(configs, compiled, strict=True):
         faulthandler.dump_traceback_later(HANG, exit=True)
-        if not jnp.array_equal(f(*operands[0]), wanted):
+        if not same(f(*operands[0]), wanted):
             sys.exit(f"tune_kernels: wrong result for {p} with {config}")
         kernel = "decode" if isinstance(config, tuning.DecodeConfig) else "gemm"
         times.append((microseconds(f, operands, repeats=repeats), kernel, config))
@@ -67,12 +84,17 @@ def tune(m: int, n: int, k: int, bits: Literal[4, 8], repeats: int) -> dict[str,
     us, kernel, config = times[0]
     by_rule = next(us for us, _, c in times if c == rule)
     print(
-        f"{bits} bits {m}x{n}x{k}: {us:.2f} us, {2e-6 * m * n * k / us:.0f} TOPS, {n * k * bits / 8e6 / us:.2f} TB/s, "
+        f"{kind} {m}x{n}x{k}: {us:.2f} us, {2e-6 * m * n * k / us:.0f} TOPS, {n * k * bits / 8e6 / us:.2f} TB/s, "
         f"rule {by_rule / us:.2f} x; " + " ".join(f"[{t:.2f} {brief(c)}]" for t, _, c in times[:9]),
         flush=True,
     )
-    entry = {"bits": bits, "m": m, "n": n, "k": k, "kernel": kernel, "microseconds": round(us, 2)}
+    entry = {"bits": bits, "scales": p.scales, "m": m, "n": n, "k": k, "kernel": kernel, "microseconds": round(us, 2)}
     return entry | {"config": dataclasses.asdict(config) if config else {}}
+
+
+def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What an entry of the table is found by, in the order in which the table is written."""
+    return entry["bits"], entry.get("scales") or "", entry["m"], entry["n"], entry["k"]
 
 
 def brief(config: tuning.Config | None) -> str:
@@ -83,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", metavar="NxK")
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
-    parser.add_argument("--bits", nargs="*", type=int, default=(4, 8))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further shape after so many seconds")
     parser.add_argument("--out", type=Path, help="the table; that of the package by default")
@@ -93,15 +115,16 @@ def main() -> None:
     about = environment()
     out = a.out or tuning.table_file(about["device"])
     table = json.loads(out.read_text()) if out.is_file() else {"entries": []}
-    entries = {(e["bits"], e["m"], e["n"], e["k"]): e for e in table["entries"]}
+    entries = {key_of(e): e for e in table["entries"]}
     shapes = [parse_shape(s) for s in a.shapes or ()] or [s for layers in SHAPES.values() for s in layers.values()]
     begin = time.perf_counter()
     for n, k in shapes:
-        for bits in a.bits:
+        for kind in a.kinds:
             for m in a.rows:
                 if time.perf_counter() - begin > a.seconds:
                     continue
-                entries[bits, m, n, k] = tune(m, n, k, bits, a.repeats)
+                entry = tune(m, n, k, kind, a.repeats)
+                entries[key_of(entry)] = entry
         table = about | {"entries": [entries[key] for key in sorted(entries)]}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(table, indent=1) + "\n")

@@ -29,20 +29,21 @@ def test_quantizing_activations_is_timed_with_and_without_flattening(result):
 
 def test_our_results_are_compared_with_xla(result):
     ours = [row for row in result["rows"] if row["kernel"] in kernels.OURS]
-    assert len(ours) == 4 and all(row["exact"] for row in ours)
+    assert len(ours) == 10 and all(row.get("exact", row.get("close")) for row in ours)
+    assert {row["kernel"] for row in ours if "exact" not in row} == {"grouped_float"}
 
 
 def test_a_wrong_result_is_noticed(monkeypatch):
     monkeypatch.setattr(kernels, "int8_matmul", lambda x, w, s, t: kernels.reference.int8_matmul(x, w, 2 * s, t))
     rows = kernels.run([(128, 256)], [2])["rows"]
-    assert [row["exact"] for row in rows if "exact" in row] == [False, True]
+    assert [row["exact"] for row in rows if "exact" in row] == [False, True, True, True]
     assert "DIFFERS" in kernels.line(rows[2]) and "DIFFERS" not in kernels.line(rows[3])
 
 
 def test_the_table_has_a_line_for_every_number_of_rows(result):
     text = kernels.markdown(result)
     assert "N = 128, K = 256" in text and "| 1 |" in text and "| 3 |" in text
-    assert "differ from XLA's in any bit: 0." in text
+    assert "by more than rounding: 0." in text
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
