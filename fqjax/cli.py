@@ -148,10 +148,12 @@ def inspect(
     cost; the numbers behind them as CSV and JSON.
     """
     from fqjax.findings import read_findings
-    from fqjax.report import report_of
+    from fqjax.report import quantized_layers, report_of
 
     loaded = _load_model(model)
-    report = report_of(loaded, findings=read_findings(Path(model)))
+    layers = quantized_layers(loaded)
+    kinds = {name: (layer.input.get_value().multiplier.size, layer.bits) for name, layer in layers.items()}
+    report = report_of(loaded, findings=read_findings(Path(model), kinds))
     console.print(report.table())
     _write_json(json_file, report.to_json())
     if plot is not None:
@@ -206,30 +208,18 @@ def schemes() -> None:
 
 
 def _load_model(source: str) -> Any:
-    from fqjax.checkpoint.manifest import NAME
-    from fqjax.checkpoint.orbax import load
+    from fqjax.checkpoint.source import Source
 
-    if (Path(source) / NAME).is_file():
-        return load(source)
-    from fqjax.checkpoint.hugging_face import read_architecture, read_model, resolve_directory
-
-    directory = resolve_directory(source)
-    if not (directory / "config.json").is_file():
-        raise InputError(f"{source}: not a model: neither {NAME} (fqjax) nor config.json (Hugging Face) is in it")
-    import jax.numpy as jnp
-
-    return read_model(directory, *read_architecture(directory), jnp.bfloat16)
+    return Source(source).model()
 
 
 def _load_with_tokenizer(source: str) -> tuple[Any, Any]:
-    from fqjax.checkpoint.hugging_face import resolve_directory
-    from fqjax.checkpoint.tokenizer import load_tokenizer
+    from fqjax.checkpoint.source import Source
 
-    model = _load_model(source)
-    tokenizer = load_tokenizer(resolve_directory(source))
-    if tokenizer is None:
-        raise InputError(f"{source}: has no tokenizer")
-    return model, tokenizer
+    opened = Source(source)
+    # The tokenizer first: what is wrong with it shows before the weights are read.
+    tokenizer = opened.tokenizer()
+    return opened.model(), tokenizer
 
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from fqjax.checkpoint.fields import check_depth
+from fqjax.checkpoint.files import read_json
 from fqjax.checkpoint.hugging_face import (
     abstract_model,
     check_tensors,
@@ -30,7 +32,7 @@ from fqjax.checkpoint.hugging_face import (
 from fqjax.checkpoint.manifest import NAME
 from fqjax.checkpoint.orbax import refuse_existing, write
 from fqjax.checkpoint.safetensors import TensorFiles
-from fqjax.checkpoint.tokenizer import load_tokenizer
+from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.core.flatten import padded_width
 from fqjax.corpus import reference_text
 from fqjax.errors import InputError
@@ -106,12 +108,14 @@ def plan(conversion: Conversion) -> Plan:
     if (directory / NAME).is_file():
         raise InputError(f"{directory}: already an fqjax checkpoint; expected a Hugging Face directory")
     name, config = read_architecture(directory)
-    model = abstract_model(name, config, jnp.bfloat16)
     files = TensorFiles(directory)
+    check_depth(f"{directory / 'config.json'}", config, len(files.names()))
+    model = abstract_model(name, config, jnp.bfloat16)
     check_tensors(files, FAMILIES[name], dict(nnx.to_flat_state(nnx.state(model))))
     selection = select_linears(model, conversion.ignore)
     conversion.scheme.kept_in_int8(selection.linears)
     tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, config.vocab_size, directory)
     text, batches = "", []
     if conversion.scheme.method != "none":
         text, batches = _calibration(conversion, tokenizer, config)
@@ -250,7 +254,7 @@ def _claimed(staging: Path, fingerprint: dict[str, Any], resume: bool) -> Iterat
             raise InputError(f"{staging}: another conversion is writing to it") from None
         if not record.is_file():
             write_whole(record, json.dumps(fingerprint, indent=1).encode())
-        begun = json.loads(record.read_text())
+        begun = read_json(record, "record of a conversion")
         differing = [key for key in fingerprint if begun.get(key) != fingerprint[key]]
         if differing:
             raise InputError(f"{staging}: begun with other {differing[0]}; remove it, or convert as it was begun")

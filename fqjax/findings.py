@@ -58,11 +58,15 @@ class Findings:
         save_file(arrays, directory / FILE, {"costs": json.dumps(self.costs)})
 
 
-def read_findings(directory: Path) -> Findings | None:
+def read_findings(directory: Path, layers: Mapping[str, tuple[int, int]] | None = None) -> Findings | None:
     """What :meth:`Findings.write` wrote; None if there is no such file.
 
+    Args:
+      directory: the checkpoint's.
+      layers: input channels and bits of its quantized layers; None to take what the file holds.
+
     Raises:
-      InputError: if the file is damaged.
+      InputError: if the file is damaged, or about other layers.
     """
     path = directory / FILE
     if not path.is_file():
@@ -71,6 +75,15 @@ def read_findings(directory: Path) -> Findings | None:
         with safe_open(path, framework="numpy") as file:
             costs = json.loads((file.metadata() or {}).get("costs", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}
-        return Findings(arrays, {name: {int(b): float(c) for b, c in cost.items()} for name, cost in costs.items()})
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        found = Findings(arrays, {name: {int(b): float(c) for b, c in cost.items()} for name, cost in costs.items()})
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); the rest of the checkpoint does not need it") from None
+    if layers is None:
+        return found
+    for name, array in arrays.items():
+        if name not in layers or array.shape != (layers[name][0],) or array.dtype != np.float32:
+            raise InputError(f"{path}: {name!r} is not the activations of one of the model's quantized layers")
+    for name, cost in found.costs.items():
+        if name not in layers or layers[name][1] not in cost:
+            raise InputError(f"{path}: the costs of {name!r} are not those of one of the model's quantized layers")
+    return found

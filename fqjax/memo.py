@@ -8,6 +8,8 @@ have been computed.
 import dataclasses
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +19,10 @@ import numpy as np
 from flax import nnx
 
 from fqjax.calibration import Statistics
+from fqjax.checkpoint.files import read_json
 from fqjax.checkpoint.manifest import abstract_layer, describe_layer
 from fqjax.checkpoint.tree import named_leaves, with_leaves
+from fqjax.errors import InputError
 from fqjax.linear import QuantizedLinear
 from fqjax.scheme import Scheme
 
@@ -58,7 +62,7 @@ class DirectoryMemo(Memo):
     def sensitivities(self, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
         path = self.directory / "sensitivities.json"
         if path.is_file():
-            return json.loads(path.read_text())
+            return read_json(path, "record of sensitivities")
         result = compute()
         write_whole(path, json.dumps(result, indent=1).encode())
         return result
@@ -104,8 +108,11 @@ def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it, and it is worked out anew") from None
 
 
 def _bytes_of_bf16(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

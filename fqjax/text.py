@@ -33,9 +33,17 @@ def read_text(path: Path) -> str:
 
 
 def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " tokens"]:
-    """Token ids of a text, without special tokens."""
-    # verbose=False: a whole file is longer than the model's context, which is no reason to warn.
-    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, np.int64)
+    """Token ids of a text, without special tokens.
+
+    Raises:
+      InputError: if the tokenizer cannot encode it.
+    """
+    try:
+        # verbose=False: a whole file is longer than the model's context, which is no reason to warn.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    except Exception as error:  # The tokenizers package raises nothing more precise, for instance of a missing [UNK].
+        raise InputError(f"the tokenizer cannot encode the text ({error})") from None
+    return np.asarray(ids, np.int64)
 
 
 def calibration_batches(

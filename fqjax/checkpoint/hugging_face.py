@@ -4,7 +4,6 @@ Every parameter of the model is one or several tensors of the checkpoint: a line
 a fused layer's the concatenation of its parts.  All names, shapes and files are checked before the first value is read.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from fqjax.checkpoint.lazy import import_transformers
+from fqjax.checkpoint.fields import check_counts, check_depth, check_fields, check_value
+from fqjax.checkpoint.files import inside, read_json, reason
+from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.errors import InputError
@@ -24,6 +25,9 @@ from fqjax.progress import track
 
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 """What is downloaded of a hub repository."""
+
+NO_DEFAULT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+"""Sizes that every configuration has to have: transformers would fill in those of some well-known model."""
 
 UNUSED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Endings of tensors that some exports contain and no model needs."""
@@ -75,36 +79,53 @@ def resolve_directory(path_or_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(text, allow_patterns=PATTERNS))
     except Exception as error:  # The hub's client raises a dozen kinds; all mean that the checkpoint is not to be had.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{text}: no such directory, and not available from the Hugging Face hub ({reason})") from None
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{text}: no such directory, and not available from the Hugging Face hub ({why})") from None
 
 
 def read_architecture(directory: Path) -> tuple[str, Any]:
     """The architecture's name and the family's configuration, from config.json.
 
     Raises:
-      InputError: if there is no config.json, or it names an architecture that fqjax does not have.
+      InputError: if there is no config.json, it names an architecture that fqjax does not have, or an entry is missing,
+        absurd or not supported.
     """
-    path = directory / "config.json"
-    if not path.is_file():
+    if not (directory / "config.json").exists():
         raise InputError(f"{directory}: not a model directory: it has no config.json")
-    try:
-        raw = json.loads(path.read_text())
-        names = raw.get("architectures") or [raw.get("model_type", "unknown")]
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a JSON configuration ({error})") from None
+    path = inside(directory, "config.json")
+    raw = read_json(path, "configuration")
+    names = raw.get("architectures") or [raw.get("model_type", "unknown")]
     name = names[0] if isinstance(names, list) else names
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"{path}: architecture {name} is not supported; supported are {', '.join(FAMILIES)}")
-    transformers = import_transformers()
+    family = FAMILIES[name]
+    check_counts(str(path), raw)
+    check_fields(str(path), family.config, raw, optional=True)
+    check_value(str(path), "model_type", raw.get("model_type"), str)
+    complete = _completed(path, raw)
     try:
-        complete = transformers.AutoConfig.from_pretrained(directory).to_dict()
-        return name, FAMILIES[name].config_from_hf(complete)
+        config = family.config_from_hf(complete)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a valid {name} configuration ({reason})") from None
+    except KeyError as error:
+        raise InputError(f"{path}: a {name} configuration needs an entry {error}") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise InputError(f"{path}: not a valid {name} configuration ({error})") from None
+    check_fields(str(path), family.config, vars(config))
+    return name, config
+
+
+def _completed(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with transformers' defaults for what it leaves out, but for the sizes in :data:`NO_DEFAULT`."""
+    with quiet_transformers() as transformers:
+        try:
+            aliases = transformers.AutoConfig.for_model(raw.get("model_type")).attribute_map
+            absent = [e for e in NO_DEFAULT if not {e, aliases.get(e), "text_config"} & set(raw)]
+            if not absent:
+                return transformers.AutoConfig.from_pretrained(path.parent, trust_remote_code=False).to_dict()
+        except Exception as error:  # Any of a dozen kinds, by the entry at fault.
+            raise InputError(f"{path}: not a configuration that transformers can read ({reason(error)})") from None
+    raise InputError(f"{path}: no entry {absent[0]!r}; expected a whole number above 0")
 
 
 def abstract_model(name: str, config: Any, dtype: DTypeLike) -> CausalLM:
@@ -115,6 +136,7 @@ def abstract_model(name: str, config: Any, dtype: DTypeLike) -> CausalLM:
 def read_model(directory: Path, name: str, config: Any, dtype: DTypeLike) -> CausalLM:
     """Builds the model from the directory's tensors, one at a time."""
     files = TensorFiles(directory)
+    check_depth(f"{directory / 'config.json'}", config, len(files.names()))
     graphdef, state = nnx.split(abstract_model(name, config, dtype))
     flat = dict(nnx.to_flat_state(state))
     sources = check_tensors(files, FAMILIES[name], flat)
@@ -170,6 +192,6 @@ def _check_shape(files: TensorFiles, source: Source, wanted: tuple[int, ...]) ->
 
 
 def _read(files: TensorFiles, source: Source, dtype: DTypeLike) -> jax.Array:
-    parts = [files.read(tensor) for tensor in source.tensors]
+    parts = [files.read(tensor, dtype) for tensor in source.tensors]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
-    return jnp.asarray((values.T if source.transpose else values).astype(dtype))
+    return jnp.asarray(values.T if source.transpose else values)

@@ -1,6 +1,8 @@
 """transformers, imported on first use: it takes a second, and most commands can fail before that."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 _ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
@@ -16,3 +18,15 @@ def import_transformers() -> ModuleType:
         if not quiet:
             del os.environ[_ADVICE]
     return transformers
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[ModuleType]:
+    """The same, and for as long as it lasts transformers warns of nothing: what is wrong ends in one line of fqjax's own."""
+    transformers = import_transformers()
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        yield transformers
+    finally:
+        transformers.logging.set_verbosity(level)

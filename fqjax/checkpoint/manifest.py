@@ -1,15 +1,16 @@
 """``fqjax.json``: what a checkpoint's arrays are.  Version, schemes, architecture, and the format of every layer."""
 
 import dataclasses
-import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fqjax.checkpoint.fields import check_depth, check_fields, check_value
+from fqjax.checkpoint.files import inside, read_json
 from fqjax.errors import InputError
 from fqjax.linear import LayerSummary, QuantizedLinear
 from fqjax.models import FAMILIES, architecture_of
@@ -19,6 +20,41 @@ from fqjax.scheme import Scheme
 
 NAME = "fqjax.json"
 FORMAT_VERSION = 1
+
+ENTRIES: dict[str, Any] = {"architecture": dict | None, "layers": dict, "schemes": list[dict]}
+"""Entries that every manifest has, with their types."""
+
+FloatName = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The manifest's entry on one of fqjax's models, as :func:`describe` writes it."""
+
+    name: str
+    config: dict
+    dtype: FloatName
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerEntry:
+    """The manifest's entry on a quantized layer, as :func:`describe_layer` writes it."""
+
+    out_features: int
+    in_features: int
+    width: int
+    flattened: int
+    weight: dict
+    channel_scales: bool | None
+    activation_bits: Literal[4, 8]
+    activation_scale: Literal["tensor", "token"]
+    bias: FloatName | None
+    dtype: FloatName | None
+    param_dtype: FloatName
+    scheme: int
+    relative_error: float
+    accumulator_bound: int
+    macs: int
 
 
 def describe(model: nnx.Module) -> dict[str, Any]:
@@ -45,39 +81,59 @@ def read_manifest(directory: Path) -> dict[str, Any]:
       InputError: if there is none, it is not one, or a newer fqjax wrote it.
     """
     path = directory / NAME
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{directory}: not an fqjax checkpoint: it has no {NAME}")
-    try:
-        manifest = json.loads(path.read_text())
-        found = manifest["format_version"]
-        if manifest["format"] != "fqjax" or not isinstance(found, int):
-            raise ValueError("not of the format 'fqjax'")
-        missing = {"schemes", "architecture", "layers"} - set(manifest)
-        if found <= FORMAT_VERSION and missing:
-            raise ValueError(f"no entry {sorted(missing)[0]!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a manifest of an fqjax checkpoint ({error})") from None
+    manifest = read_json(inside(directory, NAME), "object, and so not a manifest of an fqjax checkpoint")
+    found = manifest.get("format_version")
+    if manifest.get("format") != "fqjax" or type(found) is not int or found < 1:
+        raise InputError(f"{path}: not a manifest of an fqjax checkpoint (not of the format 'fqjax', with a version)")
     if found > FORMAT_VERSION:
         raise InputError(
             f"{path}: format version {found}; this fqjax reads versions up to {FORMAT_VERSION}; install a newer fqjax"
         )
+    for entry, hint in ENTRIES.items():
+        if entry not in manifest:
+            raise InputError(f"{path}: not a manifest of an fqjax checkpoint (no entry {entry!r})")
+        check_value(str(path), entry, manifest[entry], hint)
+    for i, scheme in enumerate(manifest["schemes"]):
+        check_fields(f"{path}: schemes[{i}]", Scheme, scheme)
     return manifest
 
 
-def abstract_architecture(manifest: dict[str, Any], directory: Path) -> nnx.Module:
+def read_config(manifest: dict[str, Any], directory: Path) -> Any:
+    """The configuration of the architecture that the manifest names.
+
+    Raises:
+      InputError: if it names no architecture that fqjax has, or a configuration that does not fit it.
+    """
+    entry, where = manifest["architecture"], f"{directory / NAME}: no valid architecture"
+    if entry is None:
+        raise InputError(f"{directory}: holds a model that is not one of fqjax's own; pass it as load(path, model=...)")
+    check_fields(where, Architecture, entry)
+    if entry["name"] not in FAMILIES:
+        raise InputError(f"{where}: name {entry['name']!r}; expected one of {', '.join(FAMILIES)}")
+    kind = FAMILIES[entry["name"]].config
+    check_fields(where, kind, entry["config"])
+    return kind(**{key: _hashable(value) for key, value in entry["config"].items()})
+
+
+def abstract_architecture(manifest: dict[str, Any], directory: Path, arrays: int) -> nnx.Module:
     """The float model the manifest describes, with shapes in place of arrays.
+
+    Args:
+      manifest: as :func:`read_manifest` returns it.
+      directory: the checkpoint's.
+      arrays: how many are stored; no model has more layers.
 
     Raises:
       InputError: if the manifest names no architecture that fqjax has, or a configuration that does not fit it.
     """
-    entry = manifest["architecture"]
-    if entry is None:
-        raise InputError(f"{directory}: holds a model that is not one of fqjax's own; pass it as load(path, model=...)")
+    config, entry = read_config(manifest, directory), manifest["architecture"]
+    check_depth(f"{directory / NAME}", config, arrays)
     try:
-        family = FAMILIES[entry["name"]]
-        config = family.config(**{key: _hashable(value) for key, value in entry["config"].items()})
-        return nnx.eval_shape(lambda: family.model(config, dtype=jnp.dtype(entry["dtype"]), rngs=nnx.Rngs(0)))
-    except (KeyError, TypeError, ValueError) as error:
+        model = FAMILIES[entry["name"]].model
+        return nnx.eval_shape(lambda: model(config, dtype=jnp.dtype(entry["dtype"]), rngs=nnx.Rngs(0)))
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{directory / NAME}: no valid architecture ({error})") from None
 
 
@@ -89,12 +145,21 @@ def abstract_layers(manifest: dict[str, Any], directory: Path) -> dict[str, Quan
     """
     layers = {}
     for name, entry in manifest["layers"].items():
+        where = f"{directory / NAME}: layer {name!r} has no valid format"
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}: expected an object")
+        check_fields(where, LayerEntry, {"channel_scales": None} | entry)
+        check_fields(where, QFormat, entry["weight"])
+        if not 0 <= entry["flattened"] <= entry["width"] - entry["in_features"]:
+            raise InputError(f"{where}: width {entry['width']}: expected room for in_features and flattened channels")
+        if not 0 <= entry["scheme"] < len(manifest["schemes"]):
+            raise InputError(f"{where}: scheme {entry['scheme']}: expected the index of one of schemes")
         try:
             layers[name] = abstract_layer(name, entry, manifest["schemes"])
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise InputError(f"{directory / NAME}: layer {name!r} has no valid format ({error})") from None
+        except InputError as error:
+            raise InputError(f"{directory / NAME}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where} ({error})") from None
     return layers
 
 
@@ -129,7 +194,9 @@ def abstract_layer(name: str, entry: dict[str, Any], schemes: list[dict[str, Any
     n, k, width = entry["out_features"], entry["in_features"], entry["width"]
     weight_format = QFormat(**entry["weight"])
     stored = width // 2 if weight_format.packed else width
-    per_channel = entry.get("channel_scales", weight_format.granularity == "channel")
+    per_channel = entry.get("channel_scales")
+    if per_channel is None:  # Written before grouped weights came with scales of either kind.
+        per_channel = weight_format.granularity == "channel"
     group_scale = None
     if weight_format.group_size:
         kind = jnp.int32 if weight_format.integer_scales else jnp.float32

@@ -24,14 +24,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
+from jaxtyping import Array, Bool
 from orbax.checkpoint import v1 as ocp
 
+from fqjax.checkpoint.checksums import verify as verify_checksums
+from fqjax.checkpoint.checksums import with_checksums
+from fqjax.checkpoint.files import reason
 from fqjax.checkpoint.manifest import NAME, abstract_architecture, abstract_layers, describe, read_manifest
 from fqjax.checkpoint.tokenizer import FOLDER
 from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unnest, with_leaves
 from fqjax.errors import InputError
 from fqjax.findings import Findings
-from fqjax.linear import measured_bound
+from fqjax.linear import QuantizedLinear, measured_bound
+from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.report import Report, quantized_layers
 from fqjax.surgery import find_linears, replace_modules
 
@@ -74,7 +79,8 @@ def write(directory: Path, model: nnx.Module, tokenizer: Any, findings: Findings
         tokenizer.save_pretrained(directory / FOLDER)
     if findings is not None:
         findings.write(directory)
-    (directory / NAME).write_text(json.dumps(describe(model), indent=1) + "\n")
+    manifest = with_checksums(describe(model), leaves)
+    (directory / NAME).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def refuse_existing(path: Path) -> None:
@@ -83,7 +89,9 @@ def refuse_existing(path: Path) -> None:
         raise InputError(f"{path}: exists already; expected a directory to create")
 
 
-def load(path: str | Path, model: nnx.Module | None = None, *, sharding: Place | None = None) -> Any:
+def load(
+    path: str | Path, model: nnx.Module | None = None, *, sharding: Place | None = None, verify: bool = True
+) -> Any:
     """Loads what :func:`save` wrote.
 
     Args:
@@ -91,39 +99,65 @@ def load(path: str | Path, model: nnx.Module | None = None, *, sharding: Place |
       model: for a model that is not one of fqjax's own, a module of the same class and sizes, before quantization; its
         arrays are not used and may be abstract (``nnx.eval_shape``).
       sharding: where arrays go, a sharding or a function of dotted name and shape; by default the default device.
+      verify: whether to compare the arrays and the manifest with the checksums saved with them, which takes about half a
+        second for each GB; a checkpoint of an early version has none.
 
     Returns:
       The model, ready to call.
 
     Raises:
       InputError: naming the file, layer or array at fault: not a checkpoint, a newer format version, an array that is
-        missing or of another shape or dtype than the manifest says, codes that could overflow.
+        missing, of another shape or dtype than the manifest says, or not what was saved; codes that could overflow.
     """
     directory = Path(path).resolve()
     if not directory.is_dir():
         raise InputError(f"{path}: no such directory")
     manifest = read_manifest(directory)
     layers = abstract_layers(manifest, directory)
-    skeleton = abstract_architecture(manifest, directory) if model is None else model
+    found = _stored_metadata(directory)
+    skeleton = abstract_architecture(manifest, directory, len(found)) if model is None else model
     unknown = set(layers) - set(find_linears(skeleton))
     if unknown:
         raise InputError(f"{directory / NAME}: the model has no linear layer {sorted(unknown)[0]!r}")
     graphdef, stored, rest = split_storable(replace_modules(skeleton, layers))
-    loaded = nnx.merge(graphdef, with_leaves(stored, _load_arrays(directory, stored, sharding)), rest)
+    wanted = named_leaves(stored)
+    full = {name: leaf for name, leaf in wanted.items() if leaf.size}
+    _check_metadata(directory, found, full)
+    arrays = _load_arrays(directory, full, sharding)
+    if verify:
+        verify_checksums(manifest, arrays, directory, NAME)
+    empty = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
+    loaded = nnx.merge(graphdef, with_leaves(stored, arrays | empty), rest)
     for name, layer in quantized_layers(loaded).items():
-        bound = measured_bound(layer.weight.get_value(), layer.input.get_value())
-        if bound != layer.summary.accumulator_bound:
-            raise InputError(
-                f"{directory}: layer {name!r} has an accumulator bound of {bound}, {NAME} says "
-                f"{layer.summary.accumulator_bound}; the checkpoint is damaged"
-            )
+        _check_layer(f"{directory}: layer {name!r}", layer)
     return loaded
 
 
-def _load_arrays(directory: Path, stored: Any, sharding: Place | None) -> dict[tuple[str, ...], Leaf]:
-    wanted = named_leaves(stored)
-    full = {name: leaf for name, leaf in wanted.items() if leaf.size}
-    _check_metadata(directory, full)
+def _check_layer(where: str, layer: QuantizedLinear) -> None:
+    weight, quantizer = layer.weight.get_value(), layer.input.get_value()
+    if not _is_sound(weight, quantizer):
+        raise InputError(f"{where} has a scale that is not above 0 or an index out of range; the checkpoint is damaged")
+    bound = measured_bound(weight, quantizer)
+    if bound != layer.summary.accumulator_bound:
+        raise InputError(
+            f"{where} has an accumulator bound of {bound}, {NAME} says {layer.summary.accumulator_bound}; "
+            "the checkpoint is damaged"
+        )
+
+
+@jax.jit
+def _is_sound(weight: QTensor, quantizer: InputQuantizer) -> Bool[Array, ""]:
+    """Whether scales are positive and finite, and flattened channels continue channels that there are."""
+    factors = (weight.scale, weight.group_scale, quantizer.multiplier, quantizer.scale)
+    positive = [jnp.all((factor > 0) & jnp.isfinite(factor)) for factor in factors if factor is not None]
+    source, channels = quantizer.source, quantizer.multiplier.shape[0]
+    inside = jnp.all((source >= 0) & (source < channels) & (quantizer.part >= 0))
+    return jnp.all(jnp.stack([*positive, inside]))
+
+
+def _load_arrays(
+    directory: Path, full: dict[tuple[str, ...], Leaf], sharding: Place | None
+) -> dict[tuple[str, ...], jax.Array]:
     place = sharding or SingleDeviceSharding(jax.devices()[0])
     template = {
         name: jax.ShapeDtypeStruct(
@@ -133,27 +167,34 @@ def _load_arrays(directory: Path, stored: Any, sharding: Place | None) -> dict[t
         )
         for name, leaf in full.items()
     }
-    arrays, failure = {}, ""
+    failure = ""
     try:
-        arrays = unnest(ocp.load(str(directory), nest(template)))
+        return unnest(ocp.load(str(directory), nest(template)))
     except Exception as error:
         # Orbax and TensorStore raise many kinds; all mean that the files do not hold the arrays.
-        failure = _first_line(error)
-    if failure:
-        _drop_unfinished_reads()
-        raise InputError(f"{directory}: the arrays cannot be read ({failure})")
-    return {name: arrays[name] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+        failure = reason(error)
+    _drop_unfinished_reads()
+    raise InputError(f"{directory}: the arrays cannot be read ({failure})")
 
 
-def _check_metadata(directory: Path, wanted: dict[tuple[str, ...], Leaf]) -> None:
+def _stored_metadata(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
+    """Shapes and dtypes of the stored arrays, by path."""
     try:
         found = unnest(ocp.metadata(str(directory)).metadata)  # pyright: ignore[reportArgumentType]
-    except Exception as error:
-        raise InputError(f"{directory}: no readable Orbax checkpoint ({_first_line(error)})") from None
+        return {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in found.items()}
+    except Exception as error:  # As above.
+        raise InputError(f"{directory}: no readable Orbax checkpoint ({reason(error)})") from None
+
+
+def _check_metadata(
+    directory: Path,
+    found: dict[tuple[str, ...], tuple[tuple[int, ...], Any]],
+    wanted: dict[tuple[str, ...], Leaf],
+) -> None:
     for name, leaf in wanted.items():
         if name not in found:
             raise InputError(f"{directory}: array {'.'.join(name)} is missing")
-        shape, dtype = tuple(found[name].shape), jnp.dtype(found[name].dtype)
+        shape, dtype = found[name]
         if (shape, dtype) != (leaf.shape, leaf.dtype):
             raise InputError(
                 f"{directory}: array {'.'.join(name)} is stored as {dtype.name} {shape}, "
@@ -179,8 +220,3 @@ def _drop_unfinished_reads() -> None:
 
 def _shape_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

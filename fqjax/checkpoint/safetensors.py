@@ -1,16 +1,41 @@
-"""The safetensors files of a Hugging Face directory, single or sharded, read tensor by tensor."""
+"""The safetensors files of a Hugging Face directory, single or sharded, read tensor by tensor.
 
-import json
+The safetensors package checks a file's header against its length before anything is read.  What it does not look for is a
+name that occurs twice, and its messages do not always name the tensor: :func:`read_header` and :func:`fault` do.
+"""
+
+import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from fqjax.checkpoint.files import inside, parse_json, read_json
 from fqjax.errors import InputError
+
+LARGEST = 100_000_000
+"""Bytes of a header, as the safetensors package has it."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": "bfloat16", "F64": np.float64}
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16,
+    "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Of the format's dtypes."""
+
+
+class Stored(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class TensorFiles:
@@ -20,16 +45,17 @@ class TensorFiles:
       directory: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
 
     Raises:
-      InputError: naming the file that is missing, truncated or not what the index says.
+      InputError: naming the file that is missing, truncated or not what the index says, and the tensor if it is one's fault.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self.files = self._locate()
-        self._shapes = {name: shape for file in set(self.files.values()) for name, shape in self._header(file)}
+        headers = {file: self._header(file) for file in sorted(set(self.files.values()))}
         for name, file in self.files.items():
-            if name not in self._shapes:
+            if name not in headers[file]:
                 raise InputError(f"{directory / file}: the index says it holds tensor {name!r}, but it does not")
+        self._stored = {name: headers[file][name] for name, file in self.files.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -39,32 +65,41 @@ class TensorFiles:
         return sorted(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from its file's header."""
-        return self._shapes[name]
-
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor.
+        """Shape of a tensor, from its file's header.
 
         Raises:
-          InputError: if it is not in floating point or holds a value that is not finite.
+          InputError: if the tensor is not in floating point.
+        """
+        dtype, shape = self._stored[name]
+        if dtype not in FLOATS:
+            path = self.directory / self.files[name]
+            raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(FLOATS)}")
+        return shape
+
+    def read(self, name: str, dtype: DTypeLike) -> np.ndarray:
+        """Reads one tensor and casts it.
+
+        Raises:
+          InputError: if it holds a value that is not finite, or is not finite in ``dtype``; or if it cannot be read.
         """
         path = self.directory / self.files[name]
-        with safe_open(path, framework="numpy") as file:
-            kind = file.get_slice(name).get_dtype()
-            if kind not in FLOATS:
-                raise InputError(f"{path}: tensor {name!r} has dtype {kind}, expected one of {', '.join(FLOATS)}")
-            values = file.get_tensor(name)
+        try:
+            with safe_open(path, framework="numpy") as file, np.errstate(over="ignore", invalid="ignore"):
+                values = file.get_tensor(name).astype(dtype)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: tensor {name!r} cannot be read ({error})") from None
         if not np.isfinite(values.astype(np.float32)).all():
-            raise InputError(f"{path}: tensor {name!r} holds a value that is not finite")
+            kind = jnp.dtype(dtype).name
+            raise InputError(f"{path}: tensor {name!r} holds a value that is not finite in {kind}")
         return values
 
     def _locate(self) -> dict[str, str]:
         """File of every tensor."""
         index = self.directory / INDEX
-        if index.is_file():
-            return self._read_index(index)
-        if (self.directory / SINGLE).is_file():
-            return {name: SINGLE for name, _ in self._header(SINGLE)}
+        if index.exists():
+            return self._read_index(inside(self.directory, INDEX))
+        if (self.directory / SINGLE).exists():
+            return dict.fromkeys(self._header(SINGLE), SINGLE)
         others = sorted(p.name for p in self.directory.glob("*.bin")) or sorted(
             p.name for p in self.directory.glob("*.pt")
         )
@@ -72,24 +107,73 @@ class TensorFiles:
         raise InputError(f"{self.directory}: no {SINGLE} and no {INDEX}{hint}")
 
     def _read_index(self, index: Path) -> dict[str, str]:
-        try:
-            files = json.loads(index.read_text())["weight_map"]
-            valid = all(isinstance(k, str) and isinstance(v, str) for k, v in files.items())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index}: not an index of safetensors shards ({error})") from None
-        if not valid or not files:
+        files = read_json(index, "index of safetensors shards").get("weight_map")
+        if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
             raise InputError(f"{index}: weight_map must map tensor names to file names")
         for file in sorted(set(files.values())):
-            if Path(file).name != file:
+            if Path(file).name != file or file in ("", ".."):
                 raise InputError(f"{index}: {file!r} is not a file name in this directory")
-            if not (self.directory / file).is_file():
+            if not (self.directory / file).exists():
                 raise InputError(f"{self.directory / file}: missing shard, named by {INDEX}")
         return files
 
-    def _header(self, file: str) -> list[tuple[str, tuple[int, ...]]]:
-        path = self.directory / file
+    def _header(self, file: str) -> dict[str, Stored]:
+        path = inside(self.directory, file)
         try:
             with safe_open(path, framework="numpy") as tensors:
-                return [(name, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys()]
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from None
+                slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+                stored = {name: Stored(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        except (SafetensorError, OSError) as error:
+            reason = fault(path) or str(error).removeprefix("Error while deserializing header: ")
+            raise InputError(f"{path}: truncated, or not a safetensors file ({reason})") from None
+        try:
+            read_header(path)
+        except ValueError as error:
+            raise InputError(f"{path}: not a valid safetensors file ({error})") from None
+        return stored
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file as it stands there, entries by name, and the number of bytes behind it.
+
+    Raises:
+      ValueError: if it is longer than the file, not a JSON object, or names an entry twice.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        behind = path.stat().st_size - 8 - length
+        if behind < 0 or length > LARGEST:
+            raise ValueError(f"its header of {length} bytes does not fit into the file")
+        header = parse_json(file.read(length).decode())
+    if not isinstance(header, dict):
+        raise ValueError(f"its header: expected an object, got {type(header).__name__}")
+    return header, behind
+
+
+def fault(path: Path) -> str:
+    """What is wrong with the header of a safetensors file, as far as it lies with a name or a tensor; "" if nothing is."""
+    try:
+        header, end = read_header(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+    reasons = (_tensor_fault(*entry, end) for entry in header.items() if entry[0] != "__metadata__")
+    return next(filter(None, reasons), "")
+
+
+def _tensor_fault(name: str, info: Any, end: int) -> str:
+    """What is wrong with one tensor's entry, where the file holds ``end`` bytes of tensors."""
+    if not isinstance(info, dict) or {"dtype", "shape", "data_offsets"} - set(info):
+        return f"tensor {name!r}: expected an object with dtype, shape and data_offsets"
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"tensor {name!r} has the unknown dtype {dtype!r:.60}"
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            return f"tensor {name!r} has {what} {numbers!r:.60}, expected whole numbers from 0"
+    if len(offsets) != 2 or not offsets[0] <= offsets[1] <= end:
+        return f"tensor {name!r} has data_offsets {offsets!r:.60}, expected two in order and within {end} bytes"
+    if 8 * (offsets[1] - offsets[0]) != BITS[dtype] * math.prod(shape):
+        return (
+            f"tensor {name!r} has {offsets[1] - offsets[0]} bytes, which is not {dtype} of shape {tuple(shape)!r:.60}"
+        )
+    return ""

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from fqjax.checkpoint.lazy import import_transformers
+from fqjax.checkpoint.files import inside, reason
+from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.errors import InputError
 
 FOLDER = "tokenizer"
@@ -21,10 +22,32 @@ def load_tokenizer(directory: str | Path) -> Any:
     directory = Path(directory)
     if (directory / FOLDER).is_dir():
         directory = directory / FOLDER
-    if not any((directory / name).is_file() for name in FILES):
+    present = [name for name in FILES if (directory / name).exists()]
+    if not present:
         return None
-    transformers = import_transformers()
-    try:
-        return transformers.AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # Any of a dozen kinds, by the file at fault.
-        raise InputError(f"{directory}: its tokenizer cannot be loaded ({' '.join(str(error).split())})") from None
+    for name in present:
+        inside(directory, name)
+    with quiet_transformers() as transformers:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:  # Any of a dozen kinds, by the file at fault.
+            raise InputError(f"{directory}: its tokenizer cannot be loaded ({reason(error)})") from None
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int, where: str | Path) -> None:
+    """Refuses a tokenizer that can give tokens which the model has no embedding for.
+
+    Args:
+      tokenizer: a transformers tokenizer; None is let pass.
+      vocab_size: rows of the model's embedding.
+      where: the model, for the message.
+
+    Raises:
+      InputError: naming the tokenizer's largest token.
+    """
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    token = max(vocabulary, key=vocabulary.__getitem__, default=None)
+    if token is not None and vocabulary[token] >= vocab_size:
+        raise InputError(
+            f"{where}: its tokenizer has token {vocabulary[token]} ({token!r}), beyond the model's vocabulary of {vocab_size}"
+        )

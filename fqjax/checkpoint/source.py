@@ -1,0 +1,56 @@
+"""A model's directory of either kind, fqjax's own or Hugging Face's, as the commands take it."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from fqjax.checkpoint.hugging_face import read_architecture, read_model, resolve_directory
+from fqjax.checkpoint.manifest import NAME, read_config, read_manifest
+from fqjax.checkpoint.orbax import load
+from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
+from fqjax.errors import InputError
+
+
+class Source:
+    """Where a model comes from.  Opening it reads the configuration, and no weights.
+
+    Args:
+      path_or_id: an fqjax checkpoint, a Hugging Face directory, or a hub id.
+
+    Raises:
+      InputError: if it is none of them, or its configuration is not valid.
+    """
+
+    def __init__(self, path_or_id: str):
+        self.name, self.directory = path_or_id, resolve_directory(path_or_id)
+        self.own = (self.directory / NAME).exists()
+        if self.own:
+            self.config = read_config(read_manifest(self.directory), self.directory)
+        elif (self.directory / "config.json").exists():
+            self.architecture, self.config = read_architecture(self.directory)
+        else:
+            raise InputError(
+                f"{path_or_id}: not a model: neither {NAME} (fqjax) nor config.json (Hugging Face) is in it"
+            )
+
+    def tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+          InputError: if there is none, it cannot be loaded, or it has tokens that the model does not.
+        """
+        tokenizer = load_tokenizer(self.directory)
+        if tokenizer is None:
+            raise InputError(f"{self.name}: has no tokenizer")
+        check_vocabulary(tokenizer, self.config.vocab_size, self.directory)
+        return tokenizer
+
+    def model(self) -> Any:
+        """The model, in bfloat16 where it comes from Hugging Face.
+
+        Raises:
+          InputError: as :func:`fqjax.load` and :func:`fqjax.load_hf` do.
+        """
+        if self.own:
+            return load(self.directory)
+        return read_model(self.directory, self.architecture, self.config, jnp.bfloat16)
