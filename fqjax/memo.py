@@ -109,8 +109,8 @@ def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: damaged ({error}); remove it, and it is worked out anew") from None
 

@@ -10,13 +10,14 @@ Loading builds the quantized model from the manifest alone: no float model is ma
 it is asked for another dtype than it stored, so stored shapes and dtypes are compared with the manifest's first.
 """
 
+import contextlib
 import gc
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,19 +169,21 @@ def _load_arrays(
         for name, leaf in full.items()
     }
     failure = ""
-    try:
-        return unnest(ocp.load(str(directory), nest(template)))
-    except Exception as error:
-        # Orbax and TensorStore raise many kinds; all mean that the files do not hold the arrays.
-        failure = reason(error)
-    _drop_unfinished_reads()
+    with _quiet():
+        try:
+            return unnest(ocp.load(str(directory), nest(template)))
+        except Exception as error:
+            # Orbax and TensorStore raise many kinds; all mean that the files do not hold the arrays.
+            failure = reason(error)
+        _drop_unfinished_reads()
     raise InputError(f"{directory}: the arrays cannot be read ({failure})")
 
 
 def _stored_metadata(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
     """Shapes and dtypes of the stored arrays, by path."""
     try:
-        found = unnest(ocp.metadata(str(directory)).metadata)  # pyright: ignore[reportArgumentType]
+        with _quiet():
+            found = unnest(ocp.metadata(str(directory)).metadata)  # pyright: ignore[reportArgumentType]
         return {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in found.items()}
     except Exception as error:  # As above.
         raise InputError(f"{directory}: no readable Orbax checkpoint ({reason(error)})") from None
@@ -205,16 +208,27 @@ def _check_metadata(
             raise InputError(f"{directory}: array {'.'.join(name)} is stored but {NAME} does not describe it")
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from logging what went wrong, which ends in one line of fqjax's own."""
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [log.level for log in logs]
+    try:
+        for log in logs:
+            log.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
 def _drop_unfinished_reads() -> None:
     """Collects what a failed read leaves behind: coroutines that complain on stderr when they are collected later."""
-    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    level = log.level
+    hook = sys.unraisablehook
     try:
-        log.setLevel(logging.CRITICAL + 1)
         sys.unraisablehook = lambda _: None
         gc.collect()
     finally:
-        log.setLevel(level)
         sys.unraisablehook = hook
 
 

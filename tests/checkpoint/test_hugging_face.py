@@ -118,7 +118,9 @@ def test_a_configuration_that_is_none(tmp_path, content):
 
 def test_an_architecture_that_is_not_supported(checkpoint):
     edit_config(checkpoint, architectures=["BertModel"])
-    fails(checkpoint, "BertModel is not supported; supported are LlamaForCausalLM, MistralForCausalLM, .*OPTForCausalLM")
+    fails(
+        checkpoint, "BertModel is not supported; supported are LlamaForCausalLM, MistralForCausalLM, .*OPTForCausalLM"
+    )
 
 
 @pytest.mark.parametrize(

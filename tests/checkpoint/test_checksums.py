@@ -1,0 +1,273 @@
+"""Damage to an fqjax checkpoint: flipped bits, arrays or manifests of another one, entries of the wrong type."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fqjax
+from fqjax.checkpoint.checksums import array_checksum
+from fqjax.checkpoint.orbax import load, save
+from fqjax.checkpoint.tree import named_leaves
+from fqjax.errors import InputError
+from tests.models import variants
+
+LAYER = "layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A small quantized model, and where it is saved; tests take copies."""
+    folder = tmp_path_factory.mktemp("original")
+    variants.write_checkpoint(folder / "hf", variants.VARIANTS["llama-grouped"])
+    batches = [np.random.default_rng(0).integers(3, 64, (4, 32)).astype(np.int32)]
+    model, _ = fqjax.quantize(fqjax.load_hf(folder / "hf")[0], "w8a8", batches)
+    save(folder / "out", model)
+    return model, folder / "out"
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+    return shutil.copytree(original[1], tmp_path / "out")
+
+
+def refused(directory, *parts):
+    with pytest.raises(InputError) as caught:
+        load(directory)
+    message = str(caught.value)
+    assert "\n" not in message and str(directory) in message
+    assert all(part in message for part in parts), message
+
+
+def edit(directory, change):
+    path = directory / "fqjax.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def save_changed(original, directory, **fields):
+    """Saves the model with fields of one layer's weight changed, under the original's manifest."""
+    _, path = original
+    changed = load(path)
+    layer = changed.layers[0].mlp.down_proj
+    weight = layer.weight.get_value()
+    parts = {"codes": weight.codes, "scale": weight.scale} | {
+        name: change(getattr(weight, name)) for name, change in fields.items()
+    }
+    layer.weight.set_value(type(weight)(parts["codes"], parts["scale"], weight.format))
+    save(directory, changed)
+    shutil.copy(path / "fqjax.json", directory / "fqjax.json")
+
+
+def test_a_checksum_is_that_of_the_bytes_in_c_order_and_little_endian():
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    expected = f"{zlib.crc32(values.tobytes()):08x}"
+    assert array_checksum(values) == array_checksum(jnp.asarray(values)) == expected
+    assert array_checksum(np.asfortranarray(values)) == array_checksum(values.astype(">f4")) == expected
+    assert array_checksum(values.T) != expected
+    assert array_checksum(jnp.float32(3)) == f"{zlib.crc32(np.float32(3).tobytes()):08x}"
+    half = jnp.asarray(values, jnp.bfloat16)
+    assert array_checksum(half) == f"{zlib.crc32(np.asarray(half).view(np.uint16).tobytes()):08x}"
+
+
+def test_every_array_has_a_checksum(original):
+    model, path = original
+    sums = json.loads((path / "fqjax.json").read_text())["checksums"]
+    leaves = {name: leaf for name, leaf in named_leaves(nnx.state(model)).items() if leaf.size}
+    assert sums["algorithm"] == "crc32" and set(sums["arrays"]) == {".".join(name) for name in leaves}
+    assert all(sums["arrays"][".".join(name)] == array_checksum(leaf) for name, leaf in leaves.items())
+
+
+def test_what_was_saved_without_checksums_is_loaded(saved, original):
+    edit(saved, lambda m: m.pop("checksums"))
+    assert fqjax.report_of(load(saved)) == fqjax.report_of(original[0])
+
+
+@pytest.mark.parametrize("field", ["codes", "scale"])
+def test_a_value_that_changed(original, tmp_path, field):
+    # The sign of a code leaves every other check content, and so does a scale.
+    save_changed(original, tmp_path / "out", **{field: lambda values: values.at[(0,) * values.ndim].multiply(-1)})
+    part = "is not what was saved, by its checksum; the checkpoint is damaged"
+    refused(tmp_path / "out", f"array {LAYER}.weight.{field} {part}")
+
+
+def test_verification_can_be_left_out(original, tmp_path):
+    save_changed(original, tmp_path / "out", codes=lambda codes: codes.at[0, 0].multiply(-1))
+    load(tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
+def test_a_scale_that_is_none_is_found_without_checksums(original, tmp_path, value):
+    save_changed(original, tmp_path / "out", scale=lambda scale: jnp.full_like(scale, value))
+    edit(tmp_path / "out", lambda m: m.pop("checksums"))
+    refused(tmp_path / "out", f"layer '{LAYER}' has a scale that is not above 0")
+
+
+def test_arrays_of_another_checkpoint(original, tmp_path, saved):
+    other = load(original[1])
+    other.norm.scale[...] *= 2
+    save(tmp_path / "other", other)
+    shutil.rmtree(saved / "state")
+    shutil.copytree(tmp_path / "other" / "state", saved / "state")
+    refused(saved, "is not what was saved, by its checksum")
+    shutil.copy(tmp_path / "other" / "fqjax.json", saved / "fqjax.json")
+    load(saved)
+
+
+def test_flipped_bits_anywhere_in_the_arrays_files(original, saved):
+    expected = named_leaves(nnx.state(original[0]))
+    files = sorted(path for path in (saved / "state").rglob("*") if path.is_file())
+    rng, refusals = np.random.default_rng(0), []
+    for path in files:
+        content = path.read_bytes()
+        for at in rng.integers(0, len(content), 2 + len(content) // 6000):
+            path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.integers(8))]) + content[at + 1 :])
+            try:
+                found = named_leaves(nnx.state(load(saved)))
+                assert all(np.array_equal(found[name], leaf) for name, leaf in expected.items())
+            except InputError as error:
+                assert "\n" not in str(error)
+                refusals.append(str(error))
+        path.write_bytes(content)
+    load(saved)
+    assert len(refusals) >= 5
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_files_of_arrays_that_are_missing(saved, count):
+    files = sorted(path for path in (saved / "state").rglob("*") if path.is_file() and path.parent.name == "d")
+    for path in files[:count]:
+        path.unlink()
+    refused(saved)
+
+
+CHECKSUMS = [
+    (lambda c: c.update(algorithm="md5"), "algorithm 'md5': expected 'crc32'"),
+    (lambda c: c.pop("algorithm"), "algorithm None"),
+    (lambda c: c.update(arrays=[]), "arrays []: expected an object"),
+    (lambda c: c["arrays"].pop(f"{LAYER}.weight.codes"), f"none of array {LAYER}.weight.codes"),
+    (lambda c: c["arrays"].update({f"{LAYER}.weight.codes": 3}), f"array {LAYER}.weight.codes is not what was saved"),
+    (lambda c: c.pop("manifest"), "not what was saved"),
+]
+
+
+@pytest.mark.parametrize(("change", "part"), CHECKSUMS)
+def test_checksums_that_are_none(saved, change, part):
+    edit(saved, lambda m: change(m["checksums"]))
+    refused(saved, part)
+
+
+@pytest.mark.parametrize("value", [3, "", [], False])
+def test_an_entry_of_checksums_that_is_none(saved, value):
+    edit(saved, lambda m: m.update(checksums=value))
+    refused(saved, "checksums", "expected an object")
+
+
+def layer(**changes):
+    return lambda m: m["layers"][LAYER].update(changes)
+
+
+def scheme(**changes):
+    return lambda m: m["schemes"][0].update(changes)
+
+
+def config(**changes):
+    return lambda m: m["architecture"]["config"].update(changes)
+
+
+MANIFESTS = [
+    (lambda m: m.update(format="gguf"), "not of the format 'fqjax'"),
+    (lambda m: m.update(format_version="1"), "not of the format 'fqjax'"),
+    (lambda m: m.update(format_version=True), "not of the format 'fqjax'"),
+    (lambda m: m.update(format_version=0), "not of the format 'fqjax'"),
+    (lambda m: m.update(format_version=7), "format version 7"),
+    (lambda m: m.update(schemes={}), "schemes {}: expected a list"),
+    (lambda m: m.update(schemes=[3]), "schemes [3]: expected a list"),
+    (lambda m: m.update(schemes=[]), "scheme 0: expected the index of one of schemes"),
+    (lambda m: m.update(layers=[]), "layers []: expected an object"),
+    (lambda m: m.update(architecture="llama"), "architecture 'llama': expected an object or null"),
+    (lambda m: m.update(architecture={}), "no entry 'name'"),
+    (lambda m: m.update(architecture=None), "pass it as load"),
+    (lambda m: m["architecture"].update(dtype="int8"), "dtype 'int8': expected 'float64' or"),
+    (lambda m: m["architecture"].update(dtype=None), "dtype None"),
+    (lambda m: m["architecture"].update(name=["Llama"]), "name ['Llama']: expected text"),
+    (lambda m: m["architecture"].update(config=3), "config 3: expected an object"),
+    (scheme(future=1), "schemes[0]: unknown entry 'future'"),
+    (scheme(method="gguf"), "schemes[0]: method 'gguf'"),
+    (scheme(alpha=7), "alpha=7"),
+    (scheme(int4_share="1"), "schemes[0]: int4_share '1': expected a number"),
+    (layer(weight=None), "weight None: expected an object"),
+    (layer(weight={"bits": 8, "zero_point": 1}), "unknown entry 'zero_point'"),
+    (layer(weight={"bits": "8"}), "bits '8'"),
+    (layer(weight={"bits": 8, "group_size": -1}), LAYER),
+    (layer(out_features=-1), "out_features -1: expected a whole number from 1"),
+    (layer(out_features=10**15), "out_features 1000000000000000: expected a whole number from 1 to 16777216"),
+    (layer(in_features=48.0), "in_features 48.0"),
+    (layer(width=True), "width True"),
+    (layer(width=8), "width 8: expected room"),
+    (layer(flattened=-1), "expected room"),
+    (layer(activation_bits=16), "activation_bits 16: expected 4 or 8"),
+    (layer(activation_scale="row"), "activation_scale 'row': expected 'tensor' or 'token'"),
+    (layer(dtype="object"), "dtype 'object'"),
+    (layer(scheme=-1), "scheme -1"),
+    (layer(scheme=1), "scheme 1"),
+    (layer(relative_error="small"), "relative_error 'small'"),
+    (lambda m: m["layers"].update({LAYER: 3}), "expected an object"),
+    (config(vocab_size=10**15), "vocab_size 1000000000000000: expected a whole number from 1 to"),
+    (config(num_hidden_layers=9999), "num_hidden_layers 9999: expected fewer"),
+    (config(num_attention_heads="4"), "num_attention_heads '4'"),
+    (config(rms_norm_eps=float("nan")), "rms_norm_eps nan"),
+    (config(rope_theta=0), "rope_theta 0: expected a finite number above 0"),
+    (config(eos_token_id=["a"]), "eos_token_id ['a']: expected a list, each a whole number"),
+    (config(future=1), "unknown entry 'future'"),
+    (config(rope_theta=20000.0), "fqjax.json: not what was saved, by its checksum"),
+    (layer(macs=1), "fqjax.json: not what was saved, by its checksum"),
+]
+
+
+@pytest.mark.parametrize(("change", "part"), MANIFESTS)
+def test_a_manifest_that_was_changed(saved, change, part):
+    edit(saved, change)
+    refused(saved, part)
+
+
+def test_a_manifest_whose_numbers_are_written_otherwise_is_the_same(saved):
+    path = saved / "fqjax.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(manifest.items())), indent=3))
+    load(saved)
+
+
+def test_arrays_that_are_sharded_are_verified(original, tmp_path):
+    save_changed(original, tmp_path / "changed", codes=lambda codes: codes.at[-1, -1].add(1))
+    code = (
+        "import sys, fqjax, jax, numpy as np\n"
+        "from jax.sharding import Mesh, NamedSharding, PartitionSpec as P\n"
+        "mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ('x', 'y'))\n"
+        "def place(name, shape):\n"
+        "    return NamedSharding(mesh, P('x', 'y') if name.endswith('codes') else P())\n"
+        "def down(model):\n"
+        "    return model.layers[0].mlp.down_proj.weight.get_value().codes\n"
+        "codes = down(fqjax.load(sys.argv[1], sharding=place))\n"
+        "assert len({shard.device for shard in codes.addressable_shards}) == 4\n"
+        "assert codes.addressable_shards[0].data.shape == (codes.shape[0] // 2, codes.shape[1] // 2)\n"
+        "np.testing.assert_array_equal(codes, down(fqjax.load(sys.argv[1])))\n"
+        "try:\n"
+        "    fqjax.load(sys.argv[2], sharding=place)\n"
+        "except fqjax.InputError as error:\n"
+        "    assert 'is not what was saved' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('nothing was noticed')\n"
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, "-c", code, str(original[1]), str(tmp_path / "changed")], env=os.environ | flags, check=True
+    )

@@ -1,0 +1,105 @@
+"""What the commands refuse before they read a weight, and files of theirs that were damaged."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import fqjax
+from fqjax import cli
+from fqjax import convert as conversion
+from fqjax.demo.run import CHECKPOINT
+from fqjax.errors import InputError
+from fqjax.findings import Findings, read_findings
+from fqjax.memo import DirectoryMemo
+from fqjax.scheme import PRESETS
+from fqjax.text import encode
+from tests.models import variants
+
+
+@pytest.fixture(scope="module")
+def mismatched(tmp_path_factory):
+    """A model of 64 tokens with a tokenizer of 2048: as Hugging Face has it, and as fqjax does; and a text."""
+    folder = tmp_path_factory.mktemp("mismatched")
+    variants.write_checkpoint(folder / "source", variants.VARIANTS["llama"])
+    model, _ = fqjax.load_hf(folder / "source")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT / file, folder / "source" / file)
+    fqjax.save(folder / "own", model, tokenizer=fqjax.load_tokenizer(folder / "source"))
+    (folder / "text.txt").write_text("return the list of values " * 300)
+    return folder
+
+
+@pytest.mark.parametrize("model", ["source", "own"])
+@pytest.mark.parametrize("command", ["convert", "eval", "generate"])
+def test_a_tokenizer_that_does_not_fit_is_refused_before_weights_are_read(
+    mismatched, monkeypatch, capsys, command, model
+):
+    def read(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("fqjax.checkpoint.safetensors.TensorFiles.read", read)
+    monkeypatch.setattr("fqjax.checkpoint.orbax.ocp.load", read)
+    text = str(mismatched / "text.txt")
+    rest = {
+        "convert": [str(mismatched / "out"), "--calibration", text],
+        "eval": ["--text", text],
+        "generate": ["--prompt", "return"],
+    }
+    code, err = cli.main([command, str(mismatched / model), *rest[command]]), capsys.readouterr().err
+    expected = "has token 2047 ("
+    if (command, model) == ("convert", "own"):
+        expected = "already an fqjax checkpoint"
+    assert code == 2 and expected in err and err.count("\n") == 1
+    assert not list(mismatched.glob("out*"))
+
+
+def test_a_text_that_the_tokenizer_cannot_encode():
+    def tokenizer(text, **_):
+        raise Exception("WordLevel error: Missing [UNK] token from the vocabulary")
+
+    with pytest.raises(InputError, match="cannot encode the text .WordLevel error: Missing"):
+        encode(tokenizer, "text")
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-30], lambda _: b"", lambda _: b"PK nothing"])
+def test_what_a_conversion_remembers_may_be_damaged(tmp_path, damage):
+    memo = DirectoryMemo(tmp_path, PRESETS["w8a8"])
+    statistics = fqjax.calibration.Statistics(np.ones(4, np.float32), np.ones((2, 4), np.float32), 2)
+    memo.statistics(lambda: {"layer": statistics})
+    path = tmp_path / "statistics.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=r"statistics.npz: damaged \(.*remove it") as caught:
+        memo.statistics(dict)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "sensitivities.json").write_text("[")
+    with pytest.raises(InputError, match="sensitivities.json: not a JSON"):
+        memo.sensitivities(dict)
+
+
+def test_the_record_of_a_conversion_may_be_damaged(checkpoint, tmp_path):
+    asked = conversion.Conversion(source=str(checkpoint), out=tmp_path / "out", scheme=PRESETS["bf16"])
+    staging = conversion.staging_directory(asked.out)
+    staging.mkdir()
+    (staging / "plan.json").write_text("{")
+    with pytest.raises(InputError, match="plan.json: not a JSON record of a conversion"):
+        conversion.convert(conversion.plan(asked), resume=True)
+    assert not asked.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("activations", "costs", "part"),
+    [
+        ({"b": np.ones(4)}, {}, "'b' is not the activations"),
+        ({"a": np.ones(5)}, {}, "'a' is not the activations"),
+        ({}, {"b": {8: 1.0}}, "the costs of 'b'"),
+        ({}, {"a": {4: 1.0}}, "the costs of 'a'"),
+        ({}, {"a": {8: None}}, "cannot be read"),
+        ({}, {"a": 3}, "cannot be read"),
+        ({}, ["a"], "cannot be read"),
+    ],
+)
+def test_findings_about_something_else(tmp_path, activations, costs, part):
+    Findings({"a": np.ones(4, np.float32)} | activations, costs).write(tmp_path)
+    with pytest.raises(InputError, match=f"calibration.safetensors: .*{part}"):
+        read_findings(tmp_path, {"a": (4, 8)})
