@@ -12,6 +12,7 @@ from pallas_kernels.api import (
     quantize_activations,
     quantize_normalized,
     quantize_per_token,
+    weight_only_int4_matmul,
 )
 from pallas_kernels.packing import pack_int4, unpack_int4
 
@@ -26,4 +27,5 @@ __all__ = [
     "quantize_normalized",
     "quantize_per_token",
     "unpack_int4",
+    "weight_only_int4_matmul",
 ]

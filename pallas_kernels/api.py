@@ -2,8 +2,8 @@
 
 Every function takes ``implementation``: None picks the fastest one that supports the call on this device, a name asks for
 that one and raises ``NotImplementedError`` if it cannot take the case.  All implementations give the same bits as
-:mod:`pallas_kernels.reference`, but where floats are added up: in the norm of :func:`quantize_normalized`, and over groups
-with float scales.  All work under ``jit``, ``vmap`` and ``shard_map``.
+:mod:`pallas_kernels.reference`, but where floats are added up: in the norm of :func:`quantize_normalized`, over groups with
+float scales, and in :func:`weight_only_int4_matmul`.  All work under ``jit``, ``vmap`` and ``shard_map``.
 
   "mosaic"  kernels written in Pallas Mosaic GPU, for NVIDIA Hopper (:mod:`pallas_kernels.hopper`)
   "xla"     the reference, compiled by XLA, for any device
@@ -132,6 +132,40 @@ def grouped_int4_matmul(
     return _matmul(kind, x, packed, x_scale, jnp.asarray(weight_scale, jnp.float32), group_scale, bias, implementation)
 
 
+def weight_only_int4_matmul(
+    x: Float[Array, "*rows k"],
+    packed: Int8[Array, "n half"],
+    group_scale: Float32[Array, "groups n"],
+    weight_scale: Float32[Array, "..."] | float = 1.0,
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Array:
+    """Multiplies real activations with 4-bit weight codes that have a scale for every group of input channels (W4A16).
+
+    Args:
+      x: activations, (..., k), of a floating dtype.
+      packed: weight codes, (n, k / 2), as :func:`pallas_kernels.pack_int4` packs them.
+      group_scale: (groups, n); a group is k / groups neighbouring channels.
+      weight_scale: what all of it is multiplied with besides: float32 scalar, or one per output channel, (n,).
+      bias, out_dtype: as for :func:`int8_matmul`; ``out_dtype`` is a floating one.
+      implementation: None, "mosaic" (bfloat16 activations, groups of 128) or "xla".  XLA's weights are rounded to the dtype
+        of ``x``; the kernel multiplies codes, which are exact, and applies the scales to the sums.
+
+    Returns:
+      ``cast(sum_g(group_scale[g] * (x_g @ codes_g.T)) * weight_scale + bias)``, shape (..., n).
+
+    Raises:
+      ValueError: if shapes do not fit together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    _check_packed("weight_only_int4_matmul", packed)
+    kind = Matmul(bits=4, grouped=True, weight_only=True, out_dtype=jnp.dtype(out_dtype))
+    scale = jnp.asarray(weight_scale, jnp.float32)
+    return _matmul(kind, x, packed, jnp.float32(1), scale, group_scale, bias, implementation)
+
+
 def quantize_activations(
     x: Float[Array, "*rows k"],
     multiplier: Float32[Array, " k"],
@@ -244,16 +278,18 @@ def can_use_mosaic(
     out_dtype: DTypeLike = jnp.bfloat16,
     group_dtype: DTypeLike | None = None,
     folded: bool = False,
+    weight_only: bool = False,
     device: str | None = None,
 ) -> bool:
     """Whether the Hopper kernels can multiply (rows, k) activation codes with (n, k) weight codes of so many bits.
 
     ``group_dtype`` is the dtype of the scales of groups of 128, if there are any; ``folded`` is as in
-    :func:`grouped_int8_matmul`; ``device`` is the name of a GPU ("NVIDIA H200"), that of this process by default.
+    :func:`grouped_int8_matmul`; with ``weight_only``, activations are bfloat16; ``device`` is the name of a GPU ("NVIDIA
+    H200"), that of this process by default.
     """
     from pallas_kernels.hopper.matmul import cannot_use
 
-    p = problem(bits, rows, n, k, out_dtype, group_dtype=group_dtype, folded=folded)
+    p = problem(bits, rows, n, k, out_dtype, group_dtype=group_dtype, folded=folded, weight_only=weight_only)
     return (device or hopper_device()) is not None and cannot_use(p) is None
 
 
@@ -269,7 +305,7 @@ def _matmul(
 ) -> Array:
     x_scale, weight_scale = (jnp.asarray(scale, jnp.float32) for scale in (x_scale, weight_scale))
     k = weight.shape[-1] * (8 // kind.bits)
-    _check(x, weight, k, x_scale, weight_scale, bias)
+    _check(kind, x, weight, k, x_scale, weight_scale, bias)
     if group_scale is not None:
         _check_groups(kind, weight.shape[0], k, group_scale)
     _check_implementation(implementation, "mosaic", "xla")
@@ -280,6 +316,8 @@ def _matmul(
 def _check_groups(kind: Matmul, n: int, k: int, scales: Array) -> None:
     if scales.dtype not in (jnp.int16, jnp.int32, jnp.float32):
         raise ValueError(f"{kind.name}: group_scale must be int16, int32 or float32, got {scales.dtype}")
+    if kind.weight_only and scales.dtype != jnp.float32:
+        raise ValueError(f"{kind.name}: group_scale must be float32, got {scales.dtype}")
     if kind.folded and scales.dtype == jnp.float32:
         raise ValueError(f"{kind.name}: only integer scales can be folded, got {scales.dtype}")
     if scales.ndim != 2 or scales.shape[1] != n or k % max(len(scales), 1):
@@ -294,6 +332,7 @@ def _check_packed(name: str, packed: Array) -> None:
 
 
 def _check(
+    kind: Matmul,
     x: Array,
     weight: Array,
     k: int,
@@ -301,19 +340,21 @@ def _check(
     weight_scale: Array,
     bias: Array | None,
 ) -> None:
-    for operand, array in (("x", x), ("the weight", weight)):
+    if kind.weight_only and not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{kind.name}: x must have a floating dtype, got {x.dtype}{x.shape}")
+    for operand, array in (("x", x), ("the weight", weight))[kind.weight_only :]:
         if array.dtype != jnp.int8:
-            raise ValueError(f"integer matmul: {operand} must be int8, got {array.dtype}{array.shape}")
+            raise ValueError(f"{kind.name}: {operand} must be int8, got {array.dtype}{array.shape}")
+    if kind.weight_only and jnp.issubdtype(kind.out_dtype, jnp.integer):
+        raise ValueError(f"{kind.name}: out_dtype must be a floating dtype, got {kind.out_dtype}")
     if x.shape[-1] != k:
-        raise ValueError(f"integer matmul: x {x.shape} has {x.shape[-1]} input channels, the weight has {k}")
+        raise ValueError(f"{kind.name}: x {x.shape} has {x.shape[-1]} input channels, the weight has {k}")
     if x_scale.shape not in ((), x.shape[:-1]):
-        raise ValueError(f"integer matmul: x_scale must be a scalar or {x.shape[:-1]}, got {x_scale.shape}")
+        raise ValueError(f"{kind.name}: x_scale must be a scalar or {x.shape[:-1]}, got {x_scale.shape}")
     if weight_scale.shape not in ((), weight.shape[:1]):
-        raise ValueError(
-            f"integer matmul: weight_scale must be a scalar or {weight.shape[:1]}, got {weight_scale.shape}"
-        )
+        raise ValueError(f"{kind.name}: weight_scale must be a scalar or {weight.shape[:1]}, got {weight_scale.shape}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"integer matmul: bias must be {weight.shape[:1]}, got {bias.shape}")
+        raise ValueError(f"{kind.name}: bias must be {weight.shape[:1]}, got {bias.shape}")
 
 
 def _check_recipe(name: str, x: Array, multiplier: Array, source: Array, part: Array) -> None:

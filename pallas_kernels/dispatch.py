@@ -40,11 +40,18 @@ def problem(
     bias: bool = False,
     group_dtype: DTypeLike | None = None,
     folded: bool = False,
+    weight_only: bool = False,
 ) -> Any:
     """A :class:`pallas_kernels.hopper.problem.Problem`; Mosaic GPU is imported only where it may be used."""
     from pallas_kernels.hopper.problem import Problem
 
-    kinds = {"per_token": per_token, "per_channel": per_channel, "bias": bias, "folded": folded}
+    kinds = {
+        "per_token": per_token,
+        "per_channel": per_channel,
+        "bias": bias,
+        "folded": folded,
+        "weight_only": weight_only,
+    }
     groups = None if group_dtype is None else jnp.dtype(group_dtype)
     return Problem(m=m, n=n, k=k, bits=bits, out_dtype=jnp.dtype(out_dtype), group_dtype=groups, **kinds)
 
@@ -57,17 +64,21 @@ class Matmul:
       bits: of the weight codes.
       grouped: whether groups of input channels have scales.
       folded: whether those are integers from 1 to 15, and codes of 4 bits times them fit into int8.
+      weight_only: whether activations are real numbers.
       out_dtype: of the result.
     """
 
     bits: Literal[4, 8]
     grouped: bool = False
     folded: bool = False
+    weight_only: bool = False
     out_dtype: Any
 
     @property
     def name(self) -> str:
         """Of the entry point."""
+        if self.weight_only:
+            return f"weight_only_int{self.bits}_matmul"
         return f"grouped_int{self.bits}_matmul" if self.grouped else f"int{self.bits}_matmul"
 
     def split(self, rest: Sequence[Array]) -> tuple[Array | None, Array | None]:
@@ -79,6 +90,8 @@ class Matmul:
         """The reference."""
         groups, bias = self.split(rest)
         f = getattr(reference, self.name)
+        if self.weight_only:
+            return f(x, weight, groups, weight_scale, bias, self.out_dtype)
         if groups is None:
             return f(x, weight, x_scale, weight_scale, bias, self.out_dtype)
         return f(x, weight, x_scale, groups, weight_scale, bias, self.out_dtype, self.folded)
@@ -201,9 +214,9 @@ def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) 
     groups, bias = kind.split(rest)
     (m, k), n = x.shape, weight.shape[0]
     kinds = {"per_token": bool(x_scale.ndim), "per_channel": bool(weight_scale.ndim), "bias": bias is not None}
-    group_dtype = None if groups is None else groups.dtype
-    p = problem(kind.bits, m, n, k, kind.out_dtype, group_dtype=group_dtype, folded=kind.folded, **kinds)
-    reason = NO_HOPPER if device is None else _wrong_groups(k, groups) or matmul.cannot_use(p)
+    kinds |= {"folded": kind.folded, "weight_only": kind.weight_only}
+    p = problem(kind.bits, m, n, k, kind.out_dtype, group_dtype=None if groups is None else groups.dtype, **kinds)
+    reason = NO_HOPPER if device is None else _wrong_operands(p, x, groups) or matmul.cannot_use(p)
     if reason and implementation == "mosaic":
         raise NotImplementedError(f"{kind.name}: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
     config = None if reason or device is None else tuning.choose(p, device)
@@ -221,11 +234,13 @@ def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) 
     return lax.platform_dependent(*operands, cuda=mosaic, default=kind.xla)
 
 
-def _wrong_groups(k: int, scales: Array | None) -> str | None:
-    """Why the kernels cannot take these scales of groups; None if they can."""
-    if scales is None or k == 128 * len(scales):
+def _wrong_operands(p: Any, x: Array, scales: Array | None) -> str | None:
+    """Why the kernels cannot take these operands; None if they can."""
+    if x.dtype != p.x_dtype:
+        return f"x is {x.dtype}, not {p.x_dtype}"
+    if scales is None or p.k == 128 * len(scales):
         return None
-    return f"groups have {k // len(scales)} input channels, not 128"
+    return f"groups have {p.k // len(scales)} input channels, not 128"
 
 
 @functools.cache

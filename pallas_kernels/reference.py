@@ -89,6 +89,21 @@ def grouped_int4_matmul(
     return grouped_int8_matmul(x, unpack_int4(packed), x_scale, group_scale, weight_scale, bias, out_dtype, folded)
 
 
+def weight_only_int4_matmul(
+    x: Float[Array, "*rows k"],
+    packed: Int8[Array, "n half"],
+    group_scale: Float32[Array, "groups n"],
+    weight_scale: Float32[Array, "..."],
+    bias: Float[Array, " n"] | None = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+) -> Array:
+    """Real activations times ``codes * group_scale``, rounded to their dtype; summed in float32, then scaled."""
+    each = jnp.repeat(group_scale.T, 2 * packed.shape[1] // len(group_scale), axis=1)
+    weight = (unpack_int4(packed) * each).astype(x.dtype)
+    total = lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return _epilogue(total, jnp.float32(1), weight_scale, bias, out_dtype)
+
+
 def _epilogue(
     acc: Int32[Array, "*rows n"] | Float32[Array, "*rows n"],
     x_scale: Float32[Array, "..."],

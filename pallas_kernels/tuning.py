@@ -30,7 +30,7 @@ def choose(p: Problem, device: str) -> Config | None:
         config = measured[min((m for m in measured if m >= p.m), default=max(measured))]
         if not isinstance(config, DecodeConfig) or p.m <= decode.MOST_TOKENS:
             return config
-    return rule(p)
+    return None if p.weight_only and p.m > WEIGHT_ONLY_ROWS else rule(p)
 
 
 def table_file(device: str) -> Path:
@@ -106,6 +106,8 @@ ONE_WAVE = {(1, 128): (0.83, 0.88), (2, 64): (0.56, 0.83)}
 
 FLUSHED = 0.68
 """What flushing every group leaves of a tile's rate, so far for all tiles alike."""
+WEIGHT_ONLY_ROWS = 256
+"""Beyond so many rows, where bfloat16 arithmetic is what takes time, weights had better be dequantized once, by XLA."""
 
 
 def estimate(p: Problem, config: Config) -> float:

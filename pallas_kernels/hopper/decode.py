@@ -73,7 +73,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     columns = blocks if splits > 1 else min(config.ctas, blocks)
     packed = p.bits == 4
     exchange = registers.Exchange(splits, groups, warpgroups, tokens, p.total_dtype)
-    slot_bytes = (channels + p.halves * tokens) * STEP + grouped.slot_bytes(p, channels)
+    slot_bytes = (channels + p.halves * tokens * p.x_dtype.itemsize) * STEP + grouped.slot_bytes(p, channels)
     room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
     visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
     stages = min(config.stages, room, visits)
@@ -128,9 +128,12 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
             rows = pl.ds(row * 64, 64)
             turns = lax.div(steps - group + groups - 1, jnp.int32(groups))  # steps of this group
 
-            def unpacked(bytes_: Any, half: int, scale: Any = None) -> Any:
-                own = staged.at[warpgroup] if interpret else None
-                return registers.unpacked_operand(bytes_, half, scale, own, bool(interpret))
+            unpacked = functools.partial(
+                registers.unpacked_operand,
+                weight_only=p.weight_only,
+                staged=staged.at[warpgroup] if interpret and packed else None,
+                interpret=bool(interpret),
+            )
 
             def accumulate(t: Any, acc: Any) -> Any:
                 def step(turn: Any, _: Any) -> None:
@@ -168,9 +171,10 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                         lambda half, part: x_s.at[s, half, pl.ds(part * chunk, chunk)],
                         lambda half: None,
                         done,
+                        p.product_dtype,
                     )
 
-                chunk = min(tokens, 32)
+                chunk = min(tokens, grouped.most_at_once(p))
                 totals = lax.fori_loop(0, turns, step, (grouped.zero(p, chunk),) * (tokens // chunk))
                 return registers.concatenate(totals, bool(interpret))
 
@@ -201,12 +205,13 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
         out = jax.ShapeDtypeStruct((splits * groups, blocks * channels, tokens), p.total_dtype)
     scratch: dict[str, Any] = grouped.scratch(p, stages, channels) | {
         "w": plgpu.SMEM((stages, channels, STEP), jnp.int8, transforms=tiles.operand()),
-        "x": plgpu.SMEM((stages, p.halves, tokens, STEP), jnp.int8, transforms=tiles.operand()),
+        "x": plgpu.SMEM((stages, p.halves, tokens, STEP), p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize)),
         "full": plgpu.Barrier(num_arrivals=1 + p.halves + p.grouped, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if interpret and packed:
-        scratch["staged"] = plgpu.SMEM((warpgroups * groups, p.halves, 64, STEP), jnp.int8, transforms=tiles.operand())
+        shape = (warpgroups * groups, p.halves, 64, STEP)
+        scratch["staged"] = plgpu.SMEM(shape, p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize))
     if splits > 1:
         scratch["arrivals"], scratch["arrived"] = exchange.scratch()
     settings: dict[str, Any] = {"interpret": interpret} if interpret else {}

@@ -29,9 +29,6 @@ from pallas_kernels.compat import kernel, load, plgpu, store_transposed
 from pallas_kernels.hopper import grouped, registers, tiles
 from pallas_kernels.hopper.problem import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
 
-MOST_FLUSHED = 128
-"""Tokens of a tile whose totals, beside the products that are added to them, fit into the registers."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmConfig:
@@ -75,7 +72,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
     part = next(size for size in (64, 32, 16, 8) if tokens % size == 0)  # tokens that are written at a time
     out_slots = 2 if by_copy_engine else 1
     out_bytes = config.warpgroups * out_slots * part * 64 * out_item if by_copy_engine else 0
-    weight_bytes, x_bytes = channels * STEP + grouped.slot_bytes(p, channels), tokens * STEP
+    weight_bytes, x_bytes = channels * STEP + grouped.slot_bytes(p, channels), tokens * STEP * p.x_dtype.itemsize
     budget = SHARED_MEMORY - 2048 - out_bytes
     if packed:
         w_slots = min(6, budget // (weight_bytes + 2 * x_bytes))
@@ -84,7 +81,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         w_slots = x_slots = min(12, budget // (weight_bytes + x_bytes))
     if min(w_slots, x_slots) < 2:
         raise NotImplementedError(f"{config} leaves no room for a pipeline")
-    if p.flushed and (tokens > MOST_FLUSHED or config.warpgroups > 2):
+    if p.flushed and (tokens > grouped.most_tokens(p) or config.warpgroups > 2):
         raise NotImplementedError(f"{config} leaves no registers for the totals of groups")
     at_launch = min(232, 2**16 // (STEP * (config.warpgroups + 1)) // 8 * 8)  # registers of every thread
     producer_registers = 40  # What the producer gives back is dealt out to the consumers; more than that would hang.
@@ -147,9 +144,12 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
             rows = pl.ds(warpgroup * 64, 64)
             whole_scale = None if p.raw or p.per_token else xs_g[0]
 
-            def unpacked(bytes_: Any, half: int, scale: Any = None) -> Any:
-                own = staged.at[warpgroup] if interpret else None
-                return registers.unpacked_operand(bytes_, half, scale, own, bool(interpret))
+            unpacked = functools.partial(
+                registers.unpacked_operand,
+                weight_only=p.weight_only,
+                staged=staged.at[warpgroup] if interpret and packed else None,
+                interpret=bool(interpret),
+            )
 
             def accumulate(t: Any, acc: Any) -> Any:
                 def step(k: Any, _: Any) -> None:
@@ -198,6 +198,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                         lambda half, chunk: x_s.at[xs[half], pl.ds(chunk * part, part)],
                         lambda half: plgpu.barrier_wait(x_full.at[xs[half]]),
                         done,
+                        p.product_dtype,
                     )
 
                 return lax.fori_loop(0, p.steps, step, (grouped.zero(p, part),) * (tokens // part))
@@ -237,7 +238,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",))
     scratch: dict[str, Any] = grouped.scratch(p, w_slots, channels) | {
         "w": plgpu.SMEM((w_slots, channels, STEP), jnp.int8, transforms=tiles.operand()),
-        "x": plgpu.SMEM((x_slots, tokens, STEP), jnp.int8, transforms=tiles.operand()),
+        "x": plgpu.SMEM((x_slots, tokens, STEP), p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize)),
         "x_full": plgpu.Barrier(num_arrivals=1 if packed else 2, num_barriers=x_slots),
         "x_empty": barrier(num_arrivals=config.warpgroups, num_barriers=x_slots),
     }
@@ -249,7 +250,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         scratch["out"] = plgpu.SMEM(shape, p.out_dtype, transforms=tiles.operand(8 * out_item))
     if interpret and packed:
         shape = (config.warpgroups, p.halves, 64, STEP)
-        scratch["staged"] = plgpu.SMEM(shape, jnp.int8, transforms=tiles.operand())
+        scratch["staged"] = plgpu.SMEM(shape, p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize))
     return kernel(
         body,
         out_type=jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype),

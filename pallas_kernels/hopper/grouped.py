@@ -58,6 +58,7 @@ def flush(
     activations: Callable[[int, int], Any],
     ready: Callable[[int], None],
     done: Callable[[int], None],
+    dtype: Any,
 ) -> tuple[Any, ...]:
     """Adds the products of one step, each times its group's scale, to the totals.
 
@@ -68,6 +69,7 @@ def flush(
       activations: of a half and a chunk, a reference to (chunk, 128) codes.
       ready: called with a half before its activations are read.
       done: called with a half once nothing of it will be read again.
+      dtype: of the products.
     """
     chunk, new = totals[0].shape[1], list(totals)
     items = list(itertools.product(range(len(scales)), range(len(totals))))
@@ -93,18 +95,30 @@ def flush(
         add(len(items) - 1, 0)
         return tuple(new)
 
-    return pl.run_scoped(scoped, *[plgpu.ACC((64, chunk), jnp.int32)] * len(items))
+    return pl.run_scoped(scoped, *[plgpu.ACC((64, chunk), dtype)] * len(items))
+
+
+def most_tokens(p: Problem) -> int:
+    """Tokens of a tile for many rows whose totals fit into the registers beside the products, as compiling them showed."""
+    return 64 if p.weight_only else 128
 
 
 def most_consumers(p: Problem, tokens: int) -> int:
-    """Warpgroups of a CTA for few rows that find registers for all they hold, as compiling them showed."""
-    if tokens <= 16:
-        return 4
-    return {32: 3, 64: 2}[tokens] + p.folded
+    """Warpgroups of a CTA for few rows that find registers for all they hold, likewise."""
+    if p.weight_only:
+        return 3 if tokens <= 16 else 2
+    return 4 if tokens <= 16 else {32: 3, 64: 2}[tokens] + p.folded
+
+
+def most_at_once(p: Problem) -> int:
+    """Tokens of a chunk where there are few rows, likewise."""
+    return 16 if p.weight_only else 32
 
 
 def cannot_use(p: Problem) -> str | None:
     """Why the kernels cannot take a problem with groups; None if they can."""
+    if p.weight_only and p.scales != "float":
+        return "weight-only matmuls need float scales"
     if p.bits != 4:
         return f"weights of {p.bits} bits have no kernel with groups"
     if p.raw and p.total_dtype == jnp.float32:

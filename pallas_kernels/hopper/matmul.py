@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.hopper import decode, grouped
+from pallas_kernels.hopper import decode, grouped, registers
 from pallas_kernels.hopper.problem import Problem
 
 OUT_DTYPES = ("bfloat16", "float16", "float32", "int32")
@@ -47,6 +47,8 @@ def matmul(
     tile = decode.token_tile(p.m) if few else config.tokens
     if rows > p.m:  # The copy engine takes rows in eights.  What is added does not reach the result.
         x = jnp.pad(x, ((0, rows - p.m), (0, 0)))
+    if p.weight_only:
+        x = registers.reorder(x)
     x_scale = x_scale.reshape(-1)
     if p.per_token:
         x_scale = jnp.pad(x_scale, (0, -p.m % tile))

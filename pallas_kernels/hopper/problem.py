@@ -4,6 +4,7 @@
 
     total[m, n] = int32(sum_k x[m, k] * w[n, k])                                    without groups
                   sum_g group_scale[g, n] * int32(sum_{k in g} x[m, k] * w[n, k])    with groups of 128 input channels
+                  the same with float32(...)                                      where x is bfloat16 (weight-only)
 
 A code of 4 bits is left in the upper half of its byte, where it counts 16 times; the factor goes into the scale.  Only
 where the group's scale is multiplied into the code (folded) are both at their true size.
@@ -37,6 +38,8 @@ class Problem:
       out_dtype: bfloat16, float16, float32 or int32.
       group_dtype: int16, int32 or float32, the dtype of the scales (k / 128, n) of groups; None without groups.
       folded: whether the groups' scales are integers from 1 to 15 that are multiplied into the 4-bit codes.
+      weight_only: whether x is not codes but bfloat16, its columns in the order of
+        :func:`pallas_kernels.hopper.registers.reorder`; then groups have float scales, and x has none.
     """
 
     m: int
@@ -49,6 +52,7 @@ class Problem:
     out_dtype: Any
     group_dtype: Any = None
     folded: bool = False
+    weight_only: bool = False
 
     @property
     def halves(self) -> int:
@@ -90,7 +94,17 @@ class Problem:
     @property
     def shifted(self) -> bool:
         """Whether the total is 16 times itself."""
-        return self.bits == 4 and not self.folded
+        return self.bits == 4 and not self.folded and not self.weight_only
+
+    @property
+    def x_dtype(self) -> Any:
+        """Of the activations."""
+        return jnp.dtype(jnp.bfloat16 if self.weight_only else jnp.int8)
+
+    @property
+    def product_dtype(self) -> Any:
+        """Of an accumulator of the tensor cores."""
+        return jnp.float32 if self.weight_only else jnp.int32
 
 
 def finish(p: Problem, total: Any, factors: tuple[Any, Any], token_scale: Any) -> Any:

@@ -83,21 +83,63 @@ def unpack_scaled(packed: Any, half: int, scale: Any) -> Any:
     return _map_words(scaled, OPERAND_ROW)(packed, scale)
 
 
-def unpacked_operand(packed: Any, half: int, scale: Any, staged: Any, interpret: bool) -> Any:
-    """:func:`unpack`, or :func:`unpack_scaled` if there is a scale, as a ``wgmma`` operand.
+def unpack_bf16(packed: Any, half: int) -> Any:
+    """The codes of the low or high nibbles as bfloat16, columns in the order of :func:`reorder`.
 
-    The interpreter, which can run neither, gets it through shared memory.
+    With u = code + 8, the bits 0x4300 + u are 128 + u in bfloat16, from which 136 is subtracted.  Four bytes of a lane
+    become the two pairs of columns that a lane holds of a 16-bit operand, so that none changes its lane.
+    """
+    operand = plgpu.ShapeDtypeStruct((64, 128), jnp.bfloat16, layout=ACC)
+
+    @plgpu.inline_mgpu(arg_types=(OPERAND,), return_type=operand)
+    def emit(ctx: Any, packed: Any) -> Any:
+        del ctx
+        word, bf16 = ir.IntegerType.get_signless(32), ir.BF16Type.get()
+        pair = ir.VectorType.get((2,), bf16)
+        bias = vector.broadcast(pair, arith.constant(bf16, ir.FloatAttr.get(bf16, 136.0)))
+        registers = np.empty((1, 16, *packed.registers.shape[2:]), dtype=object)
+        for index, register in np.ndenumerate(packed.registers):
+            w = mgpu.utils.bitcast(register, word)
+            w = arith.shrui(w, _i32(4)) if half else w
+            u = arith.andi(arith.xori(w, _i32(0x08080808)), _i32(0x0F0F0F0F))
+            for i, selection in enumerate((0x4140, 0x4342)):
+                biased = mgpu.utils.bitcast(mgpu.utils.prmt(u, _i32(0x43434343), _i32(selection)), pair)
+                registers[0, 2 * index[1] + i, *index[2:]] = arith.subf(biased, bias)
+        return mgpu.FragmentedArray(_registers=registers, _layout=ACC.to_mgpu(), _is_signed=None)
+
+    return emit(packed)
+
+
+def reorder(x: Any) -> Any:
+    """The order of columns in which :func:`unpack_bf16` has them: of every 16, 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15."""
+    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 4, 2, 2)
+    return jnp.swapaxes(pairs, -3, -2).reshape(x.shape)
+
+
+def unpacked_operand(
+    packed: Any, half: int, scale: Any = None, *, weight_only: bool = False, staged: Any = None, interpret: bool = False
+) -> Any:
+    """The codes of the low or high nibbles as a ``wgmma`` operand, by one of the functions above.
+
+    The interpreter, which can run none of them, gets it through shared memory.
 
     Args:
       packed: (64, 128) bytes.
       half: 0 for the low nibbles, 1 for the high ones.
       scale: (64,) int32, or None.
-      staged: in interpret mode, a reference to (2, 64, 128) int8 of this warpgroup's own; unused otherwise.
+      weight_only: whether activations are bfloat16.
+      staged: in interpret mode, a reference to (2, 64, 128) of this warpgroup's own; unused otherwise.
       interpret: whether the kernel is interpreted.
     """
+    if not interpret and weight_only:
+        return unpack_bf16(packed, half)
     if not interpret:
         return unpack(packed, half) if scale is None else unpack_scaled(packed, half, scale)
     wide = packed.astype(jnp.int32)
+    if weight_only:
+        staged[half] = reorder(((wide if half else wide << 4) << 24) >> 28).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        return staged.at[half]
     high = (wide if half else wide << 4) & 0xF0
     if scale is not None:
         high = ((high << 24) >> 28) * scale[:, None]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_int4_matmul, grouped_int8_matmul, pack_int4
+from pallas_kernels import grouped_int4_matmul, grouped_int8_matmul, pack_int4, weight_only_int4_matmul
 from tests.kernels.test_matmul import ROWS, codes
 
 
@@ -137,3 +137,35 @@ def test_what_is_not_there_is_refused():
         grouped_int8_matmul(*operands[:3], operands[3].astype(jnp.float32), folded=True)
     with pytest.raises(NotImplementedError, match="cannot be differentiated"):
         jax.grad(lambda scale: grouped_int8_matmul(*operands[:2], scale, operands[3]).sum().astype(float))(1.0)
+
+
+@pytest.mark.parametrize("m", [1, 9, 65, 130])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_weight_only_is_close_to_64_bit_floats(implementation, m, dtype, with_bias):
+    if implementation == "mosaic" and dtype != jnp.bfloat16:
+        pytest.skip("the kernel takes bfloat16 alone")
+    rng = np.random.default_rng(0)
+    x, weight = jnp.asarray(rng.normal(size=(m, 768)), dtype), codes((192, 768), 8, 4).clip(max=7)
+    scales = jnp.asarray(rng.uniform(0.01, 0.1, (6, 192)), jnp.float32)
+    unit, bias = jnp.asarray(rng.uniform(1, 2, 192), jnp.float32), jnp.asarray(rng.normal(size=192), jnp.float32)
+    real = np.asarray(weight, np.float64) * np.repeat(np.asarray(scales, np.float64).T, 128, axis=1)
+    wanted = np.asarray(x, np.float64) @ real.T * np.asarray(unit) + (np.asarray(bias) if with_bias else 0)
+    settings = {"out_dtype": jnp.float32, "implementation": implementation}
+    result = weight_only_int4_matmul(x, pack_int4(weight), scales, unit, bias if with_bias else None, **settings)
+    error = np.linalg.norm(result - wanted) / np.linalg.norm(wanted)
+    assert error < (2e-3 if dtype == jnp.bfloat16 and implementation == "xla" else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"x": jnp.ones((2, 256), jnp.int8)}, "x must have a floating dtype"),
+        ({"group_scale": jnp.ones((2, 64), jnp.int32)}, "group_scale must be float32"),
+        ({"out_dtype": jnp.int32}, "out_dtype must be a floating dtype"),
+    ],
+)
+def test_weight_only_operands_that_do_not_fit(change, complaint):
+    good = {"x": jnp.ones((2, 256)), "packed": jnp.ones((64, 128), jnp.int8), "group_scale": jnp.ones((2, 64))}
+    with pytest.raises(ValueError, match=complaint):
+        weight_only_int4_matmul(**(good | change))

@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import compat, pack_int4, tuning
 from pallas_kernels.dispatch import Matmul, hopper_device
-from pallas_kernels.hopper import decode, gemm, matmul, tiles
+from pallas_kernels.hopper import decode, gemm, matmul, registers, tiles
 from pallas_kernels.hopper.decode import DecodeConfig
 from pallas_kernels.hopper.gemm import GemmConfig
 from pallas_kernels.hopper.problem import Problem
@@ -28,6 +28,7 @@ def problem(m, n, k, bits, **change):
 
 
 INTEGER, FLOAT = {"group_dtype": jnp.dtype("int32")}, {"group_dtype": jnp.dtype("float32")}
+WEIGHT_ONLY = FLOAT | {"weight_only": True}
 SHORT, FOLDED = {"group_dtype": jnp.dtype("int16")}, INTEGER | {"folded": True}
 
 
@@ -40,10 +41,11 @@ def operands(p, seed=0):
     if p.grouped:
         groups = jnp.asarray(rng.integers(1, 16, (p.k // 128, p.n)), p.group_dtype)
         groups = groups * 0.37 if p.scales == "float" else groups
+        groups = jnp.exp2(jnp.round(groups)) if p.weight_only else groups  # Codes times scales are exact in bfloat16.
     return (
-        jnp.asarray(rng.integers(-127, 128, (p.m, p.k)).astype(np.int8)),
+        jnp.asarray(rng.integers(-127, 128, (p.m, p.k)), p.x_dtype),
         weight if p.bits == 8 else jax.jit(pack_int4)(weight),
-        jnp.asarray(rng.uniform(0.5, 2, p.m if p.per_token else ()), jnp.float32),
+        jnp.float32(1) if p.weight_only else jnp.asarray(rng.uniform(0.5, 2, p.m if p.per_token else ()), jnp.float32),
         jnp.asarray(rng.uniform(0.5, 2, p.n if p.per_channel else ()), jnp.float32),
         groups,
         jnp.asarray(rng.normal(0, 1, p.n), jnp.float32) if p.bias else None,
@@ -51,7 +53,7 @@ def operands(p, seed=0):
 
 
 def expected(p, arguments):
-    kind = Matmul(bits=p.bits, grouped=p.grouped, folded=p.folded, out_dtype=p.out_dtype)
+    kind = Matmul(bits=p.bits, grouped=p.grouped, folded=p.folded, weight_only=p.weight_only, out_dtype=p.out_dtype)
     return jax.jit(kind.xla)(*(operand for operand in arguments if operand is not None))
 
 
@@ -79,6 +81,7 @@ def same(p, result, wanted):
         (problem(72, 128, 768, 4, out_dtype=jnp.dtype("int32"), **SHORT), GemmConfig(tokens=64, warpgroups=1)),
         (problem(136, 320, 512, 4, bias=True, **FLOAT), GemmConfig(tokens=128, cluster=2)),
         (problem(136, 192, 512, 4, per_token=True, **FOLDED), GemmConfig(tokens=64)),
+        (problem(72, 192, 512, 4, bias=True, **WEIGHT_ONLY), GemmConfig(tokens=64)),
     ],
 )
 def test_gemm_in_interpret_mode(monkeypatch, p, config):
@@ -106,14 +109,16 @@ def test_gemm_in_interpret_mode(monkeypatch, p, config):
         (problem(16, 192, 768, 4, **FOLDED), DecodeConfig(splits=3, warpgroups=3)),
         (problem(16, 192, 768, 4, **FOLDED), DecodeConfig(splits=3, warpgroups=3, fold=True)),
         (problem(16, 128, 768, 4, **FLOAT), DecodeConfig(splits=2)),
+        (problem(40, 128, 768, 4, **WEIGHT_ONLY), DecodeConfig(splits=2)),
     ],
 )
 def test_partial_sums_of_decode_in_interpret_mode(p, config):
     x, weight, _, _, groups, _ = operands(p)
     kernel = decode.build(p, config, interpret=compat.interpret_params())
-    partial = kernel(weight, x, jnp.ones(p.n), jnp.ones(1), *(() if groups is None else (groups,)))
+    ordered = registers.reorder(x) if p.weight_only else x
+    partial = kernel(weight, ordered, jnp.ones(p.n), jnp.ones(1), *(() if groups is None else (groups,)))
     sums = np.asarray(partial).sum(0)[: p.n, : p.m].T
-    sums = sums / (16 if p.bits == 4 and not (p.folded and config.fold) else 1)
+    sums = sums / (16 if p.shifted or (p.folded and not config.fold) else 1)
     one = jnp.float32(1)
     raw = dataclasses.replace(p, per_token=False, per_channel=False, bias=False, out_dtype=jnp.dtype("float32"))
     wanted = expected(raw, (x, weight, one, one, groups, None))
@@ -136,13 +141,14 @@ def test_kernels_lower_for_cuda(bits, dtype, m, config):
     assert_lowers(p, config)
 
 
-@pytest.mark.parametrize("scales", [INTEGER, SHORT, FLOAT, FOLDED])
+@pytest.mark.parametrize("scales", [INTEGER, SHORT, FLOAT, FOLDED, WEIGHT_ONLY])
 @pytest.mark.parametrize(
     ("m", "config"),
-    [(1, DecodeConfig(groups=2)), (64, DecodeConfig(splits=2, fold=True)), (264, GemmConfig(tokens=128, cluster=2))],
+    [(1, DecodeConfig()), (64, DecodeConfig(splits=2, fold=True)), (264, GemmConfig(tokens=64, cluster=2))],
 )
 def test_kernels_with_groups_lower_for_cuda(scales, m, config):
-    p = problem(m, 448, 2048, 4, out_dtype=jnp.dtype("bfloat16"), per_token=True, bias=True, **scales)
+    per_token = not scales.get("weight_only", False)
+    p = problem(m, 448, 2048, 4, out_dtype=jnp.dtype("bfloat16"), per_token=per_token, bias=True, **scales)
     assert_lowers(p, config)
 
 
@@ -169,6 +175,7 @@ def test_every_tile_is_visited_once(m_tiles, n_tiles, width):
         ({"bits": 8} | INTEGER, "8 bits have no kernel with groups"),
         ({"out_dtype": jnp.dtype("int32")} | FLOAT, "no bare accumulator"),
         ({"k": 262144} | FOLDED, "could overflow"),
+        (INTEGER | {"weight_only": True}, "weight-only matmuls need float scales"),
     ],
 )
 def test_what_the_kernels_cannot_take_is_said(change, reason):
@@ -208,7 +215,7 @@ def test_groups_are_refused_registers_that_are_not_there(m, config):
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (4096, 14336), (57344, 8192)])
 def test_the_rule_finds_a_kernel_for_every_shape(bits, m, n, k):
     p = problem(m, n, k, bits)
-    for scales in (None, INTEGER, FLOAT, FOLDED) if bits == 4 else (None,):
+    for scales in (None, INTEGER, FLOAT, FOLDED, WEIGHT_ONLY) if bits == 4 else (None,):
         p = dataclasses.replace(p, **scales or {})
         config = tuning.rule(p)
         assert isinstance(config, DecodeConfig) == (m <= decode.MOST_TOKENS)
@@ -239,6 +246,7 @@ KINDS = {
     "short": (4, SHORT),
     "float": (4, FLOAT),
     "folded": (4, FOLDED),
+    "weight_only": (4, WEIGHT_ONLY),
 }
 
 
@@ -248,7 +256,8 @@ KINDS = {
 @pytest.mark.parametrize("m", [1, 13, 64, 1000])
 def test_every_configuration_on_the_gpu(kind, m):
     bits, scales = KINDS[kind]
-    p = problem(m, 1472, 2560, bits, out_dtype=jnp.dtype("bfloat16"), bias=True, per_token=True, **scales)
+    per_token = kind != "weight_only"
+    p = problem(m, 1472, 2560, bits, out_dtype=jnp.dtype("bfloat16"), bias=True, per_token=per_token, **scales)
     arguments = operands(p)
     wanted = expected(p, arguments)
     for config in tuning.candidates(p):
@@ -265,7 +274,8 @@ def test_every_configuration_on_the_gpu(kind, m):
 def test_no_races_in_fifty_runs(kind, m, n, k):
     bits, scales = KINDS[kind]
     p = problem(m, n, k, bits, out_dtype=jnp.dtype("bfloat16"), **scales)
-    f = jax.jit(lambda *a: matmul.matmul(p, tuning.choose(p, hopper_device()), *a))
+    config = tuning.choose(p, hopper_device()) or tuning.rule(p)
+    f = jax.jit(lambda *a: matmul.matmul(p, config, *a))
     for seed in range(5):
         arguments = operands(p, seed)
         first = f(*arguments)
