@@ -20,7 +20,8 @@ def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = T
     """Gives a grouped quantized model integer scales, however it was quantized.
 
     Args:
-      model: a model with layers that have float scales for groups of input channels; it is not changed.
+      model: a model with layers that have integer activations, and float scales for groups of input channels; it is not
+        changed.
       amplifier: most that scales are multiplied with before they are rounded, a power of two.  A layer whose accumulator
         could overflow takes a smaller one; a layer for which none is safe keeps its float scales.
       units: divide the scales of an output channel by the largest first; without, they are amplified as they are, as in the
@@ -36,7 +37,9 @@ def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = T
     layers = {
         name: layer
         for name, layer in quantized_layers(model).items()
-        if layer.weight.get_value().format.group_size and not layer.weight.get_value().format.integer_scales
+        if layer.weight.get_value().format.group_size
+        and not layer.weight.get_value().format.integer_scales
+        and layer.input.get_value().bits < 16
     }
     if not layers:
         raise InputError("integer_scales: expected a model with float scales for groups of channels; it has none")

@@ -12,7 +12,13 @@ from fqjax.core.integer_scale import group_sums, scaled_bound
 from fqjax.core.overflow import accumulator_bound, check_accumulator, row_sums
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.scheme import Scheme
-from pallas_kernels import grouped_int4_matmul, grouped_int8_matmul, int4_matmul, int8_matmul
+from pallas_kernels import (
+    grouped_int4_matmul,
+    grouped_int8_matmul,
+    int4_matmul,
+    int8_matmul,
+    weight_only_int4_matmul,
+)
 
 
 class Quantized(nnx.Variable):
@@ -26,7 +32,7 @@ class LayerSummary:
     Attributes:
       scheme: what it was quantized with.
       relative_error: mean squared error of the layer's output on the calibration sample over the output's mean square.
-      accumulator_bound: largest magnitude the int32 accumulator can reach, for any activations.
+      accumulator_bound: largest magnitude the int32 accumulator can reach, for any activations; 0 if it is a float.
       macs: multiply-accumulates of the unquantized layer for one token.
     """
 
@@ -37,7 +43,7 @@ class LayerSummary:
 
 
 class QuantizedLinear(nnx.Module):
-    """``y = x @ W.T + b`` on integer codes, with int32 accumulation.
+    """``y = x @ W.T + b`` on integer codes, with int32 accumulation; or on real activations, with integer weights.
 
     Attributes:
       weight: :class:`~fqjax.qtensor.QTensor`, codes (out, K').
@@ -64,6 +70,9 @@ class QuantizedLinear(nnx.Module):
     ):
         if weight.shape[1] != input.width:
             raise ValueError(f"{name}: weight {weight.shape} does not take {input.width} input channels")
+        form = weight.format
+        if input.bits == 16 and (not form.packed or form.granularity != "group" or form.integer_scales):
+            raise ValueError(f"{name}: activations in floating point need packed weights with float scales of groups")
         check_accumulator(summary.accumulator_bound, name)
         self.weight = Quantized(weight)
         self.input = Quantized(input)
@@ -78,6 +87,9 @@ class QuantizedLinear(nnx.Module):
         codes, scale = quantizer(x)
         bias = None if self.bias is None else self.bias[...]
         dtype = self.dtype or jnp.result_type(x.dtype, self.param_dtype)
+        if quantizer.bits == 16:
+            groups = weight.group_scale
+            return weight_only_int4_matmul(codes, weight.codes, groups, weight.scale, bias, out_dtype=dtype)
         if weight.group_scale is not None:
             grouped = grouped_int4_matmul if weight.format.packed else grouped_int8_matmul
             kinds = {"out_dtype": dtype, "folded": weight.format.folded}
@@ -111,8 +123,11 @@ class QuantizedLinear(nnx.Module):
 def measured_bound(weight: QTensor, input: InputQuantizer) -> int:
     """The accumulator bound of a layer, from its codes and, where they are integers, the scales of its groups.
 
-    With float scales every group has an accumulator of its own.
+    With float scales every group has an accumulator of its own; with activations in floating point there is none, and the
+    bound is 0.
     """
+    if input.bits == 16:
+        return 0
     if weight.group_scale is None:
         return accumulator_bound(int(_largest_row(weight)), input.qmax)
     sums = np.asarray(group_sums_of(weight))

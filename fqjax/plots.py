@@ -43,7 +43,7 @@ def plot_report(model: nnx.Module, report: Report, directory: Path) -> list[Path
     layers = quantized_layers(model)
     if not layers:
         raise InputError("--plot: the model has no quantized layer; expected an fqjax checkpoint")
-    rows = [row for row in report.layers if row.accumulator_bound]
+    rows = [row for row in report.layers if row.scales]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         written = [

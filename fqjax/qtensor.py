@@ -130,7 +130,8 @@ class InputQuantizer:
         are padding, always 0;
       * ``scale`` is the float32 scalar that the codes are multiplied with; None gives every token a scale of its own,
         and then nothing is flattened (``used`` is 0);
-      * the codes have ``width`` = K + E channels.
+      * the codes have ``width`` = K + E channels;
+      * with 16 bits there are no codes: activations are smoothed and padded, and ``scale`` is None.
     """
 
     multiplier: Float32[Array, " k"]
@@ -161,8 +162,13 @@ class InputQuantizer:
         k = self.multiplier.shape[0]
         return (k + self.used) / k
 
-    def __call__(self, x: Float[Array, "*rows k"]) -> tuple[Int8[Array, "*rows width"], Float32[Array, "..."]]:
-        """Codes (..., width) and their scale: a scalar, or one a row."""
+    def __call__(
+        self, x: Float[Array, "*rows k"]
+    ) -> tuple[Int8[Array, "*rows width"] | Float[Array, "*rows width"], Float32[Array, "..."]]:
+        """Codes (..., width) and their scale: a scalar, or one a row; with 16 bits, real numbers whose scale is 1."""
+        if self.bits == 16:
+            smooth = (x.astype(jnp.float32) * self.multiplier).astype(x.dtype)
+            return jnp.pad(smooth, [(0, 0)] * (x.ndim - 1) + [(0, self.width - x.shape[-1])]), jnp.float32(1)
         if self.scale is None:
             return quantize_per_token(x, self.multiplier, qmax=self.qmax, width=self.width)
         return quantize_activations(x, self.multiplier, self.source, self.part, qmax=self.qmax), self.scale

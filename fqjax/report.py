@@ -135,7 +135,7 @@ class Report:
         for heading in ("bits", "scales" if grouped else "K'/K", "error", "bytes", "of bf16", "margin"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.layers:
-            quantized = row.accumulator_bound > 0
+            quantized = row.scales != ""
             table.add_row(
                 row.name,
                 str(row.bits),
@@ -143,7 +143,7 @@ class Report:
                 f"{row.relative_error:.2%}" if quantized else "-",
                 format_bytes(row.bytes),
                 f"{row.bytes / row.bytes_bf16:.0%}",
-                f"{row.overflow_margin_bits:.1f}" if quantized else "-",
+                f"{row.overflow_margin_bits:.1f}" if row.accumulator_bound else "-",
             )
         for name in self.skipped:
             table.add_row(name, "float", *["-"] * 5, style="dim")

@@ -25,7 +25,7 @@ class Scheme:
       summary: one line: what it is and what it costs.
       method: "none" leaves the model in floating point; "absmax" takes one scale per tensor from the largest value;
         "smoothquant" smooths first; "flattenquant" smooths and flattens, with 4 or 8 bits layer by layer; "grouped" takes a
-        scale for every output channel and group of input channels, and INT8 activations with a scale for every token.
+        scale for every output channel and group of input channels, and activations with a scale for every token.
       alpha: smoothing strength in [0, 1] (:mod:`fqjax.core.smoothing`); None for no smoothing.
       int4_share: least share of the linear multiply-accumulates in INT4, in [0, 1].
       selection: which layers that are: those whose quantization disturbs the model's output least ("sensitivity"), those
@@ -36,7 +36,8 @@ class Scheme:
       int8_layers: regular expression; a layer in whose dotted path it is found is not quantized to INT4.  Empty for none.
       equalize: rescale output channels along the model's paths first (:mod:`fqjax.core.equalization`).
       flatten_activations, flatten_weights: which operand may be flattened.
-      int4_activation_bits: of the activations of layers with 4-bit weights: 4, or 8.
+      int4_activation_bits: of the activations of layers with 4-bit weights: 4, or 8; with the method "grouped" also 16, for
+        activations that stay in floating point (weight-only quantization).
       weight_scales: "tensor" for one scale a weight, "channel" for one every output channel.
       rounding: of the weights: "nearest", or "gptq", layer by layer, each making up for the errors before it
         (:mod:`fqjax.core.gptq`).
@@ -100,8 +101,10 @@ class Scheme:
             re.compile(self.int8_layers)
         except re.error as error:
             raise InputError(f"int8_layers={self.int8_layers}: not a regular expression ({error})") from None
-        if self.int4_activation_bits not in (4, 8):
-            raise InputError(f"int4_activation_bits={self.int4_activation_bits}: expected 4 or 8")
+        if self.int4_activation_bits not in (4, 8, 16):
+            raise InputError(f"int4_activation_bits={self.int4_activation_bits}: expected 4, 8 or 16")
+        if self.int4_activation_bits == 16 and (self.method, self.scales) != ("grouped", "float"):
+            raise InputError("int4_activation_bits=16: expected method=grouped and scales=float with it")
         if self.group_size not in (16, 32, 64, 128):
             raise InputError(f"group_size={self.group_size}: expected 16, 32, 64 or 128")
         if self.amplifier not in [1 << i for i in range(21)]:
@@ -194,7 +197,7 @@ FOR_HOPPER: dict[str, Any] = {"int4_activation_bits": 8, "weight_scales": "chann
 
 
 def _grouped_presets() -> Iterator[Scheme]:
-    """W4A8 in groups of 128: three kinds of scales, each with three ways to come to the codes."""
+    """W4A8 with three kinds of scales and W4A16, in groups of 128, each with three ways to come to the codes."""
     kinds: dict[str, tuple[Literal["float", "integer", "folded"], str]] = {
         "w4a8": (
             "float",
@@ -208,6 +211,10 @@ def _grouped_presets() -> Iterator[Scheme]:
             "folded",
             "The same with integer scales so small that they are multiplied into the codes",
         ),
+        "w4a16": (
+            "float",
+            "INT4 weights with a float scale for each group of 128 channels, activations in bfloat16 (weight-only)",
+        ),
     }
     for name, (scales, what) in kinds.items():
         common: dict[str, Any] = {
@@ -216,6 +223,7 @@ def _grouped_presets() -> Iterator[Scheme]:
             "equalize": False,
             "alpha": None,
             "scales": scales,
+            "int4_activation_bits": 16 if name == "w4a16" else 8,
         }
         yield Scheme(name=name, summary=f"{what}.", **common)
         yield Scheme(name=f"{name}-gptq", rounding="gptq", summary=f"{name} with weights rounded by GPTQ.", **common)

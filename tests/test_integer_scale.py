@@ -18,7 +18,7 @@ from fqjax.errors import InputError
 from fqjax.linear import QuantizedLinear, group_sums_of, measured_bound
 from fqjax.report import quantized_layers
 
-GROUPED = [name for name in fqjax.PRESETS if name.startswith("w4a8")]
+GROUPED = [name for name in fqjax.PRESETS if name.startswith("w4a")]
 
 
 class Model(nnx.Module):
@@ -72,7 +72,19 @@ def test_integer_and_folded_scales_cost_little(model, data, quantized):
     assert error(model, quantized["w4a8-gptq"][0], data[-1]) < 0.7 * error(model, quantized["w4a8"][0], data[-1])
 
 
-@pytest.mark.parametrize("name", ["w4a8", "w4a8-integer-scale", "w4a8-integer-scale-folded"])
+def test_activations_in_floating_point(model, data, quantized):
+    changed, report = quantized["w4a16-gptq"]
+    assert error(model, changed, data[-1]) < error(model, quantized["w4a8-gptq"][0], data[-1])
+    layer = quantized_layers(changed)["second"]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 300)), jnp.float32)
+    weight = layer.weight.get_value().dequantize()[:, :300]
+    np.testing.assert_allclose(layer(x), x @ weight.T, rtol=1e-5, atol=1e-5)
+    assert all(row.accumulator_bound == 0 for row in report.layers) and "-" in str(report.to_json())
+    with pytest.raises(InputError, match="it has none"):
+        fqjax.integer_scales(changed)
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w4a8-integer-scale", "w4a8-integer-scale-folded", "w4a16-awq"])
 def test_checkpoints(tmp_path, data, quantized, name):
     changed, report = quantized[name]
     fqjax.save(tmp_path / "out", changed)
@@ -168,6 +180,11 @@ def test_grouped_layers_can_be_simulated(data, quantized, name):
 def test_settings_that_do_not_fit_are_refused(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         dataclasses.replace(fqjax.PRESETS["w4a8"], **settings)
+
+
+def test_activations_in_floating_point_need_float_scales():
+    with pytest.raises(InputError, match="int4_activation_bits=16: expected method=grouped and scales=float"):
+        dataclasses.replace(fqjax.PRESETS["w4a8-integer-scale"], int4_activation_bits=16)
 
 
 def test_the_table_says_which_layers_have_integer_scales(quantized, monkeypatch):

@@ -7,6 +7,7 @@ from fqjax.errors import InputError
 from fqjax.scheme import PRESETS, Scheme, resolve_scheme
 
 METHODS = ("", "-gptq", "-awq")
+GROUPED = ("w4a8", "w4a8-integer-scale", "w4a8-integer-scale-folded", "w4a16")
 
 
 def test_presets_carry_their_own_names_and_a_line_on_each():
@@ -19,7 +20,7 @@ def test_presets_carry_their_own_names_and_a_line_on_each():
         "flattenquant-w8a8",
         "flattenquant-hopper",
         "flattenquant-hopper-int4",
-        *(f"w4a8{scales}{method}" for scales in ("", "-integer-scale", "-integer-scale-folded") for method in METHODS),
+        *(f"{kind}{method}" for kind in GROUPED for method in METHODS),
     ]
     assert all(preset.name == name and len(preset.summary) > 20 for name, preset in PRESETS.items())
 
@@ -62,7 +63,7 @@ def test_any_field_can_be_overridden(setting, key, value):
         ("max_expansion=0.5", "from 1 to 16"),
         ("flatten_weights=perhaps", "true or false"),
         ("threshold_rule=median", "tukey or mean or search"),
-        ("int4_activation_bits=5", "expected 4 or 8"),
+        ("int4_activation_bits=5", "expected 4, 8 or 16"),
         ("compression=9", "from 0 to 4"),
         ("rounding=up", "nearest or gptq"),
         ("sample_rows=2.5", "a whole number"),

@@ -46,7 +46,7 @@ class LayerEntry:
     flattened: int
     weight: dict
     channel_scales: bool | None
-    activation_bits: Literal[4, 8]
+    activation_bits: Literal[4, 8, 16]
     activation_scale: Literal["tensor", "token"]
     bias: FloatName | None
     dtype: FloatName | None

@@ -24,7 +24,8 @@ class Grid:
       x_scale: float32 scalar; None gives every token a scale of its own.
       w_scale: float32 scalar, or one for every output channel, (N,).
       x_pieces, w_pieces: pieces each channel is cut into; codes of channel i reach ``pieces[i] * qmax``, int32 (K,).
-      x_bits, bits: of the activations, and of the weights; 4 or 8.
+      x_bits, bits: of the activations, and of the weights; 4 or 8.  Activations in floating point count as 16 bits with a
+        scale for every token: what rounding them so would change is less than bfloat16 does.
       group_scale: what ``w_scale`` is multiplied with in each group of ``group_size`` neighbouring input channels, the last
         of which may have fewer, (groups, N), float32 or int32; None without groups.  With groups, codes of 4 bits reach down
         to -8.

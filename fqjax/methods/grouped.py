@@ -1,4 +1,5 @@
-"""Grouped W4A8: a scale for every output channel and every group of input channels, and one for every token.
+"""Grouped weights: a scale for every output channel and every group of input channels.  Activations have one for every token,
+or, with 16 bits, stay as they are.
 
 Nothing is flattened: a group keeps the codes of its neighbours fine where a channel is large.  The scale of a group is the
 one of several that rounds its weights best on the calibration inputs, the largest weight over 7.5 among them.
@@ -49,7 +50,7 @@ def _grid(
         w_scale=unit,
         x_pieces=whole,
         w_pieces=whole,
-        x_bits=8,
+        x_bits=scheme.int4_activation_bits if bits == 4 else 8,
         bits=bits,
         group_scale=scales,
         group_size=scheme.group_size,
