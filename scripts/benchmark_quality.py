@@ -3,6 +3,7 @@
 Examples:
     python scripts/benchmark_quality.py                                    # the bundled checkpoint and its text
     python scripts/benchmark_quality.py --model mine=path/to/checkpoint --calibration train.txt --text test.txt
+    python scripts/benchmark_quality.py --schemes bf16 w4a8 w4a16            # some of the schemes
 """
 
 import fqjax
@@ -17,5 +18,7 @@ HEADING = [
 ]
 
 if __name__ == "__main__":
-    a = quality.parser(__doc__, "docs/benchmarks/quality").parse_args()
-    quality.run(a, fqjax.PRESETS, HEADING, "scheme")
+    command = quality.parser(__doc__, "docs/benchmarks/quality")
+    command.add_argument("--schemes", nargs="*", choices=list(fqjax.PRESETS), metavar="SCHEME", help="some of them")
+    a = command.parse_args()
+    quality.run(a, {name: fqjax.PRESETS[name] for name in a.schemes or fqjax.PRESETS}, HEADING, "scheme")

@@ -1,15 +1,16 @@
 """What quantization costs in perplexity: the measurement, its record and its table, for the scripts that vary schemes.
 
-Perplexity follows the protocol of :mod:`fqjax.evaluate`; ratios are to the same model in bfloat16, in the same run.  A model
-measured before keeps its result until it is measured again under the same name.
+Perplexity follows the protocol of :mod:`fqjax.evaluate`; ratios are to the same model in bfloat16, in the same run.  What was
+measured before is kept until it is measured again: other models, and of the same model other rows, if they were measured
+with the same versions, on the same texts.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fqjax
 from fqjax.bench.environment import describe, environment
@@ -27,9 +28,24 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
     command.add_argument("--text", type=Path, help="text to predict")
     command.add_argument("--window", type=int, default=512)
     command.add_argument("--windows", type=int, default=24)
+    command.add_argument("--skip", type=int, default=0, help="windows of the text to leave out first")
     command.add_argument("--samples", type=int, default=64)
     command.add_argument("--out", type=Path, default=Path(out), help="written with .json and .md")
     return command
+
+
+class Setting(NamedTuple):
+    """What quantization is measured on.
+
+    Attributes:
+      model: in bfloat16.
+      batches: to calibrate on.
+      perplexity: of a model, on the text.
+    """
+
+    model: Any
+    batches: list[Any]
+    perplexity: Callable[[Any], float]
 
 
 def run(
@@ -44,43 +60,72 @@ def run(
       column: what the names are.
       timed: whether the document says how long each took.
     """
+    record = a.out.with_suffix(".json")
+    results: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+    for name, setting in settings(a):
+        result = conditions(a)
+        rows = _measure(setting, schemes)
+        results[name] = result | {"rows": _kept(results.get(name), result, rows) + rows}
+        write(a.out, results, document(results, heading, column, timed))
+
+
+def settings(a: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
+    """What to measure on, by the name of each model."""
     models = dict(m.split("=", 1) for m in a.model) if a.model else {"bundled": str(CHECKPOINT)}
     calibration = read_text(a.calibration) if a.calibration else reference_text()
     text = read_text(a.text) if a.text else held_out_text()
-    record = a.out.with_suffix(".json")
-    results: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
     for name, directory in models.items():
         print(name, flush=True)
-        rows = _measure(a, directory, schemes, calibration, text)
-        results[name] = {
-            "environment": environment(),
-            "window": a.window,
-            "windows": a.windows,
-            "samples": a.samples,
-            "calibration": a.calibration.name if a.calibration else "Python's documentation",
-            "text": a.text.name if a.text else "its held-out part",
-            "rows": rows,
-        }
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(results, indent=1) + "\n")
-        a.out.with_suffix(".md").write_text(document(results, heading, column, timed))
-    print(f"wrote {record} and {a.out}.md")
+        model, tokenizer = fqjax.load_hf(directory)
+        tokens = encode(tokenizer, calibration)
+        batches = fqjax.calibration_batches(tokens, model.config, samples=a.samples, window=a.window)
+        ids = encode(tokenizer, text)[a.skip * (a.window - 1) :]
+        yield name, Setting(model, batches, lambda m, ids=ids: fqjax.perplexity(m, ids, a.window, windows=a.windows))
 
 
-def _measure(
-    a: argparse.Namespace, directory: str, schemes: Mapping[str, Scheme], calibration: str, text: str
-) -> list[dict[str, Any]]:
+def conditions(a: argparse.Namespace) -> dict[str, Any]:
+    """Under which conditions it is measured."""
+    return {
+        "environment": environment(),
+        "window": a.window,
+        "windows": a.windows,
+        "skipped": a.skip,
+        "samples": a.samples,
+        "calibration": a.calibration.name if a.calibration else "Python's documentation",
+        "text": a.text.name if a.text else "its held-out part",
+    }
+
+
+def write(out: Path, results: Mapping[str, Any], text: str) -> None:
+    """The record and the document."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    out.with_suffix(".md").write_text(text)
+    print(f"wrote {out}.json and {out}.md", flush=True)
+
+
+def _kept(before: Mapping[str, Any] | None, result: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """Rows measured before that belong beside the new ones."""
+
+    def comparable(of: Mapping[str, Any]) -> dict[str, Any]:
+        same: dict[str, Any] = {"skipped": 0} | dict(of)
+        return same | {"rows": None, "environment": same["environment"] | {"date": None}}
+
+    if before is None or comparable(before) != comparable(result):
+        return []
+    new = {row["scheme"] for row in rows}
+    return [row for row in before["rows"] if row["scheme"] not in new]
+
+
+def _measure(setting: Setting, schemes: Mapping[str, Scheme]) -> list[dict[str, Any]]:
     """One row a scheme for one checkpoint."""
-    model, tokenizer = fqjax.load_hf(directory)
-    tokens, ids = encode(tokenizer, calibration), encode(tokenizer, text)
-    batches = fqjax.calibration_batches(tokens, model.config, samples=a.samples, window=a.window)
-    reference = fqjax.perplexity(model, ids, a.window, windows=a.windows)
+    reference = setting.perplexity(setting.model)
     rows: list[dict[str, Any]] = []
     for name, scheme in schemes.items():
         start = time.perf_counter()
-        quantized, report = fqjax.quantize(model, scheme, batches)
+        quantized, report = fqjax.quantize(setting.model, scheme, setting.batches)
         seconds = time.perf_counter() - start
-        perplexity = fqjax.perplexity(quantized, ids, a.window, windows=a.windows)
+        perplexity = setting.perplexity(quantized)
         rows.append(
             {
                 "scheme": name,
@@ -104,8 +149,7 @@ def document(results: Mapping[str, Any], heading: Sequence[str], column: str, ti
             "",
             f"## {name}",
             "",
-            f"{describe(result['environment'])}. {result['windows']} windows of {result['window']} tokens of "
-            f"{result['text']}, calibrated on {result['samples']} windows of {result['calibration']}.",
+            f"{describe_conditions(result)}.",
             "",
             f"| {column} | perplexity | ratio | INT4 share | K'/K | bytes of bf16 |" + " seconds |" * timed,
             "|---" + "|---:" * (5 + timed) + "|",
@@ -116,3 +160,12 @@ def document(results: Mapping[str, Any], heading: Sequence[str], column: str, ti
                 f"| {row['expansion']:.3f} | {row['bytes_ratio']:.1%} |" + f" {row['seconds']:.0f} |" * timed
             )
     return "\n".join(lines) + "\n"
+
+
+def describe_conditions(result: Mapping[str, Any]) -> str:
+    """:func:`conditions` in words."""
+    after = f" after the first {result['skipped']}" if result.get("skipped") else ""
+    return (
+        f"{describe(result['environment'])}. {result['windows']} windows of {result['window']} tokens of "
+        f"{result['text']}{after}, calibrated on {result['samples']} windows of {result['calibration']}"
+    )
