@@ -17,20 +17,26 @@ from pallas_kernels.hopper.gemm import GemmConfig
 from pallas_kernels.hopper.problem import Problem
 
 Config = GemmConfig | DecodeConfig
+UNMEASURED = frozenset({"integer", "float", "folded"})
+"""Scales of groups whose kernels have not been measured on a device yet."""
 MULTIPROCESSORS = 132
 
 
 def choose(p: Problem, device: str) -> Config | None:
     """How to compute a problem; None where XLA is faster.
 
-    Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, others what the rule says.
+    Kernels for groups of input channels have been interpreted and compiled, but not measured: they are taken when asked for
+    by name, not by choice (:data:`UNMEASURED`).  Measured shapes take what was fastest for the nearest number of rows from
+    ``p.m`` on, others what the rule says.
     """
+    if p.scales in UNMEASURED:
+        return None
     measured = _table(device).get((p.bits, p.scales, p.n, p.k))
     if measured:
         config = measured[min((m for m in measured if m >= p.m), default=max(measured))]
         if not isinstance(config, DecodeConfig) or p.m <= decode.MOST_TOKENS:
             return config
-    return None if p.weight_only and p.m > WEIGHT_ONLY_ROWS else rule(p)
+    return rule(p)
 
 
 def table_file(device: str) -> Path:
@@ -106,8 +112,6 @@ ONE_WAVE = {(1, 128): (0.83, 0.88), (2, 64): (0.56, 0.83)}
 
 FLUSHED = 0.68
 """What flushing every group leaves of a tile's rate, so far for all tiles alike."""
-WEIGHT_ONLY_ROWS = 256
-"""Beyond so many rows, where bfloat16 arithmetic is what takes time, weights had better be dequantized once, by XLA."""
 
 
 def estimate(p: Problem, config: Config) -> float:
