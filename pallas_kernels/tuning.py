@@ -17,8 +17,8 @@ from pallas_kernels.hopper.gemm import GemmConfig
 from pallas_kernels.hopper.problem import Problem
 
 Config = GemmConfig | DecodeConfig
-UNMEASURED = frozenset({"integer", "float", "folded"})
-"""Scales of groups whose kernels have not been measured on a device yet."""
+UNMEASURED = frozenset({"integer", "float", "folded", "weight_only"})
+"""Kinds of groups (:attr:`Problem.kind`) whose kernels have not been measured on a device yet."""
 MULTIPROCESSORS = 132
 
 
@@ -29,9 +29,9 @@ def choose(p: Problem, device: str) -> Config | None:
     by name, not by choice (:data:`UNMEASURED`).  Measured shapes take what was fastest for the nearest number of rows from
     ``p.m`` on, others what the rule says.
     """
-    if p.scales in UNMEASURED:
+    if p.kind in UNMEASURED:
         return None
-    measured = _table(device).get((p.bits, p.scales, p.n, p.k))
+    measured = _table(device).get((p.bits, p.kind, p.n, p.k))
     if measured:
         config = measured[min((m for m in measured if m >= p.m), default=max(measured))]
         if not isinstance(config, DecodeConfig) or p.m <= decode.MOST_TOKENS:
@@ -46,13 +46,13 @@ def table_file(device: str) -> Path:
 
 @functools.cache
 def _table(device: str) -> dict[tuple[int, str | None, int, int], dict[int, Config | None]]:
-    """(bits, scales of groups, n, k) to rows to configuration."""
+    """(bits, kind of groups, n, k) to rows to configuration."""
     file = table_file(device)
     table: dict[tuple[int, str | None, int, int], dict[int, Config | None]] = {}
     if file.is_file():
         for entry in json.loads(file.read_text())["entries"]:
             kind = {"gemm": GemmConfig, "decode": DecodeConfig}.get(entry["kernel"])
-            shape = (entry["bits"], entry.get("scales"), entry["n"], entry["k"])
+            shape = (entry["bits"], entry.get("groups"), entry["n"], entry["k"])
             table.setdefault(shape, {})[entry["m"]] = kind(**entry["config"]) if kind else None
     return table
 

@@ -10,7 +10,6 @@ Every configuration is first compared, bit for bit, with XLA's result; a wrong o
 import argparse
 import dataclasses
 import faulthandler
-import functools
 import json
 import sys
 import time
@@ -22,9 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from fqjax.bench.environment import environment
-from fqjax.bench.kernels import parse_shape
+from fqjax.bench.kernels import close, parse_shape
 from pallas_kernels import pack_int4, tuning
 from pallas_kernels.dispatch import Matmul, problem
+from pallas_kernels.hopper import registers
 from pallas_kernels.hopper.problem import Problem
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
@@ -37,6 +37,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "integer": {"group_dtype": jnp.int32},
     "float": {"group_dtype": jnp.float32},
     "folded": {"group_dtype": jnp.int32, "folded": True},
+    "weight_only": {"group_dtype": jnp.float32, "weight_only": True},
 }
 KINDS = ("int4", "int8", *GROUPS)
 
@@ -56,14 +57,17 @@ def tune(m: int, n: int, k: int, kind: str, repeats: int) -> dict[str, Any]:
     bits: Literal[4, 8] = 8 if kind == "int8" else 4
     p = problem(bits, m, n, k, jnp.bfloat16, per_channel=True, **GROUPS.get(kind, {}))
     several = [weights(p, seed) for seed in range(copies_beyond_cache(n * k * bits // 8))]
-    x = jax.random.randint(jax.random.key(99), (m, k), -127, 128, jnp.int8)
+    x = jax.random.randint(jax.random.key(99), (m, k), -127, 128, jnp.int8).astype(p.x_dtype)
     w_scale = jax.random.uniform(jax.random.key(98), (n,), minval=0.5, maxval=1.5) / 4096
-    x_scale = jnp.full((1,), 0.37, jnp.float32)
-    xla = jax.jit(Matmul(bits=bits, grouped=p.grouped, folded=p.folded, out_dtype=p.out_dtype).xla)
-    operands = [(w, x, w_scale, x_scale, *groups) for w, *groups in several]
+    x_scale = jnp.full((1,), 1 if p.weight_only else 0.37, jnp.float32)
+    xla = jax.jit(
+        Matmul(bits=bits, grouped=p.grouped, folded=p.folded, weight_only=p.weight_only, out_dtype=p.out_dtype).xla
+    )
+    ordered = registers.reorder(x) if p.weight_only else x
+    operands = [(w, ordered, w_scale, x_scale, *groups) for w, *groups in several]
     by_xla = [(x, w, x_scale[0], w_scale, *groups) for w, *groups in several]
     wanted = xla(*by_xla[0])
-    same = jnp.array_equal if p.scales != "float" else functools.partial(jnp.allclose, rtol=2.0**-7)
+    same = jnp.array_equal if p.scales != "float" else close
     faulthandler.dump_traceback_later(HANG, exit=True)
     rule = tuning.rule(p)
     most = SLOWER * tuning.estimate(p, rule)
@@ -88,13 +92,13 @@ def tune(m: int, n: int, k: int, kind: str, repeats: int) -> dict[str, Any]:
         f"rule {by_rule / us:.2f} x; " + " ".join(f"[{t:.2f} {brief(c)}]" for t, _, c in times[:9]),
         flush=True,
     )
-    entry = {"bits": bits, "scales": p.scales, "m": m, "n": n, "k": k, "kernel": kernel, "microseconds": round(us, 2)}
+    entry = {"bits": bits, "groups": p.kind, "m": m, "n": n, "k": k, "kernel": kernel, "microseconds": round(us, 2)}
     return entry | {"config": dataclasses.asdict(config) if config else {}}
 
 
 def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
     """What an entry of the table is found by, in the order in which the table is written."""
-    return entry["bits"], entry.get("scales") or "", entry["m"], entry["n"], entry["k"]
+    return entry["bits"], entry.get("groups") or "", entry["m"], entry["n"], entry["k"]
 
 
 def brief(config: tuning.Config | None) -> str:

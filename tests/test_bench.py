@@ -29,8 +29,8 @@ def test_quantizing_activations_is_timed_with_and_without_flattening(result):
 
 def test_our_results_are_compared_with_xla(result):
     ours = [row for row in result["rows"] if row["kernel"] in kernels.OURS]
-    assert len(ours) == 10 and all(row.get("exact", row.get("close")) for row in ours)
-    assert {row["kernel"] for row in ours if "exact" not in row} == {"grouped_float"}
+    assert len(ours) == 12 and all(row.get("exact", row.get("close")) for row in ours)
+    assert {row["kernel"] for row in ours if "exact" not in row} == {"grouped_float", "weight_only_int4"}
 
 
 def test_a_wrong_result_is_noticed(monkeypatch):

@@ -9,11 +9,12 @@
   grouped_float     4-bit weights with a float32 scale for every group of 128 input channels
   grouped_integer   the same with int32 scales, all sums in int32
   grouped_folded    the same scales, promised to be from 1 to 15
+  weight_only_int4  such weights with float32 scales, and bfloat16 activations
 
 Times are the device's (CUPTI), all kernels of a call added up.  A call takes another copy of the weights each time, so
 that they come from memory rather than from the cache.  Values are normally distributed, as those of models are: with
 few different ones a GPU needs less power, and its clock stays higher.  Results of this library are compared with XLA's,
-bit for bit; those with float scales of groups, whose sums depend on their order, to within that.
+bit for bit; where floats are added up, to within what the order of the sum and rounding to bfloat16 change.
 """
 
 import dataclasses
@@ -31,12 +32,19 @@ from jax import lax
 from fqjax.bench import activations
 from fqjax.bench.environment import describe, environment
 from fqjax.errors import InputError
-from pallas_kernels import grouped_int4_matmul, int4_matmul, int8_matmul, pack_int4, reference
+from pallas_kernels import (
+    grouped_int4_matmul,
+    int4_matmul,
+    int8_matmul,
+    pack_int4,
+    reference,
+    weight_only_int4_matmul,
+)
 from pallas_kernels.dispatch import hopper_device
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
-GROUPED = ("grouped_float", "grouped_integer", "grouped_folded")
+GROUPED = ("grouped_float", "grouped_integer", "grouped_folded", "weight_only_int4")
 OURS = ("int8_matmul", "int4_matmul", *GROUPED)
 KERNELS = ("xla_bf16", "xla_int8", "cublaslt_int8", "cublaslt_fp8", *OURS)
 GROUP = 128
@@ -56,9 +64,10 @@ class Case:
     call: Callable[..., Any]
     arguments: list[tuple[Any, ...]]
     check: tuple[Any, ...] = ()
-    """With these arguments ``xla_int8`` gives what the first of ``arguments`` should."""
+    """With these arguments ``reference``, or else ``xla_int8``, gives what the first of ``arguments`` should."""
+    reference: Callable[..., Any] | None = None
     exact: bool = True
-    """Whether in every bit, or as far as the order of a sum of floats allows."""
+    """Whether in every bit, or nearly."""
 
 
 def run(
@@ -85,10 +94,12 @@ def run(
             row["tops"] = 2e-6 * case.m * n * k / us
             row["tb_per_s"] = n * k * BITS.get(case.kernel, 8) / 8e6 / us
             row["ratio_to_bf16"] = bf16 / us
-            if case.check and xla_int8 is not None:
-                found, wanted = case.call(*case.arguments[0]), xla_int8(*case.check)
-                equal = jnp.array_equal if case.exact else functools.partial(jnp.allclose, rtol=2.0**-7)
-                row["exact" if case.exact else "close"] = bool(equal(found, wanted))
+            checked_by = case.reference or xla_int8
+            if case.check and checked_by is not None:
+                found, wanted = case.call(*case.arguments[0]), checked_by(*case.check)
+                row["exact" if case.exact else "close"] = bool(
+                    (jnp.array_equal if case.exact else close)(found, wanted)
+                )
             result["rows"].append(row)
             report(row)
     return result
@@ -127,6 +138,7 @@ def _cases(n: int, k: int, rows: list[int]) -> list[Case]:
                 "int4_matmul", m, n, k, jax.jit(int4_matmul), [(x, w, *scales) for w in packed], (x, codes[0], *scales)
             ),
             *_grouped_cases(m, n, k, x, packed, groups, scales, (x, folded, *scales)),
+            _weight_only_case(m, n, k, real, packed, groups, scales[1]),
         ]
     return cases
 
@@ -157,7 +169,22 @@ def _grouped_cases(
         return Case(kernel, m, n, k, call, arguments, check, exact=dtype != jnp.float32)
 
     kinds = ((False, jnp.float32), (False, jnp.int32), (True, jnp.int32))
-    return [case(kernel, *kind) for kernel, kind in zip(GROUPED, kinds, strict=True)]
+    return [case(kernel, *kind) for kernel, kind in zip(GROUPED[:3], kinds, strict=True)]
+
+
+def _weight_only_case(
+    m: int, n: int, k: int, x: jax.Array, packed: list[jax.Array], groups: list[jax.Array], scale: jax.Array
+) -> Case:
+    arguments = [(x, w, g.astype(jnp.float32), scale) for w, g in zip(packed, groups, strict=True)]
+    by_xla = jax.jit(reference.weight_only_int4_matmul)
+    call = jax.jit(weight_only_int4_matmul)
+    return Case("weight_only_int4", m, n, k, call, arguments, arguments[0], by_xla, exact=False)
+
+
+def close(found: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Whether no difference is more than one part in 128 of the largest value."""
+    found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
+    return jnp.abs(found - wanted).max() <= jnp.abs(wanted).max() / 128
 
 
 def _bf16(x: jax.Array, weight: jax.Array) -> jax.Array:

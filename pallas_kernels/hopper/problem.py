@@ -82,6 +82,11 @@ class Problem:
         return "float" if jnp.issubdtype(self.group_dtype, jnp.floating) else "integer"
 
     @property
+    def kind(self) -> str | None:
+        """Of the groups in the table of measured configurations: :attr:`scales`, or "weight_only"."""
+        return "weight_only" if self.weight_only else self.scales
+
+    @property
     def flushed(self) -> bool:
         """Whether the product of every group has an accumulator of its own, and is then added to the total."""
         return self.grouped and not self.folded

@@ -225,10 +225,10 @@ def test_the_rule_finds_a_kernel_for_every_shape(bits, m, n, k):
 def test_every_entry_of_the_table_can_be_built():
     table = tuning._table("NVIDIA H200")
     assert table
-    kinds = {None: {}, "integer": INTEGER, "float": FLOAT, "folded": FOLDED}
-    for (bits, scales, n, k), rows in table.items():
+    kinds = {None: {}, "integer": INTEGER, "float": FLOAT, "folded": FOLDED, "weight_only": WEIGHT_ONLY}
+    for (bits, groups, n, k), rows in table.items():
         for m, config in rows.items():
-            assert config is None or tuning.fits(problem(m, n, k, bits, **kinds[scales]), config)
+            assert config is None or tuning.fits(problem(m, n, k, bits, **kinds[groups]), config)
 
 
 def test_an_unknown_device_uses_the_rule():
