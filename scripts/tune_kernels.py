@@ -24,7 +24,7 @@ from fqjax.bench.environment import environment
 from fqjax.bench.kernels import close, parse_shape
 from pallas_kernels import pack_int4, tuning
 from pallas_kernels.dispatch import Matmul, problem
-from pallas_kernels.hopper import registers
+from pallas_kernels.hopper import unpack
 from pallas_kernels.hopper.problem import Problem
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
@@ -63,7 +63,7 @@ def tune(m: int, n: int, k: int, kind: str, repeats: int) -> dict[str, Any]:
     xla = jax.jit(
         Matmul(bits=bits, grouped=p.grouped, folded=p.folded, weight_only=p.weight_only, out_dtype=p.out_dtype).xla
     )
-    ordered = registers.reorder(x) if p.weight_only else x
+    ordered = unpack.reorder(x) if p.weight_only else x
     operands = [(w, ordered, w_scale, x_scale, *groups) for w, *groups in several]
     by_xla = [(x, w, x_scale[0], w_scale, *groups) for w, *groups in several]
     wanted = xla(*by_xla[0])

@@ -3,7 +3,7 @@
 What is computed is in :mod:`pallas_kernels.hopper.problem`; what bounds it is how fast the weights come from
 memory.  So every multiprocessor gets a part of them: a cluster of ``splits`` CTAs owns 64 * ``warpgroups`` channels, each
 CTA a slice of K, streamed through a deep ring together with the activations that belong to it.  At the end the CTAs of a
-cluster exchange their partial sums (:class:`pallas_kernels.hopper.registers.Exchange`), each finishes some of the
+cluster exchange their partial sums (:class:`pallas_kernels.hopper.exchange.Exchange`), each finishes some of the
 rows, and no second kernel is needed.
 
 With one CTA a cluster there is nothing to exchange, and CTAs may walk over several blocks of channels.
@@ -19,7 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import kernel, load, plgpu
-from pallas_kernels.hopper import grouped, registers, tiles
+from pallas_kernels.hopper import grouped, registers, tiles, unpack
+from pallas_kernels.hopper.exchange import Exchange
 from pallas_kernels.hopper.problem import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
 
 MOST_TOKENS = 64
@@ -72,7 +73,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     blocks = pl.cdiv(p.n, channels)
     columns = blocks if splits > 1 else min(config.ctas, blocks)
     packed = p.bits == 4
-    exchange = registers.Exchange(splits, groups, warpgroups, tokens, p.total_dtype)
+    exchange = Exchange(splits, groups, warpgroups, tokens, p.total_dtype)
     slot_bytes = (channels + p.halves * tokens * p.x_dtype.itemsize) * STEP + grouped.slot_bytes(p, channels)
     room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
     visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
@@ -129,7 +130,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
             turns = lax.div(steps - group + groups - 1, jnp.int32(groups))  # steps of this group
 
             unpacked = functools.partial(
-                registers.unpacked_operand,
+                unpack.unpacked_operand,
                 weight_only=p.weight_only,
                 staged=staged.at[warpgroup] if interpret and packed else None,
                 interpret=bool(interpret),

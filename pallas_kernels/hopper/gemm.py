@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import kernel, load, plgpu, store_transposed
-from pallas_kernels.hopper import grouped, registers, tiles
+from pallas_kernels.hopper import grouped, registers, tiles, unpack
 from pallas_kernels.hopper.problem import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
 
 
@@ -145,7 +145,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
             whole_scale = None if p.raw or p.per_token else xs_g[0]
 
             unpacked = functools.partial(
-                registers.unpacked_operand,
+                unpack.unpacked_operand,
                 weight_only=p.weight_only,
                 staged=staged.at[warpgroup] if interpret and packed else None,
                 interpret=bool(interpret),

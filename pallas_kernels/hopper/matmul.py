@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.hopper import decode, grouped, registers
+from pallas_kernels.hopper import decode, grouped, unpack
 from pallas_kernels.hopper.problem import Problem
 
 OUT_DTYPES = ("bfloat16", "float16", "float32", "int32")
@@ -48,7 +48,7 @@ def matmul(
     if rows > p.m:  # The copy engine takes rows in eights.  What is added does not reach the result.
         x = jnp.pad(x, ((0, rows - p.m), (0, 0)))
     if p.weight_only:
-        x = registers.reorder(x)
+        x = unpack.reorder(x)
     x_scale = x_scale.reshape(-1)
     if p.per_token:
         x_scale = jnp.pad(x_scale, (0, -p.m % tile))

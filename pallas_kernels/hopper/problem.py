@@ -39,7 +39,7 @@ class Problem:
       group_dtype: int16, int32 or float32, the dtype of the scales (k / 128, n) of groups; None without groups.
       folded: whether the groups' scales are integers from 1 to 15 that are multiplied into the 4-bit codes.
       weight_only: whether x is not codes but bfloat16, its columns in the order of
-        :func:`pallas_kernels.hopper.registers.reorder`; then groups have float scales, and x has none.
+        :func:`pallas_kernels.hopper.unpack.reorder`; then groups have float scales, and x has none.
     """
 
     m: int

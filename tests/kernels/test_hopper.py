@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import compat, pack_int4, tuning
 from pallas_kernels.dispatch import Matmul, hopper_device
-from pallas_kernels.hopper import decode, gemm, matmul, registers, tiles
+from pallas_kernels.hopper import decode, gemm, matmul, tiles, unpack
 from pallas_kernels.hopper.decode import DecodeConfig
 from pallas_kernels.hopper.gemm import GemmConfig
 from pallas_kernels.hopper.problem import Problem
@@ -115,7 +115,7 @@ def test_gemm_in_interpret_mode(monkeypatch, p, config):
 def test_partial_sums_of_decode_in_interpret_mode(p, config):
     x, weight, _, _, groups, _ = operands(p)
     kernel = decode.build(p, config, interpret=compat.interpret_params())
-    ordered = registers.reorder(x) if p.weight_only else x
+    ordered = unpack.reorder(x) if p.weight_only else x
     partial = kernel(weight, ordered, jnp.ones(p.n), jnp.ones(1), *(() if groups is None else (groups,)))
     sums = np.asarray(partial).sum(0)[: p.n, : p.m].T
     sums = sums / (16 if p.shifted or (p.folded and not config.fold) else 1)
