@@ -21,8 +21,8 @@ HEADING = [
     "Written by `scripts/benchmark_amplifiers.py`. Weights of 4 bits in groups of 128, activations of 8 bits; the codes of",
     "each kind are the same in all its rows. The change is that of the perplexity against float scales. By channel, scales",
     "are divided by the largest of their output channel before they are amplified; the paper amplifies them as they are.",
-    "The margin is that of the layer nearest to overflow, in bits, for the worst activations there could be; a layer",
-    "without an amplifier that is safe keeps its float scales.",
+    "A layer whose accumulator could overflow takes a smaller amplifier, and keeps its float scales if none is safe. The",
+    "margin is that of the layer nearest to overflow, in bits, for the worst activations there could be.",
 ]
 
 

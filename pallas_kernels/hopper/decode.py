@@ -157,13 +157,14 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
             def accumulate_groups(t: Any) -> Any:
                 def step(turn: Any, totals: Any) -> Any:
-                    s = tiles.slot(t * steps + turn * groups + group, stages)
+                    i = t * steps + turn * groups + group
+                    s = tiles.slot(i, stages)
                     plgpu.barrier_wait(full.at[s])
                     bytes_ = load(w_s.at[s, rows], registers.OPERAND)
 
                     def done(half: int) -> None:
-                        if half == p.halves - 1:
-                            plgpu.barrier_arrive(empty.at[s])
+                        if half == 0:  # A step late: no wgmma uses the scales, which may so be read late.
+                            pl.when(turn > 0)(lambda: plgpu.barrier_arrive(empty.at[tiles.slot(i - groups, stages)]))
 
                     return grouped.flush(
                         totals,
@@ -177,6 +178,8 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
                 chunk = min(tokens, grouped.most_at_once(p))
                 totals = lax.fori_loop(0, turns, step, (grouped.zero(p, chunk),) * (tokens // chunk))
+                plgpu.commit_smem()  # All warps have read the last scales.
+                plgpu.barrier_arrive(empty.at[tiles.slot(t * steps + (turns - 1) * groups + group, stages)])
                 return registers.concatenate(totals, bool(interpret))
 
             def block(t: Any, _: Any) -> None:

@@ -11,9 +11,11 @@ One CTA a multiprocessor walks over output tiles of (64 * warpgroups) channels x
   producer (last warpgroup)  copies tiles of x and w into rings of shared-memory slots, ahead of the consumers, also
                              across tiles: while they are in the epilogue it fills the next tile.
   consumers                  64 channels each.  One wgmma stays in flight; a slot is given back when the wgmma that read it
-                             is known to be complete, one step late.  A slot of packed weights is given back after the first
-                             wgmma that uses its registers was issued: given back right after the load, the compiler may
-                             sink the load below the release, and the copy engine overwrites what is yet to be read.
+                             is known to be complete, one step late.  A slot of packed weights is given back after the
+                             wgmma was issued without which not all of its registers have been used: given back right after
+                             the load, the compiler may sink the load below the release, and the copy engine overwrites
+                             what is yet to be read.  Where groups are flushed, whose scales no wgmma uses, that is a whole
+                             step later.
 """
 
 import dataclasses
@@ -167,11 +169,11 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                         plgpu.barrier_wait(x_full.at[xs])
                         plgpu.wgmma(acc, w, x_s.at[xs].T)
                         plgpu.wgmma_wait(1)  # The one before this is complete.
+                        if packed and half == (p.halves - 1 if p.folded else 0):
+                            plgpu.barrier_arrive(w_empty.at[ws])
                         if half:
                             plgpu.barrier_arrive(x_empty.at[before])
                         else:
-                            if packed:
-                                plgpu.barrier_arrive(w_empty.at[ws])
                             pl.when(k > 0)(lambda before=before: plgpu.barrier_arrive(x_empty.at[before]))
 
                 lax.fori_loop(0, p.steps, step, None)
@@ -188,8 +190,8 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
 
                     def done(half: int) -> None:
                         plgpu.barrier_arrive(x_empty.at[xs[half]])
-                        if half == p.halves - 1:
-                            plgpu.barrier_arrive(w_empty.at[ws])
+                        if half == 0:
+                            pl.when(k > 0)(lambda: plgpu.barrier_arrive(w_empty.at[tiles.slot(i - 1, w_slots)]))
 
                     return grouped.flush(
                         totals,
@@ -201,7 +203,10 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                         p.product_dtype,
                     )
 
-                return lax.fori_loop(0, p.steps, step, (grouped.zero(p, part),) * (tokens // part))
+                totals = lax.fori_loop(0, p.steps, step, (grouped.zero(p, part),) * (tokens // part))
+                plgpu.commit_smem()  # All warps have read the last scales.
+                plgpu.barrier_arrive(w_empty.at[tiles.slot((t + 1) * p.steps - 1, w_slots)])
+                return totals
 
             def tile(t: Any, _: Any) -> None:
                 m, n = where(t)
