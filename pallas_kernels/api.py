@@ -111,7 +111,7 @@ def grouped_int8_matmul(
       NotImplementedError: if the named implementation cannot take the call.
     """
     kind = Matmul(bits=8, grouped=True, folded=folded, out_dtype=jnp.dtype(out_dtype))
-    return _matmul(kind, x, weight, x_scale, jnp.asarray(weight_scale, jnp.float32), group_scale, bias, implementation)
+    return _matmul(kind, x, weight, x_scale, weight_scale, group_scale, bias, implementation)
 
 
 def grouped_int4_matmul(
@@ -129,7 +129,7 @@ def grouped_int4_matmul(
     """:func:`grouped_int8_matmul` with 4-bit weight codes, two to a byte as :func:`pallas_kernels.pack_int4` packs them."""
     _check_packed("grouped_int4_matmul", packed)
     kind = Matmul(bits=4, grouped=True, folded=folded, out_dtype=jnp.dtype(out_dtype))
-    return _matmul(kind, x, packed, x_scale, jnp.asarray(weight_scale, jnp.float32), group_scale, bias, implementation)
+    return _matmul(kind, x, packed, x_scale, weight_scale, group_scale, bias, implementation)
 
 
 def weight_only_int4_matmul(
@@ -162,8 +162,7 @@ def weight_only_int4_matmul(
     """
     _check_packed("weight_only_int4_matmul", packed)
     kind = Matmul(bits=4, grouped=True, weight_only=True, out_dtype=jnp.dtype(out_dtype))
-    scale = jnp.asarray(weight_scale, jnp.float32)
-    return _matmul(kind, x, packed, jnp.float32(1), scale, group_scale, bias, implementation)
+    return _matmul(kind, x, packed, jnp.float32(1), weight_scale, group_scale, bias, implementation)
 
 
 def quantize_activations(
@@ -298,7 +297,7 @@ def _matmul(
     x: Array,
     weight: Array,
     x_scale: Array,
-    weight_scale: Array,
+    weight_scale: Array | float,
     group_scale: Array | None,
     bias: Array | None,
     implementation: Implementation | None,
