@@ -29,12 +29,12 @@ from pallas_kernels.hopper.problem import Problem
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
-SLOWER = 1.12  # Configurations that the rule thinks this much slower than the best are not tried.
 HANG = 90  # Seconds after which a kernel is taken to hang.
 
 
 GROUPS: dict[str, dict[str, Any]] = {
     "integer": {"group_dtype": jnp.int32},
+    "short": {"group_dtype": jnp.int16},
     "float": {"group_dtype": jnp.float32},
     "folded": {"group_dtype": jnp.int32, "folded": True},
     "weight_only": {"group_dtype": jnp.float32, "weight_only": True},
@@ -52,7 +52,7 @@ def weights(p: Problem, seed: int) -> tuple[jax.Array, ...]:
     return codes, jax.random.randint(jax.random.key(seed), (p.k // 128, p.n), 1, 16).astype(p.group_dtype)
 
 
-def tune(m: int, n: int, k: int, kind: str, repeats: int) -> dict[str, Any]:
+def tune(m: int, n: int, k: int, kind: str, repeats: int, margin: float) -> dict[str, Any]:
     """The fastest configuration of one shape, and the times of all."""
     bits: Literal[4, 8] = 8 if kind == "int8" else 4
     p = problem(bits, m, n, k, jnp.bfloat16, per_channel=True, **GROUPS.get(kind, {}))
@@ -70,7 +70,7 @@ def tune(m: int, n: int, k: int, kind: str, repeats: int) -> dict[str, Any]:
     same = jnp.array_equal if p.scales != "float" else close
     faulthandler.dump_traceback_later(HANG, exit=True)
     rule = tuning.rule(p)
-    most = SLOWER * tuning.estimate(p, rule)
+    most = margin * tuning.estimate(p, rule)
     configs = [config for config in tuning.candidates(p) if tuning.estimate(p, config) <= most]
     lowered = [jax.jit(tuning.build(p, config)).lower(*operands[0]) for config in configs]
     with ThreadPoolExecutor(14) as pool:
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--margin", type=float, default=1.12, help="how far above the least estimate to try")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further shape after so many seconds")
     parser.add_argument("--out", type=Path, help="the table; that of the package by default")
     a = parser.parse_args()
@@ -127,7 +128,7 @@ def main() -> None:
             for m in a.rows:
                 if time.perf_counter() - begin > a.seconds:
                     continue
-                entry = tune(m, n, k, kind, a.repeats)
+                entry = tune(m, n, k, kind, a.repeats, a.margin)
                 entries[key_of(entry)] = entry
         table = about | {"entries": [entries[key] for key in sorted(entries)]}
         out.parent.mkdir(parents=True, exist_ok=True)
