@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from fqjax.core.integer_scale import AMPLIFIER, amplify, channel_units, safe_amplifier
+from fqjax.core.integer_scale import AMPLIFIER, amplify, channel_units, narrow, safe_amplifier
 from fqjax.errors import InputError
 from fqjax.linear import QuantizedLinear, group_sums_of, measured_bound
 from fqjax.qtensor import QTensor
@@ -62,7 +62,7 @@ def with_integer_scales(layer: QuantizedLinear, amplifier: int = AMPLIFIER, unit
     if found is None:
         return layer
     form = dataclasses.replace(weight.format, integer_scales=True)
-    changed = QTensor(weight.codes, weight.scale * unit / found, form, amplify(scales, found))
+    changed = QTensor(weight.codes, weight.scale * unit / found, form, narrow(amplify(scales, found)))
     bound = measured_bound(changed, quantizer)
     return QuantizedLinear(
         changed,

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int, Int8, Int32
 
 from fqjax.core.codes import qmax, steps
 from pallas_kernels import pack_int4, quantize_activations, quantize_per_token, unpack_int4
@@ -63,14 +63,15 @@ class QTensor:
       * ``in`` counts the flattened channels and the padding; it is a multiple of 128, of 256 when packed;
       * every code lies in [-qmax, qmax], qmax = 127 or 7, or, with groups and 4 bits, in [-8, 7]; padding codes are 0;
       * ``scale`` is float32 and positive: a scalar, or shape (out,), as it always is when the granularity is "channel";
-      * ``group_scale`` is positive, shape (in / group_size, out), int32 or float32 as the format says; None without groups;
+      * ``group_scale`` is positive, shape (in / group_size, out), float32 or, where the format
+        has integer scales, int16 if all of them fit and int32 otherwise; None without groups;
       * the real weight is ``codes * scale``, times its group's scale (:meth:`dequantize`), still smoothed and flattened.
     """
 
     codes: Int8[Array, "out stored"]
     scale: Float32[Array, "..."]
     format: QFormat = dataclasses.field(metadata={"static": True})
-    group_scale: Float32[Array, "groups out"] | Int32[Array, "groups out"] | None = None
+    group_scale: Float32[Array, "groups out"] | Int[Array, "groups out"] | None = None
 
     @classmethod
     def from_codes(
@@ -78,7 +79,7 @@ class QTensor:
         codes: Int8[Array, "out width"],
         scale: Float32[Array, "..."],
         bits: int,
-        group_scale: Float32[Array, "groups out"] | Int32[Array, "groups out"] | None = None,
+        group_scale: Float32[Array, "groups out"] | Int[Array, "groups out"] | None = None,
         *,
         folded: bool = False,
     ) -> "QTensor":

@@ -3,6 +3,7 @@
 ``tables/<device>.json`` is written by ``scripts/tune_kernels.py`` on the device it is named after.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -17,26 +18,24 @@ from pallas_kernels.hopper.gemm import GemmConfig
 from pallas_kernels.hopper.problem import Problem
 
 Config = GemmConfig | DecodeConfig
-UNMEASURED = frozenset({"integer", "float", "folded", "weight_only"})
-"""Kinds of groups (:attr:`Problem.kind`) whose kernels have not been measured on a device yet."""
+WEIGHT_ONLY_ROWS = 2048
+"""From so many rows on XLA, which dequantizes first, multiplies faster than the kernel for weights alone."""
 MULTIPROCESSORS = 132
+STAGES = (12, 8, 5)
+"""Slots of the ring of the kernel for few rows that are tried: more than enough in flight makes memory slower."""
 
 
 def choose(p: Problem, device: str) -> Config | None:
     """How to compute a problem; None where XLA is faster.
 
-    Kernels for groups of input channels have been interpreted and compiled, but not measured: they are taken when asked for
-    by name, not by choice (:data:`UNMEASURED`).  Measured shapes take what was fastest for the nearest number of rows from
-    ``p.m`` on, others what the rule says.
+    Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, others what the rule says.
     """
-    if p.kind in UNMEASURED:
-        return None
     measured = _table(device).get((p.bits, p.kind, p.n, p.k))
     if measured:
         config = measured[min((m for m in measured if m >= p.m), default=max(measured))]
         if not isinstance(config, DecodeConfig) or p.m <= decode.MOST_TOKENS:
             return config
-    return rule(p)
+    return None if p.weight_only and p.m >= WEIGHT_ONLY_ROWS else rule(p)
 
 
 def table_file(device: str) -> Path:
@@ -57,6 +56,7 @@ def _table(device: str) -> dict[tuple[int, str | None, int, int], dict[int, Conf
     return table
 
 
+@functools.cache
 def rule(p: Problem) -> Config:
     """The configuration that a simple model of the time calls fastest."""
     return min(candidates(p), key=lambda config: estimate(p, config))
@@ -66,16 +66,24 @@ def candidates(p: Problem) -> list[Config]:
     """Configurations worth considering."""
     found: list[Config] = []
     if p.m <= decode.MOST_TOKENS:
-        for warpgroups in range(1, 6):
-            for splits, groups in itertools.product((1, 2, 3, 4, 5, 8), (1, 2)):
-                if splits == groups == 1 or (splits * groups <= p.steps // 2 and warpgroups * groups <= 5):
-                    for fold in (False, True)[: 1 + p.folded]:
-                        found.append(DecodeConfig(splits=splits, warpgroups=warpgroups, groups=groups, fold=fold))
+        for warpgroups, splits, groups in itertools.product(range(1, 6), (1, 2, 3, 4, 5, 8), (1, 2)):
+            if splits == groups == 1 or (splits * groups <= p.steps // 2 and warpgroups * groups <= 5):
+                for fold, stages in itertools.product((False, True)[: 1 + p.folded], STAGES):
+                    kinds = {"splits": splits, "warpgroups": warpgroups, "groups": groups, "fold": fold}
+                    found.append(DecodeConfig(stages=stages, **kinds))
     else:
         for warpgroups, tokens in EFFICIENCY:
             for cluster in (1, 2):
                 found.append(GemmConfig(tokens=tokens, warpgroups=warpgroups, cluster=cluster))
-    return [config for config in found if fits(p, config)]
+    unlike = {different(p, config): config for config in reversed(found) if fits(p, config)}
+    return [config for config in found if unlike.get(different(p, config)) is config]
+
+
+def different(p: Problem, config: Config) -> Config:
+    """The configuration with the ring that it leads to, which tells kernels apart; itself if it cannot be built."""
+    if not isinstance(config, DecodeConfig) or not fits(p, config):
+        return config
+    return dataclasses.replace(config, stages=decode.slots(p, config))
 
 
 def build(p: Problem, config: Config) -> Any:
@@ -128,7 +136,8 @@ def estimate(p: Problem, config: Config) -> float:
         from_cache = (weights + tokens * p.k / config.splits) / min(7.6e6 / at_once, 7.5e4)
         sent = 256 * config.warpgroups * config.groups * tokens * (1 - 1 / units)
         exchange = 0.15 + sent / 1.35e4 - 0.35 * (config.groups > 1) if config.splits > 1 else 0.0
-        return 2.85 + -(-ctas // at_once) * (max(from_memory, from_cache) + exchange)
+        folding = 1.05 if config.fold and tokens <= 16 else 1
+        return 2.85 + -(-ctas // at_once) * (folding * max(from_memory, from_cache) + exchange)
     tiles = -(-blocks // config.cluster) * -(-p.m // config.tokens)  # a CTA of each cluster
     waves = -(-tiles // (MULTIPROCESSORS // config.cluster))
     macs = 64 * config.warpgroups * config.tokens * p.k

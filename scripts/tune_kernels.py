@@ -33,10 +33,9 @@ HANG = 90  # Seconds after which a kernel is taken to hang.
 
 
 GROUPS: dict[str, dict[str, Any]] = {
-    "integer": {"group_dtype": jnp.int32},
-    "short": {"group_dtype": jnp.int16},
+    "integer": {"group_dtype": jnp.int16},
     "float": {"group_dtype": jnp.float32},
-    "folded": {"group_dtype": jnp.int32, "folded": True},
+    "folded": {"group_dtype": jnp.int16, "folded": True},
     "weight_only": {"group_dtype": jnp.float32, "weight_only": True},
 }
 KINDS = ("int4", "int8", *GROUPS)

@@ -103,7 +103,7 @@ def test_integer_scales_for_any_grouped_model(model, data, name, size):
     for path, layer in quantized_layers(after).items():
         weight, old = layer.weight.get_value(), quantized_layers(before)[path].weight.get_value()
         np.testing.assert_array_equal(weight.codes, old.codes)
-        assert weight.group_scale.dtype == jnp.int32 and int(weight.group_scale.min()) >= 1
+        assert weight.group_scale.dtype == jnp.int16 and int(weight.group_scale.min()) >= 1
         assert layer.summary.accumulator_bound <= LIMIT
     np.testing.assert_allclose(error(model, after, data[-1]), error(model, before, data[-1]), rtol=0.03)
 

@@ -7,7 +7,7 @@
   int8_matmul       this library, int8 weights
   int4_matmul       this library, 4-bit weights
   grouped_float     4-bit weights with a float32 scale for every group of 128 input channels
-  grouped_integer   the same with int32 scales, all sums in int32
+  grouped_integer   the same with int16 scales, all sums in int32
   grouped_folded    the same scales, promised to be from 1 to 15
   weight_only_int4  such weights with float32 scales, and bfloat16 activations
 
@@ -48,7 +48,8 @@ GROUPED = ("grouped_float", "grouped_integer", "grouped_folded", "weight_only_in
 OURS = ("int8_matmul", "int4_matmul", *GROUPED)
 KERNELS = ("xla_bf16", "xla_int8", "cublaslt_int8", "cublaslt_fp8", *OURS)
 GROUP = 128
-BITS = {"xla_bf16": 16, "int4_matmul": 4} | dict.fromkeys(GROUPED, 4 + 32 / GROUP)  # of a weight; 8 otherwise
+BITS = {"xla_bf16": 16, "int4_matmul": 4}  # of a weight; 8 otherwise
+BITS |= {kernel: 4 + (16 if kernel in ("grouped_integer", "grouped_folded") else 32) / GROUP for kernel in GROUPED}
 SMALL = {"Llama-3-8B": {"o": SHAPES["Llama-3-8B"]["o"]}}, (1, 16)
 """What is measured where there is no GPU."""
 
@@ -168,7 +169,7 @@ def _grouped_cases(
         arguments = [(x, w, scales[0], g.astype(dtype), scales[1]) for w, g in zip(packed, groups, strict=True)]
         return Case(kernel, m, n, k, call, arguments, check, exact=dtype != jnp.float32)
 
-    kinds = ((False, jnp.float32), (False, jnp.int32), (True, jnp.int32))
+    kinds = ((False, jnp.float32), (False, jnp.int16), (True, jnp.int16))
     return [case(kernel, *kind) for kernel, kind in zip(GROUPED[:3], kinds, strict=True)]
 
 

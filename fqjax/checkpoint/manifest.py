@@ -24,6 +24,9 @@ FORMAT_VERSION = 1
 ENTRIES: dict[str, Any] = {"architecture": dict | None, "layers": dict, "schemes": list[dict]}
 """Entries that every manifest has, with their types."""
 
+MISSING: dict[str, Any] = {"channel_scales": None, "group_scales": None}
+"""What layers' entries may lack that were written before there was something to say."""
+
 FloatName = Literal["float64", "float32", "bfloat16", "float16"]
 
 
@@ -46,6 +49,7 @@ class LayerEntry:
     flattened: int
     weight: dict
     channel_scales: bool | None
+    group_scales: Literal["int16", "int32", "float32"] | None
     activation_bits: Literal[4, 8, 16]
     activation_scale: Literal["tensor", "token"]
     bias: FloatName | None
@@ -148,7 +152,7 @@ def abstract_layers(manifest: dict[str, Any], directory: Path) -> dict[str, Quan
         where = f"{directory / NAME}: layer {name!r} has no valid format"
         if not isinstance(entry, dict):
             raise InputError(f"{where}: expected an object")
-        check_fields(where, LayerEntry, {"channel_scales": None} | entry)
+        check_fields(where, LayerEntry, MISSING | entry)
         check_fields(where, QFormat, entry["weight"])
         if not 0 <= entry["flattened"] <= entry["width"] - entry["in_features"]:
             raise InputError(f"{where}: width {entry['width']}: expected room for in_features and flattened channels")
@@ -173,6 +177,7 @@ def describe_layer(layer: QuantizedLinear, schemes: list[Scheme]) -> dict[str, A
         "flattened": quantizer.used,
         "weight": dataclasses.asdict(weight.format),
         "channel_scales": weight.scale.ndim == 1,
+        "group_scales": None if weight.group_scale is None else weight.group_scale.dtype.name,
         "activation_bits": quantizer.bits,
         "activation_scale": "token" if quantizer.scale is None else "tensor",
         "bias": None if layer.bias is None else layer.bias[...].dtype.name,
@@ -199,7 +204,10 @@ def abstract_layer(name: str, entry: dict[str, Any], schemes: list[dict[str, Any
         per_channel = weight_format.granularity == "channel"
     group_scale = None
     if weight_format.group_size:
-        kind = jnp.int32 if weight_format.integer_scales else jnp.float32
+        expected = ("int32", "int16") if weight_format.integer_scales else ("float32",)
+        kind = entry.get("group_scales") or expected[0]
+        if kind not in expected:
+            raise InputError(f"layer {name!r}: group_scales {kind!r}; expected {' or '.join(expected)}")
         group_scale = shaped((width // weight_format.group_size, n), kind)
     scale = shaped((n,) if per_channel else (), jnp.float32)
     weight = QTensor(shaped((n, stored), jnp.int8), scale, weight_format, group_scale)

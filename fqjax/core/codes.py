@@ -4,7 +4,7 @@ A b-bit code lies in [-qmax, qmax] with ``qmax = 2**(b-1) - 1``: 127 for 8 bits,
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int
 
 
 def qmax(bits: int) -> int:
@@ -20,7 +20,7 @@ def absmax_scale(largest: Float[Array, "*shape"], bits: int) -> Float32[Array, "
 
 def steps(
     scale: Float32[Array, "..."],
-    group_scale: Float32[Array, "groups n"] | Int32[Array, "groups n"] | None,
+    group_scale: Float32[Array, "groups n"] | Int[Array, "groups n"] | None,
     group_size: int,
 ) -> Float32[Array, "..."]:
     """What each code of a weight is multiplied with, so shaped that it multiplies an array (N, groups * group_size).

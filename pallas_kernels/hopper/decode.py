@@ -56,6 +56,32 @@ def token_tile(m: int) -> int:
     return next(size for size in (8, 16, 32, MOST_TOKENS) if m <= size)
 
 
+def slots(p: Problem, config: DecodeConfig) -> int:
+    """Slots of the ring: those asked for, or as many as shared memory holds or there is use for.
+
+    Raises:
+      NotImplementedError: if a kernel cannot be built with this configuration.
+    """
+    splits, groups = config.splits, config.groups
+    channels, tokens = 64 * config.warpgroups, token_tile(p.m)
+    exchange = Exchange(splits, groups, config.warpgroups, tokens, p.total_dtype)
+    slot_bytes = (channels + p.halves * tokens * p.x_dtype.itemsize) * STEP + grouped.slot_bytes(p, channels)
+    room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
+    blocks = pl.cdiv(p.n, channels)
+    columns = blocks if splits > 1 else min(config.ctas, blocks)
+    visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
+    stages = min(config.stages, room, visits)
+    if stages < visits:  # A slot always serves the same group: who waits for a barrier has to see all its phases.
+        stages = stages // groups * groups
+    if p.grouped and config.warpgroups * groups > grouped.most_consumers(p, tokens):
+        raise NotImplementedError(f"{config} leaves no registers for the scales of groups")
+    if groups > 1 and splits == 1:
+        raise NotImplementedError(f"{config}: groups exchange their sums within a cluster, so splits must be 2 or more")
+    if stages < min(visits, groups + 1) or splits * groups > p.steps:  # A step late, slots are given back.
+        raise NotImplementedError(f"{config} does not fit {p}")
+    return stages
+
+
 def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups if any, bias if any).
 
@@ -68,24 +94,12 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     """
     if p.folded and not config.fold:
         p = dataclasses.replace(p, folded=False)
-    splits, warpgroups, groups = config.splits, config.warpgroups, config.groups
+    splits, warpgroups, groups, stages = config.splits, config.warpgroups, config.groups, slots(p, config)
     channels, tokens = 64 * warpgroups, token_tile(p.m)
     blocks = pl.cdiv(p.n, channels)
     columns = blocks if splits > 1 else min(config.ctas, blocks)
     packed = p.bits == 4
     exchange = Exchange(splits, groups, warpgroups, tokens, p.total_dtype)
-    slot_bytes = (channels + p.halves * tokens * p.x_dtype.itemsize) * STEP + grouped.slot_bytes(p, channels)
-    room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
-    visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
-    stages = min(config.stages, room, visits)
-    if stages < visits:  # A slot always serves the same group: who waits for a barrier has to see all its phases.
-        stages = stages // groups * groups
-    if p.grouped and warpgroups * groups > grouped.most_consumers(p, tokens):
-        raise NotImplementedError(f"{config} leaves no registers for the scales of groups")
-    if groups > 1 and splits == 1:
-        raise NotImplementedError(f"{config}: groups exchange their sums within a cluster, so splits must be 2 or more")
-    if stages < min(visits, groups + 1) or splits * groups > p.steps:  # A step late, slots are given back.
-        raise NotImplementedError(f"{config} does not fit {p}")
 
     def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None

@@ -71,10 +71,17 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
     packed = p.bits == 4
     out_item = jnp.dtype(p.out_dtype).itemsize
     by_copy_engine = out_item == 2 or bool(interpret)  # 32-bit results are rare: straight from the registers.
-    part = next(size for size in (64, 32, 16, 8) if tokens % size == 0)  # tokens that are written at a time
+    telescoped = (
+        p.scales == "integer"
+    )  # Whose groups need the scale of the next one too, and a chunk beside that in flight.
+    # Tokens that are written, or multiplied, at a time.
+    part = next((size for size in (64, 32, 16, 8) if tokens % size == 0 and tokens >= (1 + telescoped) * size), 0)
+    if not part:
+        raise NotImplementedError(f"{config} leaves no two chunks of tokens")
     out_slots = 2 if by_copy_engine else 1
     out_bytes = config.warpgroups * out_slots * part * 64 * out_item if by_copy_engine else 0
-    weight_bytes, x_bytes = channels * STEP + grouped.slot_bytes(p, channels), tokens * STEP * p.x_dtype.itemsize
+    group_bytes = grouped.slot_bytes(p, channels, telescoped)
+    weight_bytes, x_bytes = channels * STEP + group_bytes, tokens * STEP * p.x_dtype.itemsize
     budget = SHARED_MEMORY - 2048 - out_bytes
     if packed:
         w_slots = min(6, budget // (weight_bytes + 2 * x_bytes))
@@ -181,12 +188,13 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                 plgpu.barrier_arrive(x_empty.at[tiles.slot((t + 1) * p.steps * p.halves - 1, x_slots)])
                 return acc[...]
 
-            def accumulate_groups(t: Any) -> tuple[Any, ...]:
+            def accumulate_groups(t: Any, *products: Any) -> tuple[Any, ...]:
                 def step(k: Any, totals: Any) -> Any:
                     i = t * p.steps + k
                     ws, xs = tiles.slot(i, w_slots), [tiles.slot(p.halves * i + h, x_slots) for h in range(p.halves)]
                     plgpu.barrier_wait(w_full.at[ws])
                     bytes_ = load(w_s.at[ws, rows], registers.OPERAND)
+                    scales = grouped.rows(p, groups_s, ws, rows)
 
                     def done(half: int) -> None:
                         plgpu.barrier_arrive(x_empty.at[xs[half]])
@@ -195,12 +203,13 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
 
                     return grouped.flush(
                         totals,
-                        grouped.rows(p, groups_s, ws, rows),
+                        grouped.differences(scales, k == p.steps - 1) if telescoped else scales,
                         functools.partial(unpacked, bytes_),
                         lambda half, chunk: x_s.at[xs[half], pl.ds(chunk * part, part)],
                         lambda half: plgpu.barrier_wait(x_full.at[xs[half]]),
                         done,
                         p.product_dtype,
+                        products,
                     )
 
                 totals = lax.fori_loop(0, p.steps, step, (grouped.zero(p, part),) * (tokens // part))
@@ -212,7 +221,10 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                 m, n = where(t)
                 first = n * channels + warpgroup * 64
                 factors = row_factors(p, ws_g, bias_g, first)
-                if p.flushed:
+                if telescoped:
+                    products = [plgpu.ACC((64, part), jnp.int32)] * (tokens // part)
+                    totals = pl.run_scoped(functools.partial(accumulate_groups, t), *products)
+                elif p.flushed:
                     totals = accumulate_groups(t)
                 else:
                     acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
@@ -241,7 +253,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
     if config.cluster > 1:
         settings |= {"cluster": (config.cluster,), "cluster_names": ("peer",)}
         barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",))
-    scratch: dict[str, Any] = grouped.scratch(p, w_slots, channels) | {
+    scratch: dict[str, Any] = grouped.scratch(p, w_slots, channels, telescoped) | {
         "w": plgpu.SMEM((w_slots, channels, STEP), jnp.int8, transforms=tiles.operand()),
         "x": plgpu.SMEM((x_slots, tokens, STEP), p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize)),
         "x_full": plgpu.Barrier(num_arrivals=1 if packed else 2, num_barriers=x_slots),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import can_use_mosaic, dispatch, grouped_int4_matmul, int8_matmul, tuning
+from pallas_kernels import can_use_mosaic, dispatch, int8_matmul, tuning, weight_only_int4_matmul
 from pallas_kernels.hopper import matmul
 
 X, W, ONE = jnp.ones((4, 256), jnp.int8), jnp.ones((64, 256), jnp.int8), jnp.float32(1)
@@ -49,12 +49,11 @@ def test_xla_is_taken_where_it_is_faster(hopper, monkeypatch):
     assert len(hopper) == 1
 
 
-def test_kernels_that_have_not_been_measured_are_taken_only_when_asked_for(hopper):
-    packed, scales = jnp.ones((64, 128), jnp.int8), jnp.ones((2, 64), jnp.int32)
-    grouped_int4_matmul(X, packed, ONE, scales)
-    assert not hopper
-    grouped_int4_matmul(X, packed, ONE, scales, implementation="mosaic")
-    assert len(hopper) == 1
+def test_weights_alone_are_multiplied_by_xla_where_there_are_many_rows(hopper):
+    packed, scales = jnp.ones((64, 128), jnp.int8), jnp.ones((2, 64), jnp.float32)
+    for rows in (4, tuning.WEIGHT_ONLY_ROWS):
+        weight_only_int4_matmul(jnp.ones((rows, 256), jnp.bfloat16), packed, scales)
+    assert [config for config in hopper if not isinstance(config, tuning.DecodeConfig)] == [] and len(hopper) == 1
 
 
 def test_xla_is_taken_when_asked_for(hopper):
