@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ STAGES = (12, 8, 5)
 def choose(p: Problem, device: str) -> Config | None:
     """How to compute a problem; None where XLA is faster.
 
-    Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, others what the rule says.
+    Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, or for half as many at least; others
+    what the rule says.
     """
-    measured = _table(device).get((p.bits, p.kind, p.n, p.k))
-    if measured:
-        config = measured[min((m for m in measured if m >= p.m), default=max(measured))]
+    measured = _table(device).get((p.bits, p.kind, p.n, p.k), {})
+    nearest = min((m for m in measured if m >= p.m), default=max(measured, default=0))
+    if 2 * nearest >= p.m:
+        config = measured[nearest]
         if not isinstance(config, DecodeConfig) or p.m <= decode.MOST_TOKENS:
             return config
     return None if p.weight_only and p.m >= WEIGHT_ONLY_ROWS else rule(p)
@@ -59,7 +62,7 @@ def _table(device: str) -> dict[tuple[int, str | None, int, int], dict[int, Conf
 @functools.cache
 def rule(p: Problem) -> Config:
     """The configuration that a simple model of the time calls fastest."""
-    return min(candidates(p), key=lambda config: estimate(p, config))
+    return min(candidates(p), key=lambda config: (estimate(p, config), crowding(p, config)))
 
 
 def candidates(p: Problem) -> list[Config]:
@@ -120,6 +123,13 @@ ONE_WAVE = {(1, 128): (0.83, 0.88), (2, 64): (0.56, 0.83)}
 
 FLUSHED = 0.68
 """What flushing every group leaves of a tile's rate, so far for all tiles alike."""
+
+
+def crowding(p: Problem, config: Config) -> float:
+    """How far a ring for few rows is from the bytes in flight that were best on an H100, 64 KB a CTA; in powers of two."""
+    if not isinstance(config, DecodeConfig):
+        return 0.0
+    return abs(math.log2(decode.slots(p, config) * config.warpgroups / 8))
 
 
 def estimate(p: Problem, config: Config) -> float:

@@ -96,6 +96,27 @@ def test_gemm_in_interpret_mode(monkeypatch, p, config):
 
 
 @interpreted
+def test_what_wraps_on_the_way_does_so_exactly(monkeypatch):
+    p = problem(136, 64, 1024, 4, out_dtype=jnp.dtype("int32"), **INTEGER)
+    build, settings = gemm.build, {"multiprocessors": 4, "interpret": compat.interpret_params()}
+    monkeypatch.setattr(gemm, "build", lambda p, config: build(p, config, **settings))
+    matmul._kernel.cache_clear()
+    scales = np.asarray(
+        [1] * 7 + [1000]
+    )  # The accumulator times a difference of these is far beyond int32, the sum is not.
+    packed = pack_int4(jnp.full((p.n, p.k), -8, jnp.int8))
+    groups = jnp.tile(jnp.asarray(scales, jnp.int32)[:, None], (1, p.n))
+    x = jnp.full((p.m, p.k), 127, jnp.int8)
+    result = matmul.matmul(
+        p, GemmConfig(tokens=128, warpgroups=1), x, packed, jnp.ones(()), jnp.ones(p.n), groups, None
+    )
+    matmul._kernel.cache_clear()
+    one = -8 * 127 * 128  # product of one group
+    assert 16 * abs(one) * scales.sum() < 2**31 < 16 * abs(one) * 8 * 999
+    assert (np.asarray(result) == one * scales.sum()).all()
+
+
+@interpreted
 @pytest.mark.parametrize(
     ("p", "config"),
     [
@@ -222,13 +243,22 @@ def test_the_rule_finds_a_kernel_for_every_shape(bits, m, n, k):
         assert tuning.fits(p, config)
 
 
-def test_every_entry_of_the_table_can_be_built():
-    table = tuning._table("NVIDIA H200")
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_every_entry_of_the_table_can_be_built(device):
+    table = tuning._table(device)
     assert table
     kinds = {None: {}, "integer": INTEGER, "float": FLOAT, "folded": FOLDED, "weight_only": WEIGHT_ONLY}
     for (bits, groups, n, k), rows in table.items():
         for m, config in rows.items():
             assert config is None or tuning.fits(problem(m, n, k, bits, **kinds[groups]), config)
+
+
+def test_more_rows_than_were_measured_use_the_rule(monkeypatch):
+    p, small = problem(256, 4096, 4096, 4), GemmConfig(tokens=64)
+    monkeypatch.setattr(tuning, "_table", lambda device: {(4, None, 4096, 4096): {256: small}})
+    choices = {m: tuning.choose(dataclasses.replace(p, m=m), "a GPU") for m in (200, 256, 512, 1024)}
+    assert choices[200] == choices[256] == choices[512] == small
+    assert choices[1024] == tuning.rule(dataclasses.replace(p, m=1024)) != small
 
 
 def test_an_unknown_device_uses_the_rule():
