@@ -109,7 +109,7 @@ def flush(
         return tuple(new)
 
     if products:
-        return scoped(*products * len(factors))
+        return scoped(*tuple(products) * len(factors))
     return pl.run_scoped(scoped, *[plgpu.ACC((64, chunk), dtype)] * len(items))
 
 
