@@ -9,6 +9,7 @@ ppl = fqjax.perplexity(qmodel, token_ids, window=512)
 """
 
 from fqjax.calibration import Statistics, calibrate
+from fqjax.checkpoint.compressed.write import save_compressed_tensors
 from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.checkpoint.orbax import load, save
 from fqjax.checkpoint.tokenizer import load_tokenizer
@@ -17,6 +18,7 @@ from fqjax.evaluate import perplexity
 from fqjax.inference.generate import generate
 from fqjax.integer_scale import integer_scales
 from fqjax.linear import LayerSummary, QuantizedLinear
+from fqjax.qarray import from_qwix, to_qwix
 from fqjax.qtensor import InputQuantizer, QFormat, QTensor
 from fqjax.quantize import quantize
 from fqjax.report import LayerReport, Report, report_of
@@ -37,6 +39,7 @@ __all__ = [
     "Statistics",
     "calibrate",
     "calibration_batches",
+    "from_qwix",
     "generate",
     "integer_scales",
     "load",
@@ -46,4 +49,6 @@ __all__ = [
     "quantize",
     "report_of",
     "save",
+    "save_compressed_tensors",
+    "to_qwix",
 ]

@@ -48,7 +48,13 @@ JsonFile = Annotated[
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Hugging Face directory or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Orbax directory to create.")],
-    scheme: Annotated[str, typer.Option(help="Preset; 'fqjax schemes' lists them.")] = "flattenquant",
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset; 'fqjax schemes' lists them. A checkpoint that is quantized already takes none.",
+            show_default="flattenquant",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text to calibrate on; without it, Python's own documentation.", metavar="FILE")
     ] = None,
@@ -67,9 +73,9 @@ def convert(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
 ) -> None:
-    """Quantize a Hugging Face checkpoint into an Orbax directory."""
+    """Quantize a Hugging Face checkpoint into an Orbax directory; one in compressed-tensors is converted as it is."""
     # The scheme is looked at before anything heavy is imported.
-    chosen = resolve_scheme(scheme).override(settings or [])
+    chosen = resolve_scheme(scheme or "flattenquant").override(settings or [])
     from fqjax import convert as conversion
 
     made = conversion.plan(
@@ -81,6 +87,7 @@ def convert(
             samples=samples,
             window=window,
             ignore=tuple(ignore or ()),
+            any_scheme=scheme is None and not settings and not ignore,
         )
     )
     if dry_run:
@@ -91,6 +98,21 @@ def convert(
     report = conversion.convert(made, resume=resume)
     console.print(report.table())
     console.print(f"wrote {out} in {report.seconds:.0f} s")
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Hugging Face directory to create.")],
+) -> None:
+    """Write a quantized model in the format compressed-tensors, as vLLM and transformers read it."""
+    from fqjax.checkpoint.compressed.write import save_compressed_tensors
+    from fqjax.checkpoint.orbax import refuse_existing
+
+    refuse_existing(out)
+    loaded, tokenizer = _load_with_tokenizer(model, required=False)
+    save_compressed_tensors(out, loaded, tokenizer=tokenizer)
+    console.print(f"wrote {out}")
 
 
 @app.command("eval")
@@ -213,12 +235,12 @@ def _load_model(source: str) -> Any:
     return Source(source).model()
 
 
-def _load_with_tokenizer(source: str) -> tuple[Any, Any]:
+def _load_with_tokenizer(source: str, *, required: bool = True) -> tuple[Any, Any]:
     from fqjax.checkpoint.source import Source
 
     opened = Source(source)
     # The tokenizer first: what is wrong with it shows before the weights are read.
-    tokenizer = opened.tokenizer()
+    tokenizer = opened.tokenizer(required=required)
     return opened.model(), tokenizer
 
 

@@ -20,10 +20,12 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from fqjax.checkpoint.compressed.config import read_quantization
 from fqjax.checkpoint.fields import check_depth
 from fqjax.checkpoint.files import read_json
 from fqjax.checkpoint.hugging_face import (
     abstract_model,
+    check_layers,
     check_tensors,
     read_architecture,
     read_model,
@@ -41,7 +43,7 @@ from fqjax.memo import DirectoryMemo, write_whole
 from fqjax.models import FAMILIES
 from fqjax.quantize import quantize_with
 from fqjax.report import Report, format_bytes, narrow_table, report_of
-from fqjax.scheme import Scheme
+from fqjax.scheme import PRESETS, Scheme
 from fqjax.surgery import Selection, select_linears
 from fqjax.text import calibration_batches, encode, read_text
 
@@ -63,6 +65,8 @@ class Conversion:
       samples: windows of calibration text.
       window: tokens in a window, BOS among them.
       ignore: regular expressions of layers to leave in float.
+      any_scheme: whether the scheme may be passed over; a source that is quantized already is converted as it is, with
+        no scheme but "bf16".
     """
 
     source: str
@@ -72,6 +76,7 @@ class Conversion:
     samples: int = 64
     window: int = 512
     ignore: tuple[str, ...] = ()
+    any_scheme: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Plan:
       tokenizer: of the source, or None.
       batches: calibration data; empty for a scheme that needs none.
       fingerprint: identifies source, text and settings.
+      stored_bits: of the layers that are quantized in the source, by dotted path.
     """
 
     conversion: Conversion
@@ -95,6 +101,7 @@ class Plan:
     tokenizer: Any
     batches: list[np.ndarray]
     fingerprint: dict[str, Any]
+    stored_bits: dict[str, int]
 
 
 def plan(conversion: Conversion) -> Plan:
@@ -111,7 +118,11 @@ def plan(conversion: Conversion) -> Plan:
     files = TensorFiles(directory)
     check_depth(f"{directory / 'config.json'}", config, len(files.names()))
     model = abstract_model(name, config, jnp.bfloat16)
-    check_tensors(files, FAMILIES[name], dict(nnx.to_flat_state(nnx.state(model))))
+    parameters = dict(nnx.to_flat_state(nnx.state(model)))
+    layers = check_layers(files, FAMILIES[name], parameters, read_quantization(directory))
+    check_tensors(files, FAMILIES[name], parameters, layers)
+    if layers:
+        conversion = _as_it_is(conversion)
     selection = select_linears(model, conversion.ignore)
     conversion.scheme.kept_in_int8(selection.linears)
     tokenizer = load_tokenizer(directory)
@@ -120,8 +131,25 @@ def plan(conversion: Conversion) -> Plan:
     if conversion.scheme.method != "none":
         text, batches = _calibration(conversion, tokenizer, config)
     return Plan(
-        conversion, directory, (name, config), selection, tokenizer, batches, _fingerprint(conversion, files, text)
+        conversion,
+        directory,
+        (name, config),
+        selection,
+        tokenizer,
+        batches,
+        _fingerprint(conversion, files, text),
+        {name: layer.bits for name, layer in layers.items()},
     )
+
+
+def _as_it_is(conversion: Conversion) -> Conversion:
+    """The conversion of a source that is quantized already, in which nothing is quantized anew."""
+    if conversion.scheme.method != "none" and not conversion.any_scheme:
+        raise InputError(
+            f"{conversion.source}: quantized already, in the format compressed-tensors; expected no scheme, settings or "
+            "layers to ignore, as it is converted as it is"
+        )
+    return dataclasses.replace(conversion, scheme=PRESETS["bf16"])
 
 
 def convert(made: Plan, *, resume: bool = False) -> Report:
@@ -173,10 +201,15 @@ def plan_table(made: Plan) -> Table:
     before, after = 0, 0.0
     for name, linear in made.selection.linears.items():
         plain = 2 * linear.in_features * linear.out_features
-        estimate = plain if scheme.method == "none" else _estimated_bytes(linear, scheme, int4=name not in kept)
+        stored = made.stored_bits.get(name)
+        label = f"INT{stored}" if stored else "INT8" if name in kept else kind
+        if stored:
+            estimate = plain * stored / 16
+        else:
+            estimate = plain if scheme.method == "none" else _estimated_bytes(linear, scheme, int4=name not in kept)
         before, after = before + plain, after + estimate
         shape = f"{linear.out_features} x {linear.in_features}"
-        table.add_row(name, shape, "INT8" if name in kept else kind, format_bytes(plain), format_bytes(estimate))
+        table.add_row(name, shape, label, format_bytes(plain), format_bytes(estimate))
     for name in made.selection.skipped:
         table.add_row(name, "", "float", "", "", style="dim")
     windows = sum(len(batch) for batch in made.batches)

@@ -31,7 +31,8 @@ class LayerSummary:
 
     Attributes:
       scheme: what it was quantized with.
-      relative_error: mean squared error of the layer's output on the calibration sample over the output's mean square.
+      relative_error: mean squared error of the layer's output on the calibration sample over the output's mean square; 0
+        where it is not known.
       accumulator_bound: largest magnitude the int32 accumulator can reach, for any activations; 0 if it is a float.
       macs: multiply-accumulates of the unquantized layer for one token.
     """

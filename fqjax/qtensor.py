@@ -61,7 +61,8 @@ class QTensor:
     Invariants:
       * ``codes`` is int8, output channels first (K-major): shape (out, in), or (out, in / 2) when packed;
       * ``in`` counts the flattened channels and the padding; it is a multiple of 128, of 256 when packed;
-      * every code lies in [-qmax, qmax], qmax = 127 or 7, or, with groups and 4 bits, in [-8, 7]; padding codes are 0;
+      * every code lies in [-qmax, qmax], qmax = 127 or 7, or, with groups and 4 bits, in [-8, 7]; codes from other programs'
+        checkpoints may be -qmax - 1; padding codes are 0;
       * ``scale`` is float32 and positive: a scalar, or shape (out,), as it always is when the granularity is "channel";
       * ``group_scale`` is positive, shape (in / group_size, out), float32 or, where the format
         has integer scales, int16 if all of them fit and int32 otherwise; None without groups;

@@ -24,7 +24,8 @@ class LayerReport:
       name: dotted path in the model.
       bits: 4 or 8, or 16 for a layer in bfloat16 and 32 in float32.
       expansion: K'/K, flattened channels over original ones, before padding.
-      relative_error: mean squared error of the output over its mean square, on calibration data; 0 in floating point.
+      relative_error: mean squared error of the output over its mean square, on calibration data; 0 in floating point, and
+        for layers read from another program's checkpoint, of which it is not known.
       bytes: on the device: codes (with their padding), scales, the input's recipe, bias.
       bytes_bf16: weight and bias in bfloat16.
       macs: multiply-accumulates of the unquantized layer for one token.
@@ -135,12 +136,11 @@ class Report:
         for heading in ("bits", "scales" if grouped else "K'/K", "error", "bytes", "of bf16", "margin"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.layers:
-            quantized = row.scales != ""
             table.add_row(
                 row.name,
                 str(row.bits),
                 _short(row.scales) if grouped else f"{row.expansion:.3f}",
-                f"{row.relative_error:.2%}" if quantized else "-",
+                f"{row.relative_error:.2%}" if row.relative_error else "-",
                 format_bytes(row.bytes),
                 f"{row.bytes / row.bytes_bf16:.0%}",
                 f"{row.overflow_margin_bits:.1f}" if row.accumulator_bound else "-",

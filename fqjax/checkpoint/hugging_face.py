@@ -2,8 +2,10 @@
 
 Every parameter of the model is one or several tensors of the checkpoint: a linear layer's kernel is the transposed weight,
 a fused layer's the concatenation of its parts.  All names, shapes and files are checked before the first value is read.
+Layers that are quantized already become quantized layers (:mod:`fqjax.checkpoint.compressed`).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 
+from fqjax.checkpoint.compressed.config import Quantization, read_quantization
+from fqjax.checkpoint.compressed.read import StoredLayer, read_layers, stored_layer
 from fqjax.checkpoint.fields import check_counts, check_depth, check_fields, check_value
 from fqjax.checkpoint.files import inside, read_json, reason
 from fqjax.checkpoint.lazy import quiet_transformers
@@ -22,6 +26,7 @@ from fqjax.errors import InputError
 from fqjax.models import FAMILIES, Family
 from fqjax.models.causal_lm import CausalLM
 from fqjax.progress import track
+from fqjax.surgery import replace_modules
 
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 """What is downloaded of a hub repository."""
@@ -48,11 +53,13 @@ def load_hf(path_or_id: str | Path, dtype: DTypeLike = jnp.bfloat16) -> tuple[Ca
       dtype: dtype of the model's parameters and activations.
 
     Returns:
-      The Flax model, and its tokenizer (None if the directory has none).
+      The Flax model, and its tokenizer (None if the directory has none).  A checkpoint that is quantized in the format
+      compressed-tensors gives a quantized model, with the same codes and scales.
 
     Raises:
       InputError: naming the file, tensor or entry at fault: no such directory, an unsupported architecture, a missing
-        or truncated shard, a tensor that is missing, of the wrong shape or not finite.
+        or truncated shard, a tensor that is missing, of the wrong shape or not finite, a quantization that fqjax cannot
+        express.
     """
     directory = resolve_directory(path_or_id)
     name, config = read_architecture(directory)
@@ -102,6 +109,7 @@ def read_architecture(directory: Path) -> tuple[str, Any]:
     check_counts(str(path), raw)
     check_fields(str(path), family.config, raw, optional=True)
     check_value(str(path), "model_type", raw.get("model_type"), str)
+    read_quantization(directory)  # What cannot be expressed is better known now than later.
     complete = _completed(path, raw)
     try:
         config = family.config_from_hf(complete)
@@ -139,26 +147,68 @@ def read_model(directory: Path, name: str, config: Any, dtype: DTypeLike) -> Cau
     check_depth(f"{directory / 'config.json'}", config, len(files.names()))
     graphdef, state = nnx.split(abstract_model(name, config, dtype))
     flat = dict(nnx.to_flat_state(state))
-    sources = check_tensors(files, FAMILIES[name], flat)
+    quantization = read_quantization(directory)
+    layers = check_layers(files, FAMILIES[name], flat, quantization)
+    sources = check_tensors(files, FAMILIES[name], flat, layers)
     for path, source in track(sources.items(), "loading", len(sources)):
         flat[path] = flat[path].replace(_read(files, source, dtype))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return replace_modules(model, read_layers(model, files, layers, dtype)) if layers else model
 
 
-def check_tensors(files: TensorFiles, family: Family, parameters: dict[Any, Any]) -> dict[Any, Source]:
+def check_layers(
+    files: TensorFiles, family: Family, parameters: dict[Any, Any], quantization: Quantization | None
+) -> dict[str, StoredLayer]:
+    """Finds the layers that are quantized in the checkpoint, by dotted path, and checks their tensors by the files' headers.
+
+    Raises:
+      InputError: naming a tensor that is missing or of another shape or dtype than the configuration implies, or modules
+        that would have to be quantized alike.
+    """
+    layers: dict[str, StoredLayer] = {}
+    if quantization is None:
+        return layers
+    prefix = find_prefix(files, family)
+    for path, parameter in parameters.items():
+        if path[-1] == "kernel":
+            name = ".".join(str(part) for part in path[:-1])
+            modules = [tensor.removesuffix(".weight") for tensor in source_of(path, family, prefix).tensors]
+            layer = stored_layer(files, quantization, name, modules, parameter.shape[::-1])
+            layers |= {} if layer is None else {name: layer}
+    return layers
+
+
+def find_prefix(files: TensorFiles, family: Family) -> str:
+    """What this checkpoint puts in front of its tensors' names."""
+    return next((p for p in family.prefixes if any(n.startswith(p) for n in files.names())), family.prefixes[0])
+
+
+def check_tensors(
+    files: TensorFiles, family: Family, parameters: dict[Any, Any], layers: Mapping[str, StoredLayer] | None = None
+) -> dict[Any, Source]:
     """Finds every parameter's tensors and checks their shapes, without reading values.
+
+    Args:
+      files: of the checkpoint.
+      family: of the architecture.
+      parameters: by path.
+      layers: those that are quantized in the checkpoint, as :func:`check_layers` returns them; their weights are left out.
 
     Raises:
       InputError: naming a tensor that is missing, unexpected, or of another shape than the configuration implies.
     """
-    prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in files.names())), family.prefixes[0])
-    sources = {path: _source(path, family, prefix) for path in parameters}
+    prefix, layers = find_prefix(files, family), layers or {}
+    kernels = {(*name.split("."), "kernel") for name in layers}
+    sources = {
+        path: source_of(path, family, prefix) for path in parameters if tuple(str(part) for part in path) not in kernels
+    }
     for path, source in sources.items():
         for tensor in source.tensors:
             if tensor not in files:
                 raise InputError(f"{files.directory}: tensor {tensor!r} is missing")
         _check_shape(files, source, parameters[path].shape)
     wanted = {tensor for source in sources.values() for tensor in source.tensors}
+    wanted |= {tensor for layer in layers.values() for tensor in layer.tensors}
     tied = () if "lm_head.weight" in wanted else ("lm_head.weight",)
     for tensor in files.names():
         if tensor not in wanted and not tensor.endswith((*UNUSED, *tied)):
@@ -166,7 +216,8 @@ def check_tensors(files: TensorFiles, family: Family, parameters: dict[Any, Any]
     return sources
 
 
-def _source(path: tuple[Any, ...], family: Family, prefix: str) -> Source:
+def source_of(path: tuple[Any, ...], family: Family, prefix: str) -> Source:
+    """The tensors of a parameter, by its path in the model."""
     *modules, leaf = (str(part) for part in path)
     name = ".".join(modules)
     if name == "lm_head":

@@ -64,6 +64,10 @@ class TensorFiles:
         """All tensors, sorted."""
         return sorted(self.files)
 
+    def stored(self, name: str) -> Stored:
+        """Dtype and shape of a tensor, from its file's header."""
+        return self._stored[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its file's header.
 
@@ -83,15 +87,32 @@ class TensorFiles:
           InputError: if it holds a value that is not finite, or is not finite in ``dtype``; or if it cannot be read.
         """
         path = self.directory / self.files[name]
-        try:
-            with safe_open(path, framework="numpy") as file, np.errstate(over="ignore", invalid="ignore"):
-                values = file.get_tensor(name).astype(dtype)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: tensor {name!r} cannot be read ({error})") from None
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self._values(name).astype(dtype)
         if not np.isfinite(values.astype(np.float32)).all():
             kind = jnp.dtype(dtype).name
             raise InputError(f"{path}: tensor {name!r} holds a value that is not finite in {kind}")
         return values
+
+    def read_integers(self, name: str) -> np.ndarray:
+        """Reads one tensor of integers as it is.
+
+        Raises:
+          InputError: if it holds something else, or cannot be read.
+        """
+        dtype = self._stored[name].dtype
+        if dtype[0] not in "IU":
+            path = self.directory / self.files[name]
+            raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected integers")
+        return self._values(name)
+
+    def _values(self, name: str) -> np.ndarray:
+        path = self.directory / self.files[name]
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: tensor {name!r} cannot be read ({error})") from None
 
     def _locate(self) -> dict[str, str]:
         """File of every tensor."""

@@ -33,14 +33,14 @@ class Source:
                 f"{path_or_id}: not a model: neither {NAME} (fqjax) nor config.json (Hugging Face) is in it"
             )
 
-    def tokenizer(self) -> Any:
-        """The tokenizer.
+    def tokenizer(self, *, required: bool = True) -> Any:
+        """The tokenizer; None if there is none and it is not required.
 
         Raises:
-          InputError: if there is none, it cannot be loaded, or it has tokens that the model does not.
+          InputError: if there is none but has to be one, it cannot be loaded, or it has tokens that the model does not.
         """
         tokenizer = load_tokenizer(self.directory)
-        if tokenizer is None:
+        if tokenizer is None and required:
             raise InputError(f"{self.name}: has no tokenizer")
         check_vocabulary(tokenizer, self.config.vocab_size, self.directory)
         return tokenizer

@@ -134,6 +134,14 @@ class Decoder(CausalLM):
             paths.append(ScalingPath(f"{mlp}.gate_up_proj", f"{mlp}.down_proj", up))
         return paths
 
+    def norm_paths(self) -> dict[str, str]:
+        """For each linear layer that alone reads a norm's output, that norm; both by dotted path."""
+        paths = {}
+        for i in range(self.config.num_hidden_layers):
+            paths[f"layers.{i}.self_attn.qkv_proj"] = f"layers.{i}.input_layernorm"
+            paths[f"layers.{i}.mlp.gate_up_proj"] = f"layers.{i}.post_attention_layernorm"
+        return paths
+
     def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
         c = self.config
         return KeyValueCache.create(c.num_hidden_layers, batch, capacity, c.num_key_value_heads, c.head_dim, self.dtype)

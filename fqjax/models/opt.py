@@ -156,6 +156,18 @@ class OPT(CausalLM):
                 paths.append(ScalingPath(f"layers.{i}.fc1", f"layers.{i}.fc2", np.arange(c.ffn_dim)))
         return paths
 
+    def norm_paths(self) -> dict[str, str]:
+        """For each linear layer that alone reads a norm's output, that norm; both by dotted path.
+
+        There is none where norms stand behind the layers, as the residual connection reads them too.
+        """
+        paths = {}
+        if self.config.do_layer_norm_before and self.config.layer_norm_elementwise_affine:
+            for i in range(self.config.num_hidden_layers):
+                paths[f"layers.{i}.self_attn.qkv_proj"] = f"layers.{i}.self_attn_layer_norm"
+                paths[f"layers.{i}.fc1"] = f"layers.{i}.final_layer_norm"
+        return paths
+
     def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
         c = self.config
         head_dim = c.hidden_size // c.num_attention_heads

@@ -1,0 +1,297 @@
+"""Tensors of quantized modules into :class:`~fqjax.linear.QuantizedLinear`, code by code and scale by scale.
+
+A module X has X.weight (int8) or X.weight_packed (int32 words) and X.weight_shape; X.weight_scale; and X.input_scale where
+its activations have a static scale.  Modules that read the same input are one layer in fqjax's models.  Their codes are put one
+under the other.  Scales of whole tensors that differ become scales of output channels, and groups are cut into smaller ones
+with the same scale, so that nothing is rounded.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import DTypeLike
+
+from fqjax.checkpoint.compressed.config import LayerScheme, Quantization
+from fqjax.checkpoint.compressed.packing import unpack_int32
+from fqjax.checkpoint.safetensors import FLOATS, TensorFiles
+from fqjax.core.flatten import PADDING, padded_width
+from fqjax.errors import InputError
+from fqjax.linear import LayerSummary, QuantizedLinear, measured_bound
+from fqjax.progress import track
+from fqjax.qtensor import InputQuantizer, QTensor
+from fqjax.scheme import Scheme
+from fqjax.surgery import find_linears
+
+LARGEST_GROUP = 128
+OPTIONAL = ("weight_zero_point", "input_zero_point", "weight_g_idx", "weight_shape")
+"""Tensors that a module may have, and that say nothing new where fqjax can express it."""
+
+
+class Part(NamedTuple):
+    """A module of the checkpoint: its name, its scheme, and the shape (out, in) of its weight."""
+
+    module: str
+    scheme: LayerScheme
+    shape: tuple[int, int]
+
+
+class StoredLayer(NamedTuple):
+    """A layer of the model that is quantized in the checkpoint.
+
+    Attributes:
+      name: dotted path in the model.
+      parts: the modules that it consists of, from the first output channel to the last.
+      tensors: names of all tensors of theirs but biases.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    tensors: frozenset[str]
+
+    @property
+    def bits(self) -> int:
+        """Of a weight's code."""
+        return self.parts[0].scheme.bits
+
+
+def stored_layer(
+    files: TensorFiles, quantization: Quantization, name: str, modules: Iterable[str], shape: tuple[int, int]
+) -> StoredLayer | None:
+    """Checks a layer's tensors by the files' headers.
+
+    Args:
+      files: of the checkpoint.
+      quantization: of its configuration.
+      name: dotted path of the layer in the model.
+      modules: that it consists of in the checkpoint.
+      shape: of the layer's weight, (out, in).
+
+    Returns:
+      The layer; None if it is in floating point.
+
+    Raises:
+      InputError: naming the tensor or module at fault.
+    """
+    schemes = {module: quantization.scheme_of(module) for module in modules}
+    if not any(schemes.values()):
+        return None
+    where = f"{files.directory}: {' + '.join(schemes)}"
+    found = [scheme for scheme in schemes.values() if scheme is not None]
+    if len(found) < len(schemes):
+        raise InputError(f"{where}: some are quantized and some are not; expected the same, as they are one layer here")
+    if name == "lm_head":
+        raise InputError(f"{where}: is quantized; expected it under ignore, as fqjax keeps heads in floating point")
+    if len({(scheme.bits, scheme.activations) for scheme in found}) > 1:
+        raise InputError(f"{where}: expected the same bits and kind of activations, as they are one layer here")
+    parts = tuple(
+        Part(module, scheme, _shape(files, module, scheme, shape[1]))
+        for module, scheme in zip(schemes, found, strict=True)
+    )
+    if sum(part.shape[0] for part in parts) != shape[0]:
+        raise InputError(f"{where}: {sum(p.shape[0] for p in parts)} output channels, config.json implies {shape[0]}")
+    return StoredLayer(name, parts, frozenset(t for part in parts for t in _check_tensors(files, part)))
+
+
+def read_layer(files: TensorFiles, layer: StoredLayer, bias: Any, dtype: DTypeLike) -> QuantizedLinear:
+    """Builds a layer from its tensors.
+
+    Args:
+      files: of the checkpoint.
+      layer: as :func:`stored_layer` returns it.
+      bias: (out,), or None.
+      dtype: of its output and, by name, of the weight that it stands for.
+
+    Raises:
+      InputError: naming the tensor or module at fault: a code out of range, a scale that is not above 0, a zero point or an
+        order of channels that cannot be expressed, input scales that differ among modules that read the same input; an
+        accumulator that could overflow.
+    """
+    weight = _weight(files, layer)
+    quantizer = _input_quantizer(files, layer, weight.shape[1])
+    n, k = sum(part.shape[0] for part in layer.parts), layer.parts[0].shape[1]
+    summary = LayerSummary(
+        scheme=_scheme(layer, weight),
+        relative_error=0.0,
+        accumulator_bound=measured_bound(weight, quantizer),
+        macs=n * k,
+    )
+    return QuantizedLinear(
+        weight,
+        quantizer,
+        bias,
+        dtype=dtype,
+        param_dtype=dtype,
+        summary=summary,
+        name=f"{files.directory}: {layer.name}",
+    )
+
+
+def read_layers(
+    model: Any, files: TensorFiles, layers: Mapping[str, StoredLayer], dtype: DTypeLike
+) -> dict[str, nnx.Module]:
+    """The quantized layers of a model whose other parameters have been read, by dotted path."""
+    linears = find_linears(model)
+    made: dict[str, nnx.Module] = {}
+    for name, layer in track(layers.items(), "loading", len(layers)):
+        bias = linears[name].bias
+        made[name] = read_layer(files, layer, None if bias is None else bias[...], dtype)
+    return made
+
+
+def _shape(files: TensorFiles, module: str, scheme: LayerScheme, k: int) -> tuple[int, int]:
+    """Of a module's weight, from the header of its codes."""
+    packed = f"{module}.weight_packed" in files
+    name, kind = (f"{module}.weight_packed", "I32") if packed else (f"{module}.weight", "I8")
+    width = math.ceil(k * scheme.bits / 32) if packed else k
+    dtype, shape = _stored(files, name)
+    if dtype != kind or len(shape) != 2 or shape[1] != width:
+        raise InputError(
+            f"{files.directory}: tensor {name!r} is {dtype} {shape}; expected {kind} (out, {width}), with {scheme.bits} bits "
+            f"and {k} input channels"
+        )
+    return shape[0], k
+
+
+def _check_tensors(files: TensorFiles, part: Part) -> list[str]:
+    """The names of a module's tensors, with the shapes of the scales checked."""
+    module, scheme, (n, k) = part
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "tensor": [(1,), ()],
+        "channel": [(n, 1), (n,)],
+        "group": [(n, math.ceil(k / (scheme.group_size or k)))],
+    }
+    scales = {"weight_scale": shapes[scheme.strategy]}
+    if scheme.activations == "static":
+        scales["input_scale"] = shapes["tensor"]
+    for ending, expected in scales.items():
+        name = f"{module}.{ending}"
+        dtype, shape = _stored(files, name)
+        if dtype not in FLOATS or shape not in expected:
+            raise InputError(
+                f"{files.directory}: tensor {name!r} is {dtype} {shape}; expected floating point, {expected[0]}"
+            )
+    codes = "weight_packed" if f"{module}.weight_packed" in files else "weight"
+    present = [f"{module}.{ending}" for ending in OPTIONAL if f"{module}.{ending}" in files]
+    return [f"{module}.{ending}" for ending in (codes, *scales)] + present
+
+
+def _stored(files: TensorFiles, name: str) -> tuple[str, tuple[int, ...]]:
+    if name not in files:
+        raise InputError(f"{files.directory}: tensor {name!r} is missing")
+    return files.stored(name)
+
+
+def _weight(files: TensorFiles, layer: StoredLayer) -> QTensor:
+    """The codes of all parts one under the other, with scales that serve them all."""
+    codes = np.concatenate([_codes(files, part) for part in layer.parts])
+    scales = [_scales(files, part) for part in layer.parts]
+    strategies = {part.scheme.strategy for part in layer.parts}
+    k, width = codes.shape[1], padded_width(codes.shape[1], layer.bits)
+    scale, group_scale = jnp.float32(1), None
+    if "group" in strategies:
+        group_scale = _group_scales(layer, scales, width)
+    elif strategies == {"tensor"} and len({float(part[0, 0]) for part in scales}) == 1:
+        scale = jnp.asarray(scales[0][0, 0])
+    else:
+        scale = jnp.asarray(np.concatenate(scales)[:, 0])
+    if group_scale is None and layer.parts[0].scheme.activations is None:
+        # Weight-only layers have groups; here all of a channel have its scale.
+        group_scale = jnp.ones((width // LARGEST_GROUP, len(codes)), jnp.float32)
+    padded = jnp.asarray(np.pad(codes, ((0, 0), (0, width - k))))
+    return QTensor.from_codes(padded, scale, layer.bits, group_scale)
+
+
+def _group_scales(layer: StoredLayer, scales: list[np.ndarray], width: int) -> Any:
+    """Scales of groups so small that each lies in one group of every part, (width / size, out); 1 for padding."""
+    k = layer.parts[0].shape[1]
+    sizes = [part.scheme.group_size or LARGEST_GROUP for part in layer.parts]
+    size = math.gcd(LARGEST_GROUP, *sizes)
+    starts = np.arange(0, k, size)
+    rows = [
+        part[:, starts // whole if part.shape[1] > 1 else np.zeros_like(starts)]
+        for part, whole in zip(scales, sizes, strict=True)
+    ]
+    found = np.concatenate(rows).T
+    return jnp.asarray(np.pad(found, ((0, width // size - len(starts)), (0, 0)), constant_values=1))
+
+
+def _codes(files: TensorFiles, part: Part) -> np.ndarray:
+    """Int8 codes (out, in) of a module."""
+    module, scheme, (_, k) = part
+    packed = f"{module}.weight_packed" in files
+    name = f"{module}.{'weight_packed' if packed else 'weight'}"
+    codes = unpack_int32(files.read_integers(name), scheme.bits, k) if packed else files.read_integers(name)
+    if scheme.bits == 4 and (codes.min() < -8 or codes.max() > 7):
+        raise InputError(f"{files.directory}: tensor {name!r} holds codes beyond -8 and 7; expected 4 bits")
+    if packed and f"{module}.weight_shape" in files:
+        shape = tuple(int(size) for size in files.read_integers(f"{module}.weight_shape").reshape(-1))
+        if shape != part.shape:
+            raise InputError(f"{files.directory}: tensor '{module}.weight_shape' is {shape}, expected {part.shape}")
+    for ending in ("weight_zero_point", "input_zero_point"):
+        if f"{module}.{ending}" in files and files.read_integers(f"{module}.{ending}").any():
+            raise InputError(f"{files.directory}: tensor '{module}.{ending}' is not 0; zero points cannot be expressed")
+    if f"{module}.weight_g_idx" in files:
+        order = files.read_integers(f"{module}.weight_g_idx").reshape(-1)
+        if not np.array_equal(order, np.arange(k) // (scheme.group_size or k)):
+            raise InputError(
+                f"{files.directory}: tensor '{module}.weight_g_idx' orders channels by activation; expected groups of "
+                "neighbours"
+            )
+    return codes
+
+
+def _scales(files: TensorFiles, part: Part) -> np.ndarray:
+    """Float32 scales (out, groups) of a module, (out, 1) without groups."""
+    scale = _positive(files, f"{part.module}.weight_scale")
+    columns = scale.shape[1] if scale.ndim == 2 else 1
+    return np.broadcast_to(scale.reshape(-1, columns), (part.shape[0], columns))
+
+
+def _positive(files: TensorFiles, name: str) -> np.ndarray:
+    values = files.read(name, np.float32)
+    if not (values > 0).all():
+        raise InputError(f"{files.directory}: tensor {name!r} holds a scale that is not above 0")
+    return values
+
+
+def _input_quantizer(files: TensorFiles, layer: StoredLayer, width: int) -> InputQuantizer:
+    kind, k = layer.parts[0].scheme.activations, layer.parts[0].shape[1]
+    multiplier, scale = jnp.ones(k, jnp.float32), None
+    if kind == "static":
+        found = {part.module: float(_positive(files, f"{part.module}.input_scale").reshape(())) for part in layer.parts}
+        if len(set(found.values())) > 1:
+            each = ", ".join(f"{module.split('.')[-1]} {value:.6g}" for module, value in found.items())
+            raise InputError(
+                f"{files.directory}: {layer.name}: input_scale differs ({each}); expected the same, as the modules read the "
+                "same input, which is quantized once"
+            )
+        scale = jnp.float32(next(iter(found.values())))
+        multiplier = multiplier / scale
+    return InputQuantizer(
+        multiplier=multiplier,
+        source=jnp.zeros(width - k, jnp.int32),
+        part=jnp.full(width - k, PADDING, jnp.int32),
+        scale=scale,
+        bits=16 if kind is None else 8,
+        used=0,
+    )
+
+
+def _scheme(layer: StoredLayer, weight: QTensor) -> Scheme:
+    """What a scheme would say that quantizes like this."""
+    grouped = weight.group_scale is not None
+    return Scheme(
+        name="compressed-tensors",
+        summary="Read from a compressed-tensors checkpoint.",
+        method="grouped" if grouped else "absmax",
+        alpha=None,
+        equalize=False,
+        int4_share=1.0 if layer.bits == 4 else 0.0,
+        int4_activation_bits=16 if layer.parts[0].scheme.activations is None else 8,
+        weight_scales="channel" if weight.format.granularity == "channel" else "tensor",
+        group_size=weight.format.group_size or LARGEST_GROUP,
+    )

@@ -1,0 +1,52 @@
+"""From a model of fqjax back to Hugging Face: the configuration, and the parts of concatenated layers."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def config_to_hf(architecture: str, config: Any, dtype: Any) -> dict[str, Any]:
+    """The content of config.json, from which ``config_from_hf`` of the same family reads ``config`` again.
+
+    Args:
+      architecture: name in :data:`fqjax.models.FAMILIES`.
+      config: the family's configuration.
+      dtype: of the model's parameters.
+    """
+    entries = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+    entries |= {"architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower()}
+    entries["torch_dtype"] = jnp.dtype(dtype).name
+    if "remove_final_layer_norm" in entries:  # OPT
+        return entries | {"_remove_final_layer_norm": entries.pop("remove_final_layer_norm")}
+    entries["hidden_act"] = "silu"
+    scaling = dict(config.rope_scaling)
+    theta = entries.pop("rope_theta")
+    # transformers 5 reads the first, earlier versions and other programs the other two.
+    entries["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": theta}
+    entries |= {"rope_theta": theta, "rope_scaling": scaling or None}
+    if entries["model_type"].startswith("qwen"):
+        entries["use_sliding_window"] = entries["sliding_window"] is not None
+    if not entries["layer_types"] or entries["model_type"] == "mistral":
+        del entries["layer_types"]
+    return entries
+
+
+def part_sizes(config: Any, module: str, parts: int, outputs: int) -> tuple[int, ...]:
+    """Output channels of each part of a layer.
+
+    Args:
+      config: the family's configuration.
+      module: the layer's dotted path.
+      parts: how many it consists of in a checkpoint.
+      outputs: of the whole layer.
+    """
+    if module.endswith("qkv_proj") and hasattr(config, "num_key_value_heads"):
+        values = config.num_key_value_heads * config.head_dim
+        return outputs - 2 * values, values, values
+    return (outputs // parts,) * parts
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that JSON has."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
