@@ -201,9 +201,8 @@ def _scheme(where: str, weights: Any, inputs: Any) -> LayerScheme:
     )
     groups = 0
     if strategy == "group":
-        whole = type(size) is int and size > 0
-        _expect(here, whole and size % 16 == 0, f"group_size {size!r}: expected a multiple of 16")
-        groups = int(size)
+        groups = size if isinstance(size, int) and not isinstance(size, bool) else 0
+        _expect(here, groups > 0 and groups % 16 == 0, f"group_size {size!r}: expected a multiple of 16")
     activations = None if inputs is None else _activations(f"{where}: input_activations", inputs)
     if activations is None:
         _expect(where, bits == 4, "8-bit weights with activations in floating point cannot be expressed")

@@ -1,9 +1,9 @@
 """Tensors of quantized modules into :class:`~fqjax.linear.QuantizedLinear`, code by code and scale by scale.
 
 A module X has X.weight (int8) or X.weight_packed (int32 words) and X.weight_shape; X.weight_scale; and X.input_scale where
-its activations have a static scale.  Modules that read the same input are one layer in fqjax's models.  Their codes are put one
-under the other.  Scales of whole tensors that differ become scales of output channels, and groups are cut into smaller ones
-with the same scale, so that nothing is rounded.
+its activations have a static scale.  Modules that read the same input are one layer in fqjax's models: their codes are put
+one under the other.  Scales of whole tensors that differ become scales of output channels, and groups are cut into smaller
+ones with the same scale, so that nothing is rounded.
 """
 
 import math
