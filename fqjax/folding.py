@@ -62,7 +62,7 @@ def fold_smoothing(model: Any, layers: dict[str, QuantizedLinear]) -> Folding:
         else:
             raise InputError(
                 f"{name}: its smoothing cannot be folded into what stands in front of it; expected a norm that it alone "
-                "reads, a layer that scales through, or no smoothing (such as --set alpha=none)"
+                "reads, a layer that scales through, or no smoothing (--set alpha=none, --set awq=false)"
             )
     return folding
 
@@ -74,8 +74,8 @@ def _by_row(name: str, rows: np.ndarray, factors: np.ndarray, outputs: int) -> n
     if np.abs(found[rows] / factors - 1).max() > TOLERANCE:
         raise InputError(
             f"{name}: its smoothing differs between input channels that read the same channel in front (heads that share a "
-            "value head), and cannot be folded; quantize without smoothing (--set alpha=none), or leave it in floating "
-            f"point (--ignore {name.split('.')[-1]})"
+            "value head), and cannot be folded; quantize without smoothing (--set alpha=none, --set awq=false), or leave "
+            f"the layer in floating point (--ignore {name.split('.')[-1]})"
         )
     return found
 

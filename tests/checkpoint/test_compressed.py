@@ -135,6 +135,21 @@ def test_layers_may_differ(tmp_path):
     )
 
 
+def test_smoothing_is_folded_into_layers_in_floating_point(tmp_path):
+    source = variants.write_checkpoint(tmp_path / "source", variants.VARIANTS["llama-attention-bias"])
+    model, _ = fqjax.load_hf(source, jnp.float32)
+    chosen = [r"qkv_proj", r"o_proj"]
+    refused("share a value head", fqjax.save_compressed_tensors, tmp_path / "out", smoothed(model, chosen[:1]))
+    quantized = smoothed(model, [*chosen, "gate_up"])
+    fqjax.save_compressed_tensors(tmp_path / "out", quantized)
+    again = logits(fqjax.load_hf(tmp_path / "out", jnp.float32)[0])
+    np.testing.assert_allclose(again, logits(quantized), rtol=0, atol=1e-4)
+
+
+def smoothed(model, ignore):
+    return fqjax.quantize(model, "smoothquant", [variants.tokens()], ignore=ignore)[0]
+
+
 def test_large_models_are_written_in_shards(models, tmp_path, monkeypatch):
     model = models("llama-grouped", "w8a8", tmp_path)
     monkeypatch.setattr(write, "SHARD_BYTES", 20_000)

@@ -35,7 +35,7 @@ SHORT, FOLDED = {"group_dtype": jnp.dtype("int16")}, INTEGER | {"folded": True}
 def operands(p, seed=0):
     """x, weight codes (packed or not), x_scale, w_scale, scales of groups or None, bias or None; all codes occur."""
     rng = np.random.default_rng(seed)
-    low, high = (-127, 128) if p.bits == 8 else (-8, 8)
+    low, high = (-128, 128) if p.bits == 8 else (-8, 8)
     weight = jnp.asarray(rng.integers(low, high, (p.n, p.k)).astype(np.int8))
     groups = None
     if p.grouped:
