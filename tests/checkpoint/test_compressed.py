@@ -313,6 +313,14 @@ def test_codes_times_scales_are_kept(weights, inputs, tmp_path):
     np.testing.assert_allclose(logits(again), logits(model), rtol=0, atol=1e-5)
 
 
+def test_scales_that_were_read_become_integers(tmp_path):
+    model, _ = fqjax.load_hf(stored(tmp_path, W4), jnp.float32)
+    changed, report = fqjax.integer_scales(model)
+    assert all(row.scales == "group of 16, integer" for row in report.layers)
+    before, after = logits(model), logits(changed)
+    assert np.square(after - before).mean() < 1e-3 * np.square(before).mean()
+
+
 Q = "model.layers.0.self_attn.q_proj"
 
 

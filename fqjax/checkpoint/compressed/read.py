@@ -46,11 +46,13 @@ class StoredLayer(NamedTuple):
       name: dotted path in the model.
       parts: the modules that it consists of, from the first output channel to the last.
       tensors: names of all tensors of theirs but biases.
+      input_scale: of the activations, where it is static.
     """
 
     name: str
     parts: tuple[Part, ...]
     tensors: frozenset[str]
+    input_scale: float | None
 
     @property
     def bits(self) -> int:
@@ -61,7 +63,7 @@ class StoredLayer(NamedTuple):
 def stored_layer(
     files: TensorFiles, quantization: Quantization, name: str, modules: Iterable[str], shape: tuple[int, int]
 ) -> StoredLayer | None:
-    """Checks a layer's tensors by the files' headers.
+    """Checks a layer's tensors by the files' headers; reads no more of them than static scales of activations.
 
     Args:
       files: of the checkpoint.
@@ -74,7 +76,8 @@ def stored_layer(
       The layer; None if it is in floating point.
 
     Raises:
-      InputError: naming the tensor or module at fault.
+      InputError: naming the tensor or module at fault; also for input scales that differ among modules that read the same
+        input.
     """
     schemes = {module: quantization.scheme_of(module) for module in modules}
     if not any(schemes.values()):
@@ -93,7 +96,8 @@ def stored_layer(
     )
     if sum(part.shape[0] for part in parts) != shape[0]:
         raise InputError(f"{where}: {sum(p.shape[0] for p in parts)} output channels, config.json implies {shape[0]}")
-    return StoredLayer(name, parts, frozenset(t for part in parts for t in _check_tensors(files, part)))
+    tensors = frozenset(tensor for part in parts for tensor in _check_tensors(files, part))
+    return StoredLayer(name, parts, tensors, _input_scale(files, name, parts))
 
 
 def read_layer(files: TensorFiles, layer: StoredLayer, bias: Any, dtype: DTypeLike) -> QuantizedLinear:
@@ -107,11 +111,10 @@ def read_layer(files: TensorFiles, layer: StoredLayer, bias: Any, dtype: DTypeLi
 
     Raises:
       InputError: naming the tensor or module at fault: a code out of range, a scale that is not above 0, a zero point or an
-        order of channels that cannot be expressed, input scales that differ among modules that read the same input; an
-        accumulator that could overflow.
+        order of channels that cannot be expressed, an accumulator that could overflow.
     """
     weight = _weight(files, layer)
-    quantizer = _input_quantizer(files, layer, weight.shape[1])
+    quantizer = _input_quantizer(layer, weight.shape[1])
     n, k = sum(part.shape[0] for part in layer.parts), layer.parts[0].shape[1]
     summary = LayerSummary(
         scheme=_scheme(layer, weight),
@@ -148,7 +151,7 @@ def _shape(files: TensorFiles, module: str, scheme: LayerScheme, k: int) -> tupl
     name, kind = (f"{module}.weight_packed", "I32") if packed else (f"{module}.weight", "I8")
     width = math.ceil(k * scheme.bits / 32) if packed else k
     dtype, shape = _stored(files, name)
-    if dtype != kind or len(shape) != 2 or shape[1] != width:
+    if dtype != kind or len(shape) != 2 or shape[1] != width or not shape[0]:
         raise InputError(
             f"{files.directory}: tensor {name!r} is {dtype} {shape}; expected {kind} (out, {width}), with {scheme.bits} bits "
             f"and {k} input channels"
@@ -258,25 +261,32 @@ def _positive(files: TensorFiles, name: str) -> np.ndarray:
     return values
 
 
-def _input_quantizer(files: TensorFiles, layer: StoredLayer, width: int) -> InputQuantizer:
-    kind, k = layer.parts[0].scheme.activations, layer.parts[0].shape[1]
+def _input_scale(files: TensorFiles, name: str, parts: tuple[Part, ...]) -> float | None:
+    """The static scale that all parts have for their activations; None if those have none."""
+    if parts[0].scheme.activations != "static":
+        return None
+    found = {part.module: float(_positive(files, f"{part.module}.input_scale").reshape(())) for part in parts}
+    if len(set(found.values())) > 1:
+        each = ", ".join(f"{module.split('.')[-1]} {value:.6g}" for module, value in found.items())
+        raise InputError(
+            f"{files.directory}: {name}: input_scale differs ({each}); expected the same, as the modules read the same "
+            "input, which is quantized once"
+        )
+    return found[parts[0].module]
+
+
+def _input_quantizer(layer: StoredLayer, width: int) -> InputQuantizer:
+    k, weight_only = layer.parts[0].shape[1], layer.parts[0].scheme.activations is None
     multiplier, scale = jnp.ones(k, jnp.float32), None
-    if kind == "static":
-        found = {part.module: float(_positive(files, f"{part.module}.input_scale").reshape(())) for part in layer.parts}
-        if len(set(found.values())) > 1:
-            each = ", ".join(f"{module.split('.')[-1]} {value:.6g}" for module, value in found.items())
-            raise InputError(
-                f"{files.directory}: {layer.name}: input_scale differs ({each}); expected the same, as the modules read the "
-                "same input, which is quantized once"
-            )
-        scale = jnp.float32(next(iter(found.values())))
+    if layer.input_scale is not None:
+        scale = jnp.float32(layer.input_scale)
         multiplier = multiplier / scale
     return InputQuantizer(
         multiplier=multiplier,
         source=jnp.zeros(width - k, jnp.int32),
         part=jnp.full(width - k, PADDING, jnp.int32),
         scale=scale,
-        bits=16 if kind is None else 8,
+        bits=16 if weight_only else 8,
         used=0,
     )
 
