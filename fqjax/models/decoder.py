@@ -134,9 +134,16 @@ class Decoder(CausalLM):
             paths.append(ScalingPath(f"{mlp}.gate_up_proj", f"{mlp}.down_proj", up))
         return paths
 
-    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+    def make_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KeyValueCache:
         c = self.config
-        return KeyValueCache.create(c.num_hidden_layers, batch, capacity, c.num_key_value_heads, c.head_dim, self.dtype)
+        return KeyValueCache.create(
+            c.num_hidden_layers,
+            batch,
+            capacity,
+            c.num_key_value_heads,
+            c.head_dim,
+            self.dtype if dtype is None else dtype,
+        )
 
 
 def _norm(size: int, epsilon: float, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -156,10 +156,17 @@ class OPT(CausalLM):
                 paths.append(ScalingPath(f"layers.{i}.fc1", f"layers.{i}.fc2", np.arange(c.ffn_dim)))
         return paths
 
-    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+    def make_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KeyValueCache:
         c = self.config
         head_dim = c.hidden_size // c.num_attention_heads
-        return KeyValueCache.create(c.num_hidden_layers, batch, capacity, c.num_attention_heads, head_dim, self.dtype)
+        return KeyValueCache.create(
+            c.num_hidden_layers,
+            batch,
+            capacity,
+            c.num_attention_heads,
+            head_dim,
+            self.dtype if dtype is None else dtype,
+        )
 
 
 def _linear(config: OPTConfig, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:

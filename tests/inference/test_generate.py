@@ -43,6 +43,34 @@ def test_a_batch_gives_each_prompt_what_it_gives_alone(model, temperature):
         assert together[i].tolist() == alone.tolist()
 
 
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 64])
+def test_prompts_taken_up_in_pieces_are_continued_alike(model, kv_cache, chunk):
+    whole = generate(model, PROMPTS, 6, eos_token_id=[], kv_cache=kv_cache)
+    pieces = generate(model, PROMPTS, 6, eos_token_id=[], kv_cache=kv_cache, prefill_chunk=chunk)
+    assert pieces.tolist() == whole.tolist()
+
+
+class WithoutPrefill(nnx.Module):
+    """What a model of one's own must have, and no more."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def extend(self, tokens, cache, counts):
+        return self.model.extend(tokens, cache, counts)
+
+    def make_cache(self, batch, capacity):
+        return self.model.make_cache(batch, capacity)
+
+
+def test_a_model_needs_extend_and_make_cache_alone(model):
+    own = WithoutPrefill(model)
+    assert generate(own, PROMPTS, 5).tolist() == generate(model, PROMPTS, 5, eos_token_id=[]).tolist()
+    with pytest.raises(InputError, match="make_cache does not take dtype"):
+        generate(own, PROMPTS, 5, kv_cache="int8")
+
+
 def test_seeds_decide_the_draws(model):
     draws = [generate(model, PROMPTS[0], 12, 1.5, seed=seed, eos_token_id=[]).tolist() for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
@@ -93,6 +121,8 @@ def test_a_quantized_model_generates(model):
         ([1], {"temperature": float("nan")}, "temperature nan"),
         ([1], {"top_p": 0.0}, "top_p 0"),
         ([1], {"top_p": 1.5}, "top_p 1.5"),
+        ([1], {"prefill_chunk": 0}, "prefill_chunk 0"),
+        ([1], {"max_new_tokens": 4, "kv_cache": "int4"}, "kv_cache 'int4': expected int8"),
     ],
 )
 def test_bad_requests_are_named(model, prompt, settings, message):
