@@ -16,9 +16,9 @@ from fqjax.bench.environment import describe
 HEADING = [
     "# Perplexity with an INT8 key-value cache",
     "",
-    "Written by `scripts/benchmark_kv_cache.py`, which takes any model. Every token sees keys and values rounded as the cache",
-    "holds them, its own among them: codes in [-127, 127], and a float32 scale for each token and head. Ratios are to the same",
-    "model over a cache in bfloat16, in the same run; bytes are those of one token in all layers.",
+    "Written by `scripts/benchmark_kv_cache.py`, which takes any model. Every token sees keys and values rounded as the",
+    "cache holds them, its own among them: codes in [-127, 127], and a float32 scale for each token and head. Ratios are",
+    "to the same model over a cache in bfloat16, in the same run; bytes are those of one token in all layers.",
 ]
 
 
@@ -36,7 +36,8 @@ def measure(model: Any, setting: quality.Setting) -> dict[str, float]:
 def document(results: dict[str, Any]) -> str:
     lines = list(HEADING)
     for name, result in results.items():
-        where = f"{describe(result['environment'])}. {result['windows']} windows of {result['window']} tokens of {result['text']}."
+        windows = f"{result['windows']} windows of {result['window']} tokens of {result['text']}"
+        where = f"{describe(result['environment'])}. {windows}."
         lines += ["", f"## {name}", "", where, ""]
         lines += [
             "| weights | bf16 cache | INT8 cache | ratio | bytes a token, bf16 | INT8 |",
