@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from fqjax.models.cache import LayerCache
+from pallas_kernels import decode_attention
 
 BLOCK = 1024
 """Positions of a cache that several tokens attend to at once, which bounds the memory that scores take."""
@@ -54,6 +55,10 @@ def attend(
         return causal_attention(q, *cache.rounded(k, v), scale, window), new
     if q.shape[1] > 1 and new.keys.shape[1] > BLOCK:
         return attend_in_blocks(q, new, lengths, scale, window), new
+    if q.shape[1] == 1:
+        scales = () if new.key_scales is None else (new.key_scales, new.value_scales)
+        kinds: Any = {"scale": scale, "window": window}
+        return decode_attention(q[:, 0], new.keys, new.values, lengths + 1, *scales, **kinds)[:, None], new
     # Token i of sequence b stands at position lengths[b] + i and sees no position behind its own.
     visible = _visible(lengths, q.shape[1], jnp.arange(new.keys.shape[1]), window)
     return jax.nn.dot_product_attention(q, *new.read(q.dtype), mask=visible[:, None], scale=scale), new
