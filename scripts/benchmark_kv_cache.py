@@ -1,4 +1,4 @@
-"""Measures what an INT8 key-value cache costs in perplexity, and writes the result as JSON and as a table.
+"""Measures what an INT8 key-value cache and an INT8 output head cost in perplexity; writes the result as JSON and a table.
 
 Examples:
     python scripts/benchmark_kv_cache.py                                    # the bundled checkpoint and its text
@@ -9,45 +9,65 @@ Examples:
 import json
 from typing import Any
 
+import jax
+from flax import nnx
+
 import fqjax
 from fqjax.bench import quality
 from fqjax.bench.environment import describe
+from fqjax.models.head import head_of, with_int8_head
 
 HEADING = [
-    "# Perplexity with an INT8 key-value cache",
+    "# Perplexity with an INT8 key-value cache, and with an INT8 output head",
     "",
-    "Written by `scripts/benchmark_kv_cache.py`, which takes any model. Every token sees keys and values rounded as the",
-    "cache holds them, its own among them: codes in [-127, 127], and a float32 scale for each token and head. Ratios are",
-    "to the same model over a cache in bfloat16, in the same run; bytes are those of one token in all layers.",
+    "Written by `scripts/benchmark_kv_cache.py`, which takes any model. Ratios are to the same model with neither, that is,",
+    "a cache and a head in bfloat16, in the same run. Over an INT8 cache every token sees keys and values rounded as the",
+    "cache holds them, its own among them: codes in [-127, 127], and a float32 scale for each token and head; bytes are",
+    "those of one token in all layers. An INT8 head has a scale for every token's row and quantizes every hidden state;",
+    "where embeddings are tied to it, they are looked up in the same codes.",
 ]
 
 
-def measure(model: Any, setting: quality.Setting) -> dict[str, float]:
-    """Perplexity and bytes a token over a cache of either kind."""
-    row: dict[str, float] = {}
+def measure(model: Any, setting: quality.Setting) -> dict[str, Any]:
+    """Perplexity with a cache of either kind and a head of either kind, and bytes."""
+    row: dict[str, Any] = {}
+    small = with_int8_head(model)
+    name = head_of(model)
     for kind in (None, "int8"):
-        name = kind or "bf16"
-        row[name] = setting.perplexity(model, kv_cache=kind)
+        cache = kind or "bf16"
+        row[cache] = setting.perplexity(model, kv_cache=kind)
         sizes = [model.make_cache(1, capacity, kind).nbytes for capacity in (1, 2)]
-        row[f"{name}_bytes_per_token"] = sizes[1] - sizes[0]
-    return row | {"ratio": row["int8"] / row["bf16"]}
+        row[f"{cache}_bytes_per_token"] = sizes[1] - sizes[0]
+    row |= {"int8_head": setting.perplexity(small), "both": setting.perplexity(small, kv_cache="int8")}
+    row |= {f"{what}_bytes": _bytes(getattr(m, name)) for what, m in (("bf16_head", model), ("int8_head", small))}
+    ratios = {f"{what}_ratio": row[what] / row["bf16"] for what in ("int8", "int8_head", "both")}
+    return row | ratios | {"head": name}
+
+
+def _bytes(module: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(module)))
 
 
 def document(results: dict[str, Any]) -> str:
+    """All results in Markdown."""
     lines = list(HEADING)
     for name, result in results.items():
         windows = f"{result['windows']} windows of {result['window']} tokens of {result['text']}"
-        where = f"{describe(result['environment'])}. {windows}."
-        lines += ["", f"## {name}", "", where, ""]
+        first = result["rows"][0]
+        lines += ["", f"## {name}", "", f"{describe(result['environment'])}. {windows}."]
         lines += [
-            "| weights | bf16 cache | INT8 cache | ratio | bytes a token, bf16 | INT8 |",
-            "|---" + "|---:" * 5 + "|",
+            f"A token takes {first['bf16_bytes_per_token']} bytes of a bfloat16 cache, "
+            f"{first['int8_bytes_per_token']} of an INT8 one; "
+            f"the head (`{first['head']}`) {first['bf16_head_bytes']} and {first['int8_head_bytes']}.",
+            "",
+            "| weights | neither | INT8 cache | ratio | INT8 head | ratio | both | ratio |",
+            "|---" + "|---:" * 7 + "|",
         ]
         for row in result["rows"]:
-            lines.append(
-                f"| {row['scheme']} | {row['bf16']:.4f} | {row['int8']:.4f} | {row['ratio']:.5f} "
-                f"| {row['bf16_bytes_per_token']} | {row['int8_bytes_per_token']} |"
+            pairs = "".join(
+                f" {row[what]:.4f} | {row[f'{what}_ratio']:.5f} |" for what in ("int8", "int8_head", "both")
             )
+            lines.append(f"| {row['scheme']} | {row['bf16']:.4f} |{pairs}")
     return "\n".join(lines) + "\n"
 
 

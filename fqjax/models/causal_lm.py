@@ -27,6 +27,11 @@ class CausalLM(nnx.Module):
     layers: Any
     """The blocks, an ``nnx.List``; see :meth:`begin`."""
 
+    @property
+    def head_name(self) -> str:
+        """The module that :meth:`head` multiplies with, which :func:`fqjax.models.head.with_int8_head` makes INT8."""
+        return "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+
     @abc.abstractmethod
     def begin(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None = None
@@ -131,13 +136,6 @@ def run_layers(
 def _last(hidden: Float[Array, "batch length hidden"], counts: Int32[Array, " batch"]) -> Float[Array, "batch hidden"]:
     """Hidden states of each row's last real token."""
     return jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-
-
-def unembed(
-    hidden: Float[Array, "... hidden"], table: Float[Array, "vocabulary hidden"]
-) -> Float32[Array, "... vocabulary"]:
-    """Logits from a table (vocabulary, hidden), accumulated and returned in float32."""
-    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 def eos_ids(hf: dict[str, Any]) -> tuple[int, ...]:
