@@ -154,6 +154,8 @@ def _cannot_use_cudnn(attention: Any, *operands: Array) -> str | None:
     capability = _capability()
     if capability is None or capability < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or more"
+    if operands[0].shape[1] == 1:
+        return "there is one token alone"
     try:
         jax.eval_shape(attention, *operands)  # JAX's own conditions: dtypes, head dimensions, whether cuDNN is there.
     except (NotImplementedError, RuntimeError, ValueError) as error:

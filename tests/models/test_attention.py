@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fqjax.errors import InputError
+from fqjax.models import attention
 from fqjax.models.attention import attend, attend_in_blocks
 from fqjax.models.cache import KeyValueCache, LayerCache
 
@@ -51,6 +52,22 @@ def test_the_window_reaches_into_the_cache(window):
             np.testing.assert_allclose(out[row, :count], whole[row, first : first + count], rtol=1e-5, atol=1e-6)
         lengths = lengths + np.array(counts, np.int32)
     assert lengths.tolist() == [10, 9]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_what_cudnn_does_not_take_goes_to_xla(dtype, capability, monkeypatch, caplog):
+    """Here it is not installed, or there is no GPU; either way the reason is logged, once."""
+    monkeypatch.setattr("fqjax.models.attention._capability", lambda: capability)
+    attention._say.cache_clear()
+    q, k, v = (jnp.asarray(x, dtype) for x in projections(heads=4))
+    with caplog.at_level("INFO", "fqjax"):
+        for _ in range(2):
+            out = attention.causal_attention(q, k, v, window=3)
+    wanted = expected(*(np.asarray(x, np.float32) for x in (q, k, v)), 3)
+    np.testing.assert_allclose(np.asarray(out, np.float32), wanted, atol=1e-5 if dtype == jnp.float32 else 0.05)
+    (message,) = [record.message for record in caplog.records]
+    assert "xla" in message and (("8.0 or more" in message) == (capability == (7, 5)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
