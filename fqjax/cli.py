@@ -38,6 +38,11 @@ def _in_a_directory(path: Path | None) -> Path | None:
     return path
 
 
+KvCache = Annotated[
+    str | None,
+    typer.Option(help="int8 for keys and values as INT8 codes; by default in the model's dtype.", metavar="KIND"),
+]
+
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", help="Also write what is printed to this file.", metavar="FILE", callback=_in_a_directory),
@@ -121,9 +126,11 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="Text to predict.", metavar="FILE")],
     window: Annotated[int, typer.Option(help="Tokens in a window, BOS among them.")] = 512,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    kv_cache: KvCache = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure a model's perplexity on a text."""
+    kind: Any = _known_cache(kv_cache)
     from fqjax.evaluate import cut_windows, perplexity
     from fqjax.text import encode, read_text
 
@@ -131,7 +138,7 @@ def evaluate(
     loaded, tokenizer = _load_with_tokenizer(model)
     ids = encode(tokenizer, content)
     start = time.perf_counter()
-    value = perplexity(loaded, ids, window, windows=windows)
+    value = perplexity(loaded, ids, window, windows=windows, kv_cache=kind)
     tokens = len(cut_windows(ids, window, 0, windows)) * (window - 1)
     result = {"perplexity": value, "tokens": tokens, "seconds": time.perf_counter() - start}
     console.print(f"perplexity {value:.4f} over {tokens} tokens, {result['seconds']:.1f} s")
@@ -146,14 +153,16 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 draws.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    kv_cache: KvCache = None,
 ) -> None:
     """Continue a prompt."""
+    kind: Any = _known_cache(kv_cache)
     from fqjax.inference.generate import generate as run
     from fqjax.text import decode_new, encode_prompt
 
     loaded, tokenizer = _load_with_tokenizer(model)
     tokens = encode_prompt(tokenizer, loaded.config, prompt)
-    new = run(loaded, tokens, max_new_tokens, temperature, top_p, seed)
+    new = run(loaded, tokens, max_new_tokens, temperature, top_p, seed, kv_cache=kind)
     # Plain output: a model's text is not markup.
     print(prompt + decode_new(tokenizer, loaded.config, tokens, new))
 
@@ -227,6 +236,13 @@ def schemes() -> None:
     for preset in PRESETS.values():
         table.add_row(preset.name, preset.summary)
     console.print(table)
+
+
+def _known_cache(kind: str | None) -> str | None:
+    """Refuses an unknown kind of cache before a model is loaded."""
+    if kind not in (None, "int8"):
+        raise InputError(f"--kv-cache {kind}: expected int8")
+    return kind
 
 
 def _load_model(source: str) -> Any:

@@ -41,6 +41,7 @@ from fqjax.errors import InputError
 from fqjax.findings import Findings
 from fqjax.memo import DirectoryMemo, write_whole
 from fqjax.models import FAMILIES
+from fqjax.models.head import with_int8_head
 from fqjax.quantize import quantize_with
 from fqjax.report import Report, format_bytes, narrow_table, report_of
 from fqjax.scheme import PRESETS, Scheme
@@ -211,7 +212,7 @@ def plan_table(made: Plan) -> Table:
         shape = f"{linear.out_features} x {linear.in_features}"
         table.add_row(name, shape, label, format_bytes(plain), format_bytes(estimate))
     for name in made.selection.skipped:
-        table.add_row(name, "", "float", "", "", style="dim")
+        table.add_row(name, "", "INT8" if scheme.int8_head and name == "lm_head" else "float", "", "", style="dim")
     windows = sum(len(batch) for batch in made.batches)
     reasons = "".join(f"\n{name}: {reason}." for name, reason in made.selection.skipped.items())
     table.caption = (
@@ -237,7 +238,7 @@ def _quantized(made: Plan, staging: Path) -> tuple[nnx.Module, Findings | None]:
     conversion = made.conversion
     model = read_model(made.directory, *made.architecture, jnp.bfloat16)
     if conversion.scheme.method == "none":
-        return model, None
+        return (with_int8_head(model) if conversion.scheme.int8_head else model), None
     memo = DirectoryMemo(staging, conversion.scheme)
     return quantize_with(memo, model, conversion.scheme, made.batches, conversion.ignore)
 

@@ -6,6 +6,7 @@ are float32, and an incomplete last window is dropped.
 """
 
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int, Int32
 
 from fqjax.errors import InputError
+from fqjax.models.cache import Kind, dtype_of
 from fqjax.progress import track
 
 
@@ -54,6 +56,7 @@ def perplexity(
     windows: int | None = None,
     batch_size: int = 4,
     bos_token_id: int | None = None,
+    kv_cache: Kind | None = None,
 ) -> float:
     """Perplexity of a model on a text.
 
@@ -64,6 +67,8 @@ def perplexity(
       windows: evaluate only the first so many; None for all.
       batch_size: windows computed at once.
       bos_token_id: what every window begins with; the model's configuration knows it for bundled models.
+      kv_cache: "int8" for what the model predicts over an INT8 cache: every query sees keys and values rounded as such a
+        cache holds them, its own among them.  Bundled models only, or one whose call takes ``cache_dtype``.
 
     Raises:
       InputError: if the text does not fill one window, a token is not in the vocabulary, or the window is longer than
@@ -75,13 +80,16 @@ def perplexity(
         raise InputError("perplexity: the model's configuration has no BOS token; pass bos_token_id")
     cut = cut_windows(token_ids, window, bos, windows)
     check_tokens(cut, config, window)
+    cache_dtype = dtype_of(kv_cache)
+    if cache_dtype is not None:
+        check_takes(type(model).__call__, "cache_dtype", f"kv_cache {kv_cache!r}: the model's call")
     graphdef, state = nnx.split(model)
     total = 0.0
     batches = [cut[i : i + batch_size] for i in range(0, len(cut), batch_size)]
     for batch in track(batches, "evaluating"):
         # The last batch is filled up so that one compiled program serves all; the filling is not counted.
         filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-        total += float(np.asarray(_window_losses(graphdef, state, filled), np.float64)[: len(batch)].sum())
+        total += float(np.asarray(_window_losses(graphdef, state, filled, cache_dtype), np.float64)[: len(batch)].sum())
     return math.exp(total / (len(cut) * (window - 1)))
 
 
@@ -102,9 +110,22 @@ def check_tokens(tokens: Int[np.ndarray, "..."], config: Any, length: int) -> No
         raise InputError(f"token {low if low < 0 else high} is not in the model's vocabulary of {vocabulary}")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _window_losses(graphdef: Any, state: Any, windows: Int32[Array, "batch window"]) -> Float32[Array, " batch"]:
+def check_takes(function: Any, argument: str, what: str) -> None:
+    """Refuses a function without an argument of that name.
+
+    Raises:
+      InputError: beginning with ``what``.
+    """
+    if argument not in inspect.signature(function).parameters:
+        raise InputError(f"{what} does not take {argument}, as fqjax.models.causal_lm.CausalLM's does")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _window_losses(
+    graphdef: Any, state: Any, windows: Int32[Array, "batch window"], cache_dtype: Any
+) -> Float32[Array, " batch"]:
     """Sum of negative log-likelihoods over each window."""
-    logits = nnx.merge(graphdef, state)(windows[:, :-1]).astype(jnp.float32)
+    kinds = {} if cache_dtype is None else {"cache_dtype": cache_dtype}
+    logits = nnx.merge(graphdef, state)(windows[:, :-1], **kinds).astype(jnp.float32)
     picked = jnp.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - picked, axis=-1)

@@ -32,6 +32,7 @@ from fqjax.integer_scale import with_integer_scales
 from fqjax.linear import LayerSummary, QuantizedLinear, measured_bound
 from fqjax.memo import Memo
 from fqjax.methods import LayerInputs
+from fqjax.models.head import head_of, with_int8_head
 from fqjax.options import Option, costs_by_bits, layer_inputs, layer_options, select
 from fqjax.progress import track
 from fqjax.qtensor import InputQuantizer, QTensor
@@ -71,8 +72,11 @@ def quantize(
     scheme = resolve_scheme(scheme)
     start = time.perf_counter()
     check_finite(select_linears(model, ignore).linears)
+    if scheme.int8_head:
+        head_of(model)  # Before the work begins.
     if scheme.method == "none":
-        return nnx.clone(model), report_of(model)
+        copied = with_int8_head(model) if scheme.int8_head else nnx.clone(model)
+        return copied, report_of(copied)
     if calibration is None:
         raise InputError(f"scheme {scheme.name!r} needs calibration data: an iterable of model inputs")
     quantized, findings = quantize_with(Memo(), model, scheme, calibration, ignore)
@@ -133,7 +137,9 @@ def _quantize_with(
             name: _with_integer_scales(layer, linears[name], statistics[name], scheme) for name, layer in layers.items()
         }
     costs = costs_by_bits(options, chosen, sensitivities()) if sensitivities.cache_info().currsize else {}
-    return replace_modules(model, layers), Findings({name: statistics[name].absmax for name in layers}, costs)
+    quantized = replace_modules(model, layers)
+    quantized = with_int8_head(quantized) if scheme.int8_head else quantized
+    return quantized, Findings({name: statistics[name].absmax for name in layers}, costs)
 
 
 def _with_integer_scales(

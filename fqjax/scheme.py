@@ -55,6 +55,8 @@ class Scheme:
         small enough to be multiplied into the codes (:mod:`fqjax.core.integer_scale`).
       amplifier: with integer scales, the most that they are multiplied with before they are rounded, a power of two.
       awq: with the method "grouped", scale input channels by their activations first (:mod:`fqjax.methods.grouped`).
+      int8_head: whether the output head is quantized too: INT8, a scale for every token's row and for every hidden state;
+        with it the embeddings where they are tied to it (:mod:`fqjax.models.head`).
       sample_rows: rows of every layer's input kept by calibration to judge errors on.
     """
 
@@ -82,6 +84,7 @@ class Scheme:
     scales: Literal["float", "integer", "folded"] = "float"
     amplifier: int = 1024
     awq: bool = False
+    int8_head: bool = False
     sample_rows: int = 512
 
     def __post_init__(self) -> None:

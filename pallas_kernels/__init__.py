@@ -1,4 +1,4 @@
-"""Integer matrix multiplication for JAX: arrays in, arrays out.
+"""Integer matrix multiplication, and attention over a key-value cache, for JAX: arrays in, arrays out.
 
 The package stands alone; nothing in it knows of models or quantization methods.
 """
@@ -14,10 +14,12 @@ from pallas_kernels.api import (
     quantize_per_token,
     weight_only_int4_matmul,
 )
+from pallas_kernels.attention import decode_attention
 from pallas_kernels.packing import pack_int4, unpack_int4
 
 __all__ = [
     "can_use_mosaic",
+    "decode_attention",
     "grouped_int4_matmul",
     "grouped_int8_matmul",
     "int4_matmul",

@@ -175,7 +175,7 @@ def _normalized(
     reason = NO_HOPPER if device is None else norm.cannot_use(p)
     if reason and implementation == "mosaic":
         raise NotImplementedError(f"quantize_normalized: implementation 'mosaic' cannot take x {x.shape}: {reason}")
-    _say("quantize_normalized", x.shape, "xla" if reason else "mosaic", reason or "")
+    say("quantize_normalized", x.shape, "xla" if reason else "mosaic", reason or "")
     if reason:
         return xla(*operands)
 
@@ -222,7 +222,7 @@ def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) 
     config = None if reason or device is None else tuning.choose(p, device)
     if config is None and implementation == "mosaic":
         config = tuning.rule(p)
-    _say(kind.name, (m, n, k), "xla" if config is None else f"mosaic, {config}", reason or "")
+    say(kind.name, (m, n, k), "xla" if config is None else f"mosaic, {config}", reason or "")
     if config is None:
         return kind.xla(*operands)
 
@@ -244,5 +244,6 @@ def _wrong_operands(p: Any, x: Array, scales: Array | None) -> str | None:
 
 
 @functools.cache
-def _say(name: str, shape: tuple[int, ...], choice: str, why: str) -> None:
+def say(name: str, shape: tuple[int, ...], choice: str, why: str) -> None:
+    """Logs once what runs for operands of a shape, and why not the kernel where it does not."""
     log.info("%s %s: %s%s", name, " x ".join(map(str, shape)), choice, f" ({why})" if why else "")

@@ -83,6 +83,17 @@ def test_generate_continues_the_prompt(capsys, converted):
     assert code == 0 and out.startswith("return the [bold]")
     draws = [run(capsys, *arguments, "--temperature", 2.0, "--top-p", 0.9, "--seed", s)[1] for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
+    code, out, _ = run(capsys, *arguments, "--kv-cache", "int8")
+    assert code == 0 and out.startswith("return the [bold]")
+
+
+def test_eval_measures_an_int8_cache(capsys, converted, tmp_path):
+    found = []
+    for options in ([], ["--kv-cache", "int8"]):
+        common = ("--window", 64, "--windows", 2, "--json", tmp_path / "found.json")
+        assert run(capsys, "eval", converted / "out", "--text", converted / "text.txt", *common, *options)[0] == 0
+        found.append(json.loads((tmp_path / "found.json").read_text())["perplexity"])
+    assert found[0] != found[1] == pytest.approx(found[0], rel=0.05)
 
 
 def test_inspect_reports_every_layer(capsys, converted, tmp_path):
@@ -253,6 +264,8 @@ def test_bad_requests_of_the_other_commands(capsys, converted, tmp_path):
     out = converted / "out"
     complains(capsys, "no such file", "eval", out, "--text", tmp_path / "none.txt")
     complains(capsys, "--text", "eval", out)
+    complains(capsys, "--kv-cache int2: expected int8", "generate", out, "--prompt", "x", "--kv-cache", "int2")
+    complains(capsys, "--kv-cache fp8: expected int8", "eval", out, "--text", tmp_path / "x", "--kv-cache", "fp8")
     complains(capsys, "top_p 2.0", "generate", out, "--prompt", "x", "--top-p", 2)
     complains(capsys, "max_new_tokens 0", "generate", out, "--prompt", "x", "--max-new-tokens", 0)
     complains(capsys, "directory does not exist", "inspect", out, "--json", tmp_path / "no" / "where.json")

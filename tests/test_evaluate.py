@@ -65,3 +65,14 @@ def test_what_does_not_fit_the_model_is_named(tmp_path):
         perplexity(model, np.zeros(200, int), 65)
     with pytest.raises(InputError, match="token 64 is not in the model's vocabulary of 64"):
         perplexity(model, np.full(200, 64), 16)
+
+
+def test_an_int8_cache_costs_little_and_something(tmp_path):
+    model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS["llama-grouped"]), jnp.float32)
+    ids = np.random.default_rng(0).integers(3, 64, 200)
+    plain, rounded = (perplexity(model, ids, 24, kv_cache=kind) for kind in (None, "int8"))
+    assert plain != rounded == pytest.approx(plain, rel=0.02)
+    with pytest.raises(InputError, match="kv_cache 'fp8': expected int8"):
+        perplexity(model, ids, 24, kv_cache="fp8")
+    with pytest.raises(InputError, match="call does not take cache_dtype"):
+        perplexity(Bigram(), ids % 7, 6, bos_token_id=1, kv_cache="int8")

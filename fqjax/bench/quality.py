@@ -6,6 +6,7 @@ with the same versions, on the same texts.
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,12 +41,12 @@ class Setting(NamedTuple):
     Attributes:
       model: in bfloat16.
       batches: to calibrate on.
-      perplexity: of a model, on the text.
+      perplexity: of a model, on the text; takes what :func:`fqjax.perplexity` takes besides.
     """
 
     model: Any
     batches: list[Any]
-    perplexity: Callable[[Any], float]
+    perplexity: Callable[..., float]
 
 
 def run(
@@ -80,7 +81,11 @@ def settings(a: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
         tokens = encode(tokenizer, calibration)
         batches = fqjax.calibration_batches(tokens, model.config, samples=a.samples, window=a.window)
         ids = encode(tokenizer, text)[a.skip * (a.window - 1) :]
-        yield name, Setting(model, batches, lambda m, ids=ids: fqjax.perplexity(m, ids, a.window, windows=a.windows))
+        yield name, Setting(model, batches, functools.partial(_perplexity, ids, a))
+
+
+def _perplexity(ids: Any, a: argparse.Namespace, model: Any, **options: Any) -> float:
+    return fqjax.perplexity(model, ids, a.window, windows=a.windows, **options)
 
 
 def conditions(a: argparse.Namespace) -> dict[str, Any]:

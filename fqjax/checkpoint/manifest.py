@@ -11,9 +11,11 @@ from flax import nnx
 
 from fqjax.checkpoint.fields import check_depth, check_fields, check_value
 from fqjax.checkpoint.files import inside, read_json
+from fqjax.core.flatten import padded_width
 from fqjax.errors import InputError
 from fqjax.linear import LayerSummary, QuantizedLinear
 from fqjax.models import FAMILIES, architecture_of
+from fqjax.models.head import Int8Table
 from fqjax.qtensor import InputQuantizer, QFormat, QTensor
 from fqjax.report import quantized_layers
 from fqjax.scheme import Scheme
@@ -61,11 +63,23 @@ class LayerEntry:
     macs: int
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadEntry:
+    """The manifest's entry on an output head in INT8."""
+
+    name: str
+    out_features: int
+    in_features: int
+    width: int
+    dtype: FloatName
+
+
 def describe(model: nnx.Module) -> dict[str, Any]:
     """The manifest of a model."""
     layers = quantized_layers(model)
     schemes = list(dict.fromkeys(layer.summary.scheme for layer in layers.values()))
     name = architecture_of(model)
+    head = _describe_head(model)
     return {
         "format": "fqjax",
         "format_version": FORMAT_VERSION,
@@ -75,7 +89,16 @@ def describe(model: nnx.Module) -> dict[str, Any]:
         if name is None
         else {"name": name, "config": dataclasses.asdict(model.config), "dtype": jnp.dtype(model.dtype).name},  # pyright: ignore
         "layers": {name: describe_layer(layer, schemes) for name, layer in layers.items()},
-    }
+    } | ({} if head is None else {"int8_head": dataclasses.asdict(head)})
+
+
+def _describe_head(model: Any) -> HeadEntry | None:
+    name = getattr(model, "head_name", None)
+    head = getattr(model, name, None) if isinstance(name, str) else None
+    if not isinstance(head, Int8Table):
+        return None
+    (rows, width), dtype = head.codes.get_value().shape, jnp.dtype(head.dtype).name
+    return HeadEntry(name, rows, head.features, width, dtype)  # pyright: ignore[reportArgumentType]
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -165,6 +188,36 @@ def abstract_layers(manifest: dict[str, Any], directory: Path) -> dict[str, Quan
         except (TypeError, ValueError) as error:
             raise InputError(f"{where} ({error})") from None
     return layers
+
+
+def abstract_head(manifest: dict[str, Any], directory: Path, model: Any) -> dict[str, nnx.Module]:
+    """The output head in INT8 by its name, with shapes in place of arrays; nothing if it is in floating point.
+
+    Raises:
+      InputError: if the entry is not valid, or does not fit the model.
+    """
+    values = manifest.get("int8_head")
+    if values is None:
+        return {}
+    where = f"{directory / NAME}: int8_head"
+    check_value(where, "int8_head", values, dict)
+    check_fields(where, HeadEntry, values)
+    entry = HeadEntry(**values)
+    found = getattr(model, entry.name, None) if entry.name == getattr(model, "head_name", None) else None
+    shapes = {
+        nnx.Embed: lambda: (found.num_embeddings, found.features),  # pyright: ignore[reportOptionalMemberAccess]
+        nnx.Linear: lambda: (found.out_features, found.in_features),  # pyright: ignore[reportOptionalMemberAccess]
+    }
+    if type(found) not in shapes:
+        raise InputError(f"{where}: the model has no output head {entry.name!r}")
+    expected = shapes[type(found)]()
+    if (entry.out_features, entry.in_features) != expected or entry.width != padded_width(entry.in_features, 8):
+        raise InputError(
+            f"{where}: of {entry.out_features} x {entry.in_features}, width {entry.width}; expected {expected}"
+        )
+    codes = jax.ShapeDtypeStruct((entry.out_features, entry.width), jnp.int8)
+    scale: Any = jax.ShapeDtypeStruct((entry.out_features,), jnp.float32)
+    return {entry.name: Int8Table(codes, scale, features=entry.in_features, dtype=entry.dtype)}  # pyright: ignore
 
 
 def describe_layer(layer: QuantizedLinear, schemes: list[Scheme]) -> dict[str, Any]:

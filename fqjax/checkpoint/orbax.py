@@ -31,7 +31,14 @@ from orbax.checkpoint import v1 as ocp
 from fqjax.checkpoint.checksums import verify as verify_checksums
 from fqjax.checkpoint.checksums import with_checksums
 from fqjax.checkpoint.files import reason
-from fqjax.checkpoint.manifest import NAME, abstract_architecture, abstract_layers, describe, read_manifest
+from fqjax.checkpoint.manifest import (
+    NAME,
+    abstract_architecture,
+    abstract_head,
+    abstract_layers,
+    describe,
+    read_manifest,
+)
 from fqjax.checkpoint.tokenizer import FOLDER
 from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unnest, with_leaves
 from fqjax.errors import InputError
@@ -120,7 +127,8 @@ def load(
     unknown = set(layers) - set(find_linears(skeleton))
     if unknown:
         raise InputError(f"{directory / NAME}: the model has no linear layer {sorted(unknown)[0]!r}")
-    graphdef, stored, rest = split_storable(replace_modules(skeleton, layers))
+    head = abstract_head(manifest, directory, skeleton)
+    graphdef, stored, rest = split_storable(replace_modules(skeleton, layers | head))
     wanted = named_leaves(stored)
     full = {name: leaf for name, leaf in wanted.items() if leaf.size}
     _check_metadata(directory, found, full)
@@ -131,6 +139,10 @@ def load(
     loaded = nnx.merge(graphdef, with_leaves(stored, arrays | empty), rest)
     for name, layer in quantized_layers(loaded).items():
         _check_layer(f"{directory}: layer {name!r}", layer)
+    for name in head:
+        scale = getattr(loaded, name).scale.get_value()
+        if not bool(jnp.all((scale > 0) & jnp.isfinite(scale))):
+            raise InputError(f"{directory}: {name!r} has a scale that is not above 0; the checkpoint is damaged")
     return loaded
 
 

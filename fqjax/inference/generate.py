@@ -1,4 +1,4 @@
-"""Text generation: one prefill, then one jitted loop over a static, donated cache.
+"""Text generation: the prompts, in pieces if they are long, then one jitted loop over a static, donated cache.
 
 Prompts of different lengths share a batch by padding on the right.  Every sequence keeps its own length and writes behind
 it, so positions are those it would have alone, and padding is overwritten before it could be seen.
@@ -15,12 +15,15 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from fqjax.errors import InputError
-from fqjax.evaluate import check_tokens
+from fqjax.evaluate import check_takes, check_tokens
 from fqjax.inference.sampling import sample
-from fqjax.models.cache import KeyValueCache
+from fqjax.models.cache import Kind, dtype_of
 
 BUCKET = 64
 """Prompts are padded to a multiple of this, so that lengths share compiled programs."""
+
+CHUNK = 2048
+"""Tokens of a prompt taken up at once, unless told otherwise."""
 
 
 class Sampling(NamedTuple):
@@ -38,18 +41,24 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     eos_token_id: int | Iterable[int] | None = None,
+    *,
+    kv_cache: Kind | None = None,
+    prefill_chunk: int = CHUNK,
 ) -> Int32[np.ndarray, "*batch new"]:
     """Continues one prompt or a batch of prompts.
 
     Args:
       model: a bundled model, quantized or not, or any NNX module with ``extend`` and ``make_cache``
-        (:class:`fqjax.models.causal_lm.CausalLM`).
+        (:class:`fqjax.models.causal_lm.CausalLM`); ``prefill`` is used if there is one.
       prompt_tokens: tokens of one prompt, or several prompts of any lengths, each with at least one token.
       max_new_tokens: how many tokens to append at most.
       temperature: 0 takes the most likely token; above 0 tokens are drawn.
       top_p: in (0, 1]; draw only from the most likely tokens that hold this much probability.
       seed: of the draws; row i of a batch is drawn with seed ``seed + i``.
       eos_token_id: token or tokens that end a sequence; None takes the model's own, an empty list none.
+      kv_cache: "int8" keeps keys and values as INT8 codes with a scale for each token and head; None in the model's dtype.
+      prefill_chunk: tokens of a prompt taken up at once: longer prompts go in piece by piece, in memory that their length
+        does not change but for the cache.
 
     Returns:
       The new tokens, int32: (new,) for one prompt, (batch, new) for several, with ``new = max_new_tokens``; after its
@@ -59,44 +68,105 @@ def generate(
       InputError: for an empty prompt, a token outside the vocabulary, more tokens than the model has positions, or
         settings out of range.
     """
-    prompts, single = _as_prompts(prompt_tokens)
-    _check_settings(max_new_tokens, temperature, top_p)
+    prompts, single = as_prompts(prompt_tokens)
+    check_settings(max_new_tokens, temperature, top_p)
+    if prefill_chunk < 1:
+        raise InputError(f"prefill_chunk {prefill_chunk}: expected at least 1")
     config = getattr(model, "config", None)
     longest = max(map(len, prompts))
     for prompt in prompts:
         check_tokens(prompt, config, longest + max_new_tokens)
-    eos = getattr(config, "eos_token_id", ()) if eos_token_id is None else eos_token_id
-    eos = (eos,) if isinstance(eos, int | np.integer) else tuple(eos)
-    width = -(-longest // BUCKET) * BUCKET
-    tokens = np.stack([np.pad(prompt, (0, width - len(prompt))) for prompt in prompts]).astype(np.int32)
-    counts = np.array([len(prompt) for prompt in prompts], np.int32)
+    eos = eos_of(model, eos_token_id)
     keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts), dtype=jnp.uint32) + np.uint32(seed))
     sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
+    tokens, counts = _padded(prompts)
+    cache = empty_cache(model, len(prompts), tokens.shape[1] + max_new_tokens, kv_cache)
     graphdef, state = nnx.split(model)
-    cache = model.make_cache(len(prompts), width + max_new_tokens)
-    logits, cache = _prefill(graphdef, state, tokens, cache, counts)
+    logits, cache = _take_up(graphdef, state, tokens, counts, cache, prefill_chunk)
     new, _ = _decode(graphdef, state, cache, logits, keys, sampling, max_new_tokens, eos)
     return np.asarray(new)[0] if single else np.asarray(new)
 
 
+def eos_of(model: Any, eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
+    """The tokens that end a sequence: those named, or for None the model's own."""
+    eos = getattr(getattr(model, "config", None), "eos_token_id", ()) if eos_token_id is None else eos_token_id
+    return (int(eos),) if isinstance(eos, int | np.integer) else tuple(eos or ())
+
+
+def empty_cache(model: Any, batch: int, capacity: int, kv_cache: Kind | None) -> Any:
+    """The model's cache, in its own dtype or of the kind named.
+
+    Raises:
+      InputError: for an unknown kind, or one that the model's ``make_cache`` does not make.
+    """
+    dtype = dtype_of(kv_cache)
+    if dtype is None:
+        return model.make_cache(batch, capacity)
+    check_takes(model.make_cache, "dtype", f"kv_cache {kv_cache!r}: the model's make_cache")
+    return model.make_cache(batch, capacity, dtype=dtype)
+
+
+def take_up(model: Any, tokens: Array, cache: Any, counts: Array) -> tuple[Float32[Array, "batch vocabulary"], Any]:
+    """The model's ``prefill`` of an empty cache, or its ``extend`` if it has no other."""
+    return getattr(model, "prefill", model.extend)(tokens, cache, counts)
+
+
+def _padded(prompts: list[np.ndarray]) -> tuple[Int32[np.ndarray, "batch width"], Int32[np.ndarray, " batch"]]:
+    width = -(-max(map(len, prompts)) // BUCKET) * BUCKET
+    tokens = np.stack([np.pad(prompt, (0, width - len(prompt))) for prompt in prompts]).astype(np.int32)
+    return tokens, np.array([len(prompt) for prompt in prompts], np.int32)
+
+
+def _take_up(
+    graphdef: Any, state: Any, tokens: np.ndarray, counts: np.ndarray, cache: Any, chunk: int
+) -> tuple[Float32[Array, "batch vocabulary"], Any]:
+    """Logits behind each prompt, and the cache; piece by piece, of which shorter prompts fill fewer."""
+    logits = None
+    for start in range(0, tokens.shape[1], chunk):
+        here = np.clip(counts - start, 0, chunk).astype(np.int32)
+        if not here.any():
+            break  # Nothing but padding.
+        piece = tokens[:, start : start + chunk]
+        if logits is None:
+            logits, cache = _prefill(graphdef, state, piece, cache, here)
+        else:
+            logits, cache = _extend(graphdef, state, piece, cache, here, logits)
+    assert logits is not None
+    return logits, cache
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _prefill(
-    graphdef: Any, state: Any, tokens: Int32[Array, "batch width"], cache: KeyValueCache, counts: Int32[Array, " batch"]
-) -> tuple[Float32[Array, "batch vocabulary"], KeyValueCache]:
-    return nnx.merge(graphdef, state).extend(tokens, cache, counts)
+    graphdef: Any, state: Any, tokens: Int32[Array, "batch width"], cache: Any, counts: Int32[Array, " batch"]
+) -> tuple[Float32[Array, "batch vocabulary"], Any]:
+    return take_up(nnx.merge(graphdef, state), tokens, cache, counts)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 5))
+def _extend(
+    graphdef: Any,
+    state: Any,
+    tokens: Int32[Array, "batch width"],
+    cache: Any,
+    counts: Int32[Array, " batch"],
+    before: Float32[Array, "batch vocabulary"],
+) -> tuple[Float32[Array, "batch vocabulary"], Any]:
+    """Logits of rows whose prompt has ended stay what they were."""
+    logits, cache = nnx.merge(graphdef, state).extend(tokens, cache, counts)
+    return jnp.where(counts[:, None] > 0, logits, before), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
 def _decode(
     graphdef: Any,
     state: Any,
-    cache: KeyValueCache,
+    cache: Any,
     logits: Float32[Array, "batch vocabulary"],
     keys: Array,
     sampling: Sampling | None,
     steps: int,
     eos: tuple[int, ...],
-) -> tuple[Int32[Array, "batch steps"], KeyValueCache]:
+) -> tuple[Int32[Array, "batch steps"], Any]:
     """The loop: append the last token, pick the next; until there are enough, or all sequences have ended."""
     model = nnx.merge(graphdef, state)
     batch = logits.shape[0]
@@ -129,7 +199,7 @@ def _decode(
     return jnp.where(jnp.arange(steps) < done, out, token[:, None]), cache
 
 
-def _as_prompts(prompt_tokens: Any) -> tuple[list[np.ndarray], bool]:
+def as_prompts(prompt_tokens: Any) -> tuple[list[np.ndarray], bool]:
     """A list of prompts, and whether one alone was given."""
     if not isinstance(prompt_tokens, Sequence | np.ndarray | jax.Array) or isinstance(prompt_tokens, str):
         raise InputError(f"prompt: expected token ids, got {type(prompt_tokens).__name__}")
@@ -145,7 +215,12 @@ def _as_prompts(prompt_tokens: Any) -> tuple[list[np.ndarray], bool]:
     return prompts, single
 
 
-def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Refuses settings out of range.
+
+    Raises:
+      InputError: naming the setting.
+    """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: expected at least 1")
     if not temperature >= 0:

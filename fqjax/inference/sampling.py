@@ -8,23 +8,24 @@ from jaxtyping import Array, Float, Float32, Int32
 def sample(
     logits: Float32[Array, "batch vocabulary"],
     keys: Array,
-    temperature: Float32[Array, ""],
-    top_p: Float32[Array, ""],
+    temperature: Float32[Array, "*row"],
+    top_p: Float32[Array, "*row"],
 ) -> Int32[Array, " batch"]:
     """Draws one token for each row.
 
     Args:
       logits: of the next token.
       keys: one random key a row, so that a row's draw does not depend on its neighbours.
-      temperature: positive; logits are divided by it.
-      top_p: in (0, 1]; only the most likely tokens are drawn whose probabilities sum to this, at least one.
+      temperature: positive; logits are divided by it.  One for all rows, or (batch, 1).
+      top_p: in (0, 1], one for all rows, or (batch, 1); only the most likely tokens are drawn whose probabilities sum to
+        this, at least one.
     """
     logits = keep_nucleus(logits / temperature, top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def keep_nucleus(
-    logits: Float[Array, "batch vocabulary"], top_p: Float32[Array, ""]
+    logits: Float[Array, "batch vocabulary"], top_p: Float32[Array, "*row"]
 ) -> Float[Array, "batch vocabulary"]:
     """Sets to -inf every token outside the smallest set of most likely tokens that holds ``top_p`` of the probability.
 

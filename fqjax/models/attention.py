@@ -1,10 +1,29 @@
-"""Attention over the tokens at hand, or over a cache: what the model families share."""
+"""Attention over the tokens at hand, or over a cache: what the model families share.
+
+There are three cases, told apart when the program is traced:
+
+- no cache, or one that is known to be empty: causal attention among the tokens at hand, by cuDNN where it can;
+- several tokens a sequence over a cache (a piece of a long prompt): block after block of the cache, as far as it is filled;
+- one token a sequence over a cache (decoding): a kernel that reads the filled part alone, or XLA with a mask.
+"""
+
+import functools
+import logging
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from fqjax.models.cache import LayerCache, write
+from fqjax.models.cache import LayerCache
+from pallas_kernels import decode_attention
+
+BLOCK = 1024
+"""Positions of a cache that several tokens attend to at once, which bounds the memory that scores take."""
+
+log = logging.getLogger("fqjax")
 
 
 def attend(
@@ -21,21 +40,129 @@ def attend(
     Args:
       q, k, v: projections of the tokens at hand.
       cache: this layer's keys and values of earlier tokens; None attends among the tokens at hand alone.
-      lengths: tokens each sequence already has in the cache.
+      lengths: tokens each sequence already has in the cache; None says that it is empty, so that nothing is read from it.
       scale: what scores are multiplied with; 1 / sqrt(dim) by default.
       window: how many tokens a query sees, its own and those right before it; None for all (arXiv 2310.06825, section 2).
 
     Returns:
-      The attended values, and the cache with the new keys and values in it.
+      The attended values, and the cache with the new keys and values in it.  Every query sees keys and values as the cache
+      holds them, its own among them, also where they are not read from it.
     """
     if cache is None:
-        local = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=scale, local_window_size=local), None
-    assert lengths is not None
-    keys, values = write(cache[0], k, lengths), write(cache[1], v, lengths)
+        return causal_attention(q, k, v, scale, window), None
+    new = cache.write(k, v, lengths)
+    if lengths is None:
+        return causal_attention(q, *cache.rounded(k, v), scale, window), new
+    if q.shape[1] > 1 and new.keys.shape[1] > BLOCK:
+        return attend_in_blocks(q, new, lengths, scale, window), new
+    if q.shape[1] == 1:
+        scales = () if new.key_scales is None else (new.key_scales, new.value_scales)
+        kinds: Any = {"scale": scale, "window": window}
+        return decode_attention(q[:, 0], new.keys, new.values, lengths + 1, *scales, **kinds)[:, None], new
     # Token i of sequence b stands at position lengths[b] + i and sees no position behind its own.
-    position = lengths[:, None] + jnp.arange(q.shape[1])
-    distance = position[:, None, :, None] - jnp.arange(keys.shape[1])
-    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    out = jax.nn.dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask=visible, scale=scale)
-    return out, (keys, values)
+    visible = _visible(lengths, q.shape[1], jnp.arange(new.keys.shape[1]), window)
+    return jax.nn.dot_product_attention(q, *new.read(q.dtype), mask=visible[:, None], scale=scale), new
+
+
+def causal_attention(
+    q: Float[Array, "batch length heads dim"],
+    k: Float[Array, "batch length kv_heads dim"],
+    v: Float[Array, "batch length kv_heads dim"],
+    scale: float | None = None,
+    window: int | None = None,
+) -> Float[Array, "batch length heads dim"]:
+    """Attention among the tokens at hand: by cuDNN on an NVIDIA GPU that has it and for operands it takes, else by XLA.
+
+    What stands behind a token does not reach it, so sequences may be padded on the right.
+    """
+    local = None if window is None else (window - 1, 0)
+    kinds: Any = {"is_causal": True, "scale": scale, "local_window_size": local}
+    xla = functools.partial(jax.nn.dot_product_attention, implementation="xla", **kinds)
+    cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", **kinds)
+    reason = _cannot_use_cudnn(cudnn, q, k, v)
+    _say("attention among the tokens at hand", q.shape, "xla" if reason else "cudnn", reason or "")
+    return xla(q, k, v) if reason else lax.platform_dependent(q, k, v, cuda=cudnn, default=xla)
+
+
+def attend_in_blocks(
+    q: Float[Array, "batch length heads dim"],
+    cache: LayerCache,
+    lengths: Int32[Array, " batch"],
+    scale: float | None = None,
+    window: int | None = None,
+    block: int = BLOCK,
+) -> Float[Array, "batch length heads dim"]:
+    """Attention of several tokens over a cache that holds them and those before them, in bounded memory.
+
+    The softmax is taken online (arXiv 1805.02867) over blocks of positions, up to the last that any query sees.
+
+    Args:
+      q: queries of the tokens at positions ``lengths`` and on.
+      cache: with their keys and values in it.
+      lengths: tokens each sequence had before these.
+      scale: what scores are multiplied with; 1 / sqrt(dim) by default.
+      window: how many tokens a query sees; None for all.
+      block: positions taken at once.
+    """
+    batch, length, heads, dim = q.shape
+    capacity, kv_heads = cache.keys.shape[1:3]
+    block = min(block, capacity)
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    factor = 1 / math.sqrt(dim) if scale is None else scale
+
+    def body(i: Any, carry: Any) -> Any:
+        best, total, out = carry
+        start = jnp.minimum(i * block, capacity - block)
+        keys, values = cache.block(start, block).read(q.dtype)
+        scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32) * factor
+        positions = start + jnp.arange(block)
+        # The last block may have been moved to the left; what it shares with the one before has been counted.
+        visible = _visible(lengths, length, positions, window) & (positions >= i * block)
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        higher = jnp.maximum(best, jnp.max(scores, axis=-1))
+        finite = jnp.where(jnp.isfinite(higher), higher, 0)  # A query may see nothing of the first blocks.
+        weights, kept = jnp.exp(scores - finite[..., None]), jnp.exp(best - finite)
+        added = jnp.einsum("bkgts,bskd->bkgtd", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+        return higher, total * kept + jnp.sum(weights, axis=-1), out * kept[..., None] + added
+
+    rows = (batch, kv_heads, heads // kv_heads, length)
+    start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((*rows, dim)))
+    blocks = jnp.minimum(-(-(jnp.max(lengths) + length) // block), -(-capacity // block))
+    first = 0 if window is None else jnp.maximum(jnp.min(lengths) + 1 - window, 0) // block
+    _, total, out = lax.fori_loop(first, blocks, body, start)
+    return jnp.moveaxis(out / total[..., None], 3, 1).reshape(q.shape).astype(q.dtype)
+
+
+def _visible(lengths: Array, length: int, positions: Array, window: int | None) -> Array:
+    """Whether each of ``length`` queries behind each sequence's length sees each position: (batch, length, positions)."""
+    distance = (lengths[:, None] + jnp.arange(length))[:, :, None] - positions
+    return (distance >= 0) & (distance < window) if window is not None else distance >= 0
+
+
+@functools.cache
+def _capability() -> tuple[int, int] | None:
+    """Compute capability of this process's NVIDIA GPU; None if it has none."""
+    try:
+        major, minor = jax.devices("cuda")[0].compute_capability.split(".")
+    except (RuntimeError, AttributeError):
+        return None
+    return int(major), int(minor)
+
+
+def _cannot_use_cudnn(attention: Any, *operands: Array) -> str | None:
+    """Why cuDNN cannot take these operands; None if it can."""
+    capability = _capability()
+    if capability is None or capability < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or more"
+    if operands[0].shape[1] == 1:
+        return "there is one token alone"
+    try:
+        jax.eval_shape(attention, *operands)  # JAX's own conditions: dtypes, head dimensions, whether cuDNN is there.
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _say(what: str, shape: tuple[int, ...], choice: str, why: str) -> None:
+    log.info("%s %s: %s%s", what, " x ".join(map(str, shape)), choice, f" ({why})" if why else "")

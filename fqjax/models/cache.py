@@ -1,58 +1,166 @@
-"""The key-value cache: static arrays that a decoding loop writes into."""
+"""The key-value cache: static arrays that a decoding loop writes into, in floating point or in INT8.
+
+In INT8 every token has a scale of its own for each head's key and for its value, the largest magnitude over 127: what a
+token is rounded to does not depend on the tokens around it, so a prompt may be taken up in pieces of any length.
+"""
 
 import dataclasses
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, Int32
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
+
+from fqjax.errors import InputError
+
+Kind = Literal["int8"]
+"""Names of caches other than one of the model's own dtype."""
+
+
+def dtype_of(kind: str | None) -> DTypeLike | None:
+    """What :meth:`fqjax.models.causal_lm.CausalLM.make_cache` takes for a cache of that name; None for None.
+
+    Raises:
+      InputError: if there is none of that name.
+    """
+    if kind not in (None, *get_args(Kind)):
+        raise InputError(
+            f"kv_cache {kind!r}: expected {' or '.join(get_args(Kind))}, or None for the model's own dtype"
+        )
+    return None if kind is None else jnp.dtype(kind)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values.
+
+    Attributes:
+      keys, values: (batch, capacity, kv_heads, head_dim); int8 codes if there are scales.
+      key_scales, value_scales: float32 (batch, capacity, kv_heads), what codes are multiplied with; None in floating point.
+    """
+
+    keys: Array
+    values: Array
+    key_scales: Float32[Array, "batch capacity kv_heads"] | None = None
+    value_scales: Float32[Array, "batch capacity kv_heads"] | None = None
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether keys and values are codes with scales."""
+        return self.key_scales is not None
+
+    def write(
+        self,
+        k: Float[Array, "batch length kv_heads head_dim"],
+        v: Float[Array, "batch length kv_heads head_dim"],
+        lengths: Int[Array, " batch"] | None,
+    ) -> "LayerCache":
+        """The cache with new entries behind each sequence's own length; ``lengths`` is None where it is empty."""
+        if not self.is_int8:
+            return LayerCache(write(self.keys, k, lengths), write(self.values, v, lengths))
+        (k, k_scale), (v, v_scale) = quantize_heads(k), quantize_heads(v)
+        new = (k, v, k_scale, v_scale)
+        old = (self.keys, self.values, self.key_scales, self.value_scales)
+        return LayerCache(*(write(o, n, lengths) for o, n in zip(old, new, strict=True)))  # pyright: ignore
+
+    def rounded(self, k: Array, v: Array) -> tuple[Array, Array]:
+        """Keys and values as they would be read again from this cache, in the dtype that they have."""
+        if not self.is_int8:
+            return k.astype(self.keys.dtype).astype(k.dtype), v.astype(self.values.dtype).astype(v.dtype)
+        return dequantize_heads(*quantize_heads(k), k.dtype), dequantize_heads(*quantize_heads(v), v.dtype)
+
+    def read(self, dtype: DTypeLike) -> tuple[Array, Array]:
+        """All keys and values in a floating dtype."""
+        if self.key_scales is None or self.value_scales is None:
+            return self.keys.astype(dtype), self.values.astype(dtype)
+        return (
+            dequantize_heads(self.keys, self.key_scales, dtype),
+            dequantize_heads(self.values, self.value_scales, dtype),
+        )
+
+    def block(self, start: Int32[Array, ""], size: int) -> "LayerCache":
+        """``size`` positions from ``start`` on, which may have to be moved to the left to fit."""
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), self)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, one pair of arrays a layer.
+    """Keys and values of the tokens seen so far.
 
     Attributes:
-      keys, values: tuples of (batch, capacity, kv_heads, head_dim), one entry a layer.
+      layers: one :class:`LayerCache` a layer.
       lengths: tokens held for each sequence, int32 (batch,); positions from there on are unspecified and never read.
     """
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    layers: tuple[LayerCache, ...]
     lengths: Int32[Array, " batch"]
 
     @classmethod
     def create(
         cls, layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> "KeyValueCache":
-        """An empty cache for ``capacity`` tokens a sequence."""
+        """An empty cache for ``capacity`` tokens a sequence; with the dtype int8, of codes with scales.
+
+        Raises:
+          InputError: if the dtype is neither int8 nor a floating one.
+        """
+        dtype = jnp.dtype(dtype)
+        if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
+            raise InputError(f"key-value cache of {dtype}: expected int8 or a floating dtype")
         shape = (batch, capacity, kv_heads, head_dim)
-        keys = tuple(jnp.zeros(shape, dtype) for _ in range(layers))
-        values = tuple(jnp.zeros(shape, dtype) for _ in range(layers))
-        return cls(keys, values, jnp.zeros(batch, jnp.int32))
+        scales = shape[:3] if dtype == jnp.int8 else None
+
+        def layer() -> LayerCache:
+            arrays = [jnp.zeros(shape, dtype) for _ in range(2)]
+            return LayerCache(*arrays, *([] if scales is None else [jnp.zeros(scales) for _ in range(2)]))
+
+        return cls(tuple(layer() for _ in range(layers)), jnp.zeros(batch, jnp.int32))
 
     @property
     def capacity(self) -> int:
         """Tokens a sequence may have."""
-        return self.keys[0].shape[1]
+        return self.layers[0].keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays on the device, scales and lengths among them."""
+        leaves = jax.tree.leaves(self)
+        return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
     def positions(self, length: int) -> Int32[Array, "batch length"]:
         """Positions of the next ``length`` tokens of each sequence."""
         return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
 
 
-LayerCache = tuple[Float[Array, "batch capacity kv_heads head_dim"], Float[Array, "batch capacity kv_heads head_dim"]]
-"""One layer's keys and values."""
+def quantize_heads(x: Float[Array, "*rows dim"]) -> tuple[Int8[Array, "*rows dim"], Float32[Array, "*rows"]]:
+    """Codes in [-127, 127] and one scale for every row, from the row's largest magnitude; rounding half to even."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    codes = jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None])
+    return jnp.clip(codes, -127, 127).astype(jnp.int8), scale
+
+
+def dequantize_heads(
+    codes: Int8[Array, "*rows dim"], scale: Float32[Array, "*rows"], dtype: DTypeLike
+) -> Float[Array, "*rows dim"]:
+    """What codes stand for."""
+    return (codes.astype(jnp.float32) * scale[..., None]).astype(dtype)
 
 
 def write(
-    cache: Float[Array, "batch capacity heads dim"],
-    new: Float[Array, "batch length heads dim"],
-    lengths: Int[Array, " batch"],
-) -> Float[Array, "batch capacity heads dim"]:
-    """Writes new entries behind each sequence's own length."""
+    cache: Array,
+    new: Array,
+    lengths: Int[Array, " batch"] | None,
+) -> Array:
+    """Writes new entries (batch, length, ...) into (batch, capacity, ...) behind each sequence's own length, or in front."""
+    new = new.astype(cache.dtype)
+    if lengths is None:
+        return jax.lax.dynamic_update_slice(cache, new, (0,) * cache.ndim)
 
     def row(old: Array, entries: Array, at: Array) -> Array:
-        return jax.lax.dynamic_update_slice(old, entries.astype(old.dtype), (at, 0, 0))
+        return jax.lax.dynamic_update_slice(old, entries, (at, *(0,) * (old.ndim - 1)))
 
     return jax.vmap(row)(cache, new, lengths)

@@ -27,6 +27,11 @@ class CausalLM(nnx.Module):
     layers: Any
     """The blocks, an ``nnx.List``; see :meth:`begin`."""
 
+    @property
+    def head_name(self) -> str:
+        """The module that :meth:`head` multiplies with, which :func:`fqjax.models.head.with_int8_head` makes INT8."""
+        return "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+
     @abc.abstractmethod
     def begin(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None = None
@@ -42,20 +47,41 @@ class CausalLM(nnx.Module):
         """Logits in float32."""
 
     def trunk(
-        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None
+        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None, *, fresh: bool = False
     ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
-        """Final hidden states, and the cache with the tokens written behind what it held (its lengths unchanged)."""
-        x, rest = self.begin(tokens, cache)
-        x, cache = run_layers(self.layers, x, cache, *rest)
+        """Final hidden states, and the cache with the tokens written behind what it held (its lengths unchanged).
+
+        ``fresh`` promises that the cache is empty; its lengths are then not read.
+        """
+        x, rest = self.begin(tokens, None if fresh else cache)
+        x, cache = run_layers(self.layers, x, cache, *rest, fresh=fresh)
         return self.final_norm(x), cache
 
     def end(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
         """Logits of what the last block gives."""
         return self.head(self.final_norm(hidden))
 
-    def __call__(self, tokens: Int32[Array, "batch length"]) -> Float32[Array, "batch length vocabulary"]:
-        """Logits at every position, each seeing the tokens up to its own."""
-        return self.head(self.trunk(tokens, None)[0])
+    def __call__(
+        self, tokens: Int32[Array, "batch length"], cache_dtype: DTypeLike | None = None
+    ) -> Float32[Array, "batch length vocabulary"]:
+        """Logits at every position, each seeing the tokens up to its own.
+
+        With ``cache_dtype`` they are those that decoding over a cache of that dtype would give: every query sees keys and
+        values rounded as the cache holds them, its own among them.
+        """
+        batch, length = tokens.shape
+        cache = None if cache_dtype is None else self.make_cache(batch, length, cache_dtype)
+        return self.head(self.trunk(tokens, cache, fresh=cache is not None)[0])
+
+    def prefill(
+        self, tokens: Int32[Array, "batch length"], cache: KeyValueCache, counts: Int32[Array, " batch"]
+    ) -> tuple[Float32[Array, "batch vocabulary"], KeyValueCache]:
+        """:meth:`extend` of an empty cache, from which nothing is read: the tokens attend to each other.
+
+        A cache that held something counts as empty.
+        """
+        hidden, cache = self.trunk(tokens, cache, fresh=True)  # pyright: ignore[reportAssignmentType]
+        return self.head(_last(hidden, counts)), KeyValueCache(cache.layers, counts)
 
     def extend(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache, counts: Int32[Array, " batch"]
@@ -65,44 +91,51 @@ class CausalLM(nnx.Module):
         Args:
           tokens: padded on the right where sequences differ in length.
           cache: what the sequences held so far.
-          counts: how many of each row's tokens are real, at least 1.
+          counts: how many of each row's tokens are real.  A row with none keeps what it had, and its logits mean nothing.
 
         Returns:
           Logits behind each row's last real token, and the cache.
         """
         hidden, cache = self.trunk(tokens, cache)  # pyright: ignore[reportAssignmentType]
-        last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
-        return self.head(last), KeyValueCache(cache.keys, cache.values, cache.lengths + counts)
+        return self.head(_last(hidden, counts)), KeyValueCache(cache.layers, cache.lengths + counts)
 
     @abc.abstractmethod
-    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
-        """An empty cache for ``capacity`` tokens a sequence."""
+    def make_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KeyValueCache:
+        """An empty cache for ``capacity`` tokens a sequence.
+
+        Args:
+          batch: sequences.
+          capacity: tokens of each.
+          dtype: of keys and values; None takes the model's, int8 codes with a scale for each token and head.
+        """
 
 
 def run_layers(
-    layers: nnx.List, x: Float[Array, "batch length hidden"], cache: KeyValueCache | None, *args: Any
+    layers: nnx.List,
+    x: Float[Array, "batch length hidden"],
+    cache: KeyValueCache | None,
+    *args: Any,
+    fresh: bool = False,
 ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
     """Calls ``layer(x, layer_cache, lengths, *args)`` for each layer in turn and gathers the caches.
 
-    The layers are unrolled: a scan over stacked weights would copy every layer's weights at every step of decoding.
+    ``lengths`` is None where the cache is ``fresh``, that is, empty.  The layers are unrolled: a scan over stacked weights
+    would copy every layer's weights at every step of decoding.
     """
     if cache is None:
         for layer in layers:
             x, _ = layer(x, None, None, *args)
         return x, None
-    keys, values = [], []
-    for layer, k, v in zip(layers, cache.keys, cache.values, strict=True):
-        x, (k, v) = layer(x, (k, v), cache.lengths, *args)
-        keys.append(k)
-        values.append(v)
-    return x, KeyValueCache(tuple(keys), tuple(values), cache.lengths)
+    written = []
+    for layer, held in zip(layers, cache.layers, strict=True):
+        x, held = layer(x, held, None if fresh else cache.lengths, *args)
+        written.append(held)
+    return x, KeyValueCache(tuple(written), cache.lengths)
 
 
-def unembed(
-    hidden: Float[Array, "... hidden"], table: Float[Array, "vocabulary hidden"]
-) -> Float32[Array, "... vocabulary"]:
-    """Logits from a table (vocabulary, hidden), accumulated and returned in float32."""
-    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+def _last(hidden: Float[Array, "batch length hidden"], counts: Int32[Array, " batch"]) -> Float[Array, "batch hidden"]:
+    """Hidden states of each row's last real token."""
+    return jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
 def eos_ids(hf: dict[str, Any]) -> tuple[int, ...]:

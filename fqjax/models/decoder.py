@@ -15,8 +15,9 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 from fqjax.equalize import ScalingPath
 from fqjax.models.attention import attend
 from fqjax.models.cache import KeyValueCache, LayerCache
-from fqjax.models.causal_lm import CausalLM, unembed
+from fqjax.models.causal_lm import CausalLM
 from fqjax.models.decoder_config import DecoderConfig
+from fqjax.models.head import unembed
 from fqjax.models.rotary import Rotation, rotate, rotation
 
 
@@ -115,9 +116,7 @@ class Decoder(CausalLM):
         return self.norm(hidden)
 
     def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
-        if self.config.tie_word_embeddings:
-            return unembed(hidden, self.embed_tokens.embedding[...])
-        return unembed(hidden, self.lm_head.kernel[...].T)
+        return unembed(hidden, getattr(self, self.head_name))
 
     def scaling_paths(self) -> list[ScalingPath]:
         """Values scale through attention to ``o_proj``, the up projection through its gate to ``down_proj``."""
@@ -142,9 +141,16 @@ class Decoder(CausalLM):
             paths[f"layers.{i}.mlp.gate_up_proj"] = f"layers.{i}.post_attention_layernorm"
         return paths
 
-    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+    def make_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KeyValueCache:
         c = self.config
-        return KeyValueCache.create(c.num_hidden_layers, batch, capacity, c.num_key_value_heads, c.head_dim, self.dtype)
+        return KeyValueCache.create(
+            c.num_hidden_layers,
+            batch,
+            capacity,
+            c.num_key_value_heads,
+            c.head_dim,
+            self.dtype if dtype is None else dtype,
+        )
 
 
 def _norm(size: int, epsilon: float, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -13,7 +13,8 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 from fqjax.equalize import ScalingPath
 from fqjax.models.attention import attend
 from fqjax.models.cache import KeyValueCache, LayerCache
-from fqjax.models.causal_lm import CausalLM, eos_ids, unembed
+from fqjax.models.causal_lm import CausalLM, eos_ids
+from fqjax.models.head import unembed
 from fqjax.models.hf_config import check_choice, check_divides, sizes
 
 POSITION_OFFSET = 2
@@ -140,9 +141,7 @@ class OPT(CausalLM):
     def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
         if self.config.projects:
             hidden = self.project_out(hidden)
-        if self.config.tie_word_embeddings:
-            return unembed(hidden, self.embed_tokens.embedding[...])
-        return unembed(hidden, self.lm_head.kernel[...].T)
+        return unembed(hidden, getattr(self, self.head_name))
 
     def scaling_paths(self) -> list[ScalingPath]:
         """Values scale through attention to ``out_proj``, ``fc1`` through ReLU to ``fc2``."""
@@ -168,10 +167,17 @@ class OPT(CausalLM):
                 paths[f"layers.{i}.fc1"] = f"layers.{i}.final_layer_norm"
         return paths
 
-    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+    def make_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KeyValueCache:
         c = self.config
         head_dim = c.hidden_size // c.num_attention_heads
-        return KeyValueCache.create(c.num_hidden_layers, batch, capacity, c.num_attention_heads, head_dim, self.dtype)
+        return KeyValueCache.create(
+            c.num_hidden_layers,
+            batch,
+            capacity,
+            c.num_attention_heads,
+            head_dim,
+            self.dtype if dtype is None else dtype,
+        )
 
 
 def _linear(config: OPTConfig, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:

@@ -1,3 +1,6 @@
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,7 +9,9 @@ from flax import nnx
 import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.errors import InputError
-from fqjax.inference.generate import generate
+from fqjax.inference.generate import _decode, generate
+from fqjax.models.llama import Llama, LlamaConfig
+from tests.kernels import ahead_of_time
 from tests.models import variants
 
 
@@ -41,6 +46,34 @@ def test_a_batch_gives_each_prompt_what_it_gives_alone(model, temperature):
     for i, prompt in enumerate(PROMPTS):
         alone = generate(model, prompt, 6, temperature, 0.9, seed=5 + i, eos_token_id=[])
         assert together[i].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 64])
+def test_prompts_taken_up_in_pieces_are_continued_alike(model, kv_cache, chunk):
+    whole = generate(model, PROMPTS, 6, eos_token_id=[], kv_cache=kv_cache)
+    pieces = generate(model, PROMPTS, 6, eos_token_id=[], kv_cache=kv_cache, prefill_chunk=chunk)
+    assert pieces.tolist() == whole.tolist()
+
+
+class WithoutPrefill(nnx.Module):
+    """What a model of one's own must have, and no more."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def extend(self, tokens, cache, counts):
+        return self.model.extend(tokens, cache, counts)
+
+    def make_cache(self, batch, capacity):
+        return self.model.make_cache(batch, capacity)
+
+
+def test_a_model_needs_extend_and_make_cache_alone(model):
+    own = WithoutPrefill(model)
+    assert generate(own, PROMPTS, 5).tolist() == generate(model, PROMPTS, 5, eos_token_id=[]).tolist()
+    with pytest.raises(InputError, match="make_cache does not take dtype"):
+        generate(own, PROMPTS, 5, kv_cache="int8")
 
 
 def test_seeds_decide_the_draws(model):
@@ -93,6 +126,8 @@ def test_a_quantized_model_generates(model):
         ([1], {"temperature": float("nan")}, "temperature nan"),
         ([1], {"top_p": 0.0}, "top_p 0"),
         ([1], {"top_p": 1.5}, "top_p 1.5"),
+        ([1], {"prefill_chunk": 0}, "prefill_chunk 0"),
+        ([1], {"max_new_tokens": 4, "kv_cache": "int4"}, "kv_cache 'int4': expected int8"),
     ],
 )
 def test_bad_requests_are_named(model, prompt, settings, message):
@@ -105,3 +140,26 @@ def test_learned_positions_set_a_limit(tmp_path):
     assert generate(model, [3] * 60, 4, eos_token_id=[]).shape == (4,)
     with pytest.raises(InputError, match="65 tokens is longer than the 64 positions"):
         generate(model, [3] * 60, 5)
+
+
+@pytest.mark.skipif(not ahead_of_time.HAS_PLUGIN, reason="needs the package jax-cuda13-plugin")
+@pytest.mark.parametrize("dtype", [None, jnp.int8])
+def test_the_loop_moves_no_cache_on_a_hopper_gpu(dtype, monkeypatch):
+    """Compiled for one: entries are written in place, and the kernel reads the cache as it lies."""
+    monkeypatch.setattr("pallas_kernels.attention._has_gpu", lambda: True)
+    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 4096}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = LlamaConfig(**sizes, **heads, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=False)
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten((state, jax.eval_shape(lambda: model.make_cache(4, 2048, dtype))))
+
+    def loop(logits, *leaves):
+        state, cache = jax.tree.unflatten(tree, leaves)
+        return _decode.__wrapped__(graphdef, state, cache, logits, None, None, 100, (2,))
+
+    logits = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+    text = ahead_of_time.compile_for_h200(loop, logits, *leaves).as_text()
+    inside, outside = text.split("ENTRY ")  # The caches are not donated here, and so copied once before the loop.
+    moved = re.compile(r"= \w+\[4,2048,2,64\]\S* (copy|transpose|convert)\(")
+    assert "custom-call" in inside and not moved.search(inside) and len(moved.findall(outside)) == 4

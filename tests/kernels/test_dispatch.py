@@ -24,7 +24,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "hopper_device", lambda: "NVIDIA H200")
     monkeypatch.setattr(matmul, "matmul", kernel)
     dispatch.matmul.cache_clear()
-    dispatch._say.cache_clear()
+    dispatch.say.cache_clear()
     yield calls
     dispatch.matmul.cache_clear()
 

@@ -1,8 +1,12 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.models.attention import attend
+from fqjax.errors import InputError
+from fqjax.models import attention
+from fqjax.models.attention import attend, attend_in_blocks
+from fqjax.models.cache import KeyValueCache, LayerCache
 
 LENGTH, CAPACITY = 11, 16
 
@@ -38,7 +42,7 @@ def test_the_window_reaches_into_the_cache(window):
     whole = expected(q, k, v, window)
     step = jax.jit(lambda *args: attend(*args, window=window))
     # What stands in a cache behind a sequence's end may be anything.
-    cache = (np.full((2, CAPACITY, 2, 4), 9, np.float32), np.full((2, CAPACITY, 2, 4), 9, np.float32))
+    cache = LayerCache(*(np.full((2, CAPACITY, 2, 4), 9, np.float32) for _ in range(2)))
     lengths = np.zeros(2, np.int32)
     for width, counts in ((4, (4, 2)), (4, (3, 4)), (1, (1, 1)), (1, (1, 1)), (1, (1, 1))):
         at = np.minimum(lengths[:, None] + np.arange(width), LENGTH - 1)
@@ -48,3 +52,67 @@ def test_the_window_reaches_into_the_cache(window):
             np.testing.assert_allclose(out[row, :count], whole[row, first : first + count], rtol=1e-5, atol=1e-6)
         lengths = lengths + np.array(counts, np.int32)
     assert lengths.tolist() == [10, 9]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_what_cudnn_does_not_take_goes_to_xla(dtype, capability, monkeypatch, caplog):
+    """Here it is not installed, or there is no GPU; either way the reason is logged, once."""
+    monkeypatch.setattr("fqjax.models.attention._capability", lambda: capability)
+    attention._say.cache_clear()
+    q, k, v = (jnp.asarray(x, dtype) for x in projections(heads=4))
+    with caplog.at_level("INFO", "fqjax"):
+        for _ in range(2):
+            out = attention.causal_attention(q, k, v, window=3)
+    wanted = expected(*(np.asarray(x, np.float32) for x in (q, k, v)), 3)
+    np.testing.assert_allclose(np.asarray(out, np.float32), wanted, atol=1e-5 if dtype == jnp.float32 else 0.05)
+    (message,) = [record.message for record in caplog.records]
+    assert "xla" in message and (("8.0 or more" in message) == (capability == (7, 5)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_an_empty_cache_is_filled_and_not_read(dtype, window):
+    """Tokens that attend to each other see what the cache keeps of them, and later ones see the same."""
+    q, k, v = projections(heads=4)
+    cache = KeyValueCache.create(1, 2, CAPACITY, 2, 4, dtype).layers[0]
+    fresh, filled = attend(q, k, v, cache, None, window=window)
+    kept = [np.asarray(x[:, :LENGTH]) for x in filled.read(jnp.float32)]
+    np.testing.assert_allclose(fresh, expected(q, *kept, window), rtol=1e-5, atol=1e-6)
+    for part, whole in zip(kept, (k, v), strict=True):
+        error = np.abs(part - whole).max(axis=-1)
+        assert (error <= (np.abs(whole).max(axis=-1) / 254 * 1.001 if dtype == jnp.int8 else 0)).all()
+    read, again = attend(q, k, v, cache, np.zeros(2, np.int32), window=window)
+    np.testing.assert_allclose(read, fresh, rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, again, filled)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("block", [1, 5, 16, 32])
+def test_blocks_of_a_cache_are_attended_to_like_all_of_it(dtype, window, block):
+    q, k, v = projections(heads=4)
+    cache = KeyValueCache.create(1, 2, CAPACITY, 2, 4, dtype).layers[0]
+    lengths = np.array([5, 0], np.int32)
+    _, cache = attend(q[:, :5], k[:, :5], v[:, :5], cache, None)
+    whole, cache = attend(q[:, 5:], k[:, 5:], v[:, 5:], cache, lengths, window=window)
+    parts = jax.jit(attend_in_blocks, static_argnums=(3, 4, 5))(q[:, 5:], cache, lengths, None, window, block)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_long_cache_is_read_in_blocks(monkeypatch):
+    q, k, v = projections(heads=4)
+    cache = KeyValueCache.create(1, 2, CAPACITY, 2, 4, jnp.float32).layers[0]
+    whole, _ = attend(q, k, v, cache, np.zeros(2, np.int32))
+    monkeypatch.setattr("fqjax.models.attention.BLOCK", 4)
+    parts, _ = attend(q, k, v, cache, np.zeros(2, np.int32))
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_knows_its_bytes_and_its_dtypes():
+    plain = KeyValueCache.create(3, 2, 10, 4, 8, jnp.bfloat16)
+    assert plain.nbytes == 3 * 2 * (2 * 10 * 4 * 8) * 2 + 2 * 4
+    codes = KeyValueCache.create(3, 2, 10, 4, 8, jnp.int8)
+    assert codes.nbytes == 3 * 2 * (2 * 10 * 4) * (8 + 4) + 2 * 4 and codes.capacity == 10
+    with pytest.raises(InputError, match="int32: expected int8 or a floating dtype"):
+        KeyValueCache.create(1, 1, 1, 1, 1, jnp.int32)

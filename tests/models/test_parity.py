@@ -45,6 +45,37 @@ def test_extending_a_cache_gives_the_recorded_logits(name, recorded, tmp_path):
     np.testing.assert_array_equal(cache.lengths, counts)
 
 
+@pytest.mark.parametrize("name", ["llama-grouped", "qwen3-window", "opt-350m"])
+def test_pieces_of_a_prompt_give_the_recorded_logits(name, recorded, tmp_path):
+    """An empty cache filled without being read, then by pieces; a row that has ended takes none of the last."""
+    model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS[name]), jnp.float32)
+    tokens, cache = variants.tokens(), model.make_cache(2, 24)
+    for step, counts in ((model.prefill, (8, 8)), (model.extend, (8, 5)), (model.extend, (3, 0))):
+        before = cache.lengths
+        piece = tokens[np.arange(2)[:, None], np.asarray(before)[:, None] + np.arange(8)]
+        logits, cache = step(piece, cache, np.array(counts, np.int32))
+        np.testing.assert_array_equal(cache.lengths, before + np.array(counts))
+        for row in np.flatnonzero(counts):
+            at = cache.lengths[row] - 1
+            np.testing.assert_allclose(logits[row], recorded[name][row, at], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama-grouped", "qwen3-window", "opt"])
+def test_an_int8_cache_gives_the_logits_that_are_evaluated(name, tmp_path):
+    """Token by token over the cache, and all at once with keys and values rounded."""
+    model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS[name]), jnp.float32)
+    tokens, extend = variants.tokens(), jax.jit(lambda *args: model.extend(*args))
+    together, plain = model(tokens, cache_dtype=jnp.int8), model(tokens)
+    assert 0 < np.abs(together - plain).max() < 0.2
+    cache, found = model.make_cache(2, 24, jnp.int8), []
+    for i in range(24):
+        logits, cache = extend(tokens[:, i : i + 1], cache, np.ones(2, np.int32))
+        found.append(logits)
+    # Where a value lies within rounding of a half, its code may be the one or the other.
+    difference = np.abs(np.stack(found, axis=1) - together)
+    assert np.median(difference) < TOLERANCE and difference.max() < 0.2 * np.abs(together - plain).max()
+
+
 @pytest.mark.parametrize("name", variants.VARIANTS)
 def test_torch_still_gives_the_recorded_logits(name, recorded, tmp_path):
     pytest.importorskip("torch", reason="needs torch, which only the 'parity' extra installs")
