@@ -17,6 +17,7 @@ from fqjax.checkpoint.compressed.config import LayerScheme, parse_quantization, 
 from fqjax.checkpoint.compressed.packing import pack_int32, unpack_int32
 from fqjax.errors import InputError
 from fqjax.models import FAMILIES
+from fqjax.models.head import with_int8_head
 from fqjax.models.to_hf import config_to_hf
 from fqjax.report import quantized_layers
 from tests.conftest import make_checkpoint
@@ -172,6 +173,11 @@ def test_what_cannot_be_written(models, variant, scheme, message, tmp_path):
     model = models(variant, scheme, tmp_path)
     refused(message, fqjax.save_compressed_tensors, tmp_path / "out", model)
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_head_in_int8_is_not_written(models, tmp_path):
+    model = with_int8_head(models("llama-grouped", "w8a8", tmp_path))
+    refused("the output head is in INT8", fqjax.save_compressed_tensors, tmp_path / "out", model)
 
 
 def test_a_float_model_is_not_written(tmp_path):

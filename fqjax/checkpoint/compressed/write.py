@@ -33,6 +33,7 @@ from fqjax.errors import InputError
 from fqjax.folding import Folding, fold_smoothing
 from fqjax.linear import QuantizedLinear
 from fqjax.models import FAMILIES, architecture_of
+from fqjax.models.head import Int8Table
 from fqjax.models.to_hf import config_to_hf, part_sizes
 from fqjax.progress import track
 from fqjax.report import quantized_layers
@@ -84,6 +85,10 @@ def check_expressible(model: Any) -> tuple[dict[str, LayerScheme], Folding]:
     """
     if architecture_of(model) is None:
         raise InputError(f"{type(model).__name__}: expected one of fqjax's models: {', '.join(FAMILIES)}")
+    if any(isinstance(node, Int8Table) for _, node in nnx.iter_graph(model)):
+        raise InputError(
+            "the output head is in INT8; expected a model quantized without int8_head, as readers expect it in float"
+        )
     layers = quantized_layers(model)
     if not layers:
         raise InputError(
