@@ -206,25 +206,70 @@ def demo(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="What to measure: kernels.", metavar="kernels")],
+    what: Annotated[str, typer.Argument(help="What to measure: kernels or model.", metavar="kernels|model")],
     shapes: Annotated[
-        list[str] | None, typer.Option("--shape", help="Output x input channels; repeatable.", metavar="NxK")
+        list[str] | None, typer.Option("--shape", help="kernels: output x input channels; repeatable.", metavar="NxK")
     ] = None,
-    rows: Annotated[list[int] | None, typer.Option("--rows", help="Rows of activations; repeatable.")] = None,
+    rows: Annotated[list[int] | None, typer.Option("--rows", help="kernels: rows of activations; repeatable.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="model: a config.json, or llama-3-8b, llama-3-70b, opt-30b, tiny.")
+    ] = None,
+    scheme: Annotated[list[str] | None, typer.Option("--scheme", help="model: a preset; repeatable.")] = None,
+    prefill: Annotated[
+        list[str] | None, typer.Option(help="model: sequences x tokens of prompts; repeatable.", metavar="BxT")
+    ] = None,
+    decode: Annotated[
+        list[str] | None, typer.Option(help="model: sequences x tokens in the cache; repeatable.", metavar="BxT")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time the kernels on this machine, beside XLA and cuBLAS, with the device's ceilings."""
+    """Time the kernels, or a whole model with random weights, on this machine, with the device's ceilings."""
+    given = {"kernels": {"--shape": shapes, "--rows": rows}}
+    given["model"] = {"--model": model, "--scheme": scheme, "--prefill": prefill, "--decode": decode}
+    if what not in given:
+        raise InputError(f"bench: there is no benchmark {what!r}; there are: kernels, model")
+    for other in given.keys() - {what}:
+        for option, value in given[other].items():
+            if value:
+                raise InputError(f"bench {what}: {option} is an option of bench {other}")
+    result = _bench_kernels(shapes, rows) if what == "kernels" else _bench_model(model, scheme, prefill, decode)
+    _write_json(json_file, result)
+
+
+def _bench_kernels(shapes: list[str] | None, rows: list[int] | None) -> dict[str, Any]:
     from fqjax.bench.kernels import default_shapes, line, parse_shape, run, summary
 
-    if what != "kernels":
-        raise InputError(f"bench: there is no benchmark {what!r}; there is: kernels")
     all_shapes, all_rows = default_shapes()
     chosen = [parse_shape(shape) for shape in shapes] if shapes else all_shapes
     if any(m < 1 for m in rows or ()):
         raise InputError(f"--rows must be positive, got {min(rows or ())}")
     result = run(chosen, rows or all_rows, lambda row: console.print(line(row), highlight=False, soft_wrap=True))
     console.print(summary(result), highlight=False)
-    _write_json(json_file, result)
+    return result
+
+
+def _bench_model(
+    model: str | None, schemes: list[str] | None, prefill: list[str] | None, decode: list[str] | None
+) -> dict[str, Any]:
+    import jax
+
+    from fqjax.bench.model import SCHEMES, line, parse_case, run, summary
+    from fqjax.bench.random_models import read_config
+
+    name = model or ("llama-3-8b" if jax.default_backend() == "gpu" else "tiny")
+    cases = [parse_case("prefill", text) for text in prefill or ()] + [
+        parse_case("decode", text) for text in decode or ()
+    ]
+    chosen = [resolve_scheme(scheme) for scheme in schemes or SCHEMES]
+    result = run(
+        name,
+        read_config(name),
+        chosen,
+        cases or None,
+        report=lambda row: console.print(line(row), highlight=False, soft_wrap=True),
+    )
+    console.print(summary(result), highlight=False)
+    return result
 
 
 @app.command()

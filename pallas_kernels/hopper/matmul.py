@@ -62,4 +62,5 @@ def matmul(
 
 @functools.cache
 def _kernel(p: Problem, config: tuning.Config, rows: int) -> Any:
-    return tuning.build(dataclasses.replace(p, m=rows), config)
+    """Jitted, so that a model with many layers of one shape traces and lowers it once."""
+    return jax.jit(tuning.build(dataclasses.replace(p, m=rows), config))

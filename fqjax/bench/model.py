@@ -1,0 +1,245 @@
+"""Times of whole models: taking up prompts and decoding, every scheme beside bfloat16 in one run.
+
+Weights are random (:mod:`fqjax.bench.random_models`).  A prefill fills an empty cache and gives the logits of the last token;
+decoding is a loop of :data:`STEPS` tokens in one program, over a cache that holds ``length`` tokens, each token the most
+likely one.  Times are those of the clock on the wall, the least of several; ``device_milliseconds`` are those of the GPU's
+kernels alone (CUPTI), so that what lies between is the host's.
+"""
+
+import dataclasses
+import functools
+import gc
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fqjax.bench.environment import describe, environment
+from fqjax.bench.kernels import ceilings
+from fqjax.bench.random_models import random_model
+from fqjax.errors import InputError
+from fqjax.models.cache import KeyValueCache
+from fqjax.scheme import PRESETS, Scheme, resolve_scheme
+from pallas_kernels.timing import kernel_times
+
+STEPS = 32
+"""Tokens that are decoded in one call."""
+REPEATS = 5
+Phase = Literal["prefill", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is timed: so many sequences of so many tokens; with "decode", so many are in the cache."""
+
+    phase: Phase
+    batch: int
+    length: int
+
+
+LARGE = (
+    *(Case("prefill", *shape) for shape in ((1, 2048), (4, 2048), (1, 8192))),
+    *(Case("decode", batch, length) for length in (512, 4096) for batch in (1, 16, 64)),
+)
+SMALL = (Case("prefill", 1, 128), Case("decode", 1, 128), Case("decode", 4, 128))
+"""What is timed where there is no GPU."""
+SCHEMES = (
+    "bf16",
+    "flattenquant-w8a8",
+    "flattenquant-hopper",
+    "flattenquant-hopper-int4",
+    "flattenquant",
+    "w4a8",
+    "w4a8-integer-scale",
+    "w4a8-integer-scale-folded",
+    "w4a16",
+)
+
+
+def default_cases() -> tuple[Case, ...]:
+    """:data:`LARGE` on a GPU, :data:`SMALL` elsewhere."""
+    return LARGE if jax.default_backend() == "gpu" else SMALL
+
+
+def parse_case(phase: Phase, text: str) -> Case:
+    """``"4x2048"`` to so many sequences of so many tokens.
+
+    Raises:
+      InputError: if it is not two positive numbers.
+    """
+    batch, cross, length = text.partition("x")
+    if not (cross and batch.isdecimal() and length.isdecimal() and int(batch) and int(length)):
+        raise InputError(f"--{phase} {text}: expected sequences x tokens, such as 4x2048")
+    return Case(phase, int(batch), int(length))
+
+
+def run(
+    name: str,
+    hf: dict[str, Any],
+    schemes: Iterable[str | Scheme] = SCHEMES,
+    cases: Iterable[Case] | None = None,
+    *,
+    extra: float = 0.05,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Measures every scheme on every case.
+
+    Args:
+      name: of the model, for the result.
+      hf: its Hugging Face configuration.
+      schemes: presets or schemes; ratios are to "bf16", which is measured first if it is among them.
+      cases: by default those of :func:`default_cases`.
+      extra: share of extra channels of schemes that flatten.
+      report: called with every row of the result as it comes.
+
+    Returns:
+      ``device``, ``versions``, ``date``, ``ceilings`` and ``rows``, as the command's ``--json`` writes them, and ``skipped``:
+      what did not fit into the device's memory.
+    """
+    cases = default_cases() if cases is None else tuple(cases)
+    longest = hf.get("max_position_embeddings", 0) if "OPT" in hf["architectures"][0] else 0
+    for case in cases:
+        if longest and case.length + STEPS > longest:
+            raise InputError(f"--{case.phase} {case.batch}x{case.length}: the model has {longest} positions")
+    result = environment() | {"ceilings": ceilings(), "extra_channels": extra, "rows": [], "skipped": []}
+    plain: dict[Case, float] = {}
+    for scheme in sorted(map(resolve_scheme, schemes), key=lambda scheme: scheme.method != "none"):
+        gc.collect()
+        before = _bytes_in_use()
+        try:
+            model = random_model(hf, scheme, extra=extra)
+            jax.block_until_ready(nnx.state(model))
+        except jax.errors.JaxRuntimeError as error:
+            result["skipped"].append({"model": name, "scheme": scheme.name, "why": _first_line(error)})
+            continue
+        used = _bytes_in_use() - before or sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+        for case in cases:
+            row: dict[str, Any] = {"model": name, "scheme": scheme.name} | dataclasses.asdict(case)
+            try:
+                row |= measure(model, case)
+            except jax.errors.JaxRuntimeError as error:
+                result["skipped"].append(row | {"why": _first_line(error)})
+                continue
+            if scheme.method == "none":
+                plain[case] = row["milliseconds"]
+            row["device_bytes"] = used
+            row["ratio_to_bf16"] = plain[case] / row["milliseconds"] if case in plain else None
+            result["rows"].append(row)
+            report(row)
+        del model
+    return result
+
+
+def measure(model: Any, case: Case) -> dict[str, Any]:
+    """``milliseconds`` a prefill or a decoded token, tokens a second, the device's part, and seconds to compile."""
+    graphdef, state = nnx.split(model)
+    tokens = jax.random.randint(jax.random.key(7), (case.batch, case.length), 0, model.config.vocab_size)
+    if case.phase == "prefill":
+        capacity, steps, new, function = case.length, 1, case.batch * case.length, _prefill
+    else:
+        capacity, steps, new, function = case.length + STEPS, STEPS, case.batch, _decode
+        tokens = tokens[:, :1]
+    cache = model.make_cache(case.batch, capacity)
+    start = time.perf_counter()
+    compiled = function.lower(graphdef, state, tokens, cache, case.length).compile()
+    compiling = time.perf_counter() - start
+
+    def once() -> Any:
+        nonlocal cache
+        out, cache = compiled(state, tokens, cache)
+        return jax.block_until_ready(out)
+
+    once()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        once()
+        times.append(time.perf_counter() - start)
+    milliseconds = 1e3 * min(times) / steps
+    row: dict[str, Any] = {"milliseconds": milliseconds, "tokens_per_second": 1e3 * new / milliseconds}
+    if jax.default_backend() == "gpu":
+        row["device_milliseconds"] = sum(us for _, us in kernel_times(once)) / 1e3 / steps
+    return row | {"compile_seconds": compiling}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=3)
+def _prefill(graphdef: Any, state: Any, tokens: Any, cache: Any, length: int) -> tuple[Any, Any]:
+    counts = jnp.full(tokens.shape[0], length, jnp.int32)
+    return nnx.merge(graphdef, state).prefill(tokens, cache, counts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=3)
+def _decode(graphdef: Any, state: Any, tokens: Any, cache: Any, length: int) -> tuple[Any, Any]:
+    model = nnx.merge(graphdef, state)
+    ones = jnp.ones(tokens.shape[0], jnp.int32)
+
+    def step(_: Any, carry: Any) -> Any:
+        token, cache = carry
+        logits, cache = model.extend(token, cache, ones)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None], cache
+
+    begin = KeyValueCache(cache.layers, length * ones)
+    return jax.lax.fori_loop(0, STEPS, step, (tokens.astype(jnp.int32), begin))
+
+
+def _bytes_in_use() -> int:
+    """What the device's allocator has given out; 0 where it does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the result, to be read as it comes."""
+    ratio = f"{row['ratio_to_bf16']:5.2f} x bf16" if row["ratio_to_bf16"] else ""
+    device = f" ({row['device_milliseconds']:.3f} on the device)" if "device_milliseconds" in row else ""
+    shape = f"{row['batch']} x {row['length']}"
+    return (
+        f"{row['scheme']:26}{row['phase']:8}{shape:>10}  {row['milliseconds']:9.3f} ms{device}  "
+        f"{row['tokens_per_second']:9.4g} tokens/s  {row['device_bytes'] / 1e9:6.2f} GB  {ratio}"
+    )
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Where the rows were measured, and what did not fit there."""
+    lines = [describe(result)]
+    lines += [f"{skipped['scheme']} left out: {skipped['why']}" for skipped in result["skipped"]]
+    return "\n".join(lines)
+
+
+def markdown(results: Iterable[dict[str, Any]]) -> str:
+    """Results of several models as one page."""
+    lines = [
+        "# Whole models",
+        "",
+        "Written by `scripts/benchmark_model.py`. Milliseconds a prefill (sequences x tokens) or a decoded token (sequences",
+        "x tokens in the cache), of the clock on the wall; in brackets the speed-up over bfloat16 in the same run. Weights",
+        "are random. Bytes are what the device's allocator gave out for the model.",
+    ]
+    for result in results:
+        rows = result["rows"]
+        if not rows:
+            continue
+        cases = list(dict.fromkeys((row["phase"], row["batch"], row["length"]) for row in rows))
+        lines += ["", f"## {rows[0]['model']}", "", f"{describe(result)}.", ""]
+        lines.append("| scheme | GB | " + " | ".join(f"{p} {b} x {n}" for p, b, n in cases) + " |")
+        lines.append("|---|---:" + "|---:" * len(cases) + "|")
+        for scheme in dict.fromkeys(row["scheme"] for row in rows):
+            own = {(row["phase"], row["batch"], row["length"]): row for row in rows if row["scheme"] == scheme}
+            size = next(iter(own.values()))["device_bytes"] / 1e9
+            lines.append(f"| `{scheme}` | {size:.2f} | " + " | ".join(_cell(own.get(case)) for case in cases) + " |")
+        for skipped in result["skipped"]:
+            lines += ["", f"`{skipped['scheme']}` left out: {skipped['why']}"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    ratio = f" ({row['ratio_to_bf16']:.2f} x)" if row["ratio_to_bf16"] and row["scheme"] != PRESETS["bf16"].name else ""
+    return f"{row['milliseconds']:.2f}{ratio}"

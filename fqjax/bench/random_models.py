@@ -1,0 +1,174 @@
+"""Models of real size with random weights, made on the device in the format that they run in.
+
+What a model's time depends on is its shapes, formats and kernels, not what it says.  So nothing is quantized here: codes are
+drawn, from a normal distribution as those of models are (with few different values a GPU needs less power, and its clock
+stays higher), and scales are such that activations keep their size from layer to layer.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fqjax.core.codes import qmax
+from fqjax.core.flatten import PADDING, padded_width
+from fqjax.errors import InputError
+from fqjax.linear import LayerSummary, QuantizedLinear
+from fqjax.models import FAMILIES
+from fqjax.models.causal_lm import CausalLM
+from fqjax.qtensor import InputQuantizer, QTensor
+from fqjax.scheme import Scheme
+from fqjax.surgery import replace_modules, select_linears
+
+LLAMA_3: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "num_key_value_heads": 8,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-3-8b": LLAMA_3
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-3-70b": LLAMA_3
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "opt-30b": {
+        "architectures": ["OPTForCausalLM"],
+        "activation_function": "relu",
+        "vocab_size": 50272,
+        "hidden_size": 7168,
+        "ffn_dim": 28672,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 56,
+        "word_embed_proj_dim": 7168,
+        "max_position_embeddings": 2048,
+        "do_layer_norm_before": True,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "tie_word_embeddings": True,
+    },
+    "tiny": LLAMA_3
+    | {
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    },
+}
+"""Sizes of well-known models, by the name that ``fqjax bench model --model`` takes, and of one small enough for a CPU."""
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The Hugging Face configuration of that name in :data:`CONFIGS`, or in that file.
+
+    Raises:
+      InputError: if there is neither, or the file is no configuration of a family that fqjax has.
+    """
+    if name in CONFIGS:
+        return CONFIGS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"--model {name}: expected a config.json, or one of {', '.join(CONFIGS)}")
+    try:
+        hf = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: no JSON ({error})") from None
+    architecture = (hf.get("architectures") or [None])[0] if isinstance(hf, dict) else None
+    if architecture not in FAMILIES:
+        raise InputError(f"{path}: architecture {architecture!r}; expected one of {', '.join(FAMILIES)}")
+    return hf
+
+
+def random_model(hf: Mapping[str, Any], scheme: Scheme, *, extra: float = 0.0, seed: int = 0) -> CausalLM:
+    """A model in bfloat16 whose linear layers have the formats that a scheme gives them.
+
+    Args:
+      hf: a Hugging Face configuration.
+      scheme: with an ``int4_share``, layers get 4 bits in turns, as nearly in that share as may be.
+      extra: with the method "flattenquant", extra channels over channels, K'/K - 1.
+      seed: of the weights.
+    """
+    family = FAMILIES[hf["architectures"][0]]
+    config = family.config_from_hf(dict(hf))
+    skeleton = nnx.eval_shape(lambda: family.model(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    keys = map(functools.partial(jax.random.fold_in, jax.random.key(seed)), range(1 << 30))
+    layers, done, total = {}, 0, 0
+    if scheme.method != "none":
+        for name, linear in select_linears(skeleton).linears.items():
+            macs = linear.in_features * linear.out_features
+            bits = 4 if done < scheme.int4_share * (total + macs) else 8
+            done, total = done + macs * (bits == 4), total + macs
+            layers[name] = _layer(next(keys), linear, scheme, bits, extra, macs)
+    graphdef, state = nnx.split(replace_modules(skeleton, layers))
+
+    def fill(path: Any, leaf: Any) -> Any:
+        names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+        return leaf if isinstance(leaf, jax.Array) else _parameter(next(keys), names, leaf)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))
+
+
+def _layer(key: jax.Array, linear: nnx.Linear, scheme: Scheme, bits: int, extra: float, macs: int) -> QuantizedLinear:
+    k, n = linear.in_features, linear.out_features
+    grouped = scheme.method == "grouped"
+    used = round(extra * k) if scheme.method == "flattenquant" else 0
+    width = padded_width(k + used, bits)
+    x_bits = scheme.int4_activation_bits if bits == 4 else 8
+    codes, group_scale, unit = _codes(
+        key, n, width, bits, scheme.group_size if grouped else 0, scheme.scales if grouped else "float"
+    )
+    scale = jnp.full((n,) if grouped or scheme.weight_scales == "channel" else (), unit / np.sqrt(k), jnp.float32)
+    weight = QTensor.from_codes(codes, scale, bits, group_scale, folded=grouped and scheme.scales == "folded")
+    token = grouped or x_bits == 16
+    x_scale = 4 / qmax(x_bits) if not token else 1.0  # Static scales reach to 4 standard deviations.
+    index = np.arange(width - k)
+    quantizer = InputQuantizer(
+        multiplier=jnp.full(k, 1 / x_scale, jnp.float32),
+        source=jnp.asarray(index * k // max(used, 1) % k, jnp.int32),
+        part=jnp.asarray(np.where(index < used, 1, PADDING), jnp.int32),
+        scale=None if token else jnp.float32(x_scale),
+        bits=x_bits,
+        used=used,
+    )
+    summary = LayerSummary(scheme=scheme, relative_error=0.0, accumulator_bound=0, macs=macs)
+    bias = jnp.zeros(n, jnp.bfloat16) if linear.bias is not None else None
+    return QuantizedLinear(weight, quantizer, bias, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, summary=summary)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _codes(key: jax.Array, n: int, width: int, bits: int, group: int, scales: str) -> tuple[Any, Any, float]:
+    """Codes (n, width), scales of their groups if there are any, and about what makes the products' deviation 1."""
+    spread = {4: 3.0, 8: 32.0}[bits]
+    codes = jnp.clip(jnp.round(jax.random.normal(key, (n, width), jnp.bfloat16) * spread), -qmax(bits), qmax(bits))
+    if not group:
+        return codes.astype(jnp.int8), None, 1 / spread
+    low, high = {"float": (512, 1024), "integer": (512, 1024), "folded": (8, 16)}[scales]
+    factors = jax.random.randint(key, (width // group, n), low, high)
+    kind = jnp.float32 if scales == "float" else jnp.int16
+    return codes.astype(jnp.int8), factors.astype(kind), 4 / (3 * spread * low)
+
+
+def _parameter(key: jax.Array, names: list[str], leaf: Any) -> jax.Array:
+    """An embedding, a weight left in floating point, a norm's weight or a bias."""
+    if "bias" in names:
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    if len(leaf.shape) < 2:
+        return jnp.ones(leaf.shape, leaf.dtype)
+    return _normal(key, leaf.shape, leaf.dtype, 1.0 if "embedding" in names else leaf.shape[0] ** -0.5)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, size: float) -> jax.Array:
+    return (jax.random.normal(key, shape, jnp.bfloat16) * size).astype(dtype)

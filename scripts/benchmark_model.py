@@ -1,0 +1,47 @@
+"""Times whole models with random weights, every scheme beside bfloat16, and writes the result as JSON and as a table.
+
+Examples:
+    python scripts/benchmark_model.py                                               # Llama-3-8B on a GPU
+    python scripts/benchmark_model.py --model opt-30b --schemes bf16 flattenquant --prefill 8x1024 --decode
+
+The same as ``fqjax bench model``, with the table written beside the JSON, where results of other models are kept.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+
+from fqjax.bench import model as bench
+from fqjax.bench.random_models import read_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3-8b" if jax.default_backend() == "gpu" else "tiny")
+    parser.add_argument("--schemes", nargs="*", default=bench.SCHEMES)
+    parser.add_argument("--prefill", nargs="*", metavar="BxT")
+    parser.add_argument("--decode", nargs="*", metavar="BxT")
+    parser.add_argument("--extra", type=float, default=0.05, help="share of extra channels of schemes that flatten")
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/models"), help="written with .json and .md")
+    a = parser.parse_args()
+    cases = None
+    if a.prefill is not None or a.decode is not None:
+        cases = [bench.parse_case("prefill", text) for text in a.prefill or ()]
+        cases += [bench.parse_case("decode", text) for text in a.decode or ()]
+    hf = read_config(a.model)
+    result = bench.run(
+        a.model, hf, a.schemes, cases, extra=a.extra, report=lambda row: print(bench.line(row), flush=True)
+    )
+    record = a.out.with_suffix(".json")
+    results = json.loads(record.read_text()) if record.is_file() else {}
+    results[a.model] = result
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(results, indent=1) + "\n")
+    a.out.with_suffix(".md").write_text(bench.markdown(results.values()))
+    print(f"wrote {record} and {a.out}.md")
+
+
+if __name__ == "__main__":
+    main()

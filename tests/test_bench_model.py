@@ -1,0 +1,127 @@
+"""Models with random weights in every format, and their times."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import fqjax
+from fqjax.bench import model as bench
+from fqjax.bench.random_models import CONFIGS, random_model, read_config
+from fqjax.cli import main
+from fqjax.errors import InputError
+from fqjax.report import quantized_layers
+
+OPT = CONFIGS["opt-30b"] | {
+    "hidden_size": 128,
+    "ffn_dim": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 128,
+    "vocab_size": 512,
+}
+
+
+@pytest.mark.parametrize("scheme", bench.SCHEMES)
+@pytest.mark.parametrize("hf", [CONFIGS["tiny"], OPT], ids=["llama", "opt"])
+def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
+    scheme = fqjax.PRESETS[scheme]
+    model = random_model(hf, scheme, extra=0.1)
+    layers = quantized_layers(model)
+    assert bool(layers) == (scheme.method != "none")
+    macs = sum(layer.summary.macs for layer in layers.values())
+    share = sum(layer.summary.macs for layer in layers.values() if layer.bits == 4) / max(macs, 1)
+    assert scheme.int4_share <= share <= min(1.0, scheme.int4_share + 0.2) or not layers
+    for layer in layers.values():
+        weight, quantizer = layer.weight.get_value(), layer.input.get_value()
+        assert (weight.format.group_size, weight.format.folded) == (
+            (128, scheme.scales == "folded") if scheme.method == "grouped" else (0, False)
+        )
+        assert (quantizer.scale is None) == (scheme.method == "grouped")
+        assert quantizer.used == (round(0.1 * quantizer.multiplier.size) if scheme.method == "flattenquant" else 0)
+    logits = model(jnp.arange(12).reshape(1, 12))
+    assert bool(jnp.isfinite(logits).all()) and 0.01 < float(jnp.std(logits)) < 100
+
+
+def test_activations_use_the_codes(monkeypatch):
+    model = random_model(CONFIGS["tiny"], fqjax.PRESETS["flattenquant-w8a8"])
+    seen = []
+    kind = type(next(iter(quantized_layers(model).values())).input.get_value())
+    call = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, x: seen.append(call(self, x)) or seen[-1])
+    model(jax.random.randint(jax.random.key(0), (1, 64), 0, 2048))
+    spreads = [float(jnp.std(codes.astype(jnp.float32))) for codes, _ in seen]
+    assert len(spreads) == 8 and all(2 < spread < 90 for spread in spreads), spreads
+
+
+def test_rows_and_ratios():
+    result = bench.run(
+        "tiny", CONFIGS["tiny"], ("w4a8", "bf16"), (bench.Case("prefill", 2, 16), bench.Case("decode", 2, 16))
+    )
+    rows = {(row["scheme"], row["phase"]): row for row in result["rows"]}
+    assert list(rows) == [(s, p) for s in ("bf16", "w4a8") for p in ("prefill", "decode")]
+    for (_, phase), row in rows.items():
+        assert row["tokens_per_second"] == pytest.approx(
+            1e3 * 2 * (16 if phase == "prefill" else 1) / row["milliseconds"]
+        )
+        assert row["ratio_to_bf16"] == rows["bf16", phase]["milliseconds"] / row["milliseconds"]
+    assert rows["w4a8", "decode"]["device_bytes"] < rows["bf16", "decode"]["device_bytes"]
+    page = bench.markdown([result])
+    assert "| `w4a8` |" in page and "decode 2 x 16" in page
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+
+    monkeypatch.setattr(bench, "random_model", full)
+    result = bench.run("tiny", CONFIGS["tiny"], ("bf16",))
+    assert result["rows"] == [] and result["skipped"][0]["why"] == "RESOURCE_EXHAUSTED: Out of memory"
+    assert "bf16 left out" in bench.summary(result)
+
+
+def test_decoding_reads_a_full_cache():
+    model = random_model(CONFIGS["tiny"], fqjax.PRESETS["bf16"])
+    graphdef, state = nnx.split(model)
+    cache = model.make_cache(2, 16 + bench.STEPS)
+    _, cache = bench._decode(graphdef, state, jnp.zeros((2, 1), jnp.int32), cache, 16)
+    assert cache.lengths.tolist() == [16 + bench.STEPS] * 2
+
+
+def test_the_command(tmp_path, capsys):
+    arguments = ["bench", "model", "--scheme", "bf16", "--prefill", "1x8", "--json", str(tmp_path / "out.json")]
+    assert main(arguments) == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    wanted = {"model", "scheme", "phase", "batch", "length", "milliseconds", "tokens_per_second", "device_bytes"}
+    assert wanted | {"ratio_to_bf16", "compile_seconds"} == set(row)
+    assert (row["model"], row["batch"], row["length"], row["ratio_to_bf16"]) == ("tiny", 1, 8, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["models"], "there is no benchmark 'models'"),
+        (["model", "--shape", "64x256"], "--shape is an option of bench kernels"),
+        (["kernels", "--scheme", "bf16"], "--scheme is an option of bench model"),
+        (["model", "--model", "gpt-9"], "--model gpt-9: expected a config.json, or one of llama-3-8b"),
+        (["model", "--prefill", "8"], "--prefill 8: expected sequences x tokens"),
+        (["model", "--decode", "0x8"], "--decode 0x8: expected sequences x tokens"),
+        (["model", "--scheme", "w2a2"], "unknown scheme 'w2a2'"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_configurations_that_are_none(tmp_path):
+    file = tmp_path / "config.json"
+    for text, message in (("{", "no JSON"), ("{}", "architecture None"), ("[]", "architecture None")):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_config(str(file))
+    with pytest.raises(InputError, match="the model has 2048 positions"):
+        bench.run("opt", OPT, ("bf16",), (bench.Case("decode", 1, 2048),))
