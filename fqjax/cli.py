@@ -254,7 +254,7 @@ def _bench_model(
     import jax
 
     from fqjax.bench.model import SCHEMES, line, parse_case, run, summary
-    from fqjax.bench.random_models import read_config
+    from fqjax.bench.random_models import architecture
 
     name = model or ("llama-3-8b" if jax.default_backend() == "gpu" else "tiny")
     cases = [parse_case("prefill", text) for text in prefill or ()] + [
@@ -263,7 +263,7 @@ def _bench_model(
     chosen = [resolve_scheme(scheme) for scheme in schemes or SCHEMES]
     result = run(
         name,
-        read_config(name),
+        architecture(name),
         chosen,
         cases or None,
         report=lambda row: console.print(line(row), highlight=False, soft_wrap=True),

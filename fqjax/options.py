@@ -92,10 +92,13 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *,
 def _bytes(linear: nnx.Linear, grid: Grid, width: int) -> int:
     """Of the layer made of a grid: codes, scales, what quantizing and flattening its input needs, bias."""
     codes = linear.out_features * width * grid.bits // 8
-    groups = 0 if grid.group_scale is None else linear.out_features * width // grid.group_size
-    floats = grid.smoothing.size + grid.w_scale.size + groups + (0 if grid.x_scale is None else 1)
+    groups = 0
+    if grid.group_scale is not None:
+        each = 2 if jnp.issubdtype(grid.group_scale.dtype, jnp.integer) else 4
+        groups = linear.out_features * width // grid.group_size * each
+    floats = grid.smoothing.size + grid.w_scale.size + (0 if grid.x_scale is None else 1)
     extra = 2 * (width - linear.in_features)  # The source and the part of every channel that was added.
-    return codes + 4 * (floats + extra) + (0 if linear.bias is None else linear.bias[...].nbytes)
+    return codes + groups + 4 * (floats + extra) + (0 if linear.bias is None else linear.bias[...].nbytes)
 
 
 class _Measured(NamedTuple):

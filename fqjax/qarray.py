@@ -15,9 +15,7 @@ import numpy as np
 from fqjax.core.flatten import padded_width
 from fqjax.errors import InputError
 from fqjax.linear import QuantizedLinear
-from fqjax.qtensor import QTensor
-
-LARGEST_GROUP = 128
+from fqjax.qtensor import LARGEST_GROUP, QTensor
 
 
 def to_qwix(layer: QuantizedLinear) -> Any:

@@ -16,6 +16,9 @@ from pallas_kernels import pack_int4, quantize_activations, quantize_per_token, 
 
 Granularity = Literal["tensor", "channel", "group"]
 
+LARGEST_GROUP = 128
+"""Input channels of a group at most; the size of every group divides it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QFormat:
@@ -45,8 +48,12 @@ class QFormat:
             raise ValueError("QFormat: only 4-bit codes are packed")
         if self.granularity not in ("tensor", "channel", "group"):
             raise ValueError(f"QFormat: granularity must be 'tensor', 'channel' or 'group', got {self.granularity!r}")
-        if (self.granularity == "group") != (self.group_size > 0) or (self.group_size and 128 % self.group_size):
-            raise ValueError(f"QFormat: group_size must divide 128, and is 0 without groups; got {self.group_size}")
+        if (self.granularity == "group") != (self.group_size > 0) or (
+            self.group_size and LARGEST_GROUP % self.group_size
+        ):
+            raise ValueError(
+                f"QFormat: group_size must divide {LARGEST_GROUP}, and is 0 without groups; got {self.group_size}"
+            )
         if self.integer_scales and not self.group_size:
             raise ValueError("QFormat: only scales of groups are integers")
         if self.folded and not self.integer_scales:

@@ -254,8 +254,6 @@ def _expand_weight(wide: WideLinear, source: Int32[Array, " e"], part: Int32[Arr
     codes = jnp.pad(wide.w_codes.astype(jnp.int8), ((0, 0), (0, len(source))))
     missing = codes.shape[1] // wide.group_size - len(wide.group_scale)
     groups = jnp.pad(wide.group_scale, ((0, missing), (0, 0)), constant_values=1)
-    folded = jnp.issubdtype(
-        groups.dtype, jnp.integer
-    )  # A method makes no other integer scales; these are from 1 to 15.
-    groups = groups.astype(jnp.int16) if folded else groups
+    folded = jnp.issubdtype(groups.dtype, jnp.integer)  # A method makes no other integer scales.
+    groups = groups.astype(jnp.int16) if folded else groups  # They are from 1 to 15.
     return QTensor.from_codes(codes, wide.w_scale, wide.bits, groups, folded=folded)

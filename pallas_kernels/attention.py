@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from pallas_kernels.dispatch import say
+from pallas_kernels.dispatch import capability, say
 
 BLOCK = 64
 """Positions that a program reads at once."""
@@ -91,7 +91,7 @@ def decode_attention(
     xla = functools.partial(reference, **kinds)
     if implementation == "xla":
         return xla(*operands)
-    reason = NO_GPU if not _has_gpu() else cannot_use(q, keys, values)
+    reason = NO_GPU if capability() < (8, 0) else cannot_use(q, keys, values)
     if reason and implementation == "triton":
         raise NotImplementedError(
             f"decode_attention: implementation 'triton' cannot take q {q.shape} {q.dtype}: {reason}"
@@ -121,15 +121,6 @@ def reference(
 
 
 NO_GPU = "it needs an NVIDIA GPU of compute capability 8.0 or more"
-
-
-@functools.cache
-def _has_gpu() -> bool:
-    try:
-        major = jax.devices("cuda")[0].compute_capability.split(".")[0]
-    except (RuntimeError, AttributeError):
-        return False
-    return int(major) >= 8
 
 
 @functools.cache

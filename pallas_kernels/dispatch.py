@@ -19,13 +19,19 @@ log = logging.getLogger("pallas_kernels")
 
 
 @functools.cache
+def capability() -> tuple[int, int]:
+    """Compute capability of this process's NVIDIA GPU; (0, 0) if it has none."""
+    try:
+        major, minor = jax.devices("cuda")[0].compute_capability.split(".")
+    except (RuntimeError, AttributeError):
+        return 0, 0
+    return int(major), int(minor)
+
+
+@functools.cache
 def hopper_device() -> str | None:
     """The name of this process's Hopper GPU; None if it has none."""
-    try:
-        device = jax.devices("cuda")[0]
-    except RuntimeError:
-        return None
-    return device.device_kind if getattr(device, "compute_capability", "") == "9.0" else None
+    return jax.devices("cuda")[0].device_kind if capability() == (9, 0) else None
 
 
 def problem(

@@ -20,10 +20,11 @@ from pallas_kernels.hopper.problem import Problem
 
 Config = GemmConfig | DecodeConfig
 WEIGHT_ONLY_ROWS = 2048
-"""From so many rows on XLA, which dequantizes first, multiplies faster than the kernel for weights alone."""
+"""From so many rows on XLA, which dequantizes first, multiplies faster than the kernel for weights alone: between 1024, where
+it does not, and 4096 rows by what ``scripts/tune_kernels.py`` printed on an H100 in November 2026."""
 MULTIPROCESSORS = 132
 STAGES = (12, 8, 5)
-"""Slots of the ring of the kernel for few rows that are tried: more than enough in flight makes memory slower."""
+"""Slots of the ring of the kernel for few rows that are tried: on an H100, 12 were often slower than 8."""
 
 
 def choose(p: Problem, device: str) -> Config | None:
@@ -78,15 +79,16 @@ def candidates(p: Problem) -> list[Config]:
         for warpgroups, tokens in EFFICIENCY:
             for cluster in (1, 2):
                 found.append(GemmConfig(tokens=tokens, warpgroups=warpgroups, cluster=cluster))
-    unlike = {different(p, config): config for config in reversed(found) if fits(p, config)}
-    return [config for config in found if unlike.get(different(p, config)) is config]
+    unlike: dict[Config, Config] = {}
+    for config in found:
+        if fits(p, config):
+            unlike.setdefault(_with_its_ring(p, config), config)
+    return list(unlike.values())
 
 
-def different(p: Problem, config: Config) -> Config:
-    """The configuration with the ring that it leads to, which tells kernels apart; itself if it cannot be built."""
-    if not isinstance(config, DecodeConfig) or not fits(p, config):
-        return config
-    return dataclasses.replace(config, stages=decode.slots(p, config))
+def _with_its_ring(p: Problem, config: Config) -> Config:
+    """The configuration with as many slots as its kernel has: where these are the same, the kernel is."""
+    return dataclasses.replace(config, stages=decode.slots(p, config)) if isinstance(config, DecodeConfig) else config
 
 
 def build(p: Problem, config: Config) -> Any:

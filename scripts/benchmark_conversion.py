@@ -23,23 +23,8 @@ from flax import nnx
 
 import fqjax
 from fqjax.bench.environment import describe, environment
+from fqjax.bench.random_models import CONFIGS
 from fqjax.models.llama import Llama, config_from_hf
-
-LLAMA_3_8B = {
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 128000,
-}
-
 
 LAYERS = 4
 """Linear layers of a block."""
@@ -103,7 +88,7 @@ def main() -> None:
         "--out", type=Path, default=Path("docs/benchmarks/conversion"), help="written with .json and .md"
     )
     a = parser.parse_args()
-    hf = json.loads(a.config.read_text()) if a.config else LLAMA_3_8B
+    hf = json.loads(a.config.read_text()) if a.config else CONFIGS["llama-3-8b"]
     name, whole = (str(a.config.parent.name) if a.config else "Llama-3-8B"), hf["num_hidden_layers"]
     few, more = sorted(a.blocks)
     model, batches = setup(hf, few, a.samples, a.window)

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from fqjax.bench import model as bench
-from fqjax.bench.random_models import read_config
+from fqjax.bench.random_models import architecture
 
 
 def main() -> None:
@@ -30,9 +30,13 @@ def main() -> None:
     if a.prefill is not None or a.decode is not None:
         cases = [bench.parse_case("prefill", text) for text in a.prefill or ()]
         cases += [bench.parse_case("decode", text) for text in a.decode or ()]
-    hf = read_config(a.model)
     result = bench.run(
-        a.model, hf, a.schemes, cases, extra=a.extra, report=lambda row: print(bench.line(row), flush=True)
+        a.model,
+        architecture(a.model),
+        a.schemes,
+        cases,
+        extra=a.extra,
+        report=lambda row: print(bench.line(row), flush=True),
     )
     record = a.out.with_suffix(".json")
     results = json.loads(record.read_text()) if record.is_file() else {}

@@ -5,15 +5,16 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 import fqjax
 from fqjax.bench import model as bench
-from fqjax.bench.random_models import CONFIGS, random_model, read_config
+from fqjax.bench.random_models import CONFIGS, architecture, described, random_model
 from fqjax.cli import main
 from fqjax.errors import InputError
 from fqjax.report import quantized_layers
+from tests.models import variants
 
+TINY = architecture("tiny")
 OPT = CONFIGS["opt-30b"] | {
     "hidden_size": 128,
     "ffn_dim": 256,
@@ -28,7 +29,7 @@ OPT = CONFIGS["opt-30b"] | {
 @pytest.mark.parametrize("hf", [CONFIGS["tiny"], OPT], ids=["llama", "opt"])
 def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
     scheme = fqjax.PRESETS[scheme]
-    model = random_model(hf, scheme, extra=0.1)
+    model = random_model(*described(hf), scheme, extra=0.1)
     layers = quantized_layers(model)
     assert bool(layers) == (scheme.method != "none")
     macs = sum(layer.summary.macs for layer in layers.values())
@@ -46,7 +47,7 @@ def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
 
 
 def test_activations_use_the_codes(monkeypatch):
-    model = random_model(CONFIGS["tiny"], fqjax.PRESETS["flattenquant-w8a8"])
+    model = random_model(*TINY, fqjax.PRESETS["flattenquant-w8a8"])
     seen = []
     kind = type(next(iter(quantized_layers(model).values())).input.get_value())
     call = kind.__call__
@@ -57,9 +58,7 @@ def test_activations_use_the_codes(monkeypatch):
 
 
 def test_rows_and_ratios():
-    result = bench.run(
-        "tiny", CONFIGS["tiny"], ("w4a8", "bf16"), (bench.Case("prefill", 2, 16), bench.Case("decode", 2, 16))
-    )
+    result = bench.run("tiny", TINY, ("w4a8", "bf16"), (bench.Case("prefill", 2, 16), bench.Case("decode", 2, 16)))
     rows = {(row["scheme"], row["phase"]): row for row in result["rows"]}
     assert list(rows) == [(s, p) for s in ("bf16", "w4a8") for p in ("prefill", "decode")]
     for (_, phase), row in rows.items():
@@ -77,20 +76,27 @@ def test_what_does_not_fit_is_left_out(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
 
     monkeypatch.setattr(bench, "random_model", full)
-    result = bench.run("tiny", CONFIGS["tiny"], ("bf16",))
+    result = bench.run("tiny", TINY, ("bf16",))
     assert result["rows"] == [] and result["skipped"][0]["why"] == "RESOURCE_EXHAUSTED: Out of memory"
     assert "bf16 left out" in bench.summary(result)
 
 
-def test_decoding_reads_a_full_cache():
-    model = random_model(CONFIGS["tiny"], fqjax.PRESETS["bf16"])
-    graphdef, state = nnx.split(model)
-    cache = model.make_cache(2, 16 + bench.STEPS)
-    _, cache = bench._decode(graphdef, state, jnp.zeros((2, 1), jnp.int32), cache, 16)
-    assert cache.lengths.tolist() == [16 + bench.STEPS] * 2
+def test_decoding_begins_behind_a_full_cache(monkeypatch):
+    model, seen = random_model(*TINY, fqjax.PRESETS["bf16"]), []
+    extend = type(model).extend
+
+    def noted(self, tokens, cache, counts):
+        jax.debug.callback(lambda lengths: seen.append(lengths.tolist()), cache.lengths)
+        return extend(self, tokens, cache, counts)
+
+    monkeypatch.setattr(type(model), "extend", noted)
+    bench.decode.clear_cache()
+    bench.measure(model, bench.Case("decode", 2, 16))
+    assert len(seen) == bench.STEPS * (bench.REPEATS + 1)
+    assert sorted(set(map(tuple, seen))) == [(16 + i, 16 + i) for i in range(bench.STEPS)]
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path):
     arguments = ["bench", "model", "--scheme", "bf16", "--prefill", "1x8", "--json", str(tmp_path / "out.json")]
     assert main(arguments) == 0
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
@@ -119,9 +125,19 @@ def test_bad_arguments(arguments, message, capsys):
 
 def test_configurations_that_are_none(tmp_path):
     file = tmp_path / "config.json"
-    for text, message in (("{", "no JSON"), ("{}", "architecture None"), ("[]", "architecture None")):
+    for text, message in (
+        ("{", "config.json"),
+        ("{}", "architecture unknown"),
+        ("[]", "expected a JSON|no JSON|not a"),
+    ):
         file.write_text(text)
         with pytest.raises(InputError, match=message):
-            read_config(str(file))
+            architecture(str(file))
     with pytest.raises(InputError, match="the model has 2048 positions"):
-        bench.run("opt", OPT, ("bf16",), (bench.Case("decode", 1, 2048),))
+        bench.run("opt", described(OPT), ("bf16",), (bench.Case("decode", 1, 2048),))
+
+
+def test_a_configuration_in_a_file(tmp_path):
+    model = variants.write_checkpoint(tmp_path, variants.VARIANTS["llama-grouped"])
+    name, config = architecture(str(model / "config.json"))
+    assert name == "LlamaForCausalLM" and config.vocab_size == variants.VARIANTS["llama-grouped"]["vocab_size"]

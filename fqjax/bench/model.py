@@ -1,9 +1,9 @@
 """Times of whole models: taking up prompts and decoding, every scheme beside bfloat16 in one run.
 
 Weights are random (:mod:`fqjax.bench.random_models`).  A prefill fills an empty cache and gives the logits of the last token;
-decoding is a loop of :data:`STEPS` tokens in one program, over a cache that holds ``length`` tokens, each token the most
-likely one.  Times are those of the clock on the wall, the least of several; ``device_milliseconds`` are those of the GPU's
-kernels alone (CUPTI), so that what lies between is the host's.
+decoding is the loop of :func:`fqjax.generate`, :data:`STEPS` tokens in one program, over a cache that holds ``length``
+tokens, each token the most likely one.  Times are those of the clock on the wall, the least of several;
+``device_milliseconds`` are those of the GPU's kernels alone (CUPTI), so that what lies between is the host's.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from fqjax.bench.environment import describe, environment
 from fqjax.bench.kernels import ceilings
 from fqjax.bench.random_models import random_model
 from fqjax.errors import InputError
+from fqjax.inference.generate import decode, prefill
 from fqjax.models.cache import KeyValueCache
 from fqjax.scheme import PRESETS, Scheme, resolve_scheme
 from pallas_kernels.timing import kernel_times
@@ -78,7 +79,7 @@ def parse_case(phase: Phase, text: str) -> Case:
 
 def run(
     name: str,
-    hf: dict[str, Any],
+    architecture: tuple[str, Any],
     schemes: Iterable[str | Scheme] = SCHEMES,
     cases: Iterable[Case] | None = None,
     *,
@@ -89,7 +90,7 @@ def run(
 
     Args:
       name: of the model, for the result.
-      hf: its Hugging Face configuration.
+      architecture: its name and configuration (:func:`fqjax.bench.random_models.architecture`).
       schemes: presets or schemes; ratios are to "bf16", which is measured first if it is among them.
       cases: by default those of :func:`default_cases`.
       extra: share of extra channels of schemes that flatten.
@@ -100,9 +101,9 @@ def run(
       what did not fit into the device's memory.
     """
     cases = default_cases() if cases is None else tuple(cases)
-    longest = hf.get("max_position_embeddings", 0) if "OPT" in hf["architectures"][0] else 0
+    longest = architecture[1].max_length
     for case in cases:
-        if longest and case.length + STEPS > longest:
+        if longest is not None and case.length + STEPS > longest:
             raise InputError(f"--{case.phase} {case.batch}x{case.length}: the model has {longest} positions")
     result = environment() | {"ceilings": ceilings(), "extra_channels": extra, "rows": [], "skipped": []}
     plain: dict[Case, float] = {}
@@ -110,7 +111,7 @@ def run(
         gc.collect()
         before = _bytes_in_use()
         try:
-            model = random_model(hf, scheme, extra=extra)
+            model = random_model(*architecture, scheme, extra=extra)
             jax.block_until_ready(nnx.state(model))
         except jax.errors.JaxRuntimeError as error:
             result["skipped"].append({"model": name, "scheme": scheme.name, "why": _first_line(error)})
@@ -136,53 +137,36 @@ def run(
 def measure(model: Any, case: Case) -> dict[str, Any]:
     """``milliseconds`` a prefill or a decoded token, tokens a second, the device's part, and seconds to compile."""
     graphdef, state = nnx.split(model)
-    tokens = jax.random.randint(jax.random.key(7), (case.batch, case.length), 0, model.config.vocab_size)
+    vocabulary, key = model.config.vocab_size, jax.random.key(7)
     if case.phase == "prefill":
-        capacity, steps, new, function = case.length, 1, case.batch * case.length, _prefill
+        cache, steps = model.make_cache(case.batch, case.length), 1
+        tokens = jax.random.randint(key, (case.batch, case.length), 0, vocabulary)
+        before, behind = (tokens,), (jnp.full(case.batch, case.length, jnp.int32),)
+        lower = functools.partial(prefill.lower, graphdef, state, *before, cache, *behind)
     else:
-        capacity, steps, new, function = case.length + STEPS, STEPS, case.batch, _decode
-        tokens = tokens[:, :1]
-    cache = model.make_cache(case.batch, capacity)
+        cache, steps = model.make_cache(case.batch, case.length + STEPS), STEPS
+        before, behind = (), (jax.random.normal(key, (case.batch, vocabulary)), None, None)
+        lower = functools.partial(decode.lower, graphdef, state, cache, *behind, STEPS + 1, ())  # The logits give one.
     start = time.perf_counter()
-    compiled = function.lower(graphdef, state, tokens, cache, case.length).compile()
+    compiled = lower().compile()
     compiling = time.perf_counter() - start
 
-    def once() -> Any:
+    def once() -> float:
+        """Seconds of one call, from the same lengths each time."""
         nonlocal cache
-        out, cache = compiled(state, tokens, cache)
-        return jax.block_until_ready(out)
+        held = jnp.full(case.batch, case.length if case.phase == "decode" else 0, jnp.int32)
+        cache = jax.block_until_ready(KeyValueCache(cache.layers, held))
+        start = time.perf_counter()
+        _, cache = jax.block_until_ready(compiled(state, *before, cache, *behind))
+        return time.perf_counter() - start
 
     once()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        once()
-        times.append(time.perf_counter() - start)
-    milliseconds = 1e3 * min(times) / steps
+    milliseconds = 1e3 * min(once() for _ in range(REPEATS)) / steps
+    new = case.batch * (case.length if case.phase == "prefill" else 1)
     row: dict[str, Any] = {"milliseconds": milliseconds, "tokens_per_second": 1e3 * new / milliseconds}
     if jax.default_backend() == "gpu":
         row["device_milliseconds"] = sum(us for _, us in kernel_times(once)) / 1e3 / steps
     return row | {"compile_seconds": compiling}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=3)
-def _prefill(graphdef: Any, state: Any, tokens: Any, cache: Any, length: int) -> tuple[Any, Any]:
-    counts = jnp.full(tokens.shape[0], length, jnp.int32)
-    return nnx.merge(graphdef, state).prefill(tokens, cache, counts)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=3)
-def _decode(graphdef: Any, state: Any, tokens: Any, cache: Any, length: int) -> tuple[Any, Any]:
-    model = nnx.merge(graphdef, state)
-    ones = jnp.ones(tokens.shape[0], jnp.int32)
-
-    def step(_: Any, carry: Any) -> Any:
-        token, cache = carry
-        logits, cache = model.extend(token, cache, ones)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None], cache
-
-    begin = KeyValueCache(cache.layers, length * ones)
-    return jax.lax.fori_loop(0, STEPS, step, (tokens.astype(jnp.int32), begin))
 
 
 def _bytes_in_use() -> int:

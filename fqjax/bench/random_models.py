@@ -6,7 +6,6 @@ stays higher), and scales are such that activations keep their size from layer t
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fqjax.checkpoint.hugging_face import abstract_model, read_architecture
 from fqjax.core.codes import qmax
 from fqjax.core.flatten import PADDING, padded_width
 from fqjax.errors import InputError
@@ -35,6 +35,7 @@ LLAMA_3: dict[str, Any] = {
     "rope_theta": 500000.0,
     "tie_word_embeddings": False,
     "num_key_value_heads": 8,
+    "bos_token_id": 128000,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3-8b": LLAMA_3
@@ -65,52 +66,51 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
+        "bos_token_id": 1,
     },
 }
 """Sizes of well-known models, by the name that ``fqjax bench model --model`` takes, and of one small enough for a CPU."""
 
 
-def read_config(name: str) -> dict[str, Any]:
-    """The Hugging Face configuration of that name in :data:`CONFIGS`, or in that file.
+def architecture(name: str) -> tuple[str, Any]:
+    """Name and configuration of the architecture of that name in :data:`CONFIGS`, or in that ``config.json``.
 
     Raises:
       InputError: if there is neither, or the file is no configuration of a family that fqjax has.
     """
     if name in CONFIGS:
-        return CONFIGS[name]
+        return described(CONFIGS[name])
     path = Path(name)
-    if not path.is_file():
+    if path.name != "config.json" or not path.is_file():
         raise InputError(f"--model {name}: expected a config.json, or one of {', '.join(CONFIGS)}")
-    try:
-        hf = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: no JSON ({error})") from None
-    architecture = (hf.get("architectures") or [None])[0] if isinstance(hf, dict) else None
-    if architecture not in FAMILIES:
-        raise InputError(f"{path}: architecture {architecture!r}; expected one of {', '.join(FAMILIES)}")
-    return hf
+    return read_architecture(path.parent)
 
 
-def random_model(hf: Mapping[str, Any], scheme: Scheme, *, extra: float = 0.0, seed: int = 0) -> CausalLM:
+def described(hf: Mapping[str, Any]) -> tuple[str, Any]:
+    """Name and configuration of the architecture that a complete Hugging Face configuration describes."""
+    (name,) = hf["architectures"]
+    return name, FAMILIES[name].config_from_hf(dict(hf))
+
+
+def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, seed: int = 0) -> CausalLM:
     """A model in bfloat16 whose linear layers have the formats that a scheme gives them.
 
     Args:
-      hf: a Hugging Face configuration.
+      name: of the architecture, one of :data:`fqjax.models.FAMILIES`.
+      config: its configuration.
       scheme: with an ``int4_share``, layers get 4 bits in turns, as nearly in that share as may be.
       extra: with the method "flattenquant", extra channels over channels, K'/K - 1.
       seed: of the weights.
     """
-    family = FAMILIES[hf["architectures"][0]]
-    config = family.config_from_hf(dict(hf))
-    skeleton = nnx.eval_shape(lambda: family.model(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    skeleton = abstract_model(name, config, jnp.bfloat16)
     keys = map(functools.partial(jax.random.fold_in, jax.random.key(seed)), range(1 << 30))
     layers, done, total = {}, 0, 0
     if scheme.method != "none":
-        for name, linear in select_linears(skeleton).linears.items():
+        for layer, linear in select_linears(skeleton).linears.items():
             macs = linear.in_features * linear.out_features
             bits = 4 if done < scheme.int4_share * (total + macs) else 8
             done, total = done + macs * (bits == 4), total + macs
-            layers[name] = _layer(next(keys), linear, scheme, bits, extra, macs)
+            layers[layer] = _layer(next(keys), linear, scheme, bits, extra, macs)
     graphdef, state = nnx.split(replace_modules(skeleton, layers))
 
     def fill(path: Any, leaf: Any) -> Any:

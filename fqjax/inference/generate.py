@@ -16,7 +16,7 @@ from jaxtyping import Array, Float32, Int32
 
 from fqjax.errors import InputError
 from fqjax.evaluate import check_takes, check_tokens
-from fqjax.inference.sampling import sample
+from fqjax.inference.sampling import is_end, sample
 from fqjax.models.cache import Kind, dtype_of
 
 BUCKET = 64
@@ -83,7 +83,7 @@ def generate(
     cache = empty_cache(model, len(prompts), tokens.shape[1] + max_new_tokens, kv_cache)
     graphdef, state = nnx.split(model)
     logits, cache = _take_up(graphdef, state, tokens, counts, cache, prefill_chunk)
-    new, _ = _decode(graphdef, state, cache, logits, keys, sampling, max_new_tokens, eos)
+    new, _ = decode(graphdef, state, cache, logits, keys, sampling, max_new_tokens, eos)
     return np.asarray(new)[0] if single else np.asarray(new)
 
 
@@ -128,7 +128,7 @@ def _take_up(
             break  # Nothing but padding.
         piece = tokens[:, start : start + chunk]
         if logits is None:
-            logits, cache = _prefill(graphdef, state, piece, cache, here)
+            logits, cache = prefill(graphdef, state, piece, cache, here)
         else:
             logits, cache = _extend(graphdef, state, piece, cache, here, logits)
     assert logits is not None
@@ -136,9 +136,10 @@ def _take_up(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _prefill(
+def prefill(
     graphdef: Any, state: Any, tokens: Int32[Array, "batch width"], cache: Any, counts: Int32[Array, " batch"]
 ) -> tuple[Float32[Array, "batch vocabulary"], Any]:
+    """Logits behind each prompt (:func:`take_up`), and the cache with the prompts in it; the empty one is donated."""
     return take_up(nnx.merge(graphdef, state), tokens, cache, counts)
 
 
@@ -157,7 +158,7 @@ def _extend(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
-def _decode(
+def decode(
     graphdef: Any,
     state: Any,
     cache: Any,
@@ -167,7 +168,17 @@ def _decode(
     steps: int,
     eos: tuple[int, ...],
 ) -> tuple[Int32[Array, "batch steps"], Any]:
-    """The loop: append the last token, pick the next; until there are enough, or all sequences have ended."""
+    """The loop: append the last token, pick the next; until there are enough, or all sequences have ended.
+
+    Args:
+      graphdef, state: the model, as ``nnx.split`` gives it.
+      cache: what the sequences hold; it is donated.
+      logits: behind them.
+      keys: a random key for each row; not looked at without ``sampling``.
+      sampling: None takes the most likely tokens.
+      steps: how many tokens are wanted, the first of which ``logits`` gives.
+      eos: tokens that end a sequence.
+    """
     model = nnx.merge(graphdef, state)
     batch = logits.shape[0]
 
@@ -182,18 +193,15 @@ def _decode(
         # A sequence that has ended repeats its last token.
         token = jnp.where(ended, token, pick(logits, step))
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
-        return step + 1, out, token, ended | is_end(token), cache
+        return step + 1, out, token, ended | is_end(token, eos), cache
 
     def unfinished(carry: Any) -> Array:
         step, _, _, ended, _ = carry
         return (step < steps) & ~jnp.all(ended)
 
-    def is_end(token: Array) -> Array:
-        return jnp.isin(token, jnp.asarray(eos, jnp.int32))
-
     first = pick(logits, jnp.int32(0))
     out = jnp.zeros((batch, steps), jnp.int32).at[:, 0].set(first)
-    start = (jnp.int32(1), out, first, is_end(first), cache)
+    start = (jnp.int32(1), out, first, is_end(first, eos), cache)
     done, out, token, _, cache = jax.lax.while_loop(unfinished, body, start)
     # Where all ended early, the rest is filled with each sequence's last token.
     return jnp.where(jnp.arange(steps) < done, out, token[:, None]), cache

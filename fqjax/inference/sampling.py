@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 
 def sample(
@@ -22,6 +22,11 @@ def sample(
     """
     logits = keep_nucleus(logits / temperature, top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def is_end(token: Int32[Array, "*rows"], eos: tuple[int, ...]) -> Bool[Array, "*rows"]:
+    """Whether tokens are among those that end a sequence."""
+    return jnp.isin(token, jnp.asarray(eos, jnp.int32))
 
 
 def keep_nucleus(

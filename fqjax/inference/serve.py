@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from fqjax.errors import InputError
 from fqjax.evaluate import check_tokens
 from fqjax.inference.generate import as_prompts, check_settings, empty_cache, eos_of, take_up
-from fqjax.inference.sampling import sample
+from fqjax.inference.sampling import is_end, sample
 from fqjax.models.cache import Kind
 
 NO_TOKEN = -1
@@ -180,10 +180,8 @@ class Server:
         self.running: list[_Running | None] = [None] * slots
         self.graphdef, self.state = nnx.split(model)
         # Whole pieces fit: a write behind the capacity would be moved in front of it.
-        whole = -(-capacity // self.chunk) * self.chunk
-        self.cache = empty_cache(model, slots, whole, kv_cache)
-        # One slot's cache by shape, of which the first piece's program makes an empty one.
-        self.row = jax.eval_shape(lambda: empty_cache(model, 1, whole, kv_cache))
+        self.whole, self.kv_cache = -(-capacity // self.chunk) * self.chunk, kv_cache
+        self.cache = empty_cache(model, slots, self.whole, kv_cache)
         keys = jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32))
         token, step, limit = (jnp.zeros(slots, jnp.int32) for _ in range(3))
         self.slots = Slots(token, step, limit, jnp.zeros(slots, bool), keys, jnp.zeros(slots), jnp.ones(slots))
@@ -244,7 +242,7 @@ class Server:
         tokens = np.pad(piece, (0, self.chunk - len(piece)))[None]
         if running.taken_up == 0:
             logits, self.cache = _prefill(
-                self.graphdef, self.state, self.cache, tokens, count, np.int32(slot), _Shape(self.row)
+                self.graphdef, self.state, self.cache, tokens, count, np.int32(slot), self.whole, self.kv_cache
             )
         else:
             logits, self.cache = _extend(self.graphdef, self.state, self.cache, tokens, count, np.int32(slot))
@@ -276,29 +274,20 @@ class Server:
         return finished
 
 
-class _Shape:
-    """A tree of shapes and dtypes as a static argument."""
-
-    def __init__(self, tree: Any):
-        leaves, self.structure = jax.tree.flatten(tree)
-        self.leaves = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-
-    def zeros(self) -> Any:
-        return jax.tree.unflatten(self.structure, [jnp.zeros(*leaf) for leaf in self.leaves])
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Shape) and (self.structure, self.leaves) == (other.structure, other.leaves)
-
-    def __hash__(self) -> int:
-        return hash((self.structure, self.leaves))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
 def _prefill(
-    graphdef: Any, state: Any, cache: Any, tokens: Array, count: Array, slot: Array, row: _Shape
+    graphdef: Any,
+    state: Any,
+    cache: Any,
+    tokens: Array,
+    count: Array,
+    slot: Array,
+    capacity: int,
+    kv_cache: Kind | None,
 ) -> tuple[Float32[Array, "1 vocabulary"], Any]:
     """The first piece (1, chunk) of a prompt into a slot."""
-    logits, filled = take_up(nnx.merge(graphdef, state), tokens, row.zeros(), count)
+    model = nnx.merge(graphdef, state)
+    logits, filled = take_up(model, tokens, empty_cache(model, 1, capacity, kv_cache), count)
     return logits, _put(cache, filled, slot)
 
 
@@ -330,7 +319,7 @@ def _begin(
     """Picks the first token behind a prompt, and lets the slot decode from it."""
     key = jax.random.key(seed)
     first = _pick(logits, key[None], jnp.zeros(1, jnp.int32), temperature[None], top_p[None])[0]
-    active = (limit > 1) & ~_is_end(first, eos)
+    active = (limit > 1) & ~is_end(first, eos)
     row = (first, jnp.int32(1), limit, active, key, temperature, top_p)
     return Slots(*(all.at[slot].set(one) for all, one in zip(slots, row, strict=True))), first
 
@@ -347,7 +336,7 @@ def _decode(
         logits, cache = model.extend(s.token[:, None], cache, s.active.astype(jnp.int32))
         token = jnp.where(s.active, _pick(logits, s.keys, s.step, s.temperature, s.top_p), s.token)
         step = s.step + s.active
-        active = s.active & (step < s.limit) & ~_is_end(token, eos)
+        active = s.active & (step < s.limit) & ~is_end(token, eos)
         new = jnp.where(s.active, token, NO_TOKEN)
         return (cache, s._replace(token=token, step=step, active=active)), new
 
@@ -365,7 +354,3 @@ def _pick(logits: Array, keys: Array, step: Array, temperature: Array, top_p: Ar
         return jnp.where(temperature > 0, some, likeliest)
 
     return lax.cond(jnp.any(temperature > 0), drawn, lambda: likeliest)
-
-
-def _is_end(token: Array, eos: tuple[int, ...]) -> Bool[Array, "..."]:
-    return jnp.isin(token, jnp.asarray(eos, jnp.int32))

@@ -8,7 +8,6 @@ There are three cases, told apart when the program is traced:
 """
 
 import functools
-import logging
 import math
 from typing import Any
 
@@ -19,11 +18,11 @@ from jaxtyping import Array, Float, Int32
 
 from fqjax.models.cache import LayerCache
 from pallas_kernels import decode_attention
+from pallas_kernels.attention import NO_GPU
+from pallas_kernels.dispatch import capability, say
 
 BLOCK = 1024
 """Positions of a cache that several tokens attend to at once, which bounds the memory that scores take."""
-
-log = logging.getLogger("fqjax")
 
 
 def attend(
@@ -80,7 +79,7 @@ def causal_attention(
     xla = functools.partial(jax.nn.dot_product_attention, implementation="xla", **kinds)
     cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", **kinds)
     reason = _cannot_use_cudnn(cudnn, q, k, v)
-    _say("attention among the tokens at hand", q.shape, "xla" if reason else "cudnn", reason or "")
+    say("attention among the tokens at hand", q.shape, "xla" if reason else "cudnn", reason or "")
     return xla(q, k, v) if reason else lax.platform_dependent(q, k, v, cuda=cudnn, default=xla)
 
 
@@ -139,21 +138,10 @@ def _visible(lengths: Array, length: int, positions: Array, window: int | None) 
     return (distance >= 0) & (distance < window) if window is not None else distance >= 0
 
 
-@functools.cache
-def _capability() -> tuple[int, int] | None:
-    """Compute capability of this process's NVIDIA GPU; None if it has none."""
-    try:
-        major, minor = jax.devices("cuda")[0].compute_capability.split(".")
-    except (RuntimeError, AttributeError):
-        return None
-    return int(major), int(minor)
-
-
 def _cannot_use_cudnn(attention: Any, *operands: Array) -> str | None:
     """Why cuDNN cannot take these operands; None if it can."""
-    capability = _capability()
-    if capability is None or capability < (8, 0):
-        return "it needs an NVIDIA GPU of compute capability 8.0 or more"
+    if capability() < (8, 0):
+        return NO_GPU
     if operands[0].shape[1] == 1:
         return "there is one token alone"
     try:
@@ -161,8 +149,3 @@ def _cannot_use_cudnn(attention: Any, *operands: Array) -> str | None:
     except (NotImplementedError, RuntimeError, ValueError) as error:
         return str(error)
     return None
-
-
-@functools.cache
-def _say(what: str, shape: tuple[int, ...], choice: str, why: str) -> None:
-    log.info("%s %s: %s%s", what, " x ".join(map(str, shape)), choice, f" ({why})" if why else "")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
 from fqjax.errors import InputError
+from pallas_kernels import quantize_per_token
 
 Kind = Literal["int8"]
 """Names of caches other than one of the model's own dtype."""
@@ -137,10 +138,7 @@ class KeyValueCache:
 
 def quantize_heads(x: Float[Array, "*rows dim"]) -> tuple[Int8[Array, "*rows dim"], Float32[Array, "*rows"]]:
     """Codes in [-127, 127] and one scale for every row, from the row's largest magnitude; rounding half to even."""
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / 127
-    codes = jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None])
-    return jnp.clip(codes, -127, 127).astype(jnp.int8), scale
+    return quantize_per_token(x, jnp.ones(x.shape[-1]), qmax=127, width=x.shape[-1])
 
 
 def dequantize_heads(

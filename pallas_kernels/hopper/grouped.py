@@ -11,7 +11,7 @@ grow, it is A[g] = P[0] + ... + P[g], and
     sum_g s[g] P[g]  =  sum_g (s[g] - s[g + 1]) A[g]        where s is 0 after the last group
 
 (summation by parts).  Integers make that exact: whatever wraps on the way does so modulo 2**32, where the total is what it
-was.  It saves the instructions that set registers to zero, about a quarter of all.  Floats would cancel.
+was.  It saves the instructions that set registers to zero.  Floats would cancel.
 
 Folded.  The scale is multiplied into the codes while they are unpacked, and one accumulator serves all groups.
 """

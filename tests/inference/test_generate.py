@@ -9,7 +9,7 @@ from flax import nnx
 import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.errors import InputError
-from fqjax.inference.generate import _decode, generate
+from fqjax.inference.generate import decode, generate
 from fqjax.models.llama import Llama, LlamaConfig
 from tests.kernels import ahead_of_time
 from tests.models import variants
@@ -146,7 +146,7 @@ def test_learned_positions_set_a_limit(tmp_path):
 @pytest.mark.parametrize("dtype", [None, jnp.int8])
 def test_the_loop_moves_no_cache_on_a_hopper_gpu(dtype, monkeypatch):
     """Compiled for one: entries are written in place, and the kernel reads the cache as it lies."""
-    monkeypatch.setattr("pallas_kernels.attention._has_gpu", lambda: True)
+    monkeypatch.setattr("pallas_kernels.attention.capability", lambda: (9, 0))
     sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 4096}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     config = LlamaConfig(**sizes, **heads, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=False)
@@ -156,7 +156,7 @@ def test_the_loop_moves_no_cache_on_a_hopper_gpu(dtype, monkeypatch):
 
     def loop(logits, *leaves):
         state, cache = jax.tree.unflatten(tree, leaves)
-        return _decode.__wrapped__(graphdef, state, cache, logits, None, None, 100, (2,))
+        return decode.__wrapped__(graphdef, state, cache, logits, None, None, 100, (2,))
 
     logits = jax.ShapeDtypeStruct((4, 256), jnp.float32)
     text = ahead_of_time.compile_for_h200(loop, logits, *leaves).as_text()

@@ -58,10 +58,10 @@ def test_the_window_reaches_into_the_cache(window):
 @pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
 def test_what_cudnn_does_not_take_goes_to_xla(dtype, capability, monkeypatch, caplog):
     """Here it is not installed, or there is no GPU; either way the reason is logged, once."""
-    monkeypatch.setattr("fqjax.models.attention._capability", lambda: capability)
-    attention._say.cache_clear()
+    monkeypatch.setattr("fqjax.models.attention.capability", lambda: capability)
+    attention.say.cache_clear()
     q, k, v = (jnp.asarray(x, dtype) for x in projections(heads=4))
-    with caplog.at_level("INFO", "fqjax"):
+    with caplog.at_level("INFO", "pallas_kernels"):
         for _ in range(2):
             out = attention.causal_attention(q, k, v, window=3)
     wanted = expected(*(np.asarray(x, np.float32) for x in (q, k, v)), 3)

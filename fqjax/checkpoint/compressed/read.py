@@ -22,11 +22,10 @@ from fqjax.core.flatten import PADDING, padded_width
 from fqjax.errors import InputError
 from fqjax.linear import LayerSummary, QuantizedLinear, measured_bound
 from fqjax.progress import track
-from fqjax.qtensor import InputQuantizer, QTensor
+from fqjax.qtensor import LARGEST_GROUP, InputQuantizer, QTensor
 from fqjax.scheme import Scheme
 from fqjax.surgery import find_linears
 
-LARGEST_GROUP = 128
 OPTIONAL = ("weight_zero_point", "input_zero_point", "weight_g_idx", "weight_shape")
 """Tensors that a module may have, and that say nothing new where fqjax can express it."""
 
