@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int32
+from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
 
 from fqjax.core.integer_scale import group_sums, scaled_bound
 from fqjax.core.overflow import accumulator_bound, check_accumulator, row_sums
@@ -84,10 +84,25 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
         """Maps (..., K) to (..., out)."""
+        codes, scale = self.input.get_value()(x)
+        return self.multiply(codes, scale, x.dtype)
+
+    def multiply(
+        self,
+        codes: Int8[Array, "*rows width"] | Float[Array, "*rows width"],
+        scale: Float32[Array, "..."] | None,
+        dtype: DTypeLike,
+    ) -> Float[Array, "*rows out"]:
+        """What the layer gives for an input that has been quantized.
+
+        Args:
+          codes, scale: as ``input`` makes them; no scale stands for a fixed one.
+          dtype: of the input before.
+        """
         weight, quantizer = self.weight.get_value(), self.input.get_value()
-        codes, scale = quantizer(x)
+        scale = quantizer.scale if scale is None else scale
         bias = None if self.bias is None else self.bias[...]
-        dtype = self.dtype or jnp.result_type(x.dtype, self.param_dtype)
+        dtype = self.dtype or jnp.result_type(dtype, self.param_dtype)
         if quantizer.bits == 16:
             groups = weight.group_scale
             return weight_only_int4_matmul(codes, weight.codes, groups, weight.scale, bias, out_dtype=dtype)

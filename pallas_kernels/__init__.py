@@ -9,13 +9,16 @@ from pallas_kernels.api import (
     grouped_int8_matmul,
     int4_matmul,
     int8_matmul,
-    quantize_activations,
-    quantize_normalized,
-    quantize_per_token,
     weight_only_int4_matmul,
 )
 from pallas_kernels.attention import decode_attention
 from pallas_kernels.packing import pack_int4, unpack_int4
+from pallas_kernels.quantization import (
+    quantize_activated,
+    quantize_activations,
+    quantize_normalized,
+    quantize_per_token,
+)
 
 __all__ = [
     "can_use_mosaic",
@@ -25,6 +28,7 @@ __all__ = [
     "int4_matmul",
     "int8_matmul",
     "pack_int4",
+    "quantize_activated",
     "quantize_activations",
     "quantize_normalized",
     "quantize_per_token",

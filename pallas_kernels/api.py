@@ -1,9 +1,9 @@
-"""The entry points: integer matmuls and activation quantization on plain arrays.
+"""The entry points of the integer matmuls, on plain arrays.
 
 Every function takes ``implementation``: None picks the fastest one that supports the call on this device, a name asks for
 that one and raises ``NotImplementedError`` if it cannot take the case.  All implementations give the same bits as
-:mod:`pallas_kernels.reference`, but where floats are added up: in the norm of :func:`quantize_normalized`, over groups with
-float scales, and in :func:`weight_only_int4_matmul`.  All work under ``jit``, ``vmap`` and ``shard_map``.
+:mod:`pallas_kernels.reference`, but where floats are added up: over groups with float scales, and in
+:func:`weight_only_int4_matmul`.  All work under ``jit``, ``vmap`` and ``shard_map``.
 
   "mosaic"  kernels written in Pallas Mosaic GPU, for NVIDIA Hopper (:mod:`pallas_kernels.hopper`)
   "xla"     the reference, compiled by XLA, for any device
@@ -11,14 +11,12 @@ float scales, and in :func:`weight_only_int4_matmul`.  All work under ``jit``, `
 Codes are integers, so no function here has a gradient; differentiating raises ``NotImplementedError``.
 """
 
-import functools
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
+from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8
 
-from pallas_kernels import dispatch, reference
-from pallas_kernels.dispatch import Implementation, Matmul, hopper_device, matmul, problem, without_gradient
+from pallas_kernels.dispatch import Implementation, Matmul, hopper_device, matmul, problem
 from pallas_kernels.packing import BLOCK
 
 
@@ -165,109 +163,6 @@ def weight_only_int4_matmul(
     return _matmul(kind, x, packed, jnp.float32(1), weight_scale, group_scale, bias, implementation)
 
 
-def quantize_activations(
-    x: Float[Array, "*rows k"],
-    multiplier: Float32[Array, " k"],
-    source: Int32[Array, " e"],
-    part: Int32[Array, " e"],
-    *,
-    qmax: int,
-    implementation: Implementation | None = None,
-) -> Int8[Array, "*rows width"]:
-    """Quantizes with static scales and flattens the large channels, in one pass.
-
-    With ``c = round(x * multiplier)`` (half to even), channel j < k of the result is ``clip(c[j], -qmax, qmax)``,
-    channel k + e is ``sign(c) * clip(|c| - part[e] * qmax, 0, qmax)`` for ``c = c[source[e]]``.  A ``part`` beyond any
-    code makes a channel of padding.
-
-    Args:
-      x: real activations, (..., k).
-      multiplier: what each input channel is multiplied with before rounding, (k,): 1 / (smoothing * scale).
-      source: for each extra channel, the channel it continues, (e,).
-      part: for each extra channel, how many times ``qmax`` is held by the channels before it, (e,).
-      qmax: largest code, 127 or 7.
-      implementation: None or "xla", which makes one kernel of it.
-
-    Returns:
-      int8 codes, (..., k + e).
-
-    Raises:
-      ValueError: if shapes do not fit together.
-    """
-    _check_recipe("quantize_activations", x, multiplier, source, part)
-    _check_implementation(implementation, "xla")
-    quantize = functools.partial(reference.quantize_activations, qmax=qmax)
-    return without_gradient("quantize_activations", quantize)(x, multiplier, source, part)
-
-
-def quantize_normalized(
-    x: Float[Array, "*rows k"],
-    multiplier: Float32[Array, " k"],
-    source: Int32[Array, " e"],
-    part: Int32[Array, " e"],
-    *,
-    epsilon: float,
-    qmax: int,
-    offset: Float32[Array, " k"] | None = None,
-    center: bool = False,
-    implementation: Implementation | None = None,
-) -> Int8[Array, "*rows width"]:
-    """:func:`quantize_activations` of normalised rows, in one pass over ``x``.
-
-    Every row is divided by its root mean square (RMS norm), or, with ``center``, loses its mean and is divided by its
-    standard deviation (layer norm); then ``y * multiplier + offset`` is rounded and flattened.  The norm's own weight and
-    bias are part of ``multiplier`` and ``offset``.  All is float32 up to the rounding, nothing is rounded to the dtype of
-    ``x`` in between.
-
-    Args:
-      x: real activations in front of the norm, (..., k).
-      multiplier: norm weight / (smoothing * scale), (k,).
-      source, part: as in :func:`quantize_activations`; a code beyond 32767 counts as that.
-      epsilon: what is added to the mean square, or to the variance.
-      qmax: largest code, 127 or 7.
-      offset: norm bias / (smoothing * scale), (k,).
-      center: whether the mean is subtracted.
-      implementation: None, "mosaic" or "xla".  They add up a row in different orders, so that a value within rounding of a
-        half can get the one code or the other.
-
-    Returns:
-      int8 codes, (..., k + e).
-
-    Raises:
-      ValueError: if shapes do not fit together.
-      NotImplementedError: if the named implementation cannot take the call.
-    """
-    _check_recipe("quantize_normalized", x, multiplier, source, part)
-    if offset is not None and offset.shape != multiplier.shape:
-        raise ValueError(f"quantize_normalized: offset must be {multiplier.shape}, got {offset.shape}")
-    _check_implementation(implementation, "mosaic", "xla")
-    quantize = dispatch.quantize_normalized(epsilon, qmax, center, implementation)
-    return quantize(x, multiplier, source, part, *(() if offset is None else (offset,)))
-
-
-def quantize_per_token(
-    x: Float[Array, "*rows k"],
-    multiplier: Float32[Array, " k"],
-    *,
-    qmax: int,
-    width: int,
-    implementation: Implementation | None = None,
-) -> tuple[Int8[Array, "*rows width"], Float32[Array, "*rows"]]:
-    """Quantizes every row with a scale of its own: the row's largest ``|x * multiplier|`` becomes ``qmax``.
-
-    Returns:
-      The codes, padded with zeros to ``width`` channels, and the scales, one a row.
-    """
-    if multiplier.shape != x.shape[-1:] or width < x.shape[-1]:
-        raise ValueError(
-            f"quantize_per_token: x {x.shape} needs multiplier ({x.shape[-1]},) and width >= {x.shape[-1]}, "
-            f"got {multiplier.shape} and {width}"
-        )
-    _check_implementation(implementation, "xla")
-    quantize = functools.partial(reference.quantize_per_token, qmax=qmax, width=width)
-    return without_gradient("quantize_per_token", quantize)(x, multiplier)
-
-
 def can_use_mosaic(
     bits: Literal[4, 8],
     rows: int,
@@ -354,14 +249,6 @@ def _check(
         raise ValueError(f"{kind.name}: weight_scale must be a scalar or {weight.shape[:1]}, got {weight_scale.shape}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{kind.name}: bias must be {weight.shape[:1]}, got {bias.shape}")
-
-
-def _check_recipe(name: str, x: Array, multiplier: Array, source: Array, part: Array) -> None:
-    k, extra = x.shape[-1], source.shape[0]
-    if multiplier.shape != (k,) or part.shape != (extra,):
-        raise ValueError(
-            f"{name}: x {x.shape} needs multiplier ({k},) and part ({extra},), got {multiplier.shape} and {part.shape}"
-        )
 
 
 def _check_implementation(implementation: Implementation | None, *known: Implementation) -> None:

@@ -1,18 +1,18 @@
-"""Attention of one token a sequence over a cache of keys and values, of which only the filled part is read.
+"""Attention of one new token a sequence over a cache of keys and values, of which only the filled part is read.
 
 The cache is (batch, capacity, kv_heads, head_dim) as a model writes it, in floating point or as INT8 codes with a scale
-for each token and head, and is neither transposed nor converted in memory.  The kernel (Pallas Triton) divides each
-sequence's own length, or its window, among several programs per key-value head, so that a small batch fills the GPU too
-and none of them looks at positions behind the length; every program takes its softmax online, and what they found is put
-together by the logarithms of their sums (Flash-Decoding).  The query heads that share a key-value head are the rows of one
-matrix product.
+for each token and head, and is neither transposed nor converted in memory.  The kernel (Pallas Triton) takes the output of
+the query, key and value projections as it is, turns queries and keys by their position, writes the new key and value into
+the cache and attends, all at once.  It divides each sequence's own length, or its window, among several programs per
+key-value head, so that a small batch fills the GPU too and none of them looks at positions behind the length; every program
+takes its softmax online, the first of them beginning with the new token, and what they found is put together by the
+logarithms of their sums (Flash-Decoding).  The query heads that share a key-value head are the rows of one matrix product.
 
 INT8 codes are multiplied as they are: the key's scale goes onto the score, and the value's onto the weight.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,7 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from pallas_kernels.dispatch import capability, say
+from pallas_kernels.dispatch import NO_GPU, capability, has_triton, say
+from pallas_kernels.reference import quantize_per_token, rotated
+from pallas_kernels.rows import rounded
 
 BLOCK = 64
 """Positions that a program reads at once."""
@@ -45,7 +47,9 @@ class _Problem:
     group: int
     dim: int
     dtype: Any
+    cache_dtype: Any
     codes: bool
+    rotates: bool
     scale: float
     window: int | None
     splits: int
@@ -56,47 +60,56 @@ class _Problem:
 
 
 def decode_attention(
-    q: Float[Array, "batch heads dim"],
+    qkv: Float[Array, "batch all_heads dim"],
     keys: Float[Array, "batch capacity kv_heads dim"] | Int8[Array, "batch capacity kv_heads dim"],
     values: Float[Array, "batch capacity kv_heads dim"] | Int8[Array, "batch capacity kv_heads dim"],
     lengths: Int32[Array, " batch"],
     key_scales: Float32[Array, "batch capacity kv_heads"] | None = None,
     value_scales: Float32[Array, "batch capacity kv_heads"] | None = None,
     *,
+    rotation: tuple[Float32[Array, "batch half"], Float32[Array, "batch half"]] | None = None,
     scale: float | None = None,
     window: int | None = None,
     implementation: Literal["triton", "xla"] | None = None,
-) -> Float[Array, "batch heads dim"]:
-    """``softmax(q @ keys.T * scale) @ values`` over the first ``lengths`` positions of each sequence.
+) -> tuple[Float[Array, "batch heads dim"], tuple[Array, ...]]:
+    """Appends a token to every sequence, and ``softmax(q @ keys.T * scale) @ values`` over what it has then.
 
     Args:
-      q: one query a sequence and head; neighbouring heads share a key-value head where there are fewer of those.
-      keys, values: of the cache, in the dtype of ``q``, or another floating one, or int8.
-      lengths: filled positions, at least 1, the query's own being the last.
+      qkv: the new tokens' queries, then keys, then values; neighbouring query heads share a key-value head where there are
+        fewer of those.
+      keys, values: of the cache, in the dtype of ``qkv``, or another floating one, or int8.
+      lengths: positions filled before; the new token goes to the next, or, in a full cache, to the last.
       key_scales, value_scales: what int8 codes are multiplied with.
+      rotation: cosines and sines that queries and keys are turned by first, pairs taken from the two halves of a head
+        (arXiv 2104.09864).
       scale: 1 / sqrt(dim) by default.
       window: only so many of the last positions; None for all.
       implementation: None takes the kernel on an NVIDIA GPU of compute capability 8.0 or more where it can be used, and XLA,
         which looks at the whole capacity, elsewhere.
 
+    Returns:
+      What the queries see, and the arrays of the cache in the order in which they are given.  Queries see the new key and
+      value as the cache holds them.
+
     Raises:
       ValueError: if shapes do not fit together, or codes and scales do not come together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    operands = [x for x in (q, keys, values, lengths, key_scales, value_scales) if x is not None]
-    _check(q, keys, values, lengths, key_scales, value_scales)
+    cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
+    _check(qkv, keys, values, lengths, key_scales, value_scales, rotation)
     if implementation not in (None, "triton", "xla"):
         raise NotImplementedError(f"implementation {implementation!r} is not one of: triton, xla")
-    kinds = {"scale": 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), "window": window}
+    operands = (qkv, lengths, rotation or (), cache)
+    kinds = {"scale": 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale), "window": window}
     xla = functools.partial(reference, **kinds)
     if implementation == "xla":
         return xla(*operands)
-    reason = NO_GPU if capability() < (8, 0) else cannot_use(q, keys, values)
+    reason = NO_GPU if capability() < (8, 0) else cannot_use(qkv, keys, values)
     if reason and implementation == "triton":
         raise NotImplementedError(
-            f"decode_attention: implementation 'triton' cannot take q {q.shape} {q.dtype}: {reason}"
+            f"decode_attention: implementation 'triton' cannot take qkv {qkv.shape} {qkv.dtype}: {reason}"
         )
-    say("decode_attention", (*q.shape, keys.shape[1]), "xla" if reason else "triton", reason or "")
+    say("decode_attention", (*qkv.shape, keys.shape[1]), "xla" if reason else "triton", reason or "")
     if reason:
         return xla(*operands)
     triton = functools.partial(run, **kinds)
@@ -104,40 +117,50 @@ def decode_attention(
 
 
 def reference(
-    q: Array, keys: Array, values: Array, lengths: Array, *scales: Array, scale: float, window: int | None
-) -> Array:
+    qkv: Array,
+    lengths: Array,
+    rotation: Sequence[Array],
+    cache: Sequence[Array],
+    *,
+    scale: float,
+    window: int | None,
+) -> tuple[Array, tuple[Array, ...]]:
     """The same by XLA, over the whole capacity with a mask."""
+    (batch, _, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
+    heads = qkv.shape[1] - 2 * kv_heads
+    q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
+    if rotation:
+        cos, sin = (part[:, None] for part in rotation)
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    if len(cache) > 2:
+        (k, k_scale), (v, v_scale) = (quantize_per_token(x, jnp.ones(dim), 127, dim) for x in (k, v))
+        new = (k, v, k_scale, v_scale)
+    else:
+        new = (k, v)
+    at = jnp.arange(batch), jnp.minimum(lengths, capacity - 1)
+    cache = tuple(old.at[at].set(entry.astype(old.dtype)) for old, entry in zip(cache, new, strict=True))
+    keys, values, *scales = cache
     key_scales, value_scales = (jnp.swapaxes(s, 1, 2)[:, :, None] for s in scales) if scales else (1, 1)
-    batch, heads, dim = q.shape
-    kv_heads = keys.shape[2]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum("bkgd,bskd->bkgs", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-    before = lengths[:, None] - jnp.arange(keys.shape[1])
+    before = lengths[:, None] + 1 - jnp.arange(capacity)
     visible = (before > 0) if window is None else (before > 0) & (before <= window)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores * key_scales * scale, LOWEST), axis=-1)
     weights = (weights * value_scales).astype(q.dtype)
     out = jnp.einsum("bkgs,bskd->bkgd", weights, values.astype(q.dtype), preferred_element_type=jnp.float32)
-    return out.reshape(q.shape).astype(q.dtype)
+    return out.reshape(q.shape).astype(q.dtype), cache
 
 
-NO_GPU = "it needs an NVIDIA GPU of compute capability 8.0 or more"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
-
-
-def cannot_use(q: Any, keys: Any, values: Any) -> str | None:
+def cannot_use(qkv: Any, keys: Any, values: Any) -> str | None:
     """Why the kernel cannot take these operands; None if it can."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q is {q.dtype}, not bfloat16 or float16"
+    if qkv.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"qkv is {qkv.dtype}, not bfloat16 or float16"
     for name, operand in (("keys", keys), ("values", values)):
-        if operand.dtype not in (q.dtype, jnp.int8):
-            return f"{name} are {operand.dtype}, not {q.dtype} or int8"
-    if not _has_triton():
+        if operand.dtype not in (qkv.dtype, jnp.int8):
+            return f"{name} are {operand.dtype}, not {qkv.dtype} or int8"
+    if not has_triton():
         return "this version of JAX has no Triton backend of Pallas"
-    dim, group = q.shape[2], q.shape[1] // keys.shape[2]
+    dim, group = qkv.shape[2], qkv.shape[1] // keys.shape[2] - 2
     if dim not in (16, 32, 64, 128, 256):
         return f"head_dim is {dim}, not a power of 2 from 16 to 256"
     if group > 64:
@@ -148,81 +171,126 @@ def cannot_use(q: Any, keys: Any, values: Any) -> str | None:
 
 
 def run(
-    q: Array,
-    keys: Array,
-    values: Array,
+    qkv: Array,
     lengths: Array,
-    *scales: Array,
+    rotation: Sequence[Array],
+    cache: Sequence[Array],
+    *,
     scale: float,
     window: int | None,
     splits: int | None = None,
     interpret: bool = False,
-) -> Array:
+) -> tuple[Array, tuple[Array, ...]]:
     """The kernel, and what puts together the parts.
 
     Args:
-      q, keys, values, lengths, scales: as :func:`decode_attention` takes them.
+      qkv, lengths, rotation: as :func:`decode_attention` takes them; no rotation is an empty tuple.
+      cache: its arrays.
       scale: what scores are multiplied with.
       window: as there.
       splits: programs for each key-value head of a sequence; by default so many that the GPU is filled.
       interpret: whether to run on the CPU.
     """
-    (batch, heads, dim), (_, capacity, kv_heads, _) = q.shape, keys.shape
+    (batch, heads, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
+    heads -= 2 * kv_heads
     wanted = min(-(-PROGRAMS // (batch * kv_heads)), -(-capacity // BLOCK)) if splits is None else splits
     sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "group": heads // kv_heads, "dim": dim}
-    p = _Problem(**sizes, dtype=q.dtype, codes=bool(scales), scale=scale, window=window, splits=wanted)
-    out, log_sum = _call(p, interpret)(lengths, q.reshape(batch, kv_heads, p.group, dim), keys, values, *scales)
-    largest = jnp.max(log_sum, axis=2, keepdims=True)
-    share = jnp.exp(log_sum - jnp.where(jnp.isfinite(largest), largest, 0))  # A program without a position has none.
-    total = jnp.sum(share, axis=2)[..., None]
-    mixed = jnp.sum(jnp.where(share[..., None] > 0, out, 0) * share[..., None], axis=2) / total
-    return mixed.reshape(q.shape).astype(q.dtype)
+    kinds = {"dtype": qkv.dtype, "cache_dtype": cache[0].dtype, "codes": len(cache) > 2, "rotates": bool(rotation)}
+    p = _Problem(**sizes, **kinds, scale=scale, window=window, splits=wanted)
+    *written, out, log_sum = _call(p, interpret)(lengths, qkv, qkv, qkv, *rotation, *cache)
+    if p.splits > 1:
+        largest = jnp.max(log_sum, axis=2, keepdims=True)
+        share = jnp.exp(
+            log_sum - jnp.where(jnp.isfinite(largest), largest, 0)
+        )  # A program without a position has none.
+        total = jnp.sum(share, axis=2)[..., None]
+        out = jnp.sum(jnp.where(share[..., None] > 0, out, 0) * share[..., None], axis=2) / total
+    return out.reshape(batch, heads, dim).astype(qkv.dtype), tuple(written)
 
 
 def _call(p: _Problem, interpret: bool) -> Any:
     from jax.experimental.pallas import triton as plgpu
 
-    cache = pl.BlockSpec((None, p.capacity, None, p.dim), lambda b, h, s: (b, 0, h, 0))
-    scales = pl.BlockSpec((None, p.capacity, None), lambda b, h, s: (b, 0, h))
-    shape = (p.batch, p.kv_heads, p.splits, p.group)
+    heads = p.kv_heads * p.group
+    half = pl.BlockSpec((None, p.dim // 2), lambda b, h, s: (b, 0))
+    cache = [pl.BlockSpec((None, p.capacity, None, p.dim), lambda b, h, s: (b, 0, h, 0))] * 2
+    shape = (p.batch, p.capacity, p.kv_heads, p.dim)
+    arrays = [jax.ShapeDtypeStruct(shape, p.cache_dtype)] * 2
+    if p.codes:
+        cache += [pl.BlockSpec((None, p.capacity, None), lambda b, h, s: (b, 0, h))] * 2
+        arrays += [jax.ShapeDtypeStruct(shape[:3], jnp.float32)] * 2
+    parts = (p.batch, p.kv_heads, p.splits, p.group)
+    first = 4 + 2 * p.rotates  # of the cache among the operands
     return pl.pallas_call(
-        functools.partial(_kernel, p),
+        functools.partial(_kernel, p, interpret),
         grid=(p.batch, p.kv_heads, p.splits),
         in_specs=[
             pl.BlockSpec((p.batch,), lambda b, h, s: (0,)),
-            pl.BlockSpec((None, None, p.group, p.dim), lambda b, h, s: (b, h, 0, 0)),
-            cache,
-            cache,
-            *([scales, scales] if p.codes else []),
+            pl.BlockSpec((None, p.group, p.dim), lambda b, h, s: (b, h, 0)),
+            pl.BlockSpec((None, None, p.dim), lambda b, h, s: (b, heads + h, 0)),
+            pl.BlockSpec((None, None, p.dim), lambda b, h, s: (b, heads + p.kv_heads + h, 0)),
+            *([half, half] if p.rotates else []),
+            *cache,
         ],
         out_specs=[
+            *cache,
             pl.BlockSpec((None, None, None, p.group, p.dim), lambda b, h, s: (b, h, s, 0, 0)),
             pl.BlockSpec((None, None, None, p.group), lambda b, h, s: (b, h, s, 0)),
         ],
-        out_shape=[jax.ShapeDtypeStruct((*shape, p.dim), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)],
+        out_shape=[
+            *arrays,
+            jax.ShapeDtypeStruct((*parts, p.dim), jnp.float32 if p.splits > 1 else p.dtype),
+            jax.ShapeDtypeStruct(parts, jnp.float32),
+        ],
+        input_output_aliases={first + i: i for i in range(len(arrays))},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="decode_attention",
     )
 
 
-def _kernel(p: _Problem, lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, *rest: Any) -> None:
+def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, *rest: Any) -> None:
     """One program: a share of one sequence's filled positions, for the heads that share one key-value head."""
-    scale_refs, (out_ref, log_sum_ref) = rest[:-2], rest[-2:]
+    arrays = 4 if p.codes else 2
+    rotation, rest = rest[: 2 * p.rotates], rest[2 * p.rotates :]
+    (keys, values, *scale_refs), written, (out_ref, log_sum_ref) = rest[:arrays], rest[arrays:-2], rest[-2:]
     length = lengths[pl.program_id(0)]
-    oldest = jnp.int32(0) if p.window is None else jnp.maximum(length - p.window, 0)
-    first, last = oldest // BLOCK, (length + (BLOCK - 1)) // BLOCK
-    share = (last - first + (p.splits - 1)) // p.splits
-    start = first + pl.program_id(2) * share
+    oldest = jnp.int32(0) if p.window is None else jnp.maximum(length + 1 - p.window, 0)
+    begin, end = oldest // BLOCK, (length + (BLOCK - 1)) // BLOCK
+    share = (end - begin + (p.splits - 1)) // p.splits
+    start = begin + pl.program_id(2) * share
+    channel = jnp.arange(p.dim)
     # Rows beyond the group repeat its last, positions beyond the length the last position: nothing else is read.
     row = jnp.minimum(jnp.arange(p.rows), p.group - 1)
-    q = q_ref[row, :]
+    q, k, v = q_ref[row, :].astype(jnp.float32), k_ref[:].astype(jnp.float32), v_ref[:].astype(jnp.float32)
+    if p.rotates:
+        cos, sin = (part[channel % (p.dim // 2)] for part in rotation)
+        sin = jnp.where(channel < p.dim // 2, -sin, sin)
+        other = (channel + p.dim // 2) % p.dim
+        q = q * cos[None, :] + q_ref[row[:, None], other[None, :]].astype(jnp.float32) * sin[None, :]
+        k = k * cos + k_ref[other].astype(jnp.float32) * sin
+    q = q.astype(p.dtype)
+    k, v = k.astype(p.dtype).astype(jnp.float32), v.astype(p.dtype).astype(jnp.float32)
+    new: list[Any] = [k, v]
+    if p.codes:
+        sizes = [jnp.maximum(jnp.max(jnp.abs(x)), 1e-8) / 127 for x in (k, v)]
+        new = [rounded(x / size, 127, interpret) for x, size in zip((k, v), sizes, strict=True)]
+        k, v = (x * size for x, size in zip(new, sizes, strict=True))
+        new += sizes
+
+    @pl.when(pl.program_id(2) == 0)
+    def write() -> None:
+        place = jnp.minimum(length, p.capacity - 1)
+        for ref, entry in zip(written[:2], new[:2], strict=True):
+            ref[place, :] = entry.astype(p.cache_dtype)
+        for ref, entry in zip(written[2:], new[2:], strict=True):
+            ref[place] = entry
 
     def body(i: Any, carry: Sequence[Array]) -> Sequence[Array]:
         best, total, out = carry
         position = i * BLOCK + jnp.arange(BLOCK)
         at = jnp.maximum(jnp.minimum(position, length - 1), 0)
-        scores = _dot(q, k_ref[at, :].astype(p.dtype).T) * p.scale
+        scores = _dot(q, keys[at, :].astype(p.dtype).T) * p.scale
         if p.codes:
             scores = scores * scale_refs[0][at][None, :]
         visible = (position < length) & (position >= oldest)
@@ -232,14 +300,18 @@ def _kernel(p: _Problem, lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, *rest
         total = total * kept + jnp.sum(weights, axis=1)
         if p.codes:
             weights = weights * scale_refs[1][at][None, :]
-        out = out * kept[:, None] + _dot(weights.astype(p.dtype), v_ref[at, :].astype(p.dtype))
+        out = out * kept[:, None] + _dot(weights.astype(p.dtype), values[at, :].astype(p.dtype))
         return higher, total, out
 
-    zero = jnp.zeros(p.rows, jnp.float32), jnp.zeros((p.rows, p.dim), jnp.float32)
-    begin = (jnp.full(p.rows, LOWEST, jnp.float32), *zero)
-    best, total, out = lax.fori_loop(start, jnp.minimum(start + share, last), body, begin)
+    # The first program begins with the new token, the others with nothing.
+    leads = pl.program_id(2) == 0
+    score = jnp.sum(q.astype(jnp.float32) * k[None, :], axis=1) * p.scale
+    best = jnp.where(leads, score, LOWEST)
+    total = jnp.where(leads, jnp.ones(p.rows), jnp.zeros(p.rows))
+    out = jnp.broadcast_to(jnp.where(leads, v, 0.0)[None, :], (p.rows, p.dim))
+    best, total, out = lax.fori_loop(start, jnp.minimum(start + share, end), body, (best, total, out))
     # Rows that repeat the last one write it again.
-    out_ref[row, :] = out / jnp.where(total > 0, total, 1)[:, None]
+    out_ref[row, :] = (out / jnp.where(total > 0, total, 1)[:, None]).astype(out_ref.dtype)
     log_sum_ref[row] = jnp.where(total > 0, best + jnp.log(total), -jnp.inf)
 
 
@@ -248,22 +320,32 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 def _check(
-    q: Array, keys: Array, values: Array, lengths: Array, key_scales: Array | None, value_scales: Array | None
+    qkv: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    rotation: tuple[Array, Array] | None,
 ) -> None:
-    if q.ndim != 3 or keys.ndim != 4 or keys.shape[::3] != q.shape[::2] or q.shape[1] % keys.shape[2]:
+    heads = qkv.shape[1] - 2 * keys.shape[2] if qkv.ndim == 3 and keys.ndim == 4 else 0
+    if heads < 1 or keys.shape[::3] != qkv.shape[::2] or heads % keys.shape[2]:
         raise ValueError(
-            f"decode_attention: q (batch, heads, dim) and keys (batch, capacity, kv_heads, dim) do not fit together: "
-            f"{q.shape} and {keys.shape}"
+            f"decode_attention: qkv (batch, heads + 2 kv_heads, dim) and keys (batch, capacity, kv_heads, dim) do not fit "
+            f"together: {qkv.shape} and {keys.shape}"
         )
-    if values.shape != keys.shape or lengths.shape != q.shape[:1]:
+    if values.shape != keys.shape or lengths.shape != qkv.shape[:1]:
         raise ValueError(
-            f"decode_attention: keys {keys.shape} need values of that shape and lengths {q.shape[:1]}, got {values.shape} "
+            f"decode_attention: keys {keys.shape} need values of that shape and lengths {qkv.shape[:1]}, got {values.shape} "
             f"and {lengths.shape}"
         )
+    for part in rotation or ():
+        if part.shape != (wanted := (qkv.shape[0], qkv.shape[2] // 2)):
+            raise ValueError(f"decode_attention: rotation must be two arrays {wanted}, got one of {part.shape}")
     for name, operand, scales in (("key", keys, key_scales), ("value", values, value_scales)):
         if (operand.dtype == jnp.int8) != (scales is not None):
             raise ValueError(f"decode_attention: {name}s are {operand.dtype}; int8 codes and scales come together")
         if scales is not None and scales.shape != keys.shape[:3]:
             raise ValueError(f"decode_attention: {name}_scales must be {keys.shape[:3]}, got {scales.shape}")
-    if (keys.dtype == jnp.int8) != (values.dtype == jnp.int8):
-        raise ValueError("decode_attention: keys and values must both be codes, or neither")
+    if keys.dtype != values.dtype:
+        raise ValueError(f"decode_attention: keys are {keys.dtype} and values {values.dtype}; expected one dtype")

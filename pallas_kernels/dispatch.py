@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from pallas_kernels import reference
 
 Implementation = Literal["mosaic", "xla"]
 NO_HOPPER = "it needs an NVIDIA GPU of compute capability 9.0"
+NO_GPU = "it needs an NVIDIA GPU of compute capability 8.0 or more"
 log = logging.getLogger("pallas_kernels")
 
 
@@ -32,6 +34,12 @@ def capability() -> tuple[int, int]:
 def hopper_device() -> str | None:
     """The name of this process's Hopper GPU; None if it has none."""
     return jax.devices("cuda")[0].device_kind if capability() == (9, 0) else None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether this version of JAX has the Triton backend of Pallas."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def problem(
@@ -139,60 +147,6 @@ def matmul(kind: Matmul, implementation: Implementation | None) -> Callable[...,
     return without_gradient(kind.name, batched)
 
 
-@functools.cache
-def quantize_normalized(
-    epsilon: float, qmax: int, center: bool, implementation: Implementation | None
-) -> Callable[..., Array]:
-    """The function of (x, multiplier, source, part, offset if any), with its rules for transformations."""
-
-    def rows(x: Array, *recipe: Array) -> Array:
-        flat = _normalized(epsilon, qmax, center, implementation, x.reshape(-1, x.shape[-1]), *recipe)
-        return flat.reshape(*x.shape[:-1], flat.shape[-1])
-
-    batched = jax.custom_batching.custom_vmap(rows)
-
-    @batched.def_vmap
-    def _(size: int, in_batched: list[bool], x: Array, *recipe: Array) -> tuple[Array, bool]:
-        if in_batched == [True] + [False] * len(recipe):
-            return batched(x, *recipe), True
-        operands = list(zip((x, *recipe), in_batched, strict=True))
-        return lax.map(lambda i: rows(*(o[i] if b else o for o, b in operands)), jnp.arange(size)), True
-
-    return without_gradient("quantize_normalized", batched)
-
-
-def _normalized(
-    epsilon: float, qmax: int, center: bool, implementation: Implementation | None, *operands: Array
-) -> Array:
-    """The same for x of shape (rows, k), by the implementation asked for or the fastest there is."""
-
-    def xla(x: Array, multiplier: Array, source: Array, part: Array, *offset: Array) -> Array:
-        (shift,) = offset or (None,)
-        return reference.quantize_normalized(x, multiplier, shift, source, part, epsilon, qmax, center)
-
-    x, _, source, _, *offset = operands
-    device = hopper_device()
-    if implementation == "xla" or (implementation is None and device is None) or not x.size:
-        return xla(*operands)
-    from pallas_kernels.hopper import norm
-
-    kinds = {"center": center, "offset": bool(offset), "epsilon": epsilon, "qmax": qmax, "dtype": x.dtype}
-    p = norm.Problem(rows=x.shape[0], k=x.shape[1], extra=source.shape[0], **kinds)
-    reason = NO_HOPPER if device is None else norm.cannot_use(p)
-    if reason and implementation == "mosaic":
-        raise NotImplementedError(f"quantize_normalized: implementation 'mosaic' cannot take x {x.shape}: {reason}")
-    say("quantize_normalized", x.shape, "xla" if reason else "mosaic", reason or "")
-    if reason:
-        return xla(*operands)
-
-    def mosaic(x: Array, multiplier: Array, source: Array, part: Array, *offset: Array) -> Array:
-        return norm.build(p)(x, multiplier, *offset, *((source, part) if p.extra else ()))
-
-    return (
-        mosaic(*operands) if implementation == "mosaic" else lax.platform_dependent(*operands, cuda=mosaic, default=xla)
-    )
-
-
 def without_gradient(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
     """``f``, which says so clearly when it is differentiated."""
     closed = jax.custom_jvp(f)
@@ -217,8 +171,11 @@ def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) 
     from pallas_kernels.hopper import matmul
 
     x, weight, x_scale, weight_scale, *rest = operands
-    groups, bias = kind.split(rest)
     (m, k), n = x.shape, weight.shape[0]
+    if m == 1:  # A scale for every row is one for all, which kernels need not pad.
+        x_scale = x_scale.reshape(())
+        operands = (x, weight, x_scale, weight_scale, *rest)
+    groups, bias = kind.split(rest)
     kinds = {"per_token": bool(x_scale.ndim), "per_channel": bool(weight_scale.ndim), "bias": bias is not None}
     kinds |= {"folded": kind.folded, "weight_only": kind.weight_only}
     p = problem(kind.bits, m, n, k, kind.out_dtype, group_dtype=None if groups is None else groups.dtype, **kinds)

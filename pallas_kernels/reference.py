@@ -7,6 +7,10 @@ Terminology:
   M      rows of activations (tokens); N output channels; K input channels.
 """
 
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
@@ -14,7 +18,7 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 from pallas_kernels.packing import unpack_int4
 
 LARGEST_CODE = 2**15 - 1
-"""Of a code in :func:`quantize_normalized` before it is flattened: what 258 channels of INT8 hold."""
+"""Of a code behind a norm or an activation function before it is flattened: what 258 channels of INT8 hold."""
 
 
 def int8_matmul(
@@ -151,27 +155,52 @@ def quantize_activations(
     return lax.dynamic_update_slice(out, (jnp.sign(c) * beyond).astype(jnp.int8), (*start, k))
 
 
-def quantize_normalized(
-    x: Float[Array, "*rows k"],
+def normalized(
+    x: Float32[Array, "*rows k"],
+    epsilon: float,
+    center: bool,
+    weight: Float[Array, " k"] | None = None,
+    bias: Float[Array, " k"] | None = None,
+) -> Float32[Array, "*rows k"]:
+    """Rows divided by their root mean square, or, centred, by their standard deviation; times weight, plus bias."""
+    if center:
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    y = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    if weight is not None:
+        y = y * weight.astype(jnp.float32)
+    return y if bias is None else y + bias.astype(jnp.float32)
+
+
+def activated(x: Float[Array, "*rows channels"], activation: str, gated: bool) -> Float[Array, "*rows k"]:
+    """An activation function; of the first half alone if gated, which is then multiplied with the second."""
+    function = ACTIVATIONS[activation]
+    if not gated:
+        return function(x)
+    gate, up = jnp.split(x, 2, axis=-1)
+    return function(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+"""By the name that :func:`pallas_kernels.quantize_activated` takes."""
+
+
+def quantized(
+    x: Float32[Array, "*rows k"],
     multiplier: Float32[Array, " k"],
-    offset: Float32[Array, " k"] | None,
     source: Int32[Array, " e"],
     part: Int32[Array, " e"],
-    epsilon: float,
     qmax: int,
-    center: bool,
-) -> Int8[Array, "*rows width"]:
-    """:func:`quantize_activations` of rows that are normalised first, in float32, by their root mean square or variance."""
-    wide = x.astype(jnp.float32)
-    variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    if center:
-        mean = jnp.mean(wide, axis=-1, keepdims=True)
-        variance, wide = jnp.maximum(variance - mean * mean, 0), wide - mean
-    y = wide * (lax.rsqrt(variance + epsilon) * multiplier)
-    if offset is not None:
-        y = y + offset
-    one = jnp.ones_like(multiplier)
-    return quantize_activations(jnp.clip(y, -LARGEST_CODE, LARGEST_CODE), one, source, part, qmax)
+    per_token: bool,
+) -> tuple[Array, ...]:
+    """Codes alone, flattened (:func:`quantize_activations`), or codes and scales (:func:`quantize_per_token`)."""
+    if per_token:
+        return quantize_per_token(x, multiplier, qmax, x.shape[-1] + source.shape[0])
+    x = jnp.clip(x * multiplier, -LARGEST_CODE, LARGEST_CODE)
+    return (quantize_activations(x, jnp.ones_like(multiplier), source, part, qmax),)
 
 
 def _codes(x: Float[Array, "*rows k"], multiplier: Float32[Array, " k"]) -> Float32[Array, "*rows k"]:
@@ -193,3 +222,11 @@ def quantize_per_token(
     codes = jnp.round(x.astype(jnp.float32) * multiplier / scale[..., None]).astype(jnp.int8)
     padding = [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]
     return jnp.pad(codes, padding), scale
+
+
+def rotated(
+    x: Float[Array, "*batch heads dim"], cos: Float32[Array, "*#batch 1 half"], sin: Float32[Array, "*#batch 1 half"]
+) -> Float[Array, "*batch heads dim"]:
+    """Pairs of channels, taken from the two halves of a head, turned by an angle (arXiv 2104.09864)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -19,6 +19,11 @@ from fqjax.evaluate import check_takes, check_tokens
 from fqjax.inference.sampling import is_end, sample
 from fqjax.models.cache import Kind, dtype_of
 
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+"""How loops over tokens are compiled: what XLA puts into CUDA graphs by default, and loops.  Without these the host waits for
+the device in every turn, to see whether there is another, and then launches some hundred kernels one by one."""
 BUCKET = 64
 """Prompts are padded to a multiple of this, so that lengths share compiled programs."""
 
@@ -157,7 +162,7 @@ def _extend(
     return jnp.where(counts[:, None] > 0, logits, before), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2, compiler_options=GRAPHS)
 def decode(
     graphdef: Any,
     state: Any,

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from fqjax.errors import InputError
 from fqjax.evaluate import check_tokens
-from fqjax.inference.generate import as_prompts, check_settings, empty_cache, eos_of, take_up
+from fqjax.inference.generate import GRAPHS, as_prompts, check_settings, empty_cache, eos_of, take_up
 from fqjax.inference.sampling import is_end, sample
 from fqjax.models.cache import Kind
 
@@ -324,7 +324,7 @@ def _begin(
     return Slots(*(all.at[slot].set(one) for all, one in zip(slots, row, strict=True))), first
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=(2, 3), compiler_options=GRAPHS)
 def _decode(
     graphdef: Any, state: Any, cache: Any, slots: Slots, burst: int, eos: tuple[int, ...]
 ) -> tuple[Any, Slots, Int32[Array, "slots burst"]]:

@@ -17,29 +17,32 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from fqjax.models.cache import LayerCache
+from fqjax.models.rotary import Rotation, rotate
 from pallas_kernels import decode_attention
-from pallas_kernels.attention import NO_GPU
-from pallas_kernels.dispatch import capability, say
+from pallas_kernels.dispatch import NO_GPU, capability, say
 
 BLOCK = 1024
 """Positions of a cache that several tokens attend to at once, which bounds the memory that scores take."""
 
 
 def attend(
-    q: Float[Array, "batch length heads dim"],
-    k: Float[Array, "batch length kv_heads dim"],
-    v: Float[Array, "batch length kv_heads dim"],
+    qkv: Float[Array, "batch length all_heads dim"],
+    kv_heads: int,
     cache: LayerCache | None,
     lengths: Int32[Array, " batch"] | None,
+    *,
+    rotation: Rotation | None = None,
     scale: float | None = None,
     window: int | None = None,
 ) -> tuple[Float[Array, "batch length heads dim"], LayerCache | None]:
     """Causal attention; query heads share key-value heads in groups where there are fewer of the latter.
 
     Args:
-      q, k, v: projections of the tokens at hand.
+      qkv: projections of the tokens at hand: all heads' queries, then ``kv_heads`` keys, then as many values.
+      kv_heads: how many key-value heads there are.
       cache: this layer's keys and values of earlier tokens; None attends among the tokens at hand alone.
       lengths: tokens each sequence already has in the cache; None says that it is empty, so that nothing is read from it.
+      rotation: what queries and keys are turned by first, at the tokens' positions.
       scale: what scores are multiplied with; 1 / sqrt(dim) by default.
       window: how many tokens a query sees, its own and those right before it; None for all (arXiv 2310.06825, section 2).
 
@@ -47,17 +50,23 @@ def attend(
       The attended values, and the cache with the new keys and values in it.  Every query sees keys and values as the cache
       holds them, its own among them, also where they are not read from it.
     """
+    if cache is not None and lengths is not None and qkv.shape[1] == 1:
+        here = None if rotation is None else tuple(part[:, 0] for part in rotation)
+        kinds: Any = {"rotation": here, "scale": scale, "window": window}
+        scales = (cache.key_scales, cache.value_scales)
+        out, arrays = decode_attention(qkv[:, 0], cache.keys, cache.values, lengths, *scales, **kinds)
+        return out[:, None], LayerCache(*arrays)
+    heads = qkv.shape[2] - 2 * kv_heads
+    q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
     if cache is None:
         return causal_attention(q, k, v, scale, window), None
     new = cache.write(k, v, lengths)
     if lengths is None:
         return causal_attention(q, *cache.rounded(k, v), scale, window), new
-    if q.shape[1] > 1 and new.keys.shape[1] > BLOCK:
+    if new.keys.shape[1] > BLOCK:
         return attend_in_blocks(q, new, lengths, scale, window), new
-    if q.shape[1] == 1:
-        scales = () if new.key_scales is None else (new.key_scales, new.value_scales)
-        kinds: Any = {"scale": scale, "window": window}
-        return decode_attention(q[:, 0], new.keys, new.values, lengths + 1, *scales, **kinds)[:, None], new
     # Token i of sequence b stands at position lengths[b] + i and sees no position behind its own.
     visible = _visible(lengths, q.shape[1], jnp.arange(new.keys.shape[1]), window)
     return jax.nn.dot_product_attention(q, *new.read(q.dtype), mask=visible[:, None], scale=scale), new

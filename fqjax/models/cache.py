@@ -138,7 +138,8 @@ class KeyValueCache:
 
 def quantize_heads(x: Float[Array, "*rows dim"]) -> tuple[Int8[Array, "*rows dim"], Float32[Array, "*rows"]]:
     """Codes in [-127, 127] and one scale for every row, from the row's largest magnitude; rounding half to even."""
-    return quantize_per_token(x, jnp.ones(x.shape[-1]), qmax=127, width=x.shape[-1])
+    ones = jnp.ones(x.shape[-1])
+    return quantize_per_token(x, ones, qmax=127, width=x.shape[-1], implementation="xla")
 
 
 def dequantize_heads(

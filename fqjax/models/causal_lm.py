@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 
-from fqjax.models.cache import KeyValueCache
+from fqjax.models.cache import KeyValueCache, LayerCache
 
 
 class CausalLM(nnx.Module):
@@ -25,7 +25,7 @@ class CausalLM(nnx.Module):
     dtype: DTypeLike
 
     layers: Any
-    """The blocks, an ``nnx.List``; see :meth:`begin`."""
+    """The blocks, an ``nnx.List`` of :class:`Block`."""
 
     @property
     def head_name(self) -> str:
@@ -36,7 +36,7 @@ class CausalLM(nnx.Module):
     def begin(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None = None
     ) -> tuple[Float[Array, "batch length hidden"], tuple[Any, ...]]:
-        """What the first layer gets, and what every layer is called with besides: ``layer(x, cache, lengths, *rest)``."""
+        """What the first block gets, and what every block is called with besides."""
 
     @abc.abstractmethod
     def final_norm(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
@@ -110,6 +110,47 @@ class CausalLM(nnx.Module):
         """
 
 
+class Block(nnx.Module):
+    """Base of the blocks, each of which ends with something that is added to its residual stream.
+
+    What it adds is handed on beside the stream, since the norm that the next block begins with can take it up in the same
+    pass (:func:`fqjax.models.fused.after_norm`).
+    """
+
+    @abc.abstractmethod
+    def step(
+        self,
+        x: Float[Array, "batch length hidden"],
+        pending: Float[Array, "batch length hidden"] | None,
+        cache: LayerCache | None,
+        lengths: Int32[Array, " batch"] | None,
+        *rest: Any,
+    ) -> tuple[Float[Array, "batch length hidden"], Float[Array, "batch length hidden"] | None, LayerCache | None]:
+        """Runs the block.
+
+        Args:
+          x: the stream.
+          pending: what the block before adds to it; None if that has been done.
+          cache: this block's keys and values; None without a cache.
+          lengths: tokens that each sequence has in it; None if it is empty, or there is none.
+          rest: what :meth:`CausalLM.begin` gives besides.
+
+        Returns:
+          The stream, what is still to be added to it, and the cache.
+        """
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length hidden"],
+        cache: LayerCache | None,
+        lengths: Int32[Array, " batch"] | None,
+        *rest: Any,
+    ) -> tuple[Float[Array, "batch length hidden"], LayerCache | None]:
+        """The block alone, with everything added."""
+        x, pending, cache = self.step(x, None, cache, lengths, *rest)
+        return x if pending is None else x + pending, cache
+
+
 def run_layers(
     layers: nnx.List,
     x: Float[Array, "batch length hidden"],
@@ -117,20 +158,18 @@ def run_layers(
     *args: Any,
     fresh: bool = False,
 ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
-    """Calls ``layer(x, layer_cache, lengths, *args)`` for each layer in turn and gathers the caches.
+    """Runs one block after the other (:meth:`Block.step`) and gathers the caches.
 
     ``lengths`` is None where the cache is ``fresh``, that is, empty.  The layers are unrolled: a scan over stacked weights
     would copy every layer's weights at every step of decoding.
     """
-    if cache is None:
-        for layer in layers:
-            x, _ = layer(x, None, None, *args)
-        return x, None
-    written = []
-    for layer, held in zip(layers, cache.layers, strict=True):
-        x, held = layer(x, held, None if fresh else cache.lengths, *args)
+    pending, written = None, []
+    lengths = None if cache is None or fresh else cache.lengths
+    for layer, held in zip(layers, [None] * len(layers) if cache is None else cache.layers, strict=True):
+        x, pending, held = layer.step(x, pending, held, lengths, *args)
         written.append(held)
-    return x, KeyValueCache(tuple(written), cache.lengths)
+    x = x if pending is None else x + pending
+    return x, None if cache is None else KeyValueCache(tuple(written), cache.lengths)
 
 
 def _last(hidden: Float[Array, "batch length hidden"], counts: Int32[Array, " batch"]) -> Float[Array, "batch hidden"]:

@@ -6,7 +6,6 @@ the same input, which is then quantized once.  What a family varies stands in it
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,10 +14,11 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 from fqjax.equalize import ScalingPath
 from fqjax.models.attention import attend
 from fqjax.models.cache import KeyValueCache, LayerCache
-from fqjax.models.causal_lm import CausalLM
+from fqjax.models.causal_lm import Block, CausalLM
 from fqjax.models.decoder_config import DecoderConfig
+from fqjax.models.fused import after_activation, after_norm
 from fqjax.models.head import unembed
-from fqjax.models.rotary import Rotation, rotate, rotation
+from fqjax.models.rotary import Rotation, rotation
 
 
 class Attention(nnx.Module):
@@ -36,18 +36,21 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
+        norm: nnx.RMSNorm,
         x: Float[Array, "batch length hidden"],
+        pending: Float[Array, "batch length hidden"] | None,
         cache: LayerCache | None,
         lengths: Int32[Array, " batch"] | None,
         rotation: Rotation,
-    ) -> tuple[Float[Array, "batch length hidden"], LayerCache | None]:
-        qkv = self.qkv_proj(x).reshape(*x.shape[:2], -1, self.head_dim)
-        q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
+    ) -> tuple[Float[Array, "batch length hidden"], Float[Array, "batch length hidden"], LayerCache | None]:
+        """What is added to the stream ``x + pending`` that the norm reads, that stream, and the cache."""
+        qkv, x = after_norm(self.qkv_proj, norm, x, pending)
+        qkv = qkv.reshape(*x.shape[:2], -1, self.head_dim)
         if self.normalizes:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        out, cache = attend(q, k, v, cache, lengths, window=self.window)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+            q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
+            qkv = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], axis=2)
+        out, cache = attend(qkv, self.kv_heads, cache, lengths, rotation=rotation, window=self.window)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), x, cache
 
 
 class MLP(nnx.Module):
@@ -58,12 +61,15 @@ class MLP(nnx.Module):
         self.gate_up_proj = _linear(c.hidden_size, 2 * c.intermediate_size, c.mlp_bias, dtype, rngs)
         self.down_proj = _linear(c.intermediate_size, c.hidden_size, c.mlp_bias, dtype, rngs)
 
-    def __call__(self, x: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
-        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(jax.nn.silu(gate) * up)
+    def __call__(
+        self, norm: nnx.RMSNorm, x: Float[Array, "... hidden"], pending: Float[Array, "... hidden"] | None
+    ) -> tuple[Float[Array, "... hidden"], Float[Array, "... hidden"]]:
+        """What is added to the stream ``x + pending`` that the norm reads, and that stream."""
+        gate_up, x = after_norm(self.gate_up_proj, norm, x, pending)
+        return after_activation(self.down_proj, gate_up, "silu", gated=True), x
 
 
-class Layer(nnx.Module):
+class Layer(Block):
     """Attention and MLP, each behind a norm and beside a residual connection."""
 
     def __init__(self, config: DecoderConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -73,16 +79,17 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
         self.mlp = MLP(c, dtype=dtype, rngs=rngs)
 
-    def __call__(
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Float[Array, "batch length hidden"],
+        pending: Float[Array, "batch length hidden"] | None,
         cache: LayerCache | None,
         lengths: Int32[Array, " batch"] | None,
         rotation: Rotation,
-    ) -> tuple[Float[Array, "batch length hidden"], LayerCache | None]:
-        attended, cache = self.self_attn(self.input_layernorm(x), cache, lengths, rotation)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    ) -> tuple[Float[Array, "batch length hidden"], Float[Array, "batch length hidden"], LayerCache | None]:
+        attended, x, cache = self.self_attn(self.input_layernorm, x, pending, cache, lengths, rotation)
+        fed, x = self.mlp(self.post_attention_layernorm, x, attended)
+        return x, fed, cache
 
 
 class Decoder(CausalLM):

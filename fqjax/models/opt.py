@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -13,14 +12,15 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 from fqjax.equalize import ScalingPath
 from fqjax.models.attention import attend
 from fqjax.models.cache import KeyValueCache, LayerCache
-from fqjax.models.causal_lm import CausalLM, eos_ids
+from fqjax.models.causal_lm import Block, CausalLM, eos_ids
+from fqjax.models.fused import after_activation, after_norm
 from fqjax.models.head import unembed
 from fqjax.models.hf_config import check_choice, check_divides, sizes
 
 POSITION_OFFSET = 2
 """OPT's position table starts with two rows that are not positions."""
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
+ACTIVATIONS = ("relu", "gelu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,17 +64,21 @@ class OPTAttention(nnx.Module):
 
     def __call__(
         self,
+        norm: nnx.LayerNorm | None,
         x: Float[Array, "batch length hidden"],
+        pending: Float[Array, "batch length hidden"] | None,
         cache: LayerCache | None,
         lengths: Int32[Array, " batch"] | None,
-    ) -> tuple[Float[Array, "batch length hidden"], LayerCache | None]:
+    ) -> tuple[Float[Array, "batch length hidden"], Float[Array, "batch length hidden"], LayerCache | None]:
+        """What is added to the stream ``x + pending`` that is read (behind the norm if any), that stream, and the cache."""
+        qkv, x = _project(self.qkv_proj, norm, x, pending)
         batch, length, hidden = x.shape
-        qkv = self.qkv_proj(x).reshape(batch, length, 3, self.heads, hidden // self.heads)
-        out, cache = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], cache, lengths)
-        return self.out_proj(out.reshape(x.shape)), cache
+        qkv = qkv.reshape(batch, length, 3 * self.heads, hidden // self.heads)
+        out, cache = attend(qkv, self.heads, cache, lengths)
+        return self.out_proj(out.reshape(x.shape)), x, cache
 
 
-class OPTLayer(nnx.Module):
+class OPTLayer(Block):
     """Attention and MLP with residual connections; norms before each of them, or after."""
 
     def __init__(self, config: OPTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -86,19 +90,21 @@ class OPTLayer(nnx.Module):
         self.fc1 = _linear(config, config.hidden_size, config.ffn_dim, dtype, rngs)
         self.fc2 = _linear(config, config.ffn_dim, config.hidden_size, dtype, rngs)
 
-    def __call__(
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Float[Array, "batch length hidden"],
+        pending: Float[Array, "batch length hidden"] | None,
         cache: LayerCache | None,
         lengths: Int32[Array, " batch"] | None,
-    ) -> tuple[Float[Array, "batch length hidden"], LayerCache | None]:
-        attended, cache = self.self_attn(self.self_attn_layer_norm(x) if self.norm_first else x, cache, lengths)
-        x = x + attended
+    ) -> tuple[Float[Array, "batch length hidden"], Float[Array, "batch length hidden"] | None, LayerCache | None]:
+        first, second = self.self_attn_layer_norm, self.final_layer_norm
+        before = (first, second) if self.norm_first else (None, None)
+        pending, x, cache = self.self_attn(before[0], x, pending, cache, lengths)
         if not self.norm_first:
-            x = self.self_attn_layer_norm(x)
-        inner = self.fc1(self.final_layer_norm(x) if self.norm_first else x)
-        x = x + self.fc2(ACTIVATIONS[self.activation](inner))
-        return (x if self.norm_first else self.final_layer_norm(x)), cache
+            x, pending = first(x + pending), None
+        inner, x = _project(self.fc1, before[1], x, pending)
+        pending = after_activation(self.fc2, inner, self.activation)
+        return (x, pending, cache) if self.norm_first else (second(x + pending), None, cache)
 
 
 class OPT(CausalLM):
@@ -178,6 +184,16 @@ class OPT(CausalLM):
             head_dim,
             self.dtype if dtype is None else dtype,
         )
+
+
+def _project(
+    linear: nnx.Module, norm: nnx.LayerNorm | None, x: Array, pending: Array | None
+) -> tuple[Float[Array, "batch length out"], Float[Array, "batch length hidden"]]:
+    """A linear layer of the stream ``x + pending``, behind the norm if there is one, and that stream."""
+    if norm is not None:
+        return after_norm(linear, norm, x, pending)
+    x = x if pending is None else x + pending
+    return linear(x), x  # pyright: ignore[reportCallIssue]
 
 
 def _linear(config: OPTConfig, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:

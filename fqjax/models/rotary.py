@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from fqjax.errors import InputError
 from fqjax.models.hf_config import check_number
+from pallas_kernels.reference import rotated
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -40,8 +41,7 @@ def rotate(x: Float[Array, "batch length heads dim"], rotation: Rotation) -> Flo
       rotation: of the tokens' positions, (length, dim / 2) or (batch, length, dim / 2).
     """
     cos, sin = (part[..., None, :] for part in rotation)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotated(x, cos, sin)
 
 
 def rotation(

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.compat import arith, ir, llvm, memref, mgpu, plgpu, ptx, vector
+from pallas_kernels.compat import arith, ir, llvm, memref, mgpu, plgpu, vector
 
 ACC = plgpu.Layout.WGMMA
 """Layout of accumulators: a lane has two consecutive columns of two rows, eight apart, in every eight columns."""
@@ -48,32 +48,6 @@ def concatenate(parts: Sequence[Any], interpret: bool) -> Any:
         return mgpu.FragmentedArray(_registers=registers, _layout=parts[0].layout, _is_signed=parts[0].is_signed)
 
     return emit(*parts)
-
-
-def gather(values: Any, index: Any, layout: Any) -> Any:
-    """``values[index]`` as int32.
-
-    Args:
-      values: reference to int16 in shared memory, written and committed before.
-      index: one-dimensional int32 array.
-      layout: of ``index`` and of the result, a strided one.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), layout),
-        return_type=plgpu.ShapeDtypeStruct(index.shape, jnp.int32, layout=layout),
-    )
-    def emit(ctx: Any, values: Any, index: Any) -> Any:
-        del ctx
-        base = shared_address(values)
-        registers = np.empty_like(index.registers)
-        for i, register in np.ndenumerate(index.registers):
-            addresses = [arith.addi(base, arith.shli(at, i32(1))) for at in scalars(register)]
-            words = [ptx("ld.shared.s16 $0, [$1];", address, results=1)[0] for address in addresses]
-            registers[i] = vector.from_elements(register.type, words)
-        return mgpu.FragmentedArray(_registers=registers, _layout=index.layout, _is_signed=True)
-
-    return emit(values, index)
 
 
 def store(value: Any, out: Any, token: Any, channel: Any, *, exchange: Any = None) -> None:

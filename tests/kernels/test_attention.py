@@ -5,40 +5,61 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention
 from pallas_kernels.attention import BLOCK, cannot_use, decode_attention, reference, run
-from pallas_kernels.dispatch import capability
+from pallas_kernels.dispatch import NO_GPU, capability
 from tests.kernels import ahead_of_time
 
 CAPACITY = 3 * BLOCK + 5
-LENGTHS = (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, CAPACITY - 1, CAPACITY)
+LENGTHS = (0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, CAPACITY - 2, CAPACITY - 1)
 
 
-def operands(codes, heads=4, kv_heads=2, dim=16, lengths=LENGTHS, capacity=CAPACITY, dtype=jnp.bfloat16):
-    """Queries and a cache whose positions behind each length hold what must not be read."""
+def operands(codes, heads=4, kv_heads=2, dim=16, lengths=LENGTHS, capacity=CAPACITY, dtype=jnp.bfloat16, rotates=True):
+    """Projections of new tokens, lengths, a rotation, and a cache that behind the lengths holds what must not be read."""
     rng = np.random.default_rng(0)
     shape = (len(lengths), capacity, kv_heads, dim)
     behind = np.arange(capacity) >= np.array(lengths)[:, None]
-    scales = ()
     if codes:
         scales = [rng.uniform(0.005, 0.02, shape[:3]).astype(np.float32) for _ in range(2)]
         scales = tuple(jnp.asarray(np.where(behind[..., None], np.nan, s)) for s in scales)
-        cache = [jnp.asarray(rng.integers(-127, 128, shape), jnp.int8) for _ in range(2)]
+        cache = (*(jnp.asarray(rng.integers(-127, 128, shape), jnp.int8) for _ in range(2)), *scales)
     else:
         cache = [rng.normal(size=shape) for _ in range(2)]
-        cache = [jnp.asarray(np.where(behind[..., None, None], np.nan, x), dtype) for x in cache]
-    q = jnp.asarray(rng.normal(size=(len(lengths), heads, dim)), dtype)
-    return q, *cache, jnp.asarray(lengths, jnp.int32), *scales
+        cache = tuple(jnp.asarray(np.where(behind[..., None, None], np.nan, x), dtype) for x in cache)
+    qkv = jnp.asarray(rng.normal(size=(len(lengths), heads + 2 * kv_heads, dim)), dtype)
+    angles = rng.uniform(0, 6, (len(lengths), dim // 2))
+    rotation = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin)) if rotates else ()
+    return qkv, jnp.asarray(lengths, jnp.int32), rotation, cache
 
 
-def expected(q, keys, values, lengths, *scales, scale, window):
+def appended(qkv, lengths, rotation, cache):
+    """Queries in float64, and the cache with the new tokens, codes as (codes, scale)."""
+    kv_heads, capacity = cache[0].shape[2], cache[0].shape[1]
+    heads = qkv.shape[1] - 2 * kv_heads
+    x = np.asarray(qkv, np.float64)
+    if rotation:
+        cos, sin = (np.asarray(part, np.float64)[:, None] for part in rotation)
+        turned = x[:, : heads + kv_heads]
+        first, second = np.split(turned, 2, axis=-1)
+        turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        x = np.concatenate([turned, x[:, heads + kv_heads :]], axis=1)
+    x = np.array(jnp.asarray(x, qkv.dtype), np.float64)
+    q, new = x[:, :heads], [x[:, heads : heads + kv_heads], x[:, heads + kv_heads :]]
+    held = [np.asarray(array, np.float64) for array in cache[:2]]
+    if len(cache) > 2:
+        held = [codes * np.asarray(scales)[..., None] for codes, scales in zip(held, cache[2:], strict=True)]
+        sizes = [np.maximum(np.abs(entry).max(-1, keepdims=True), 1e-8) / 127 for entry in new]
+        new = [np.rint(entry / size) * size for entry, size in zip(new, sizes, strict=True)]
+    for array, entry in zip(held, new, strict=True):
+        array[np.arange(len(q)), np.minimum(np.asarray(lengths), capacity - 1)] = entry
+    return q, held
+
+
+def expected(qkv, lengths, rotation, cache, *, scale, window):
     """One query at a time, in float64."""
-    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
-    if scales:
-        keys, values = keys * np.asarray(scales[0])[..., None], values * np.asarray(scales[1])[..., None]
+    q, (keys, values) = appended(qkv, lengths, rotation, cache)
     out = np.zeros(q.shape)
     for b, h in np.ndindex(q.shape[:2]):
-        length, shared = int(lengths[b]), h // (q.shape[1] // keys.shape[2])
+        length, shared = int(lengths[b]) + 1, h // (q.shape[1] // keys.shape[2])
         seen = slice(max(0, length - window) if window else 0, length)
         scores = keys[b, seen, shared] @ q[b, h] * scale
         weights = np.exp(scores - scores.max())
@@ -46,9 +67,31 @@ def expected(q, keys, values, lengths, *scales, scale, window):
     return out
 
 
-def finite(arguments):
+def check(found, operands, *, scale, window, tolerance=0.02):
+    """The result, and that the cache holds the new tokens and what it held."""
+    out, cache = found
+    wanted = expected(*operands, scale=scale, window=window)
+    np.testing.assert_allclose(np.asarray(out, np.float64), wanted, rtol=tolerance, atol=tolerance)
+    _, held = appended(*operands)
+    arrays = [np.asarray(array, np.float64) for array in cache[:2]]
+    if len(cache) > 2:
+        arrays = [codes * np.asarray(scales)[..., None] for codes, scales in zip(arrays, cache[2:], strict=True)]
+    for found_array, wanted_array in zip(arrays, held, strict=True):
+        filled = np.arange(wanted_array.shape[1]) <= np.asarray(operands[1])[:, None]
+        # A code may be another where a value lies within rounding of a half.
+        np.testing.assert_allclose(found_array[filled], wanted_array[filled], rtol=0.02, atol=0.04)
+
+
+def finite(operands):
     """For XLA, which multiplies what it does not see with zero."""
-    return [jnp.nan_to_num(x) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in arguments]
+    *rest, cache = operands
+    return *rest, tuple(jnp.nan_to_num(x) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in cache)
+
+
+def decode(operands, **kinds):
+    """Through the entry point."""
+    qkv, lengths, rotation, (keys, values, *scales) = operands
+    return decode_attention(qkv, keys, values, lengths, *scales, rotation=rotation or None, **kinds)
 
 
 @pytest.mark.parametrize("codes", [False, True])
@@ -56,76 +99,85 @@ def finite(arguments):
 @pytest.mark.parametrize("splits", [1, 3, 7])
 def test_the_kernel_sees_what_is_filled_and_nothing_else(codes, window, splits):
     arguments, kinds = operands(codes), {"scale": 0.3, "window": window}
-    wanted = expected(*arguments, **kinds)
-    found = run(*arguments, splits=splits, interpret=True, **kinds)
-    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=0.02, atol=0.02)
-    by_xla = reference(*finite(arguments), **kinds)
-    np.testing.assert_allclose(np.asarray(by_xla, np.float64), wanted, rtol=0.02, atol=0.02)
+    check(run(*arguments, splits=splits, interpret=True, **kinds), arguments, **kinds)
+    check(reference(*finite(arguments), **kinds), arguments, **kinds)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 1), (6, 2), (20, 1)])
-def test_heads_in_groups(heads, kv_heads):
-    arguments = operands(True, heads, kv_heads, dim=32, lengths=(70, 3), capacity=128)
-    found = run(*arguments, scale=0.2, window=None, interpret=True)
-    np.testing.assert_allclose(
-        np.asarray(found, np.float64), expected(*arguments, scale=0.2, window=None), rtol=0.02, atol=0.02
-    )
+def test_heads_in_groups_without_rotation(heads, kv_heads):
+    arguments = operands(True, heads, kv_heads, dim=32, lengths=(70, 3), capacity=128, rotates=False)
+    kinds = {"scale": 0.2, "window": None}
+    check(run(*arguments, interpret=True, **kinds), arguments, **kinds)
+    check(reference(*finite(arguments), **kinds), arguments, **kinds)
 
 
 @pytest.mark.parametrize("codes", [False, True])
 def test_xla_is_exact_in_float32(codes):
     arguments = operands(codes, dtype=jnp.float32)
-    found = decode_attention(*finite(arguments), window=5)
-    np.testing.assert_allclose(found, expected(*arguments, scale=0.25, window=5), rtol=1e-5, atol=1e-5)
+    check(decode(finite(arguments), window=5), arguments, scale=0.25, window=5, tolerance=1e-5)
 
 
 def test_a_capacity_below_a_block():
-    arguments = operands(False, lengths=(1, 7, 9), capacity=9)
-    found = run(*arguments, scale=0.25, window=None, interpret=True)
-    np.testing.assert_allclose(
-        np.asarray(found, np.float64), expected(*arguments, scale=0.25, window=None), rtol=0.02, atol=0.02
-    )
+    arguments, kinds = operands(False, lengths=(0, 7, 8), capacity=9), {"scale": 0.25, "window": None}
+    check(run(*arguments, interpret=True, **kinds), arguments, **kinds)
+
+
+def test_a_full_cache_loses_its_last_token():
+    arguments = operands(False, lengths=(9, 8), capacity=9)
+    for _, cache in (
+        run(*arguments, scale=1.0, window=None, interpret=True),
+        reference(*arguments, scale=1.0, window=None),
+    ):
+        _, held = appended(*arguments)
+        np.testing.assert_allclose(np.asarray(cache[0], np.float64), held[0], rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"dim": 80}, "head_dim is 80"),
-        ({"dtype": jnp.float32}, "q is float32"),
+        ({"dtype": jnp.float32}, "qkv is float32"),
         ({"heads": 130, "kv_heads": 1}, "130 heads"),
     ],
 )
 def test_what_the_kernel_cannot_take_is_named(change, message):
-    assert message in cannot_use(*operands(False, lengths=(1, 2), capacity=8, **change)[:3])
-    assert cannot_use(*operands(True, lengths=(1, 2), capacity=8)[:3]) is None
+    qkv, _, _, cache = operands(False, lengths=(1, 2), capacity=8, **change)
+    assert message in cannot_use(qkv, *cache)
+    qkv, _, _, cache = operands(True, lengths=(1, 2), capacity=8)
+    assert cannot_use(qkv, *cache[:2]) is None
 
 
 def test_wrong_operands_are_named():
-    q, keys, values, lengths, *scales = operands(True)
+    qkv, lengths, rotation, (keys, values, *scales) = operands(True)
     for arguments, message in (
-        ((q[:, :3], keys, values, lengths, *scales), "do not fit together"),
-        ((q, keys, values[:, 1:], lengths, *scales), "need values of that shape"),
-        ((q, keys, values, lengths), "int8 codes and scales come together"),
-        ((q, keys, values, lengths, scales[0][:, 1:], scales[1]), "key_scales must be"),
+        ((qkv[:, :7], keys, values, lengths, *scales), "do not fit together"),
+        ((qkv[:, :4], keys, values, lengths, *scales), "do not fit together"),
+        ((qkv, keys, values[:, 1:], lengths, *scales), "need values of that shape"),
+        ((qkv, keys, values, lengths), "int8 codes and scales come together"),
+        ((qkv, keys, values, lengths, scales[0][:, 1:], scales[1]), "key_scales must be"),
+        ((qkv, keys, keys.astype(jnp.bfloat16), lengths, scales[0], None), "expected one dtype"),
     ):
         with pytest.raises(ValueError, match=message):
             decode_attention(*arguments)
+    with pytest.raises(ValueError, match="rotation must be two arrays"):
+        decode_attention(qkv, keys, values, lengths, *scales, rotation=(rotation[0], rotation[1][:, 1:]))
     if capability() < (8, 0):
         with pytest.raises(NotImplementedError, match="compute capability 8.0"):
-            decode_attention(q, keys, values, lengths, *scales, implementation="triton")
+            decode_attention(qkv, keys, values, lengths, *scales, implementation="triton")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (8, 8, 64), (16, 1, 256)])
-def test_the_compiled_kernel_is_right(codes, window, heads, kv_heads, dim):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rotates"), [(32, 8, 128, True), (8, 8, 64, False), (16, 1, 256, True)]
+)
+def test_the_compiled_kernel_is_right(codes, window, heads, kv_heads, dim, rotates):
     if capability() < (8, 0):
-        pytest.skip(attention.NO_GPU)
-    arguments = operands(codes, heads, kv_heads, dim, lengths=(1, 64, 700, 2048), capacity=2048)
-    found = decode_attention(*arguments, window=window, implementation="triton")
-    wanted = expected(*arguments, scale=dim**-0.5, window=window)
-    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=0.02, atol=0.02)
+        pytest.skip(NO_GPU)
+    arguments = operands(codes, heads, kv_heads, dim, lengths=(0, 1, 64, 700, 2047), capacity=2048, rotates=rotates)
+    found = jax.jit(lambda arguments: decode(arguments, window=window, implementation="triton"))(arguments)
+    check(found, arguments, scale=dim**-0.5, window=window)
 
 
 @pytest.mark.skipif(not ahead_of_time.HAS_PLUGIN, reason="needs the package jax-cuda13-plugin")
@@ -134,18 +186,17 @@ def test_the_compiled_kernel_is_right(codes, window, heads, kv_heads, dim):
     ("batch", "heads", "kv_heads", "dim", "window"),
     [(1, 32, 8, 128, None), (64, 32, 32, 64, 4096), (8, 16, 1, 256, None)],
 )
-def test_it_compiles_for_a_hopper_gpu_and_moves_no_cache(codes, batch, heads, kv_heads, dim, window):
+def test_it_compiles_for_a_hopper_gpu(codes, batch, heads, kv_heads, dim, window):
     def shaped(*shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    cache = shaped(batch, 4096, kv_heads, dim, dtype=jnp.int8 if codes else jnp.bfloat16)
-    scales = [shaped(batch, 4096, kv_heads, dtype=jnp.float32)] * 2 if codes else []
-    q, lengths = shaped(batch, heads, dim, dtype=jnp.bfloat16), shaped(batch, dtype=jnp.int32)
+    cache = [shaped(batch, 4096, kv_heads, dim, dtype=jnp.int8 if codes else jnp.bfloat16)] * 2
+    cache += [shaped(batch, 4096, kv_heads, dtype=jnp.float32)] * 2 if codes else []
+    qkv = shaped(batch, heads + 2 * kv_heads, dim, dtype=jnp.bfloat16)
+    lengths, angles = shaped(batch, dtype=jnp.int32), shaped(batch, dim // 2, dtype=jnp.float32)
 
-    def f(*arguments):
-        return run(*arguments, scale=0.1, window=window)
+    def f(qkv, lengths, cos, sin, *cache):
+        return run(qkv, lengths, (cos, sin), cache, scale=0.1, window=window)
 
-    compiled = ahead_of_time.compile_for_h200(f, q, cache, cache, lengths, *scales)
-    text = compiled.as_text()
-    assert "decode_attention" in text
-    assert compiled.memory_analysis().temp_size_in_bytes < cache.size * cache.dtype.itemsize
+    compiled = ahead_of_time.compile_for_h200(f, qkv, lengths, angles, angles, *cache)
+    assert "decode_attention" in compiled.as_text()

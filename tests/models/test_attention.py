@@ -5,7 +5,7 @@ import pytest
 
 from fqjax.errors import InputError
 from fqjax.models import attention
-from fqjax.models.attention import attend, attend_in_blocks
+from fqjax.models.attention import attend_in_blocks
 from fqjax.models.cache import KeyValueCache, LayerCache
 
 LENGTH, CAPACITY = 11, 16
@@ -14,6 +14,10 @@ LENGTH, CAPACITY = 11, 16
 def projections(heads, length=LENGTH):
     rng = np.random.default_rng(heads)
     return [rng.normal(size=(2, length, h, 4)).astype(np.float32) for h in (heads, 2, 2)]
+
+
+def attend(q, k, v, cache, lengths, **kinds):
+    return attention.attend(jnp.concatenate([q, k, v], axis=2), k.shape[2], cache, lengths, **kinds)
 
 
 def expected(q, k, v, window):

@@ -1,0 +1,303 @@
+"""What stands in front of an integer matmul, in one pass over the rows of activations.
+
+A residual is added, the row is normalised, or goes through an activation function and its gate; then it is quantized, with
+scales that are fixed or with one for every row, and its large channels are flattened over extra ones.  XLA makes several
+kernels of that, as a row is needed whole before any of its codes is known.  Here (Pallas Triton) a program holds a row in
+its registers: what it reads, it reads once, and what the extra channels continue is read again, from the cache.
+
+A row of K channels is taken in pieces of the powers of two that K is the sum of, since arrays in Triton have such sizes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from pallas_kernels import reference
+from pallas_kernels.dispatch import NO_GPU, capability, has_triton, say, without_gradient
+
+Implementation = Literal["triton", "xla"]
+STEP = 128
+"""K and the number of extra channels are multiples of it."""
+MOST_CHANNELS = 32768
+"""What the registers of 16 warps hold."""
+FEW_ROWS = 264
+"""Up to so many rows, two for each multiprocessor of an H100 or H200, what counts is how long one row takes."""
+PROGRAMS = 528
+"""Programs at most that share many rows."""
+ROWS_FOR_XLA = 64
+"""Up to so many rows XLA, which makes one kernel of it, is as fast behind an activation function, with fixed scales."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Which of the operations is meant; see :func:`pallas_kernels.quantize_normalized` and its neighbours.
+
+    Attributes:
+      name: of the entry point.
+      qmax: largest code.
+      per_token: whether every row gets a scale of its own.
+      residual: whether something is added to x first.
+      epsilon: of the norm; None for no norm.
+      center: whether the norm subtracts the mean.
+      weight, bias: whether the norm has them.
+      activation: function that x goes through; None for none.
+      gated: whether the second half of x is multiplied with the activated first.
+    """
+
+    name: str
+    qmax: int
+    per_token: bool
+    residual: bool = False
+    epsilon: float | None = None
+    center: bool = False
+    weight: bool = False
+    bias: bool = False
+    activation: str | None = None
+    gated: bool = False
+
+    def split(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """x, residual, weight and bias, each None if not there, and the recipe: multiplier, source, part."""
+        there = (True, self.residual, self.weight, self.bias)
+        given = iter(operands)
+        return *(next(given) if is_there else None for is_there in there), tuple(given)
+
+    def xla(self, *operands: Array) -> tuple[Array, ...]:
+        """The reference: codes, then the scales and what was normalised, as far as they are asked for."""
+        x, residual, weight, bias, recipe = self.split(operands)
+        y = x.astype(jnp.float32)
+        if residual is not None:
+            y = y + residual.astype(jnp.float32)
+            x = y.astype(x.dtype)
+        if self.epsilon is not None:
+            y = reference.normalized(y, self.epsilon, self.center, weight, bias)
+        if self.activation is not None:
+            y = reference.activated(y, self.activation, self.gated)
+        found = reference.quantized(y, *recipe, qmax=self.qmax, per_token=self.per_token)
+        return (*found, x) if self.residual else found
+
+
+@functools.cache
+def quantize(kind: Quantization, implementation: Implementation | None) -> Callable[..., tuple[Array, ...]]:
+    """The function of what :meth:`Quantization.split` takes, with its rules for transformations."""
+
+    def rows(*operands: Array) -> tuple[Array, ...]:
+        """Any leading axes of x are rows."""
+        of_rows = 1 + kind.residual
+        flat = [operand.reshape(-1, operand.shape[-1]) for operand in operands[:of_rows]]
+        found = _run(kind, implementation, *flat, *operands[of_rows:])
+        leading = operands[0].shape[:-1]
+        return tuple(array.reshape(*leading, *array.shape[1:]) for array in found)
+
+    batched = jax.custom_batching.custom_vmap(rows)
+
+    @batched.def_vmap
+    def _(size: int, in_batched: list[bool], *operands: Array) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+        of_rows = 1 + kind.residual
+        results = (True,) * (1 + kind.per_token + kind.residual)
+        if all(in_batched[:of_rows]) and not any(in_batched[of_rows:]):
+            return batched(*operands), results
+        both = list(zip(operands, in_batched, strict=True))
+        return lax.map(lambda i: rows(*(o[i] if b else o for o, b in both)), jnp.arange(size)), results
+
+    return without_gradient(kind.name, batched)
+
+
+def _run(kind: Quantization, implementation: Implementation | None, *operands: Array) -> tuple[Array, ...]:
+    """The same for x of shape (rows, channels), by the implementation asked for or the fastest there is."""
+    if implementation == "xla":
+        return kind.xla(*operands)
+    x, *_, recipe = kind.split(operands)
+    reason = NO_GPU if capability() < (8, 0) else cannot_use(kind, x, *recipe)
+    if reason and implementation == "triton":
+        raise NotImplementedError(f"{kind.name}: implementation 'triton' cannot take x {x.shape} {x.dtype}: {reason}")
+    if implementation is None and not reason and not kind.per_token and kind.epsilon is None and len(x) <= ROWS_FOR_XLA:
+        reason = "XLA is as fast"
+    say(kind.name, x.shape, "xla" if reason else "triton", reason or "")
+    if reason:
+        return kind.xla(*operands)
+    triton = functools.partial(call, kind)
+    return triton(*operands) if implementation else lax.platform_dependent(*operands, cuda=triton, default=kind.xla)
+
+
+def cannot_use(kind: Quantization, x: Any, multiplier: Any, source: Any, part: Any) -> str | None:
+    """Why the kernel cannot take these operands; None if it can."""
+    del part
+    k, extra = multiplier.shape[0], source.shape[0]
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"x is {x.dtype}, not bfloat16, float16 or float32"
+    if not x.size:
+        return "there is nothing to do"
+    if k % STEP or k > MOST_CHANNELS:
+        return f"{k} channels are not a multiple of {STEP} up to {MOST_CHANNELS}"
+    if extra % STEP:
+        return f"{extra} extra channels are not a multiple of {STEP}"
+    if kind.activation not in (None, *ACTIVATIONS):
+        return f"it knows no {kind.activation}"
+    if math.prod(x.shape) >= 2**31:
+        return "x has 2^31 elements or more"
+    if not has_triton():
+        return "this version of JAX has no Triton backend of Pallas"
+    return None
+
+
+def call(
+    kind: Quantization,
+    *operands: Array,
+    warps: int | None = None,
+    programs: int | None = None,
+    interpret: bool = False,
+) -> tuple[Array, ...]:
+    """The kernel, for x of shape (rows, channels).
+
+    Args:
+      kind: what it is to do.
+      operands: as :meth:`Quantization.split` takes them.
+      warps: that share a row.  By default those that were the fastest on an H100 in November 2026: 16, and 8 for many
+        rows, of 2, 4, 8 and 16.
+      programs: that share the rows; by default no program has several where these are few, or long, as gated ones are.
+      interpret: whether to run on the CPU.
+    """
+    x, residual, weight, bias, recipe = kind.split(operands)
+    rows, (k, extra) = len(x), (recipe[0].shape[0], recipe[1].shape[0])
+    one_each = kind.gated or rows <= FEW_ROWS
+    warps, programs = warps or (16 if one_each else 8), min(rows, programs or (rows if one_each else PROGRAMS))
+    outputs = [jax.ShapeDtypeStruct((rows, k + extra), jnp.int8)]
+    if kind.per_token:
+        outputs.append(jax.ShapeDtypeStruct((rows,), jnp.float32))
+    if kind.residual:
+        outputs.append(jax.ShapeDtypeStruct((rows, k), x.dtype))
+    used = (x, residual, weight, bias, *(recipe if extra and not kind.per_token else recipe[:1]))
+    settings: dict[str, Any] = {}
+    if not interpret:
+        from jax.experimental.pallas import triton as plgpu
+
+        settings["compiler_params"] = plgpu.CompilerParams(num_warps=warps, num_stages=1)
+    return tuple(
+        pl.pallas_call(
+            functools.partial(_kernel, kind, programs, interpret),
+            grid=(programs,),
+            out_shape=outputs,
+            interpret=interpret,
+            name=kind.name,
+            **settings,
+        )(*(operand for operand in used if operand is not None))
+    )
+
+
+class _Part(NamedTuple):
+    """Some of a row's channels: where they are in x, and their gate's other half; where codes go; what is done to them."""
+
+    at: Any
+    beside: Any
+    to: Any
+    multiplier: Array
+    shift: Array | None
+
+
+def _kernel(kind: Quantization, programs: int, interpret: bool, *refs: Any) -> None:
+    """One program: every so many-th row.  What is the same for all rows is read once."""
+    results = 1 + kind.per_token + kind.residual
+    x_ref, residual_ref, weight_ref, bias_ref, (multiplier_ref, *flattening) = kind.split(refs[:-results])
+    codes_ref, *others = refs[-results:]
+    (rows, width), k = codes_ref.shape, multiplier_ref.shape[0]
+
+    def part(at: Any, beside: Any, to: Any) -> _Part:
+        multiplier = given = multiplier_ref[at]
+        if weight_ref is not None:
+            multiplier = given * weight_ref[at].astype(jnp.float32)
+        return _Part(at, beside, to, multiplier, None if bias_ref is None else given * bias_ref[at].astype(jnp.float32))
+
+    def read(row: Any, at: Any) -> Array:
+        """What is to be normalised or activated, float32."""
+        x = x_ref[row, at].astype(jnp.float32)
+        return x if residual_ref is None else x + residual_ref[row, at].astype(jnp.float32)
+
+    def scaled(row: Any, part: _Part, x: Array, mean: Any, factor: Any) -> Array:
+        """What is rounded, or divided by its row's scale and rounded."""
+        if kind.epsilon is not None:
+            y = (x - mean if kind.center else x) * factor * part.multiplier
+            return y if part.shift is None else y + part.shift
+        if kind.activation is not None:
+            x = ACTIVATIONS[kind.activation](x)
+        return x * part.multiplier * x_ref[row, part.beside].astype(jnp.float32) if kind.gated else x * part.multiplier
+
+    parts = [part(pl.ds(start, n), pl.ds(k + start, n), pl.ds(start, n)) for start, n in _pieces(k)]
+    extras, held = [], []
+    for start, n in _pieces(width - k):
+        to = pl.ds(k + start, n)
+        if kind.per_token:
+            extras.append(_Part(None, None, to, jnp.zeros(n, jnp.int8), None))
+            continue
+        source, before = (ref[pl.ds(start, n)] for ref in flattening)
+        extras.append(part(source, k + source, to))
+        held.append(jnp.minimum(before, reference.LARGEST_CODE).astype(jnp.float32) * kind.qmax)
+
+    def one(row: Any) -> None:
+        entered = [read(row, part.at) for part in parts]
+        mean, factor = None, None
+        if kind.epsilon is not None:
+            centered = entered
+            if kind.center:
+                mean = sum(jnp.sum(x) for x in entered) * (1 / k)
+                centered = [x - mean for x in entered]
+            factor = lax.rsqrt(sum(jnp.sum(x * x) for x in centered) * (1 / k) + kind.epsilon)
+        if kind.residual:
+            for part, x in zip(parts, entered, strict=True):
+                others[-1][row, part.at] = x.astype(x_ref.dtype)
+        values = [scaled(row, part, x, mean, factor) for part, x in zip(parts, entered, strict=True)]
+        if kind.per_token:
+            largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(y)) for y in values))
+            scale = jnp.maximum(largest, 1e-8) / kind.qmax
+            others[0][row] = scale
+            values = [y / scale for y in values]
+        for part, y in zip(parts, values, strict=True):
+            codes_ref[row, part.to] = rounded(y, kind.qmax, interpret).astype(jnp.int8)
+        if kind.per_token:
+            for part in extras:
+                codes_ref[row, part.to] = part.multiplier
+            return
+        for part, below in zip(extras, held, strict=True):
+            c = rounded(scaled(row, part, read(row, part.at), mean, factor), reference.LARGEST_CODE, interpret)
+            beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - below, 0.0), float(kind.qmax))
+            codes_ref[row, part.to] = jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
+
+    first = pl.program_id(0)
+    if rows == programs:
+        one(first)
+    else:
+        turns = (rows - first + programs - 1) // programs
+        lax.fori_loop(0, turns, lambda i, _: one(first + i * programs), None)
+
+
+def _pieces(channels: int) -> list[tuple[int, int]]:
+    """(start, size) of pieces that are powers of two and together the channels, the largest first."""
+    pieces, start = [], 0
+    for bit in reversed(range(channels.bit_length())):
+        if channels >> bit & 1:
+            pieces.append((start, 1 << bit))
+            start += 1 << bit
+    return pieces
+
+
+def rounded(y: Array, limit: int, interpret: bool) -> Array:
+    """Integers in float32, half to even, at most ``limit``."""
+    y = jnp.minimum(jnp.maximum(y, float(-limit)), float(limit))
+    if interpret:
+        return jnp.round(y)
+    shift = 1.5 * 2**23  # From here on floats are one apart.  Triton knows no rounding, and leaves such sums alone.
+    return (y + shift) - shift
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda x: x / (1 + jnp.exp(-x)),
+    "relu": lambda x: jnp.maximum(x, 0.0),
+}
+"""Those of :data:`pallas_kernels.reference.ACTIVATIONS` that can be written in what Triton knows."""
