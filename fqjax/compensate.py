@@ -18,7 +18,7 @@ compiled program serves all blocks.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +26,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from fqjax.blocks import Simulated, chain, run
+from fqjax.blocks import Chain, Feed, Simulated, chain, places, run, sweep
 from fqjax.core.gptq import absorb, gptq
 from fqjax.core.wide import Grid, WideLinear, represented
 from fqjax.linear import QuantizedLinear
-from fqjax.progress import track
 from fqjax.surgery import dotted, find_linears, replace_modules
 
 DAMPING = 0.01
@@ -71,14 +70,6 @@ class _Tap(nnx.Module):
         return self.layer(x, *args, **kwargs)
 
 
-class _Inputs(NamedTuple):
-    """What a block is called with, a batch an entry: from the float model, from the quantized one, and what both get."""
-
-    exact: list[Any]
-    approximate: list[Any]
-    others: list[Any]
-
-
 def compensate(
     model: nnx.Module,
     nearest: Mapping[str, QuantizedLinear],
@@ -101,38 +92,78 @@ def compensate(
     Returns:
       The layers, by dotted path.
     """
-    blocks = chain(model, nearest)
-    begun = [blocks.begin(batch) for batch in batches]
-    inputs = _Inputs([x for x, _ in begun], [x for x, _ in begun], [others for _, others in begun])
-    done, last = dict(nearest), next(reversed(blocks.blocks))
-    for path, block in track(blocks.blocks.items(), "compensating for errors", len(blocks.blocks)):
-        start = f"{path}." if path else ""
-        names = {name.removeprefix(start): name for name in nearest if name.startswith(start)}
-        local = {short: grids[name] for short, name in names.items()}
-        rough = {short: nearest[name] for short, name in names.items()}
-        moments = functools.cache(functools.partial(_moments, blocks.call, block, rough, local, inputs, upstream))
-        linears = find_linears(block)
-        for short, name in names.items():
-            weight = linears[short].kernel[...].T
-            done[name] = finish(name, lambda s=short, w=weight, m=moments, g=local: _rounded(w, g[s], m()[s]))
-        if path == last:
-            break
-        finished = replace_modules(block, {short: Simulated(done[name]) for short, name in names.items()})
-        float_block, quantized_block = nnx.split(block), nnx.split(finished)
-        inputs = _Inputs(
-            [run(blocks, float_block, x, rest) for x, rest in zip(inputs.exact, inputs.others, strict=True)],
-            [run(blocks, quantized_block, x, rest) for x, rest in zip(inputs.approximate, inputs.others, strict=True)],
-            inputs.others,
-        )
+    parts, done = chain(model, nearest), dict(nearest)
+    inside, feed = places(parts.blocks, nearest), Feed(parts, list(batches))
+
+    def step(path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
+        rough = {short: nearest[name] for short, name in inside[path].items()}
+        local = {short: grids[name] for short, name in inside[path].items()}
+        named = {short: functools.partial(finish, name) for short, name in inside[path].items()}
+        layers = compensated(parts, block, rough, local, feed, inputs, named, upstream)
+        done.update({inside[path][short]: layer for short, layer in layers.items()})
+        if path != next(reversed(inside)):
+            yield from propagated(parts, block, layers, feed, inputs)
+
+    sweep(parts.blocks, lambda: twice(feed), step, "compensating for errors")
     return done
+
+
+def twice(feed: Feed) -> list[tuple[Any, Any]]:
+    """The first block's inputs, from the float model and from the quantized one: they are still the same."""
+    return [(x, x) for x in feed.first()]
+
+
+def compensated(
+    parts: Chain,
+    block: nnx.Module,
+    rough: Mapping[str, QuantizedLinear],
+    grids: Mapping[str, Grid],
+    feed: Feed,
+    inputs: Iterable[tuple[Any, Any]],
+    finish: Mapping[str, Callable[[Callable[[], WideLinear]], QuantizedLinear]],
+    upstream: float,
+) -> dict[str, QuantizedLinear]:
+    """Rounds the weights of a block's quantized layers anew; all are named by their dotted path in the block.
+
+    Args:
+      parts: what the block belongs to.
+      block: of the float model.
+      rough: its quantized layers, weights rounded to the nearest.
+      grids: the grid of each.
+      feed: the batches.
+      inputs: of the block, from the float model and from the quantized blocks in front; gone through once, if at all.
+      finish: makes each layer of a function that works its integer view out.
+      upstream: r above.
+    """
+    moments = functools.cache(lambda: _moments(parts.call, block, rough, grids, feed.paired(inputs), upstream))
+    linears = find_linears(block)
+
+    def view(short: str) -> Callable[[], WideLinear]:
+        return lambda: _rounded(linears[short].kernel[...].T, grids[short], moments()[short])
+
+    return {short: finish[short](view(short)) for short in rough}
+
+
+def propagated(
+    parts: Chain,
+    block: nnx.Module,
+    layers: Mapping[str, QuantizedLinear],
+    feed: Feed,
+    inputs: Iterable[tuple[Any, Any]],
+) -> Iterator[tuple[Any, Any]]:
+    """What the float block gives, and what it gives with quantized layers, for the inputs that :func:`compensated` takes."""
+    quantized = nnx.split(replace_modules(block, {short: Simulated(layer) for short, layer in layers.items()}))
+    plain = nnx.split(block)
+    for (exact, approximate), others in feed.paired(inputs):
+        yield run(parts, plain, exact, others), run(parts, quantized, approximate, others)
 
 
 def _moments(
     call: Callable[..., Any],
     block: nnx.Module,
-    rough: dict[str, QuantizedLinear],
-    grids: dict[str, Grid],
-    inputs: _Inputs,
+    rough: Mapping[str, QuantizedLinear],
+    grids: Mapping[str, Grid],
+    inputs: Iterable[tuple[tuple[Any, Any], Any]],
     upstream: float,
 ) -> dict[str, Moments]:
     """The moments of all layers of a block, over all batches."""
@@ -143,7 +174,7 @@ def _moments(
     rounding = {path: _Rounding.of(grid) for path, grid in grids.items()}
     zeros = {path: jnp.zeros((len(grid.smoothing),) * 2, jnp.float32) for path, grid in grids.items()}
     moments = {path: Moments(zero, zero) for path, zero in zeros.items()}
-    for x, seen, others in zip(*inputs, strict=True):
+    for (x, seen), others in inputs:
         moments = _add(
             call, exact_def, approximate_def, exact, approximate, rounding, upstream, moments, x, seen, others
         )

@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Int32
 
 from fqjax.core.integer_scale import group_sums, scaled_bound
 from fqjax.core.overflow import accumulator_bound, check_accumulator, row_sums
-from fqjax.qtensor import InputQuantizer, QTensor
+from fqjax.qtensor import InputQuantizer, QTensor, bytes_of
 from fqjax.scheme import Scheme
 from pallas_kernels import (
     grouped_int4_matmul,
@@ -117,8 +117,8 @@ class QuantizedLinear(nnx.Module):
     @property
     def nbytes(self) -> int:
         """Bytes on the device: codes, scales, the input's recipe, the bias."""
-        bias = 0 if self.bias is None else self.bias[...].nbytes
-        return self.weight.get_value().nbytes + self.input.get_value().nbytes + bias
+        bias = None if self.bias is None else self.bias.get_value()
+        return self.weight.get_value().nbytes + self.input.get_value().nbytes + bytes_of(bias)
 
 
 def measured_bound(weight: QTensor, input: InputQuantizer) -> int:

@@ -67,23 +67,24 @@ def test_every_scheme_converts(asked, scheme):
     assert np.isfinite(fqjax.load(asked.out)(tokens)).all()
 
 
-@pytest.mark.parametrize("step", ["statistics", "sensitivities", "layer", "compensated"])
+STEPS = {"keep_options": 3, "keep_statistics": 1, "sensitivities": 1, "layer": 4, "keep_finished": 1, "_carry": 2}
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_an_interrupted_conversion_resumes_to_the_same_bits(asked, monkeypatch, tmp_path, step):
     whole = replace(asked, out=tmp_path / "whole")
     conversion.convert(conversion.plan(whole))
-    method = "layer" if step == "compensated" else step
-    original, calls = getattr(DirectoryMemo, method), []
+    original, calls = getattr(DirectoryMemo, step), []
 
     def stop_after(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
-        if step != "compensated" or kwargs["stage"] == "compensated":
-            calls.append(args)
-        if len(calls) == {"layer": 4, "compensated": 3}.get(step, 1):
+        calls.append(args)
+        if len(calls) == STEPS[step]:
             raise KeyboardInterrupt
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(DirectoryMemo, method, stop_after)
+        patch.setattr(DirectoryMemo, step, stop_after)
         with pytest.raises(KeyboardInterrupt):
             conversion.convert(conversion.plan(asked))
     assert not asked.out.exists()
@@ -95,12 +96,12 @@ def test_an_interrupted_conversion_resumes_to_the_same_bits(asked, monkeypatch, 
 
 
 def test_what_was_remembered_is_not_computed_again(asked, monkeypatch):
-    monkeypatch.setattr("fqjax.convert.write", _interrupt)
+    monkeypatch.setattr("fqjax.convert.Writer", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         conversion.convert(conversion.plan(asked))
     monkeypatch.undo()
-    for name in ("calibrate", "output_sensitivity", "assemble"):
-        monkeypatch.setattr(sys.modules["fqjax.quantize"], name, _interrupt)
+    for name in ("watch", "sensitivities", "assemble"):
+        monkeypatch.setattr(sys.modules["fqjax.passes"], name, _interrupt)
     conversion.convert(conversion.plan(asked), resume=True)
 
 
@@ -129,7 +130,7 @@ def test_a_killed_conversion_leaves_no_directory_that_looks_complete(asked, tmp_
 )
 def test_resuming_with_other_settings_is_refused(asked, monkeypatch, change, named):
     with monkeypatch.context() as patch:
-        patch.setattr("fqjax.convert.write", _interrupt)
+        patch.setattr("fqjax.convert.Writer", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             conversion.convert(conversion.plan(asked))
     with pytest.raises(InputError, match=f"begun with other {named}"):
@@ -138,7 +139,7 @@ def test_resuming_with_other_settings_is_refused(asked, monkeypatch, change, nam
 
 def test_resuming_after_the_text_or_a_shard_changed_is_refused(asked, monkeypatch, checkpoint):
     with monkeypatch.context() as patch:
-        patch.setattr("fqjax.convert.write", _interrupt)
+        patch.setattr("fqjax.convert.Writer", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             conversion.convert(conversion.plan(asked))
     text = asked.calibration.read_text()
