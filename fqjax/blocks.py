@@ -51,7 +51,7 @@ def chain(model: nnx.Module, names: Iterable[str]) -> Chain:
     running: Any = inference_view(nnx.clone(model))
     blocks = {f"layers.{i}": layer for i, layer in enumerate(running.layers)} if hasattr(running, "begin") else {}
     if not all(name.startswith(tuple(f"{path}." for path in blocks)) for name in names):
-        return Chain({"": running}, as_arguments, _call_model, lambda output: output)
+        return Chain({"": running}, as_arguments, call_model, lambda output: output)
     graphdef, state = nnx.split(running)
     return Chain(blocks, running.begin, call_layer, lambda hidden: end(graphdef, state, hidden))
 
@@ -150,7 +150,8 @@ def run(chain: Chain, block: tuple[Any, Any], x: Any, others: Any) -> Any:
     return _run(chain.call, *block, x, others)
 
 
-def _call_model(model: Any, args: Any, kwargs: Any) -> Any:
+def call_model(model: Any, args: Any, kwargs: Any) -> Any:
+    """Runs a whole model; ``Chain.call`` of one that is a single block."""
     return model(*args, **kwargs)
 
 

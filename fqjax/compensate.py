@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Float32
 from fqjax.blocks import Chain, Feed, Simulated, chain, places, run, sweep
 from fqjax.core.gptq import absorb, gptq
 from fqjax.core.wide import Grid, WideLinear, represented
+from fqjax.host_memory import give_back
 from fqjax.linear import QuantizedLinear
 from fqjax.surgery import dotted, find_linears, replace_modules
 
@@ -135,11 +136,16 @@ def compensated(
       finish: makes each layer of a function that works its integer view out.
       upstream: r above.
     """
-    moments = functools.cache(lambda: _moments(parts.call, block, rough, grids, feed.paired(inputs), upstream))
     linears = find_linears(block)
 
+    @functools.cache
+    def moments() -> dict[str, Moments]:
+        found = jax.block_until_ready(_moments(parts.call, block, rough, grids, feed.paired(inputs), upstream))
+        give_back()
+        return found
+
     def view(short: str) -> Callable[[], WideLinear]:
-        return lambda: _rounded(linears[short].kernel[...].T, grids[short], moments()[short])
+        return lambda: _rounded(linears[short].kernel[...].T, grids[short], moments().pop(short))
 
     return {short: finish[short](view(short)) for short in rough}
 
@@ -172,8 +178,8 @@ def _moments(
         replace_modules(block, {path: _Tap(Simulated(layer)) for path, layer in rough.items()})
     )
     rounding = {path: _Rounding.of(grid) for path, grid in grids.items()}
-    zeros = {path: jnp.zeros((len(grid.smoothing),) * 2, jnp.float32) for path, grid in grids.items()}
-    moments = {path: Moments(zero, zero) for path, zero in zeros.items()}
+    shapes = {path: (len(grid.smoothing),) * 2 for path, grid in grids.items()}
+    moments = {path: Moments(*(jnp.zeros(shape, jnp.float32) for _ in range(2))) for path, shape in shapes.items()}
     for (x, seen), others in inputs:
         moments = _add(
             call, exact_def, approximate_def, exact, approximate, rounding, upstream, moments, x, seen, others
@@ -181,7 +187,8 @@ def _moments(
     return moments
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# Donated: moments are the largest arrays there are, and a batch's are added to them in place.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)
 def _add(
     call: Callable[..., Any],
     exact_def: Any,

@@ -48,7 +48,7 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
     start, out = time.perf_counter(), made.conversion.out
     with claimed(out, made.fingerprint, resume) as staging:
         try:
-            if is_complete(out):
+            if resume and is_complete(out):
                 model, findings = load_abstract(out), read_findings(out)
             else:
                 refuse_existing(out)
@@ -74,10 +74,12 @@ def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, Findings | None]:
         )
     finished = staging / "checkpoint"
     writer = Writer(finished, source.skeleton)
-    for path, block in track(source.chain().blocks.items(), "writing"):
+    blocks = source.chain().blocks
+    for path in track(list(blocks), "writing"):
         names = [name for name in made.selection.linears if name.startswith(f"{path}.")] if findings else []
         layers = {name.removeprefix(f"{path}."): memo.finished(name) for name in names}
-        writer.add(path, replace_modules(block, layers))
+        writer.add(path, replace_modules(blocks[path], layers))  # No name holds the block while the next one is read.
+        del layers
     for name in source.outer:
         writer.add(name, _outer_module(source, name, int8_head=scheme.int8_head))
     model = writer.finish(made.tokenizer, findings)

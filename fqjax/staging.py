@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fqjax.checkpoint.files import read_json, write_whole, writing
+from fqjax.checkpoint.manifest import NAME
 from fqjax.checkpoint.orbax import refuse_existing
 from fqjax.errors import InputError
 from fqjax.memo import ACTIVATIONS
@@ -35,7 +36,10 @@ def staging_directory(out: Path) -> Path:
 
 def is_complete(out: Path) -> bool:
     """Whether a conversion ended but for the removal of its staging directory."""
-    return out.is_dir() and (staging_directory(out) / COMPLETE).is_file()
+    staging = staging_directory(out)
+    if not (out / NAME).is_file() or not staging.is_dir():
+        return False
+    return (staging / COMPLETE).is_file() or not any(staging.iterdir())
 
 
 def publish(finished: Path, out: Path) -> None:
@@ -53,15 +57,17 @@ def publish(finished: Path, out: Path) -> None:
 def remove(staging: Path) -> None:
     """Removes a staging directory so that what is left of it if that is interrupted can still be taken up, or is removed.
 
-    Activations vanish at once, as a pass that found some of them would go on from there; the record goes nearly last.
+    Activations vanish at once, as a pass that found some of them would go on from there.
     """
     with contextlib.suppress(OSError):
         (staging / ACTIVATIONS).rename(staging / f"{ACTIVATIONS}.unfinished")
     for path in [*staging.glob("*")] if staging.is_dir() else []:
         if path.name not in (LOCK, COMPLETE, RECORD):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    (staging / RECORD).unlink(missing_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
+    for name in (RECORD, LOCK, COMPLETE):
+        (staging / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        staging.rmdir()
 
 
 @contextlib.contextmanager

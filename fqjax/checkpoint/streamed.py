@@ -20,6 +20,7 @@ from fqjax.checkpoint.hugging_face import abstract_model, check_layers, check_te
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.equalize import rescale
 from fqjax.errors import InputError
+from fqjax.host_memory import give_back
 from fqjax.models import FAMILIES
 from fqjax.surgery import dotted, find_linears, replace_modules
 
@@ -71,6 +72,7 @@ class StreamedModel:
     def block(self, index: int) -> nnx.Module:
         """Reads one block."""
         self._ends = ("", None)
+        give_back()
         self._check_unchanged()
         start = (LAYERS, index)
         block = self._filled(self.skeleton.layers[index], start)
@@ -93,6 +95,7 @@ class StreamedModel:
     def outer_module(self, name: str) -> nnx.Module:
         """Reads one of the modules outside the blocks."""
         self._ends = ("", None)
+        give_back()
         self._check_unchanged()
         return self._filled(getattr(self.skeleton, name), (name,))
 
