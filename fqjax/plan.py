@@ -34,9 +34,9 @@ from fqjax.staging import is_complete
 from fqjax.surgery import Selection, select_linears
 from fqjax.text import calibration_batches, encode, read_text
 
-PROCESS, COPIES = 700e6, 6
-"""Bytes of the process without a model, and copies of a layer in float32 that are there at once, as measured by
-scripts/measure_conversion_memory.py."""
+PROCESS, COPIES = 800e6, 6
+"""Bytes of the process without a model, and copies of a layer or of moments in float32 that are there at once, from what
+scripts/measure_conversion_memory.py measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,23 +194,23 @@ def plan_table(made: Plan) -> Table:
 def peak_memory(made: Plan) -> float:
     """An estimate of a conversion's peak memory on a CPU, in bytes; on a GPU a part of it is the device's.
 
-    What is needed at once is either one of the modules outside the blocks, twice while it is read or written, and with it the
-    other that a batch passes through; or a block, with several copies of its largest layer in float32, and the rows kept of
-    all of its layers' inputs.
+    What is needed at once is either one of the modules outside the blocks, twice while it is read or written; or a block,
+    with the rows kept of all of its layers' inputs, and several copies of its largest layer in float32, or with GPTQ of the
+    moments of its widest input.
     """
     scheme, linears = made.conversion.scheme, made.selection.linears
-    outer = sorted(made.outer_bytes.values(), reverse=True)
-    reading = 2 * outer[0] if outer else 0
-    if scheme.method == "none":
-        return PROCESS + max(reading, 3 * _largest_block({n: 2 * _size(linear) for n, linear in linears.items()}))
-    rows = {name: 4 * scheme.sample_rows * linear.in_features for name, linear in linears.items()}
+    outer = 2 * max(made.outer_bytes.values(), default=0)
     weights = {name: 2 * _size(linear) for name, linear in linears.items()}
-    moments = {name: 8 * linear.in_features**2 for name, linear in linears.items()}
-    if scheme.rounding != "gptq":
-        moments = dict.fromkeys(moments, 0)
-    block = _largest_block({name: weights[name] + rows[name] + moments[name] for name in linears})
-    layer = 4 * COPIES * max(_size(linear) for linear in linears.values())
-    return PROCESS + max(reading, block + layer)
+    if scheme.method == "none":
+        return PROCESS + max(outer, 3 * _largest_block(weights))
+    rows = {name: 4 * scheme.sample_rows * linear.in_features for name, linear in linears.items()}
+    work = 4 * COPIES * max(_size(linear) for linear in linears.values())
+    if scheme.rounding == "gptq":
+        moments = {name: 8 * linear.in_features**2 for name, linear in linears.items()}
+        work = max(
+            work, _largest_block(moments) + 4 * COPIES * max(linear.in_features for linear in linears.values()) ** 2
+        )
+    return PROCESS + max(outer, _largest_block({name: weights[name] + rows[name] for name in linears}) + work)
 
 
 def _size(linear: nnx.Linear) -> int:
