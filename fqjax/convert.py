@@ -46,9 +46,10 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
         something cannot be written, as on a full disk; then the conversion can be resumed.
     """
     start, out = time.perf_counter(), made.conversion.out
+    complete = resume and is_complete(out)  # Looked at before anything is written into the staging directory.
     with claimed(out, made.fingerprint, resume) as staging:
         try:
-            if resume and is_complete(out):
+            if complete:
                 model, findings = load_abstract(out), read_findings(out)
             else:
                 refuse_existing(out)
@@ -82,6 +83,7 @@ def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, Findings | None]:
         del layers
     for name in source.outer:
         writer.add(name, _outer_module(source, name, int8_head=scheme.int8_head))
+    source.check_unchanged()
     model = writer.finish(made.tokenizer, findings)
     publish(finished, made.conversion.out)
     return model, findings

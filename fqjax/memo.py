@@ -208,20 +208,22 @@ class DirectoryMemo(Memo):
             return self._unpack_layer(name, _read_arrays(path))
         result = compute()
         if remember:
-            arrays = {"/".join(key): np.asarray(leaf) for key, leaf in named_leaves(nnx.state(result)).items()}
-            entry = json.dumps(describe_layer(result, [self.scheme]))
-            _write_arrays(path, arrays | {"entry": np.asarray(entry)})
+            self._write_layer(path, result)
         return result
 
     def keep_finished(self, layers: Mapping[str, QuantizedLinear]) -> None:
         """Keeps layers as they are to be."""
         for name, layer in layers.items():
-            (self.directory / f"{name}.finished.npz").unlink(missing_ok=True)
-            self.layer(name, "finished", lambda made=layer: made, remember=True)
+            self._write_layer(self.directory / f"{name}.finished.npz", layer)
 
     def finished(self, name: str) -> QuantizedLinear:
         """What :meth:`keep_finished` was given."""
         return self._unpack_layer(name, _read_arrays(self.directory / f"{name}.finished.npz"))
+
+    def _write_layer(self, path: Path, layer: QuantizedLinear) -> None:
+        arrays = {"/".join(key): np.asarray(leaf) for key, leaf in named_leaves(nnx.state(layer)).items()}
+        entry = json.dumps(describe_layer(layer, [self.scheme]))
+        _write_arrays(path, arrays | {"entry": np.asarray(entry)})
 
     def _unpack_layer(self, name: str, arrays: dict[str, np.ndarray]) -> QuantizedLinear:
         entry = json.loads(str(arrays.pop("entry")))
@@ -267,5 +269,5 @@ def _read_arrays(path: Path, endings: tuple[str, ...] = ("",)) -> dict[str, np.n
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files if key.endswith(endings)}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: damaged ({error}); remove it, and it is worked out anew") from None
+        raise InputError(f"{path}: damaged ({error}); remove {path.parent}, and begin anew") from None
     return {key.removesuffix(BF16): a.view(jnp.bfloat16) if key.endswith(BF16) else a for key, a in arrays.items()}

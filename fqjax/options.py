@@ -16,6 +16,7 @@ from fqjax.calibration import Statistics
 from fqjax.core.flatten import padded_width
 from fqjax.core.selection import choose, histogram_divergence, select_low_bits
 from fqjax.core.wide import Grid, output, relative_error
+from fqjax.linear import layer_bytes
 from fqjax.methods import METHODS, LayerInputs
 from fqjax.scheme import Scheme
 
@@ -107,15 +108,16 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *,
 
 
 def _bytes(linear: nnx.Linear, grid: Grid, width: int) -> int:
-    """Of the layer made of a grid: codes, scales, what quantizing and flattening its input needs, bias."""
-    codes = linear.out_features * width * grid.bits // 8
-    groups = 0
-    if grid.group_scale is not None:
-        each = 2 if jnp.issubdtype(grid.group_scale.dtype, jnp.integer) else 4
-        groups = linear.out_features * width // grid.group_size * each
-    floats = grid.smoothing.size + grid.w_scale.size + (0 if grid.x_scale is None else 1)
-    extra = 2 * (width - linear.in_features)  # The source and the part of every channel that was added.
-    return codes + groups + 4 * (floats + extra) + (0 if linear.bias is None else linear.bias[...].nbytes)
+    integers = grid.group_scale is not None and jnp.issubdtype(grid.group_scale.dtype, jnp.integer)
+    return layer_bytes(
+        linear,
+        grid.bits,
+        width,
+        weight_scales=grid.w_scale.size,
+        static=grid.x_scale is not None,
+        group_size=grid.group_size,
+        group_scale_bytes=2 if integers else 4,
+    )
 
 
 class _Measured(NamedTuple):

@@ -26,6 +26,7 @@ from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.core.flatten import padded_width
 from fqjax.corpus import reference_text
 from fqjax.errors import InputError
+from fqjax.linear import layer_bytes
 from fqjax.models import FAMILIES
 from fqjax.qtensor import bytes_of
 from fqjax.report import format_bytes, narrow_table
@@ -163,18 +164,13 @@ def plan_table(made: Plan) -> Table:
     table = narrow_table(f"{made.directory} to {made.conversion.out}, scheme {scheme.name}", "")
     for heading in ("layer", "out x in", "format", "bf16", "estimate"):
         table.add_column(heading, justify="left" if heading in ("layer", "format") else "right", no_wrap=True)
-    before, after = 0, 0.0
+    plain = {name: 2 * _size(linear) for name, linear in made.selection.linears.items()}
+    estimate = estimated_bytes(made)
     for name, linear in made.selection.linears.items():
-        plain = 2 * linear.in_features * linear.out_features
         stored = made.stored_bits.get(name)
         label = f"INT{stored}" if stored else "INT8" if name in kept else kind
-        if stored:
-            estimate = plain * stored / 16
-        else:
-            estimate = plain if scheme.method == "none" else _estimated_bytes(linear, scheme, int4=name not in kept)
-        before, after = before + plain, after + estimate
         shape = f"{linear.out_features} x {linear.in_features}"
-        table.add_row(name, shape, label, format_bytes(plain), format_bytes(estimate))
+        table.add_row(name, shape, label, format_bytes(plain[name]), format_bytes(estimate[name]))
     for name in made.selection.skipped:
         table.add_row(name, "", "INT8" if scheme.int8_head and name == "lm_head" else "float", "", "", style="dim")
     windows = sum(len(batch) for batch in made.batches)
@@ -182,7 +178,8 @@ def plan_table(made: Plan) -> Table:
     lacking = "".join(f"\n{line}" for line in made.lacking)
     outer = sum(made.outer_bytes.values())
     table.caption = (
-        f"Linear layers: {format_bytes(before)} in bf16, about {format_bytes(after)} before flattening.\n"
+        f"Linear layers: {format_bytes(sum(plain.values()))} in bf16, "
+        f"about {format_bytes(sum(estimate.values()))} before flattening.\n"
         f"Embeddings, norms and head: {format_bytes(outer)}.\n"
         f"Memory at most: about {format_bytes(peak_memory(made))}.\n"
         f"Calibration: {windows} windows of {made.conversion.window} tokens.{reasons}"
@@ -225,16 +222,34 @@ def _largest_block(sizes: dict[str, int]) -> int:
     return max(blocks.values())
 
 
-def _estimated_bytes(linear: nnx.Linear, scheme: Scheme, *, int4: bool) -> float:
-    """Of codes and group scales, before flattening."""
-    share = scheme.int4_share if int4 else 0.0
+def estimated_bytes(made: Plan) -> dict[str, float]:
+    """What each layer will take, by dotted path, before flattening; where bits are still to be chosen, on average."""
+    scheme = made.conversion.scheme
+    kept = scheme.kept_in_int8(made.selection.linears)
+    found: dict[str, float] = {}
+    for name, linear in made.selection.linears.items():
+        if scheme.method == "none":
+            found[name] = 2 * _size(linear) * made.stored_bits.get(name, 16) / 16
+        else:
+            share = 0.0 if name in kept else scheme.int4_share
+            found[name] = share * _bytes(linear, scheme, 4) + (1 - share) * _bytes(linear, scheme, 8)
+    return found
 
-    def size(bits: int) -> float:
-        width = padded_width(linear.in_features, bits)
-        scales = 4 * width / scheme.group_size if scheme.method == "grouped" else 0
-        return linear.out_features * (width * bits / 8 + scales)
 
-    return share * size(4) + (1 - share) * size(8)
+def _bytes(linear: nnx.Linear, scheme: Scheme, bits: int) -> int:
+    grouped = scheme.method == "grouped"
+    by_channel = scheme.method == "flattenquant" and scheme.weight_scales == "channel"
+    integers = grouped and scheme.scales != "float"
+    narrow = scheme.scales == "folded" or scheme.amplifier < 2**15  # Where they fit into int16.
+    return layer_bytes(
+        linear,
+        bits,
+        padded_width(linear.in_features, bits),
+        weight_scales=linear.out_features if by_channel or integers else 1,
+        static=not grouped,
+        group_size=scheme.group_size if grouped else 0,
+        group_scale_bytes=2 if integers and narrow else 4,
+    )
 
 
 def _calibration(conversion: Conversion, tokenizer: Any, config: Any) -> tuple[str, list[np.ndarray]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from fqjax.blocks import Chain, Feed, Simulated, as_arguments, chain, places, run, sweep
+from fqjax.blocks import Chain, Feed, Simulated, as_arguments, places, run
 from fqjax.linear import QuantizedLinear
 from fqjax.surgery import replace_modules
 
@@ -34,27 +34,6 @@ class Probe(nnx.Module):
         return jax.lax.cond(self.up[...] == self.number, self.quantized, self.linear, x)
 
 
-def output_sensitivity(model: nnx.Module, candidates: Mapping[str, QuantizedLinear], batch: Any) -> dict[str, float]:
-    """Runs a batch through the model with one layer quantized at a time.
-
-    Args:
-      model: the float model.
-      candidates: quantized layers by dotted path.
-      batch: one model input, as :func:`fqjax.calibration.calibrate` takes them.
-
-    Returns:
-      For each candidate the divergence of the model's output from the float model's (:func:`divergence`).
-    """
-    parts = chain(model, candidates)
-    inside = places(parts.blocks, candidates)
-
-    def low(path: str, _: nnx.Module) -> dict[str, QuantizedLinear]:
-        return {short: candidates[name] for short, name in inside[path].items()}
-
-    found = sensitivities(parts, list(candidates), low, batch, sweep)
-    return {name: found[name] for name in candidates}
-
-
 def sensitivities(
     parts: Chain,
     names: Iterable[str],
@@ -62,14 +41,19 @@ def sensitivities(
     batch: Any,
     go: Callable[..., Iterable[Any]],
 ) -> dict[str, float]:
-    """The same for a model in blocks, of which one is needed at a time: all layers tried so far go through it.
+    """Runs a batch through a model with one layer quantized at a time.
+
+    One block is needed at a time: the outputs with each of the layers tried so far go through it.
 
     Args:
       parts: the float model.
       names: of the layers to try, in the order of the blocks.
       low: (path, block) -> quantized layers by dotted path in the block; called block after block.
-      batch: one model input.
+      batch: one model input, as :func:`fqjax.calibration.calibrate` takes them.
       go: goes through the blocks, as :func:`fqjax.blocks.sweep` does.
+
+    Returns:
+      For each layer the divergence of the model's output from the float model's (:func:`divergence`).
     """
     feed, inside = Feed(parts, [batch]), places(parts.blocks, names)
 

@@ -17,16 +17,9 @@ from fqjax import convert as conversion
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.errors import InputError
 from fqjax.memo import DirectoryMemo
+from fqjax.plan import estimated_bytes
 from fqjax.scheme import PRESETS
-from tests.conftest import edit_tensor
-
-
-@pytest.fixture
-def text(tmp_path):
-    words = np.random.default_rng(0).choice(["return", "class", "the", "list", "of", "value", "error"], 3000)
-    path = tmp_path / "calibration.txt"
-    path.write_text(" ".join(words))
-    return path
+from tests.conftest import edit_tensor, make_checkpoint
 
 
 @pytest.fixture
@@ -177,6 +170,27 @@ def test_planning_reads_no_weights(asked, monkeypatch, checkpoint):
     monkeypatch.setattr("fqjax.checkpoint.safetensors.TensorFiles.read", _interrupt)
     made = conversion.plan(asked)
     assert len(made.selection.linears) == 8 and sum(map(len, made.batches)) == 4
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [
+        ("w8a8", {}),
+        ("smoothquant", {"weight_scales": "channel"}),
+        ("flattenquant-hopper-int4", {"int8_layers": r"layers\.0"}),
+        ("w4a8", {"int8_layers": r"layers\.0"}),
+        ("w4a8-integer-scale", {"int8_layers": r"layers\.0", "group_size": 64}),
+        ("w4a8-integer-scale-folded", {}),
+        ("w4a16", {}),
+    ],
+)
+@pytest.mark.parametrize("variant", ["llama-grouped", "opt"])
+def test_a_plan_knows_the_bytes_of_layers_that_are_not_flattened(asked, tmp_path, variant, scheme, settings):
+    source = make_checkpoint(tmp_path / "planned", variant)
+    chosen = replace(PRESETS[scheme], max_expansion=1.0, rounding="nearest", **settings)
+    made = conversion.plan(replace(asked, source=str(source), scheme=chosen))
+    report = conversion.convert(made)
+    assert estimated_bytes(made) == {layer.name: layer.bytes for layer in report.layers}
 
 
 def test_calibration_without_a_file_uses_the_documentation_of_python(asked, monkeypatch):

@@ -9,14 +9,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import fqjax
 from fqjax import cli
 from fqjax import convert as conversion
 from fqjax.checkpoint import files
+from fqjax.checkpoint.orbax import Writer
 from fqjax.errors import InputError
+from fqjax.passes import _Passes
 from fqjax.scheme import PRESETS
 from tests.conftest import edit_tensor
 
@@ -29,14 +30,6 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 from fqjax.cli import run
 run()
 """
-
-
-@pytest.fixture
-def text(tmp_path):
-    words = np.random.default_rng(0).choice(["return", "class", "the", "list", "of", "value", "error"], 3000)
-    path = tmp_path / "calibration.txt"
-    path.write_text(" ".join(words))
-    return path
 
 
 @pytest.fixture
@@ -109,6 +102,17 @@ def test_a_conversion_that_only_had_to_be_cleaned_up_after(asked, monkeypatch, c
     assert report.layers == fqjax.report_of(fqjax.load(asked.out)).layers
     assert report.model_bytes == fqjax.report_of(fqjax.load(asked.out)).model_bytes
     complains(capsys, asked, "out: exists already", options=["--resume"])
+
+
+def test_a_conversion_of_which_only_an_empty_staging_directory_was_left(asked, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.convert(conversion.plan(asked))
+    staging = conversion.staging_directory(asked.out)
+    assert not list(staging.iterdir())
+    report = conversion.convert(conversion.plan(asked), resume=True)
+    assert not staging.exists() and report.layers == fqjax.report_of(fqjax.load(asked.out)).layers
 
 
 def _interrupt(*args, **kwargs):
@@ -216,18 +220,19 @@ def test_a_shard_that_changes_between_runs(asked, checkpoint, monkeypatch, capsy
     assert conversion.staging_directory(asked.out).is_dir()
 
 
+@pytest.mark.parametrize(("kind", "method", "path"), [(_Passes, "_round", "layers.0"), (Writer, "add", "norm")])
 @pytest.mark.parametrize("how", ["changed", "gone"])
-def test_a_shard_that_changes_during_a_run(asked, checkpoint, monkeypatch, how):
-    from fqjax.passes import _Passes
-
+def test_a_shard_that_changes_during_a_run(asked, checkpoint, monkeypatch, how, kind, method, path):
+    """In the middle, or when everything has been read."""
     shard = checkpoint / "model-00001-of-00002.safetensors"
-    original = _Passes._round
+    original = getattr(kind, method)
 
     def spoil(self, *args):
-        shard.unlink() if how == "gone" else os.utime(shard, (1, 1))
+        if path in args:
+            shard.unlink() if how == "gone" else os.utime(shard, (1, 1))
         return original(self, *args)
 
-    monkeypatch.setattr(_Passes, "_round", spoil)
+    monkeypatch.setattr(kind, method, spoil)
     with pytest.raises(InputError, match="00001-of-00002.safetensors: (has changed|cannot be read)"):
         conversion.convert(conversion.plan(asked))
     assert not asked.out.exists() and not conversion.staging_directory(asked.out).exists()

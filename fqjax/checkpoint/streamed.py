@@ -73,7 +73,7 @@ class StreamedModel:
         """Reads one block."""
         self._ends = ("", None)
         give_back()
-        self._check_unchanged()
+        self.check_unchanged()
         start = (LAYERS, index)
         block = self._filled(self.skeleton.layers[index], start)
         prefix = f"{dotted(start)}."
@@ -96,7 +96,7 @@ class StreamedModel:
         """Reads one of the modules outside the blocks."""
         self._ends = ("", None)
         give_back()
-        self._check_unchanged()
+        self.check_unchanged()
         return self._filled(getattr(self.skeleton, name), (name,))
 
     def _filled(self, module: Any, start: tuple[Any, ...]) -> Any:
@@ -126,7 +126,8 @@ class StreamedModel:
             self._ends = use, replace_modules(self.skeleton, made | {LAYERS: nnx.List([])})
         return self._ends[1]
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
+        """Raises an InputError if a file is not what it was when the model was made."""
         now = self.files.signature()
         for name, seen in self.signature.items():
             if now[name] != seen:
