@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int16, Int32
 
+from fqjax.core.codes import steps
 from fqjax.core.wide import represented
 from fqjax.linear import QuantizedLinear
 from fqjax.progress import track
-from fqjax.qtensor import QTensor
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -170,10 +170,12 @@ class Simulated(nnx.Module):
     """Computes what a quantized layer computes, in float32 on the channels as they were before they were expanded."""
 
     def __init__(self, layer: QuantizedLinear):
-        quantizer = layer.input.get_value()
+        quantizer, weight = layer.input.get_value(), layer.weight.get_value()
         codes, limit = fold(layer)
         self.multiplier, self.limit = nnx.Variable(quantizer.multiplier), nnx.Variable(limit)
-        self.weight = nnx.Variable(_represented(codes, layer.weight.get_value()))
+        self.codes, self.scale = nnx.Variable(codes), nnx.Variable(weight.scale)
+        self.group_scale = None if weight.group_scale is None else nnx.Variable(weight.group_scale)
+        self.group_size = weight.format.group_size
         self.x_scale = None if quantizer.scale is None else nnx.Variable(quantizer.scale)
         self.bias = None if layer.bias is None else nnx.Variable(layer.bias[...])
         self.dtype, self.param_dtype = layer.dtype, layer.param_dtype
@@ -187,7 +189,13 @@ class Simulated(nnx.Module):
     def product(self, x: Float[Array, "*rows k"]) -> Float32[Array, "*rows out"]:
         """The output without the bias, as float32."""
         x_scale = None if self.x_scale is None else self.x_scale[...]
-        return represented(x, self.multiplier[...], self.limit[...], x_scale) @ self.weight[...].T
+        return represented(x, self.multiplier[...], self.limit[...], x_scale) @ self._weight().T
+
+    def _weight(self) -> Float32[Array, "out k"]:
+        """Made anew for every call: the codes take half of its bytes."""
+        codes, groups = self.codes[...], None if self.group_scale is None else self.group_scale[...]
+        each = steps(self.scale[...], groups, self.group_size)
+        return codes * (each if groups is None else each[:, : codes.shape[1]])
 
 
 def fold(layer: QuantizedLinear) -> tuple[Int16[Array, "out k"], Float32[Array, " k"]]:
@@ -198,12 +206,6 @@ def fold(layer: QuantizedLinear) -> tuple[Int16[Array, "out k"], Float32[Array, 
     """
     quantizer = layer.input.get_value()
     return _fold(layer.weight.get_value().unpacked(), quantizer.source, quantizer.part, quantizer.used, quantizer.qmax)
-
-
-@jax.jit
-def _represented(codes: Int16[Array, "out k"], weight: QTensor) -> Float32[Array, "out k"]:
-    steps = weight.steps()
-    return codes * (steps if weight.group_scale is None else steps[:, : codes.shape[1]])
 
 
 @jax.jit

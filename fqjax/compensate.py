@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from fqjax.blocks import Chain, Feed, Simulated, chain, places, run, sweep
-from fqjax.core.gptq import absorb, gptq
+from fqjax.blocks import Chain, Feed, Simulated, run
+from fqjax.core.gptq import Prepared, aim_of, gptq_prepared, prepare, solve_ridge
 from fqjax.core.wide import Grid, WideLinear, represented
 from fqjax.host_memory import give_back
 from fqjax.linear import QuantizedLinear
@@ -35,12 +36,15 @@ from fqjax.surgery import dotted, find_linears, replace_modules
 
 DAMPING = 0.01
 
+STRIPE = 512
+"""Rows of a moment that are added to at once."""
+
 
 class Moments(NamedTuple):
-    """G and C above, (K, K), of smoothed inputs."""
+    """G and C above, (K, K), of smoothed inputs; C is None where the weight is left where it is."""
 
     gram: Float32[Array, "k k"]
-    cross: Float32[Array, "k k"]
+    cross: Float32[Array, "k k"] | None
 
 
 class _Rounding(NamedTuple):
@@ -71,44 +75,6 @@ class _Tap(nnx.Module):
         return self.layer(x, *args, **kwargs)
 
 
-def compensate(
-    model: nnx.Module,
-    nearest: Mapping[str, QuantizedLinear],
-    grids: Mapping[str, Grid],
-    batches: Iterable[Any],
-    finish: Callable[[str, Callable[[], WideLinear]], QuantizedLinear],
-    *,
-    upstream: float,
-) -> dict[str, QuantizedLinear]:
-    """Rounds the weights of all quantized layers anew.
-
-    Args:
-      model: the float model.
-      nearest: its quantized layers, weights rounded to the nearest, by dotted path.
-      grids: the grid of each.
-      batches: model inputs, as :func:`fqjax.calibration.calibrate` takes them.
-      upstream: r above, in [0, 1].
-      finish: makes a layer of its name and of a function that works its integer view out; called block after block.
-
-    Returns:
-      The layers, by dotted path.
-    """
-    parts, done = chain(model, nearest), dict(nearest)
-    inside, feed = places(parts.blocks, nearest), Feed(parts, list(batches))
-
-    def step(path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
-        rough = {short: nearest[name] for short, name in inside[path].items()}
-        local = {short: grids[name] for short, name in inside[path].items()}
-        named = {short: functools.partial(finish, name) for short, name in inside[path].items()}
-        layers = compensated(parts, block, rough, local, feed, inputs, named, upstream)
-        done.update({inside[path][short]: layer for short, layer in layers.items()})
-        if path != next(reversed(inside)):
-            yield from propagated(parts, block, layers, feed, inputs)
-
-    sweep(parts.blocks, lambda: twice(feed), step, "compensating for errors")
-    return done
-
-
 def twice(feed: Feed) -> list[tuple[Any, Any]]:
     """The first block's inputs, from the float model and from the quantized one: they are still the same."""
     return [(x, x) for x in feed.first()]
@@ -117,7 +83,7 @@ def twice(feed: Feed) -> list[tuple[Any, Any]]:
 def compensated(
     parts: Chain,
     block: nnx.Module,
-    rough: Mapping[str, QuantizedLinear],
+    rough: Callable[[], Mapping[str, QuantizedLinear]],
     grids: Mapping[str, Grid],
     feed: Feed,
     inputs: Iterable[tuple[Any, Any]],
@@ -129,7 +95,7 @@ def compensated(
     Args:
       parts: what the block belongs to.
       block: of the float model.
-      rough: its quantized layers, weights rounded to the nearest.
+      rough: makes its quantized layers, weights rounded to the nearest; called once, if at all.
       grids: the grid of each.
       feed: the batches.
       inputs: of the block, from the float model and from the quantized blocks in front; gone through once, if at all.
@@ -140,14 +106,15 @@ def compensated(
 
     @functools.cache
     def moments() -> dict[str, Moments]:
-        found = jax.block_until_ready(_moments(parts.call, block, rough, grids, feed.paired(inputs), upstream))
+        return _moments(parts.call, block, rough, grids, feed.paired(inputs), upstream)
+
+    def view(short: str) -> WideLinear:
+        found = moments().pop(short)
+        rounded = _rounded(linears[short].kernel[...].T, grids[short], found)
         give_back()
-        return found
+        return rounded
 
-    def view(short: str) -> Callable[[], WideLinear]:
-        return lambda: _rounded(linears[short].kernel[...].T, grids[short], moments().pop(short))
-
-    return {short: finish[short](view(short)) for short in rough}
+    return {short: make(functools.partial(view, short)) for short, make in finish.items()}
 
 
 def propagated(
@@ -167,29 +134,34 @@ def propagated(
 def _moments(
     call: Callable[..., Any],
     block: nnx.Module,
-    rough: Mapping[str, QuantizedLinear],
+    rough: Callable[[], Mapping[str, QuantizedLinear]],
     grids: Mapping[str, Grid],
     inputs: Iterable[tuple[tuple[Any, Any], Any]],
     upstream: float,
 ) -> dict[str, Moments]:
     """The moments of all layers of a block, over all batches."""
-    exact_def, exact = nnx.split(replace_modules(block, lambda path, node: _Tap(node) if path in rough else node))
+    exact_def, exact = nnx.split(replace_modules(block, lambda path, node: _Tap(node) if path in grids else node))
     approximate_def, approximate = nnx.split(
-        replace_modules(block, {path: _Tap(Simulated(layer)) for path, layer in rough.items()})
+        replace_modules(block, {path: _Tap(Simulated(layer)) for path, layer in rough().items()})
     )
     rounding = {path: _Rounding.of(grid) for path, grid in grids.items()}
-    shapes = {path: (len(grid.smoothing),) * 2 for path, grid in grids.items()}
-    moments = {path: Moments(*(jnp.zeros(shape, jnp.float32) for _ in range(2))) for path, shape in shapes.items()}
+    moments = {path: _no_moments(grid) for path, grid in grids.items()}
     for (x, seen), others in inputs:
-        moments = _add(
-            call, exact_def, approximate_def, exact, approximate, rounding, upstream, moments, x, seen, others
-        )
+        found = _inputs(call, exact_def, approximate_def, exact, approximate, rounding, upstream, x, seen, others)
+        moments = {path: _with_rows(moments[path], *rows) for path, rows in found.items()}
+        jax.block_until_ready(moments)  # Else what the next batches need would be there already.
+        give_back()
     return moments
 
 
-# Donated: moments are the largest arrays there are, and a batch's are added to them in place.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)
-def _add(
+def _no_moments(grid: Grid) -> Moments:
+    shape = (len(grid.smoothing),) * 2
+    gram = jnp.zeros(shape, jnp.float32)
+    return Moments(gram, jnp.zeros(shape, jnp.float32) if grid.x_bits == 4 else None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _inputs(
     call: Callable[..., Any],
     exact_def: Any,
     approximate_def: Any,
@@ -197,39 +169,81 @@ def _add(
     approximate_state: Any,
     rounding: dict[str, _Rounding],
     upstream: float,
-    moments: dict[str, Moments],
     x: Any,
     seen: Any,
     others: Any,
-) -> dict[str, Moments]:
-    """The moments with those of one batch added."""
+) -> dict[str, tuple[Float32[Array, "rows k"], Float32[Array, "rows k"]]]:
+    """For every layer and one batch Q(X'), and what stands beside it in C."""
     exact, approximate = nnx.merge(exact_def, exact_state), nnx.merge(approximate_def, approximate_state)
     call(exact, x, others)
     call(approximate, seen, others)
     wanted, given = _taken(exact), _taken(approximate)
-    added = {}
+    found = {}
     for path, rule in rounding.items():
         rows = represented(given[path], rule.multiplier, rule.limit, rule.x_scale)
-        aim = (given[path] + upstream * (wanted[path] - given[path])) / rule.smoothing
-        gram, cross = rows.T @ rows, rows.T @ aim
-        added[path] = Moments(moments[path].gram + gram, moments[path].cross + cross)
-    return added
+        found[path] = rows, (given[path] + upstream * (wanted[path] - given[path])) / rule.smoothing
+    return found
+
+
+def _with_rows(moments: Moments, rows: Float32[Array, "rows k"], aim: Float32[Array, "rows k"]) -> Moments:
+    cross = None if moments.cross is None else _plus_product(moments.cross, rows, aim)
+    return Moments(_plus_product(moments.gram, rows, rows), cross)
+
+
+# Donated, and added to in place: moments are the largest arrays there are.
+@functools.partial(jax.jit, donate_argnums=0)
+def _plus_product(
+    total: Float32[Array, "k k"], left: Float32[Array, "rows k"], right: Float32[Array, "rows k"]
+) -> Float32[Array, "k k"]:
+    """``total + left.T @ right``, some of its rows at a time."""
+    whole, rest = divmod(len(total), STRIPE)
+
+    def add(start: Any, width: int, total: Array) -> Array:
+        old = lax.dynamic_slice_in_dim(total, start, width, 0)
+        product = lax.dynamic_slice_in_dim(left, start, width, 1).T @ right
+        return lax.dynamic_update_slice_in_dim(total, old + product, start, 0)
+
+    if whole:
+        total = lax.fori_loop(0, whole, lambda i, total: add(i * STRIPE, STRIPE, total), total)
+    return add(whole * STRIPE, rest, total) if rest else total
 
 
 def _taken(module: nnx.Module) -> dict[str, Float32[Array, "rows k"]]:
     return {dotted(path): node.seen.get_value() for path, node in nnx.iter_graph(module) if isinstance(node, _Tap)}
 
 
-@jax.jit
 def _rounded(weight: Float[Array, "n k"], grid: Grid, moments: Moments) -> WideLinear:
-    """The weight that makes up for the errors in its input, rounded so that it makes up for its own."""
-    target = weight.astype(jnp.float32) * grid.smoothing
-    if grid.x_bits == 4:
-        target = absorb(target, moments.gram, moments.cross, damping=DAMPING)
+    """The weight that makes up for the errors in its input, rounded so that it makes up for its own.
+
+    The moments are used up.  It goes step by step, so that no more arrays of their size are there at once than must be.
+    """
+    target = _smoothed(weight, grid.smoothing)
+    if moments.cross is not None:
+        aim = jax.block_until_ready(_aim_of(target, *moments))
+        moments.cross.delete()
+        target = _solve_ridge(moments.gram, aim)
+        del aim
+    prepared = jax.block_until_ready(_prepare(moments.gram))
+    return jax.block_until_ready(_round_in_order(target, grid, prepared))
+
+
+_aim_of = jax.jit(functools.partial(aim_of, damping=DAMPING))
+_solve_ridge = jax.jit(functools.partial(solve_ridge, damping=DAMPING))
+_prepare = jax.jit(functools.partial(prepare, damping=DAMPING, act_order=True), donate_argnums=0)
+
+
+@jax.jit
+def _smoothed(weight: Float[Array, "n k"], smoothing: Float32[Array, " k"]) -> Float32[Array, "n k"]:
+    return weight.astype(jnp.float32) * smoothing
+
+
+@jax.jit
+def _round_in_order(target: Float32[Array, "n k"], grid: Grid, prepared: Prepared) -> WideLinear:
     lowest, largest = grid.code_range
-    steps = jnp.broadcast_to(grid.steps, target.shape)
+    steps = jnp.atleast_2d(grid.steps)  # Not as large as the weight unless it has groups.
 
     def quantize_column(column: Array, i: Array) -> Array:
-        return jnp.clip(jnp.round(column / steps[:, i]), lowest[i], largest[i]) * steps[:, i]
+        step = steps[:, i] if steps.shape[1] > 1 else steps[:, 0]
+        return jnp.clip(jnp.round(column / step), lowest[i], largest[i]) * step
 
-    return grid.with_smoothed(gptq(target, moments.gram, quantize_column, damping=DAMPING, act_order=True))
+    return grid.with_smoothed(gptq_prepared(target, prepared, quantize_column))

@@ -122,17 +122,23 @@ class _Passes:
 
     def _round(self, keep: Keep, path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
         linears, seen = find_linears(block), self.memo.statistics(path)
-        inside = self.inside[path]
-        layers = {
-            short: self._nearest(name, linears[short], seen[name], self.chosen[name]) for short, name in inside.items()
-        }
-        if self.scheme.rounding == "gptq":
+        inside, compensating = self.inside[path], self.scheme.rounding == "gptq"
+
+        def nearest() -> dict[str, QuantizedLinear]:
+            return {
+                short: self._nearest(name, linears[short], seen[name], self.chosen[name])
+                for short, name in inside.items()
+            }
+
+        if compensating:
             grids = {short: self.memo.options(name)[self.chosen[name]].grid for short, name in inside.items()}
             finish = {
                 short: functools.partial(self._assemble, name, linears[short], seen[name])
                 for short, name in inside.items()
             }
-            layers = compensated(self.parts, block, layers, grids, self.feed, inputs, finish, self.scheme.upstream)
+            layers = compensated(self.parts, block, nearest, grids, self.feed, inputs, finish, self.scheme.upstream)
+        else:
+            layers = nearest()
         finished = layers
         if self.scheme.scales == "integer":
             finished = {
@@ -140,7 +146,7 @@ class _Passes:
                 for short, layer in layers.items()
             }
         keep({inside[short]: layer for short, layer in finished.items()})
-        if self.scheme.rounding == "gptq" and path != next(reversed(self.inside)):
+        if compensating and path != next(reversed(self.inside)):
             yield from propagated(self.parts, block, layers, self.feed, inputs)
 
     def _nearest(
@@ -158,8 +164,8 @@ class _Passes:
     def _assemble(
         self, name: str, linear: nnx.Linear, seen: Statistics, view: Callable[[], WideLinear]
     ) -> QuantizedLinear:
-        inputs = layer_inputs(linear, seen, self.scheme)
-        return assemble(name, linear, view(), inputs, self.scheme, self.macs[name])
+        wide = view()  # Before the weight in float32 is there, as rounding may take much memory itself.
+        return assemble(name, linear, wide, layer_inputs(linear, seen, self.scheme), self.scheme, self.macs[name])
 
 
 def _with_integer_scales(

@@ -36,7 +36,7 @@ from fqjax.surgery import Selection, select_linears
 from fqjax.text import calibration_batches, encode, read_text
 
 PROCESS, COPIES = 800e6, 6
-"""Bytes of the process without a model, and copies of a layer or of moments in float32 that are there at once, from what
+"""Bytes of the process without a model, and copies of a layer in float32 that are there at once, from what
 scripts/measure_conversion_memory.py measured."""
 
 
@@ -192,8 +192,8 @@ def peak_memory(made: Plan) -> float:
     """An estimate of a conversion's peak memory on a CPU, in bytes; on a GPU a part of it is the device's.
 
     What is needed at once is either one of the modules outside the blocks, twice while it is read or written; or a block,
-    with the rows kept of all of its layers' inputs, and several copies of its largest layer in float32, or with GPTQ of the
-    moments of its widest input.
+    with the rows kept of all of its layers' inputs, and several copies of its largest layer in float32, or with GPTQ the
+    moments of its inputs and what is needed beside them.
     """
     scheme, linears = made.conversion.scheme, made.selection.linears
     outer = 2 * max(made.outer_bytes.values(), default=0)
@@ -201,12 +201,13 @@ def peak_memory(made: Plan) -> float:
     if scheme.method == "none":
         return PROCESS + max(outer, 3 * _largest_block(weights))
     rows = {name: 4 * scheme.sample_rows * linear.in_features for name, linear in linears.items()}
-    work = 4 * COPIES * max(_size(linear) for linear in linears.values())
+    largest = max(_size(linear) for linear in linears.values())
+    work = 4 * COPIES * largest
     if scheme.rounding == "gptq":
         moments = {name: 8 * linear.in_features**2 for name, linear in linears.items()}
-        work = max(
-            work, _largest_block(moments) + 4 * COPIES * max(linear.in_features for linear in linears.values()) ** 2
-        )
+        # While they are summed up, codes of 16 bits and two weights in float32; then as much again as the largest take.
+        besides = max(_largest_block(weights) + 8 * largest, max(moments.values()))
+        work = max(work, _largest_block(moments) + besides)
     return PROCESS + max(outer, _largest_block({name: weights[name] + rows[name] for name in linears}) + work)
 
 

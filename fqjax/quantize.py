@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from fqjax.assemble import assemble, count_macs, expand
 from fqjax.blocks import chain
 from fqjax.equalize import equalize
 from fqjax.errors import InputError
@@ -26,8 +25,6 @@ from fqjax.passes import quantize_blocks
 from fqjax.report import Report, report_of
 from fqjax.scheme import Scheme, resolve_scheme
 from fqjax.surgery import replace_modules, select_linears
-
-__all__ = ["assemble", "check_finite", "count_macs", "expand", "quantize"]
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 

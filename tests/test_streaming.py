@@ -2,12 +2,8 @@
 
 import gc
 import json
-import os
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,15 +22,6 @@ from fqjax.errors import InputError
 from fqjax.scheme import PRESETS
 from fqjax.surgery import select_linears
 from tests.conftest import make_checkpoint
-from tests.models import variants
-
-
-@pytest.fixture
-def text(tmp_path):
-    words = np.random.default_rng(0).choice(["return", "class", "the", "list", "of", "value", "error"], 3000)
-    path = tmp_path / "calibration.txt"
-    path.write_text(" ".join(words))
-    return path
 
 
 def assert_same(first, second):
@@ -143,66 +130,6 @@ def call_layer_of(parts, path, x, others):
     from fqjax.blocks import run
 
     return run(parts, nnx.split(parts.blocks[path]), x, others)
-
-
-MEASURED = """
-import resource, sys
-from fqjax import cli
-assert cli.main(sys.argv[1:]) == 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def test_memory_does_not_grow_with_the_number_of_blocks(text, tmp_path):
-    """Of 20 further blocks, 500 MB, at most a fifth; a model held in memory as a whole would take all of it."""
-    peaks, block = [], 0
-    for blocks in (4, 24):
-        source = tmp_path / f"source-{blocks}"
-        block = write_wide_checkpoint(source, blocks)
-        command = ["convert", source, tmp_path / f"out-{blocks}", "--scheme", "flattenquant-w8a8", "--samples", "2"]
-        command += ["--calibration", text, "--window", "32", "--set", "sample_rows=16"]
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURED, *map(str, command)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        peaks.append(1024 * int(done.stdout.splitlines()[-1]))
-    assert 20 * block > 4.5e8
-    assert peaks[1] - peaks[0] < 20 * block / 5, [f"{peak / 1e6:.0f} MB" for peak in peaks]
-
-
-def write_wide_checkpoint(directory, blocks):
-    """A checkpoint whose blocks are much larger than its embeddings; returns the bytes of a block."""
-    config = variants.VARIANTS["llama"] | {
-        "vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-    }  # fmt: skip
-    make_checkpoint(directory)  # For its tokenizer.
-    for path in [*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"]:
-        path.unlink()
-    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}))
-    rng, tensors, size = np.random.default_rng(0), {}, 0
-    shapes = {f"self_attn.{x}_proj": (1024, 1024) for x in "qkvo"} | {"mlp.down_proj": (1024, 2816)}
-    shapes |= {"mlp.gate_proj": (2816, 1024), "mlp.up_proj": (2816, 1024)}
-    values = {
-        name: (rng.standard_normal(shape, np.float32) / 32).astype(jnp.bfloat16) for name, shape in shapes.items()
-    }
-    ones = np.ones(1024, jnp.bfloat16)
-    files = {}
-    for i in range(blocks):
-        tensors = {f"model.layers.{i}.{name}.weight": value for name, value in values.items()}
-        tensors |= {f"model.layers.{i}.{norm}_layernorm.weight": ones for norm in ("input", "post_attention")}
-        save_file(tensors, directory / f"{i}.safetensors")
-        files |= dict.fromkeys(tensors, f"{i}.safetensors")
-        size = sum(value.nbytes for value in tensors.values())
-    table = (rng.standard_normal((2048, 1024), np.float32) / 32).astype(jnp.bfloat16)
-    tensors = {"model.embed_tokens.weight": table, "model.norm.weight": ones, "lm_head.weight": table}
-    save_file(tensors, directory / "outer.safetensors")
-    files |= dict.fromkeys(tensors, "outer.safetensors")
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    return size
 
 
 def test_a_dry_run_needs_no_shard_and_no_tokenizer(text, tmp_path, capsys):
