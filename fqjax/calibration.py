@@ -4,11 +4,15 @@ For each layer that is the largest magnitude of every input channel, and a fixed
 from all that passed, on which errors are judged.  The rows are drawn by *bottom-k sampling*: each row gets a random
 number, and those with the k largest numbers are kept; merging two such samples gives a sample of the union, so one pass
 over data of unknown length suffices.
+
+A model that says what its blocks are goes through it block by block, so that one block is needed at a time; the outputs of
+each for all batches are held for the next.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+import functools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +20,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from fqjax.blocks import Chain, Feed, chain, places, sweep
 from fqjax.errors import InputError
-from fqjax.progress import track
-from fqjax.surgery import replace_modules
-
-ModelT = TypeVar("ModelT", bound=nnx.Module)
+from fqjax.surgery import dotted, replace_modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Statistics:
 
     absmax: np.ndarray
     samples: np.ndarray
+    rows: int
+
+
+class Span(NamedTuple):
+    """What is small of :class:`Statistics`; the fields are the same."""
+
+    absmax: np.ndarray
     rows: int
 
 
@@ -87,47 +96,52 @@ def calibrate(
     Raises:
       InputError: if there is no batch, if a layer is never called, or if an activation is not finite.
     """
-    names = set(names)
-    observed = replace_modules(model, lambda name, node: Observer(node, sample_rows) if name in names else node)
-    graphdef, statistics, rest = nnx.split(inference_view(observed), _Statistic, ...)
+    parts, found = chain(model, names := list(names)), {}
+    inside, feed = places(parts.blocks, names), Feed(parts, batches)
 
-    @jax.jit
-    def step(statistics: Any, rest: Any, args: Any, kwargs: Any) -> Any:
-        running = nnx.merge(graphdef, statistics, rest)
-        running(*args, **kwargs)
-        return nnx.state(running, _Statistic)
+    def step(path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
+        found.update((yield from watch(parts, block, inside[path], feed.paired(inputs), sample_rows)))
 
-    count = 0
-    for batch in track(batches, "calibrating"):
-        args, kwargs = as_arguments(batch)
-        statistics = jax.block_until_ready(step(statistics, rest, args, kwargs))
+    sweep(parts.blocks, feed.first, step, "calibrating")
+    return {name: found[name] for name in names}
+
+
+def watch(
+    parts: Chain, block: nnx.Module, names: Mapping[str, str], inputs: Iterable[tuple[Any, Any]], sample_rows: int
+) -> Generator[Any, None, dict[str, Statistics]]:
+    """Runs a block and yields its outputs; what is left at the end are the statistics of its linear layers.
+
+    Args:
+      parts: what the block belongs to.
+      block: one of its blocks.
+      names: of the linear layers to watch, by dotted path in the block.
+      inputs: of the block, each with what it is called with besides.
+      sample_rows: rows of each layer's input to keep.
+
+    Raises:
+      InputError: as :func:`calibrate` does.
+    """
+    observed = replace_modules(block, lambda path, node: Observer(node, sample_rows) if path in names else node)
+    graphdef, statistics, rest = nnx.split(observed, _Statistic, ...)
+    wanted, count = len(parts.blocks) > 1, 0
+    for x, others in inputs:
+        statistics, y = jax.block_until_ready(_observe(parts.call, graphdef, wanted, statistics, rest, x, others))
         count += 1
+        yield y
     if not count:
         raise InputError("calibration: the data holds no batch")
-    return _collect(nnx.merge(graphdef, statistics, rest), names)
+    found = {dotted(path): node for path, node in nnx.iter_graph(nnx.merge(graphdef, statistics, rest))}
+    return {name: _statistics(name, found[path]) for path, name in names.items()}
 
 
-def inference_view(model: ModelT) -> ModelT:
-    """The model with dropout off and batch norms on their running averages."""
-    return nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
-
-
-def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that a batch stands for."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, list):
-        batch = np.asarray(batch)
-    return (batch if isinstance(batch, tuple) else (batch,)), {}
-
-
-def _collect(observed: nnx.Module, names: set[str]) -> dict[str, Statistics]:
-    found = {
-        name: node
-        for name, node in ((".".join(map(str, path)), node) for path, node in nnx.iter_graph(observed))
-        if name in names and isinstance(node, Observer)
-    }
-    return {name: _statistics(name, found[name]) for name in found}
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _observe(
+    call: Callable[..., Any], graphdef: Any, wanted: bool, statistics: Any, rest: Any, x: Any, others: Any
+) -> tuple[Any, Any]:
+    """The statistics with those of one batch in them, and the block's output if it is wanted."""
+    running = nnx.merge(graphdef, statistics, rest)
+    y = call(running, x, others)
+    return nnx.state(running, _Statistic), y if wanted else None
 
 
 def _statistics(name: str, observer: Observer) -> Statistics:

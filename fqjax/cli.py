@@ -93,7 +93,8 @@ def convert(
             window=window,
             ignore=tuple(ignore or ()),
             any_scheme=scheme is None and not settings and not ignore,
-        )
+        ),
+        dry_run=dry_run,
     )
     if dry_run:
         console.print(conversion.plan_table(made))

@@ -18,29 +18,33 @@ compiled program serves all blocks.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from fqjax.blocks import Simulated, chain, run
-from fqjax.core.gptq import absorb, gptq
+from fqjax.blocks import Chain, Feed, Simulated, run
+from fqjax.core.gptq import Prepared, aim_of, gptq_prepared, prepare, solve_ridge
 from fqjax.core.wide import Grid, WideLinear, represented
+from fqjax.host_memory import give_back
 from fqjax.linear import QuantizedLinear
-from fqjax.progress import track
 from fqjax.surgery import dotted, find_linears, replace_modules
 
 DAMPING = 0.01
 
+STRIPE = 512
+"""Rows of a moment that are added to at once."""
+
 
 class Moments(NamedTuple):
-    """G and C above, (K, K), of smoothed inputs."""
+    """G and C above, (K, K), of smoothed inputs; C is None where the weight is left where it is."""
 
     gram: Float32[Array, "k k"]
-    cross: Float32[Array, "k k"]
+    cross: Float32[Array, "k k"] | None
 
 
 class _Rounding(NamedTuple):
@@ -71,87 +75,93 @@ class _Tap(nnx.Module):
         return self.layer(x, *args, **kwargs)
 
 
-class _Inputs(NamedTuple):
-    """What a block is called with, a batch an entry: from the float model, from the quantized one, and what both get."""
-
-    exact: list[Any]
-    approximate: list[Any]
-    others: list[Any]
+def twice(feed: Feed) -> list[tuple[Any, Any]]:
+    """The first block's inputs, from the float model and from the quantized one: they are still the same."""
+    return [(x, x) for x in feed.first()]
 
 
-def compensate(
-    model: nnx.Module,
-    nearest: Mapping[str, QuantizedLinear],
+def compensated(
+    parts: Chain,
+    block: nnx.Module,
+    rough: Callable[[], Mapping[str, QuantizedLinear]],
     grids: Mapping[str, Grid],
-    batches: Iterable[Any],
-    finish: Callable[[str, Callable[[], WideLinear]], QuantizedLinear],
-    *,
+    feed: Feed,
+    inputs: Iterable[tuple[Any, Any]],
+    finish: Mapping[str, Callable[[Callable[[], WideLinear]], QuantizedLinear]],
     upstream: float,
 ) -> dict[str, QuantizedLinear]:
-    """Rounds the weights of all quantized layers anew.
+    """Rounds the weights of a block's quantized layers anew; all are named by their dotted path in the block.
 
     Args:
-      model: the float model.
-      nearest: its quantized layers, weights rounded to the nearest, by dotted path.
+      parts: what the block belongs to.
+      block: of the float model.
+      rough: makes its quantized layers, weights rounded to the nearest; called once, if at all.
       grids: the grid of each.
-      batches: model inputs, as :func:`fqjax.calibration.calibrate` takes them.
-      upstream: r above, in [0, 1].
-      finish: makes a layer of its name and of a function that works its integer view out; called block after block.
-
-    Returns:
-      The layers, by dotted path.
+      feed: the batches.
+      inputs: of the block, from the float model and from the quantized blocks in front; gone through once, if at all.
+      finish: makes each layer of a function that works its integer view out.
+      upstream: r above.
     """
-    blocks = chain(model, nearest)
-    begun = [blocks.begin(batch) for batch in batches]
-    inputs = _Inputs([x for x, _ in begun], [x for x, _ in begun], [others for _, others in begun])
-    done, last = dict(nearest), next(reversed(blocks.blocks))
-    for path, block in track(blocks.blocks.items(), "compensating for errors", len(blocks.blocks)):
-        start = f"{path}." if path else ""
-        names = {name.removeprefix(start): name for name in nearest if name.startswith(start)}
-        local = {short: grids[name] for short, name in names.items()}
-        rough = {short: nearest[name] for short, name in names.items()}
-        moments = functools.cache(functools.partial(_moments, blocks.call, block, rough, local, inputs, upstream))
-        linears = find_linears(block)
-        for short, name in names.items():
-            weight = linears[short].kernel[...].T
-            done[name] = finish(name, lambda s=short, w=weight, m=moments, g=local: _rounded(w, g[s], m()[s]))
-        if path == last:
-            break
-        finished = replace_modules(block, {short: Simulated(done[name]) for short, name in names.items()})
-        float_block, quantized_block = nnx.split(block), nnx.split(finished)
-        inputs = _Inputs(
-            [run(blocks, float_block, x, rest) for x, rest in zip(inputs.exact, inputs.others, strict=True)],
-            [run(blocks, quantized_block, x, rest) for x, rest in zip(inputs.approximate, inputs.others, strict=True)],
-            inputs.others,
-        )
-    return done
+    linears = find_linears(block)
+
+    @functools.cache
+    def moments() -> dict[str, Moments]:
+        return _moments(parts.call, block, rough, grids, feed.paired(inputs), upstream)
+
+    def view(short: str) -> WideLinear:
+        found = moments().pop(short)
+        rounded = _rounded(linears[short].kernel[...].T, grids[short], found)
+        give_back()
+        return rounded
+
+    return {short: make(functools.partial(view, short)) for short, make in finish.items()}
+
+
+def propagated(
+    parts: Chain,
+    block: nnx.Module,
+    layers: Mapping[str, QuantizedLinear],
+    feed: Feed,
+    inputs: Iterable[tuple[Any, Any]],
+) -> Iterator[tuple[Any, Any]]:
+    """What the float block gives, and what it gives with quantized layers, for the inputs that :func:`compensated` takes."""
+    quantized = nnx.split(replace_modules(block, {short: Simulated(layer) for short, layer in layers.items()}))
+    plain = nnx.split(block)
+    for (exact, approximate), others in feed.paired(inputs):
+        yield run(parts, plain, exact, others), run(parts, quantized, approximate, others)
 
 
 def _moments(
     call: Callable[..., Any],
     block: nnx.Module,
-    rough: dict[str, QuantizedLinear],
-    grids: dict[str, Grid],
-    inputs: _Inputs,
+    rough: Callable[[], Mapping[str, QuantizedLinear]],
+    grids: Mapping[str, Grid],
+    inputs: Iterable[tuple[tuple[Any, Any], Any]],
     upstream: float,
 ) -> dict[str, Moments]:
     """The moments of all layers of a block, over all batches."""
-    exact_def, exact = nnx.split(replace_modules(block, lambda path, node: _Tap(node) if path in rough else node))
+    exact_def, exact = nnx.split(replace_modules(block, lambda path, node: _Tap(node) if path in grids else node))
     approximate_def, approximate = nnx.split(
-        replace_modules(block, {path: _Tap(Simulated(layer)) for path, layer in rough.items()})
+        replace_modules(block, {path: _Tap(Simulated(layer)) for path, layer in rough().items()})
     )
     rounding = {path: _Rounding.of(grid) for path, grid in grids.items()}
-    zeros = {path: jnp.zeros((len(grid.smoothing),) * 2, jnp.float32) for path, grid in grids.items()}
-    moments = {path: Moments(zero, zero) for path, zero in zeros.items()}
-    for x, seen, others in zip(*inputs, strict=True):
-        moments = _add(
-            call, exact_def, approximate_def, exact, approximate, rounding, upstream, moments, x, seen, others
-        )
+    moments = {path: _no_moments(grid) for path, grid in grids.items()}
+    for (x, seen), others in inputs:
+        found = _inputs(call, exact_def, approximate_def, exact, approximate, rounding, upstream, x, seen, others)
+        moments = {path: _with_rows(moments[path], *rows) for path, rows in found.items()}
+        jax.block_until_ready(moments)  # Else what the next batches need would be there already.
+        give_back()
     return moments
 
 
+def _no_moments(grid: Grid) -> Moments:
+    shape = (len(grid.smoothing),) * 2
+    gram = jnp.zeros(shape, jnp.float32)
+    return Moments(gram, jnp.zeros(shape, jnp.float32) if grid.x_bits == 4 else None)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _add(
+def _inputs(
     call: Callable[..., Any],
     exact_def: Any,
     approximate_def: Any,
@@ -159,39 +169,81 @@ def _add(
     approximate_state: Any,
     rounding: dict[str, _Rounding],
     upstream: float,
-    moments: dict[str, Moments],
     x: Any,
     seen: Any,
     others: Any,
-) -> dict[str, Moments]:
-    """The moments with those of one batch added."""
+) -> dict[str, tuple[Float32[Array, "rows k"], Float32[Array, "rows k"]]]:
+    """For every layer and one batch Q(X'), and what stands beside it in C."""
     exact, approximate = nnx.merge(exact_def, exact_state), nnx.merge(approximate_def, approximate_state)
     call(exact, x, others)
     call(approximate, seen, others)
     wanted, given = _taken(exact), _taken(approximate)
-    added = {}
+    found = {}
     for path, rule in rounding.items():
         rows = represented(given[path], rule.multiplier, rule.limit, rule.x_scale)
-        aim = (given[path] + upstream * (wanted[path] - given[path])) / rule.smoothing
-        gram, cross = rows.T @ rows, rows.T @ aim
-        added[path] = Moments(moments[path].gram + gram, moments[path].cross + cross)
-    return added
+        found[path] = rows, (given[path] + upstream * (wanted[path] - given[path])) / rule.smoothing
+    return found
+
+
+def _with_rows(moments: Moments, rows: Float32[Array, "rows k"], aim: Float32[Array, "rows k"]) -> Moments:
+    cross = None if moments.cross is None else _plus_product(moments.cross, rows, aim)
+    return Moments(_plus_product(moments.gram, rows, rows), cross)
+
+
+# Donated, and added to in place: moments are the largest arrays there are.
+@functools.partial(jax.jit, donate_argnums=0)
+def _plus_product(
+    total: Float32[Array, "k k"], left: Float32[Array, "rows k"], right: Float32[Array, "rows k"]
+) -> Float32[Array, "k k"]:
+    """``total + left.T @ right``, some of its rows at a time."""
+    whole, rest = divmod(len(total), STRIPE)
+
+    def add(start: Any, width: int, total: Array) -> Array:
+        old = lax.dynamic_slice_in_dim(total, start, width, 0)
+        product = lax.dynamic_slice_in_dim(left, start, width, 1).T @ right
+        return lax.dynamic_update_slice_in_dim(total, old + product, start, 0)
+
+    if whole:
+        total = lax.fori_loop(0, whole, lambda i, total: add(i * STRIPE, STRIPE, total), total)
+    return add(whole * STRIPE, rest, total) if rest else total
 
 
 def _taken(module: nnx.Module) -> dict[str, Float32[Array, "rows k"]]:
     return {dotted(path): node.seen.get_value() for path, node in nnx.iter_graph(module) if isinstance(node, _Tap)}
 
 
-@jax.jit
 def _rounded(weight: Float[Array, "n k"], grid: Grid, moments: Moments) -> WideLinear:
-    """The weight that makes up for the errors in its input, rounded so that it makes up for its own."""
-    target = weight.astype(jnp.float32) * grid.smoothing
-    if grid.x_bits == 4:
-        target = absorb(target, moments.gram, moments.cross, damping=DAMPING)
+    """The weight that makes up for the errors in its input, rounded so that it makes up for its own.
+
+    The moments are used up.  It goes step by step, so that no more arrays of their size are there at once than must be.
+    """
+    target = _smoothed(weight, grid.smoothing)
+    if moments.cross is not None:
+        aim = jax.block_until_ready(_aim_of(target, *moments))
+        moments.cross.delete()
+        target = _solve_ridge(moments.gram, aim)
+        del aim
+    prepared = jax.block_until_ready(_prepare(moments.gram))
+    return jax.block_until_ready(_round_in_order(target, grid, prepared))
+
+
+_aim_of = jax.jit(functools.partial(aim_of, damping=DAMPING))
+_solve_ridge = jax.jit(functools.partial(solve_ridge, damping=DAMPING))
+_prepare = jax.jit(functools.partial(prepare, damping=DAMPING, act_order=True), donate_argnums=0)
+
+
+@jax.jit
+def _smoothed(weight: Float[Array, "n k"], smoothing: Float32[Array, " k"]) -> Float32[Array, "n k"]:
+    return weight.astype(jnp.float32) * smoothing
+
+
+@jax.jit
+def _round_in_order(target: Float32[Array, "n k"], grid: Grid, prepared: Prepared) -> WideLinear:
     lowest, largest = grid.code_range
-    steps = jnp.broadcast_to(grid.steps, target.shape)
+    steps = jnp.atleast_2d(grid.steps)  # Not as large as the weight unless it has groups.
 
     def quantize_column(column: Array, i: Array) -> Array:
-        return jnp.clip(jnp.round(column / steps[:, i]), lowest[i], largest[i]) * steps[:, i]
+        step = steps[:, i] if steps.shape[1] > 1 else steps[:, 0]
+        return jnp.clip(jnp.round(column / step), lowest[i], largest[i]) * step
 
-    return grid.with_smoothed(gptq(target, moments.gram, quantize_column, damping=DAMPING, act_order=True))
+    return grid.with_smoothed(gptq_prepared(target, prepared, quantize_column))

@@ -1,5 +1,6 @@
 """Applies :mod:`fqjax.core.equalization` to a model that says where it can be applied."""
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
@@ -34,8 +35,13 @@ def equalize(model: ModelT) -> ModelT:
     if not hasattr(model, "scaling_paths"):
         return model
     copy = nnx.clone(model)
-    linears = find_linears(copy)
-    for path in model.scaling_paths():  # pyright: ignore[reportAttributeAccessIssue]
+    rescale(find_linears(copy), model.scaling_paths())  # pyright: ignore[reportAttributeAccessIssue]
+    return copy
+
+
+def rescale(linears: Mapping[str, nnx.Linear], paths: Iterable[ScalingPath]) -> None:
+    """Rescales layers in place, along some paths between them."""
+    for path in paths:
         producer, consumer = linears[path.producer], linears[path.consumer]
         free = np.zeros(producer.out_features, bool)
         free[path.rows] = True
@@ -45,4 +51,3 @@ def equalize(model: ModelT) -> ModelT:
             producer.bias[...] = (producer.bias[...] / factors).astype(producer.bias[...].dtype)
         scaled = consumer.kernel[...] * factors[path.rows][:, None]
         consumer.kernel[...] = scaled.astype(consumer.kernel[...].dtype)
-    return copy

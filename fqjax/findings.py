@@ -21,7 +21,7 @@ class Findings:
     Attributes:
       activations: largest magnitude of every input channel, float32 (K,).
       costs: by the bits of its weight, how much the model's output suffers from quantizing that layer alone, weights rounded
-        to the nearest (:func:`fqjax.sensitivity.output_sensitivity`); empty where the scheme left nothing to choose.
+        to the nearest (:func:`fqjax.sensitivity.sensitivities`); empty where the scheme left nothing to choose.
     """
 
     activations: Mapping[str, np.ndarray]

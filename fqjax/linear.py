@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
 
 from fqjax.core.integer_scale import group_sums, scaled_bound
 from fqjax.core.overflow import accumulator_bound, check_accumulator, row_sums
-from fqjax.qtensor import InputQuantizer, QTensor
+from fqjax.qtensor import InputQuantizer, QTensor, bytes_of
 from fqjax.scheme import Scheme
 from pallas_kernels import (
     grouped_int4_matmul,
@@ -132,8 +132,37 @@ class QuantizedLinear(nnx.Module):
     @property
     def nbytes(self) -> int:
         """Bytes on the device: codes, scales, the input's recipe, the bias."""
-        bias = 0 if self.bias is None else self.bias[...].nbytes
-        return self.weight.get_value().nbytes + self.input.get_value().nbytes + bias
+        bias = None if self.bias is None else self.bias.get_value()
+        return self.weight.get_value().nbytes + self.input.get_value().nbytes + bytes_of(bias)
+
+
+def layer_bytes(
+    linear: nnx.Linear,
+    bits: int,
+    width: int,
+    *,
+    weight_scales: int,
+    static: bool,
+    group_size: int = 0,
+    group_scale_bytes: int = 4,
+) -> int:
+    """What :attr:`QuantizedLinear.nbytes` will be of the layer that a linear layer becomes.
+
+    Args:
+      linear: may be abstract.
+      bits: of the weight's codes.
+      width: K' with its padding.
+      weight_scales: number of the weight's scales, those of groups not counted.
+      static: whether activations have one scale, rather than one a token.
+      group_size: input channels of a group; 0 without groups.
+      group_scale_bytes: of a group's scale: 2 for integers that fit into int16, 4 for others and floats.
+    """
+    codes = linear.out_features * width * bits // 8
+    groups = linear.out_features * width // group_size * group_scale_bytes if group_size else 0
+    words = linear.in_features + weight_scales + static  # float32: what activations are multiplied with, and scales;
+    words += 2 * (width - linear.in_features)  # int32: the source and the part of every channel that was added.
+    bias = None if linear.bias is None else linear.bias.get_value()
+    return codes + groups + 4 * words + bytes_of(bias)
 
 
 def measured_bound(weight: QTensor, input: InputQuantizer) -> int:

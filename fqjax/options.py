@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from fqjax.calibration import Statistics
 from fqjax.core.flatten import padded_width
 from fqjax.core.selection import choose, histogram_divergence, select_low_bits
 from fqjax.core.wide import Grid, output, relative_error
+from fqjax.linear import layer_bytes
 from fqjax.methods import METHODS, LayerInputs
 from fqjax.scheme import Scheme
 
@@ -23,27 +24,44 @@ ROOM = 1.05
 """How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
 
 
+OutlineT = TypeVar("OutlineT", bound="Outline")
+
 ARRAYS = tuple(field.name for field in dataclasses.fields(Grid) if not field.metadata.get("static"))
 """The fields of a grid that are arrays."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Option:
-    """One way to quantize a layer.
+class Outline:
+    """What is known of one way to quantize a layer, in numbers alone: a choice needs no more.
 
     Attributes:
-      grid: what its activations and weights may become.
+      bits: of the weight.
       error: relative squared error of the layer's output on the calibration sample, weights rounded to the nearest.
       divergence: of the output's histogram, in nats (:func:`fqjax.core.selection.histogram_divergence`).
       width: K' with its padding.
       bytes: of the layer on the device.
     """
 
-    grid: Grid
+    bits: int
     error: float
     divergence: float
     width: int
     bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option(Outline):
+    """One way to quantize a layer.
+
+    Attributes:
+      grid: what its activations and weights may become.
+    """
+
+    grid: Grid
+
+    def outline(self) -> Outline:
+        """The option without its arrays."""
+        return Outline(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Outline)})
 
 
 def layer_inputs(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) -> LayerInputs:
@@ -85,20 +103,21 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *,
             grid = Grid(**arrays, x_bits=int(found.x_bits[i]), bits=bits, group_size=group_size)
             size = _bytes(linear, grid, width)
             error, divergence = float(found.error[i]), float(found.divergence[i])
-            options.append(Option(grid=grid, error=error, divergence=divergence, width=width, bytes=size))
+            options.append(Option(bits=bits, error=error, divergence=divergence, width=width, bytes=size, grid=grid))
     return options
 
 
 def _bytes(linear: nnx.Linear, grid: Grid, width: int) -> int:
-    """Of the layer made of a grid: codes, scales, what quantizing and flattening its input needs, bias."""
-    codes = linear.out_features * width * grid.bits // 8
-    groups = 0
-    if grid.group_scale is not None:
-        each = 2 if jnp.issubdtype(grid.group_scale.dtype, jnp.integer) else 4
-        groups = linear.out_features * width // grid.group_size * each
-    floats = grid.smoothing.size + grid.w_scale.size + (0 if grid.x_scale is None else 1)
-    extra = 2 * (width - linear.in_features)  # The source and the part of every channel that was added.
-    return codes + groups + 4 * (floats + extra) + (0 if linear.bias is None else linear.bias[...].nbytes)
+    integers = grid.group_scale is not None and jnp.issubdtype(grid.group_scale.dtype, jnp.integer)
+    return layer_bytes(
+        linear,
+        grid.bits,
+        width,
+        weight_scales=grid.w_scale.size,
+        static=grid.x_scale is not None,
+        group_size=grid.group_size,
+        group_scale_bytes=2 if integers else 4,
+    )
 
 
 class _Measured(NamedTuple):
@@ -137,12 +156,12 @@ def _measured(inputs: LayerInputs, scheme: Scheme, bits: int, budgets: Float32[A
 
 
 def select(
-    options: Mapping[str, list[Option]],
+    options: Mapping[str, list[OutlineT]],
     macs: Mapping[str, int],
     plain_bytes: int,
     scheme: Scheme,
     sensitivities: Callable[[], Mapping[str, float]],
-) -> dict[str, Option]:
+) -> dict[str, OutlineT]:
     """Chooses one option for every layer, by the scheme's selection.
 
     Args:
@@ -165,7 +184,7 @@ def select(
     measured = sensitivities()
     tables = [
         (_costs(found, measured[n]),
-         [macs[n] * (o.grid.bits == 4) for o in found],
+         [macs[n] * (o.bits == 4) for o in found],
          [o.bytes for o in found])
         for n, found in options.items()
     ]  # fmt: skip
@@ -178,19 +197,19 @@ def select(
 
 
 def costs_by_bits(
-    options: Mapping[str, list[Option]], chosen: Mapping[str, Option], sensitivities: Mapping[str, float]
+    options: Mapping[str, list[Outline]], chosen: Mapping[str, Outline], sensitivities: Mapping[str, float]
 ) -> dict[str, dict[int, float]]:
     """What each layer costs the model, by the bits of its weight: as chosen, or with the other bits as little as can be."""
     found: dict[str, dict[int, float]] = {}
     for name, choices in options.items():
         costs: dict[int, list[float]] = {}
         for option, cost in zip(choices, _costs(choices, sensitivities[name]), strict=True):
-            if option is chosen[name] or option.grid.bits != chosen[name].grid.bits:
-                costs.setdefault(option.grid.bits, []).append(cost)
+            if option is chosen[name] or option.bits != chosen[name].bits:
+                costs.setdefault(option.bits, []).append(cost)
         found[name] = {bits: min(some) for bits, some in costs.items()}
     return found
 
 
-def _costs(options: list[Option], last: float) -> list[float]:
+def _costs(options: Sequence[Outline], last: float) -> list[float]:
     """What each option costs the model: what the last one does, times how much smaller or larger its own error is."""
     return [last * option.error / max(options[-1].error, 1e-30) for option in options]

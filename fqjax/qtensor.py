@@ -5,7 +5,7 @@ like arrays do.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ Granularity = Literal["tensor", "channel", "group"]
 
 LARGEST_GROUP = 128
 """Input channels of a group at most; the size of every group divides it."""
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all arrays in a tree, which may be abstract."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,7 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes on the device: codes as stored, and scales."""
-        return self.codes.nbytes + self.scale.nbytes + (0 if self.group_scale is None else self.group_scale.nbytes)
+        return bytes_of(self)
 
     def unpacked(self) -> Int8[Array, "out width"]:
         """The codes as int8 (out, in)."""
@@ -163,7 +168,7 @@ class InputQuantizer:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return bytes_of(self)
 
     @property
     def expansion(self) -> float:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 from flax import nnx
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -12,7 +11,7 @@ from rich.table import Table
 from fqjax.core.overflow import LIMIT
 from fqjax.findings import Findings
 from fqjax.linear import QuantizedLinear
-from fqjax.qtensor import QTensor
+from fqjax.qtensor import QTensor, bytes_of
 from fqjax.surgery import dotted, select_linears
 
 
@@ -172,12 +171,11 @@ def report_of(model: nnx.Module, seconds: float = 0.0, findings: Findings | None
     rows += [_float_row(name, linear) for name, linear in selection.linears.items()]
     order = {dotted(path): i for i, (path, _) in enumerate(nnx.iter_graph(model))}
     rows.sort(key=lambda row: order[row.name])
-    leaves = jax.tree.leaves(nnx.state(model))
     return Report(
         scheme=", ".join(dict.fromkeys(layer.summary.scheme.name for layer in quantized.values())) or "none",
         layers=tuple(rows),
         skipped=selection.skipped,
-        model_bytes=sum(leaf.nbytes for leaf in leaves),
+        model_bytes=bytes_of(nnx.state(model)),
         seconds=seconds,
         findings=findings,
     )
@@ -239,13 +237,14 @@ def _describe_scales(weight: QTensor) -> str:
 
 
 def _float_row(name: str, linear: nnx.Linear) -> LayerReport:
-    size = linear.kernel[...].size + (linear.bias[...].size if linear.bias is not None else 0)
+    kernel = linear.kernel.get_value()
+    size = kernel.size + (linear.bias.get_value().size if linear.bias is not None else 0)
     return LayerReport(
         name=name,
-        bits=8 * linear.kernel[...].dtype.itemsize,
+        bits=8 * kernel.dtype.itemsize,
         expansion=1.0,
         relative_error=0.0,
-        bytes=size * linear.kernel[...].dtype.itemsize,
+        bytes=size * kernel.dtype.itemsize,
         bytes_bf16=2 * size,
         macs=linear.in_features * linear.out_features,
         accumulator_bound=0,

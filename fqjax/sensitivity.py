@@ -7,7 +7,7 @@ are layers, and two compiled programs.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,10 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from fqjax.blocks import Simulated, chain, run
-from fqjax.calibration import as_arguments
+from fqjax.blocks import Chain, Feed, Simulated, as_arguments, places, run
 from fqjax.linear import QuantizedLinear
-from fqjax.progress import track
 from fqjax.surgery import replace_modules
 
 
@@ -36,44 +34,52 @@ class Probe(nnx.Module):
         return jax.lax.cond(self.up[...] == self.number, self.quantized, self.linear, x)
 
 
-def output_sensitivity(model: nnx.Module, candidates: Mapping[str, QuantizedLinear], batch: Any) -> dict[str, float]:
-    """Runs a batch through the model with one layer quantized at a time.
+def sensitivities(
+    parts: Chain,
+    names: Iterable[str],
+    low: Callable[[str, nnx.Module], Mapping[str, QuantizedLinear]],
+    batch: Any,
+    go: Callable[..., Iterable[Any]],
+) -> dict[str, float]:
+    """Runs a batch through a model with one layer quantized at a time.
+
+    One block is needed at a time: the outputs with each of the layers tried so far go through it.
 
     Args:
-      model: the float model.
-      candidates: quantized layers by dotted path.
+      parts: the float model.
+      names: of the layers to try, in the order of the blocks.
+      low: (path, block) -> quantized layers by dotted path in the block; called block after block.
       batch: one model input, as :func:`fqjax.calibration.calibrate` takes them.
+      go: goes through the blocks, as :func:`fqjax.blocks.sweep` does.
 
     Returns:
-      For each candidate the divergence of the model's output from the float model's (:func:`divergence`).
+      For each layer the divergence of the model's output from the float model's (:func:`divergence`).
     """
-    parts = chain(model, candidates)
-    x, others = parts.begin(batch)
-    plain = [nnx.split(block) for block in parts.blocks.values()]
-    inputs = []  # of every block
-    for block in plain:
-        inputs.append(x)
-        x = run(parts, block, x, others)
-    exact, is_text = parts.end(x), _is_token_batch(as_arguments(batch)[0])
-    found: dict[str, float] = {}
-    for i, (path, block) in enumerate(track(parts.blocks.items(), "measuring sensitivity", len(plain))):
-        start = f"{path}." if path else ""
-        names = [name for name in candidates if name.startswith(start)]
-        up = _Number(jnp.int32(-1))
-        numbers = {name.removeprefix(start): number for number, name in enumerate(names)}
-        probed = replace_modules(
-            block,
-            lambda short, node, numbers=numbers, start=start, up=up: (
-                Probe(node, Simulated(candidates[start + short]), numbers[short], up) if short in numbers else node
-            ),
-        )
-        graphdef, up_state, rest = nnx.split(probed, _Number, ...)
-        for number, name in enumerate(names):
-            x = _run_probed(parts.call, graphdef, up_state, rest, jnp.int32(number), inputs[i], others)
-            for later in plain[i + 1 :]:
-                x = run(parts, later, x, others)
-            found[name] = float(divergence(exact, parts.end(x), is_text))
-    return {name: found[name] for name in candidates}
+    feed, inside = Feed(parts, [batch]), places(parts.blocks, names)
+
+    def step(path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
+        # First the exact output; then those with one of the layers in front quantized; then those with one of this block's.
+        plain, others, exact = nnx.split(block), None, None
+        for x in inputs:
+            if others is None:
+                (exact, others), *_ = feed.paired([x])
+            yield run(parts, plain, x, others)
+        graphdef, up, rest = nnx.split(_probed(block, low(path, block)), _Number, ...)
+        for number in range(len(inside[path])):
+            yield _run_probed(parts.call, graphdef, up, rest, jnp.int32(number), exact, others)
+
+    outputs = iter(go(parts.blocks, feed.first, step, "measuring sensitivity", keep_last=True))
+    exact, is_text = parts.end(next(outputs)), _is_token_batch(as_arguments(batch)[0])
+    tried = [name for path in parts.blocks for name in inside[path].values()]
+    return {name: float(divergence(exact, parts.end(y), is_text)) for name, y in zip(tried, outputs, strict=True)}
+
+
+def _probed(block: nnx.Module, low: Mapping[str, QuantizedLinear]) -> nnx.Module:
+    up, numbers = _Number(jnp.int32(-1)), {short: number for number, short in enumerate(low)}
+    return replace_modules(
+        block,
+        lambda path, node: Probe(node, Simulated(low[path]), numbers[path], up) if path in numbers else node,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -46,6 +46,15 @@ def checkpoint(tmp_path) -> Path:
     return make_checkpoint(tmp_path / "source")
 
 
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A text to calibrate on."""
+    words = np.random.default_rng(0).choice(["return", "class", "the", "list", "of", "value", "error"], 3000)
+    path = tmp_path / "calibration.txt"
+    path.write_text(" ".join(words))
+    return path
+
+
 def make_checkpoint(directory: Path, name: str = "llama-grouped") -> Path:
     """A variant with the bundled tokenizer and its vocabulary, in two shards."""
     config = variants.VARIANTS[name] | {"vocab_size": 2048, "max_position_embeddings": 128}

@@ -91,7 +91,7 @@ def assert_close(logits, wanted):
 
 
 def test_one_compiled_program_serves_all_blocks(model, batches):
-    programs = (blocks._run, sensitivity._run_probed, compensate._add)
+    programs = (blocks._run, sensitivity._run_probed, compensate._inputs)
     for program in programs:
         program.clear_cache()
     quantized, report = fqjax.quantize(outlying(model), "flattenquant", batches)

@@ -13,14 +13,6 @@ from fqjax import cli
 from tests.conftest import edit_tensor, make_checkpoint
 
 
-@pytest.fixture
-def text(tmp_path):
-    words = np.random.default_rng(0).choice(["return", "class", "the", "list", "of", "value", "error"], 3000)
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(words))
-    return path
-
-
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted")
@@ -173,7 +165,7 @@ CONVERT_ERRORS = {
     "unmatched pattern": (["--ignore", "lm_tail"], "'lm_tail' matches no linear layer"),
     "bad pattern": (["--ignore", "("], "not a regular expression"),
     "no samples": (["--samples", "0"], "--samples 0"),
-    "window too long for the text": (["--window", "100000"], "text.txt: the text has"),
+    "window too long for the text": (["--window", "100000"], "calibration.txt: the text has"),
     "window of one": (["--window", "1"], "window 1"),
     "unknown option": (["--bits", "3"], "--bits"),
     "not a number": (["--samples", "many"], "--samples"),

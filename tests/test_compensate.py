@@ -1,3 +1,5 @@
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,10 +7,11 @@ from flax import nnx
 
 import fqjax
 from fqjax import compensate as module
+from fqjax.assemble import assemble, count_macs
+from fqjax.blocks import Feed, chain, places, sweep
 from fqjax.calibration import calibrate
-from fqjax.compensate import Moments, compensate
+from fqjax.compensate import Moments
 from fqjax.options import layer_inputs, layer_options
-from fqjax.quantize import assemble, count_macs
 from fqjax.report import quantized_layers
 from fqjax.scheme import PRESETS
 from fqjax.surgery import find_linears
@@ -46,6 +49,30 @@ def setup():
 
     nearest = {name: finish(name, lambda n=name: grids[n].round(linears[n].kernel[...].T)) for name in linears}
     return model, nearest, grids, data, finish
+
+
+def compensate(model, nearest, grids, batches, finish, *, upstream):
+    """Rounds the weights of all quantized layers anew; ``finish`` makes a layer of its name and of its integer view."""
+    parts, done = chain(model, nearest), {}
+    inside, feed = places(parts.blocks, nearest), Feed(parts, batches)
+
+    def step(path, block, inputs):
+        names = inside[path]
+        layers = module.compensated(
+            parts,
+            block,
+            lambda: {short: nearest[name] for short, name in names.items()},
+            {short: grids[name] for short, name in names.items()},
+            feed,
+            inputs,
+            {short: functools.partial(finish, name) for short, name in names.items()},
+            upstream,
+        )
+        done.update({names[short]: layer for short, layer in layers.items()})
+        return module.propagated(parts, block, layers, feed, inputs)
+
+    sweep(parts.blocks, lambda: module.twice(feed), step, "compensating for errors")
+    return done
 
 
 def test_the_moments_are_those_of_the_inputs(setup, monkeypatch):

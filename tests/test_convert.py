@@ -17,16 +17,9 @@ from fqjax import convert as conversion
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.errors import InputError
 from fqjax.memo import DirectoryMemo
+from fqjax.plan import estimated_bytes
 from fqjax.scheme import PRESETS
-from tests.conftest import edit_tensor
-
-
-@pytest.fixture
-def text(tmp_path):
-    words = np.random.default_rng(0).choice(["return", "class", "the", "list", "of", "value", "error"], 3000)
-    path = tmp_path / "calibration.txt"
-    path.write_text(" ".join(words))
-    return path
+from tests.conftest import edit_tensor, make_checkpoint
 
 
 @pytest.fixture
@@ -67,23 +60,24 @@ def test_every_scheme_converts(asked, scheme):
     assert np.isfinite(fqjax.load(asked.out)(tokens)).all()
 
 
-@pytest.mark.parametrize("step", ["statistics", "sensitivities", "layer", "compensated"])
+STEPS = {"keep_options": 3, "keep_statistics": 1, "sensitivities": 1, "layer": 4, "keep_finished": 1, "_carry": 2}
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_an_interrupted_conversion_resumes_to_the_same_bits(asked, monkeypatch, tmp_path, step):
     whole = replace(asked, out=tmp_path / "whole")
     conversion.convert(conversion.plan(whole))
-    method = "layer" if step == "compensated" else step
-    original, calls = getattr(DirectoryMemo, method), []
+    original, calls = getattr(DirectoryMemo, step), []
 
     def stop_after(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
-        if step != "compensated" or kwargs["stage"] == "compensated":
-            calls.append(args)
-        if len(calls) == {"layer": 4, "compensated": 3}.get(step, 1):
+        calls.append(args)
+        if len(calls) == STEPS[step]:
             raise KeyboardInterrupt
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(DirectoryMemo, method, stop_after)
+        patch.setattr(DirectoryMemo, step, stop_after)
         with pytest.raises(KeyboardInterrupt):
             conversion.convert(conversion.plan(asked))
     assert not asked.out.exists()
@@ -95,12 +89,12 @@ def test_an_interrupted_conversion_resumes_to_the_same_bits(asked, monkeypatch, 
 
 
 def test_what_was_remembered_is_not_computed_again(asked, monkeypatch):
-    monkeypatch.setattr("fqjax.convert.write", _interrupt)
+    monkeypatch.setattr("fqjax.convert.Writer", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         conversion.convert(conversion.plan(asked))
     monkeypatch.undo()
-    for name in ("calibrate", "output_sensitivity", "assemble"):
-        monkeypatch.setattr(sys.modules["fqjax.quantize"], name, _interrupt)
+    for name in ("watch", "sensitivities", "assemble"):
+        monkeypatch.setattr(sys.modules["fqjax.passes"], name, _interrupt)
     conversion.convert(conversion.plan(asked), resume=True)
 
 
@@ -129,7 +123,7 @@ def test_a_killed_conversion_leaves_no_directory_that_looks_complete(asked, tmp_
 )
 def test_resuming_with_other_settings_is_refused(asked, monkeypatch, change, named):
     with monkeypatch.context() as patch:
-        patch.setattr("fqjax.convert.write", _interrupt)
+        patch.setattr("fqjax.convert.Writer", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             conversion.convert(conversion.plan(asked))
     with pytest.raises(InputError, match=f"begun with other {named}"):
@@ -138,7 +132,7 @@ def test_resuming_with_other_settings_is_refused(asked, monkeypatch, change, nam
 
 def test_resuming_after_the_text_or_a_shard_changed_is_refused(asked, monkeypatch, checkpoint):
     with monkeypatch.context() as patch:
-        patch.setattr("fqjax.convert.write", _interrupt)
+        patch.setattr("fqjax.convert.Writer", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             conversion.convert(conversion.plan(asked))
     text = asked.calibration.read_text()
@@ -176,6 +170,27 @@ def test_planning_reads_no_weights(asked, monkeypatch, checkpoint):
     monkeypatch.setattr("fqjax.checkpoint.safetensors.TensorFiles.read", _interrupt)
     made = conversion.plan(asked)
     assert len(made.selection.linears) == 8 and sum(map(len, made.batches)) == 4
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [
+        ("w8a8", {}),
+        ("smoothquant", {"weight_scales": "channel"}),
+        ("flattenquant-hopper-int4", {"int8_layers": r"layers\.0"}),
+        ("w4a8", {"int8_layers": r"layers\.0"}),
+        ("w4a8-integer-scale", {"int8_layers": r"layers\.0", "group_size": 64}),
+        ("w4a8-integer-scale-folded", {}),
+        ("w4a16", {}),
+    ],
+)
+@pytest.mark.parametrize("variant", ["llama-grouped", "opt"])
+def test_a_plan_knows_the_bytes_of_layers_that_are_not_flattened(asked, tmp_path, variant, scheme, settings):
+    source = make_checkpoint(tmp_path / "planned", variant)
+    chosen = replace(PRESETS[scheme], max_expansion=1.0, rounding="nearest", **settings)
+    made = conversion.plan(replace(asked, source=str(source), scheme=chosen))
+    report = conversion.convert(made)
+    assert estimated_bytes(made) == {layer.name: layer.bytes for layer in report.layers}
 
 
 def test_calibration_without_a_file_uses_the_documentation_of_python(asked, monkeypatch):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fqjax.assemble import assemble
 from fqjax.calibration import Statistics
 from fqjax.errors import InputError
 from fqjax.options import costs_by_bits, layer_inputs, layer_options
-from fqjax.quantize import assemble
 from fqjax.scheme import PRESETS
 
 SCHEME = PRESETS["flattenquant"]

@@ -4,7 +4,7 @@ import numpy as np
 from rich.console import Console
 
 from fqjax import progress
-from fqjax.quantize import _peek
+from fqjax.passes import _peek
 
 
 def test_the_time_left_is_shown_on_a_terminal(monkeypatch):

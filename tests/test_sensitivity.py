@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fqjax.assemble import assemble, count_macs
+from fqjax.blocks import chain, sweep
 from fqjax.calibration import calibrate
 from fqjax.options import layer_inputs, layer_options
-from fqjax.quantize import assemble, count_macs
 from fqjax.scheme import PRESETS
-from fqjax.sensitivity import divergence, output_sensitivity
+from fqjax.sensitivity import divergence, sensitivities
 from fqjax.surgery import find_linears, replace_modules
 
 
@@ -37,16 +38,22 @@ def setup():
     return model, batch, candidates
 
 
+def tried(model, candidates, batch):
+    """The sensitivity of every layer of a model that is one block."""
+    return sensitivities(chain(model, candidates), list(candidates), lambda *_: candidates, batch, sweep)
+
+
 def test_each_sensitivity_is_that_of_the_model_with_one_layer_replaced(setup):
     model, batch, candidates = setup
-    found = output_sensitivity(model, candidates, batch)
+    found = tried(model, candidates, batch)
     for name, layer in candidates.items():
         replaced = replace_modules(model, {name: layer})
         assert found[name] == pytest.approx(float(divergence(model(batch), replaced(batch), True)), rel=0.05)
 
 
 def test_the_layer_that_decides_is_the_sensitive_one(setup):
-    found = output_sensitivity(*[setup[0], setup[2], setup[1]])
+    model, batch, candidates = setup
+    found = tried(model, candidates, batch)
     assert found["strong"] > 100 * found["weak"] > 0
 
 

@@ -24,8 +24,17 @@ Arrays = Mapping[tuple[str, ...], Any]
 
 def with_checksums(manifest: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
     """The manifest with an entry on what its arrays and the rest of it were when it was written."""
-    sums = {".".join(name): array_checksum(array) for name, array in arrays.items()}
-    return manifest | {ENTRY: {"algorithm": ALGORITHM, "manifest": manifest_checksum(manifest), "arrays": sums}}
+    return with_sums(manifest, checksums(arrays))
+
+
+def checksums(arrays: Arrays) -> dict[str, str]:
+    """The checksum of every array, by its dotted path."""
+    return {".".join(name): array_checksum(array) for name, array in arrays.items()}
+
+
+def with_sums(manifest: dict[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest with an entry on checksums, where those of the arrays are known."""
+    return manifest | {ENTRY: {"algorithm": ALGORITHM, "manifest": manifest_checksum(manifest), "arrays": dict(sums)}}
 
 
 def verify(manifest: dict[str, Any], arrays: Arrays, directory: Path, file: str) -> None:

@@ -1,7 +1,9 @@
-"""Files of a checkpoint's directory: found inside it, and read as JSON, with one line for whatever is wrong with them."""
+"""Files of a checkpoint's directory: found, read as JSON, and written, with one line for whatever is wrong with them."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +83,46 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"entry {next(name for name in names if names.count(name) > 1)!r} is there twice")
     return entries
+
+
+class CannotWrite(InputError):
+    """A file could not be written; what was written before it is as good as it was."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the operating system has against writing into one line.
+
+    Raises:
+      CannotWrite: naming the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or reason(error)})") from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either complete or absent."""
+    with whole(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Any]:
+    """A binary file to write that gets its name when it is complete and on the disk.
+
+    Raises:
+      CannotWrite: if it cannot be written.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    with writing(path):
+        try:
+            with open(unfinished, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise

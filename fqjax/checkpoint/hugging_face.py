@@ -151,7 +151,7 @@ def read_model(directory: Path, name: str, config: Any, dtype: DTypeLike) -> Cau
     layers = check_layers(files, FAMILIES[name], flat, quantization)
     sources = check_tensors(files, FAMILIES[name], flat, layers)
     for path, source in track(sources.items(), "loading", len(sources)):
-        flat[path] = flat[path].replace(_read(files, source, dtype))
+        flat[path] = flat[path].replace(read_source(files, source, dtype))
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     return replace_modules(model, read_layers(model, files, layers, dtype)) if layers else model
 
@@ -169,6 +169,8 @@ def check_layers(
     if quantization is None:
         return layers
     prefix = find_prefix(files, family)
+    for file in files.missing:
+        raise InputError(f"{files.directory / file}: missing; of a checkpoint that is quantized all is needed")
     for path, parameter in parameters.items():
         if path[-1] == "kernel":
             name = ".".join(str(part) for part in path[:-1])
@@ -206,7 +208,8 @@ def check_tensors(
         for tensor in source.tensors:
             if tensor not in files:
                 raise InputError(f"{files.directory}: tensor {tensor!r} is missing")
-        _check_shape(files, source, parameters[path].shape)
+        if all(files.has_header(tensor) for tensor in source.tensors):
+            _check_shape(files, source, parameters[path].shape)
     wanted = {tensor for source in sources.values() for tensor in source.tensors}
     wanted |= {tensor for layer in layers.values() for tensor in layer.tensors}
     tied = () if "lm_head.weight" in wanted else ("lm_head.weight",)
@@ -242,7 +245,8 @@ def _check_shape(files: TensorFiles, source: Source, wanted: tuple[int, ...]) ->
             )
 
 
-def _read(files: TensorFiles, source: Source, dtype: DTypeLike) -> jax.Array:
+def read_source(files: TensorFiles, source: Source, dtype: DTypeLike) -> jax.Array:
+    """Reads one parameter."""
     parts = [files.read(tensor, dtype) for tensor in source.tensors]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
     return jnp.asarray(values.T if source.transpose else values)

@@ -233,7 +233,7 @@ def describe_layer(layer: QuantizedLinear, schemes: list[Scheme]) -> dict[str, A
         "group_scales": None if weight.group_scale is None else weight.group_scale.dtype.name,
         "activation_bits": quantizer.bits,
         "activation_scale": "token" if quantizer.scale is None else "tensor",
-        "bias": None if layer.bias is None else layer.bias[...].dtype.name,
+        "bias": None if layer.bias is None else layer.bias.get_value().dtype.name,
         "dtype": None if layer.dtype is None else layer.dtype.name,
         "param_dtype": layer.param_dtype.name,
         "scheme": schemes.index(layer.summary.scheme),

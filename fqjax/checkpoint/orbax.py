@@ -28,9 +28,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool
 from orbax.checkpoint import v1 as ocp
 
+from fqjax.checkpoint.checksums import checksums, with_checksums, with_sums
 from fqjax.checkpoint.checksums import verify as verify_checksums
-from fqjax.checkpoint.checksums import with_checksums
-from fqjax.checkpoint.files import reason
+from fqjax.checkpoint.files import CannotWrite, reason
 from fqjax.checkpoint.manifest import (
     NAME,
     abstract_architecture,
@@ -44,6 +44,7 @@ from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unne
 from fqjax.errors import InputError
 from fqjax.findings import Findings
 from fqjax.linear import QuantizedLinear, measured_bound
+from fqjax.models.head import Int8Table
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.report import Report, quantized_layers
 from fqjax.surgery import find_linears, replace_modules
@@ -83,12 +84,82 @@ def write(directory: Path, model: nnx.Module, tokenizer: Any, findings: Findings
     # Orbax does not store empty arrays; loading makes them again from the manifest.
     leaves = {name: leaf for name, leaf in named_leaves(stored).items() if leaf.size}
     ocp.save(str(directory), nest(leaves))
+    _write_beside(directory, tokenizer, findings, with_checksums(describe(model), leaves))
+
+
+class Writer:
+    """Writes a checkpoint part by part; nothing is held of a part that was written but its shapes.
+
+    Args:
+      directory: that does not exist yet, and appears with :meth:`finish`; what an earlier attempt left is removed.
+      skeleton: the model before quantization, with shapes in place of arrays.
+
+    Raises:
+      CannotWrite: from every method.
+    """
+
+    def __init__(self, directory: Path, skeleton: Any):
+        self.directory, self.skeleton = directory.resolve(), skeleton
+        self.sums: dict[str, str] = {}
+        self.replaced: dict[str, nnx.Module] = {}
+        for old in (self.directory, *self.directory.parent.glob(f"{self.directory.name}.*")):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def add(self, path: str, module: nnx.Module) -> None:
+        """Writes the module with a dotted path, of which nothing has been written yet."""
+        _, stored, _ = split_storable(module)
+        start = tuple(path.split("."))
+        leaves = {(*start, *name): leaf for name, leaf in named_leaves(stored).items() if leaf.size}
+        if leaves:
+            with _writing(self.directory):
+                ocp.partial.save(str(self.directory), nest(leaves))
+        self.sums |= checksums(leaves)
+        if isinstance(module, QuantizedLinear | Int8Table):
+            self.replaced[path] = _abstract(module)
+        for name, layer in quantized_layers(module).items():
+            if name:
+                self.replaced[f"{path}.{name}"] = _abstract(layer)
+
+    def finish(self, tokenizer: Any, findings: Findings | None) -> nnx.Module:
+        """Writes what goes beside the arrays.
+
+        Returns:
+          The model that was written, with shapes in place of arrays.
+        """
+        model = replace_modules(self.skeleton, self.replaced)
+        with _writing(self.directory):
+            ocp.partial.finalize(str(self.directory))
+            _write_beside(self.directory, tokenizer, findings, with_sums(describe(model), self.sums))
+        return model
+
+
+def _write_beside(directory: Path, tokenizer: Any, findings: Findings | None, manifest: dict[str, Any]) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(directory / FOLDER)
     if findings is not None:
         findings.write(directory)
-    manifest = with_checksums(describe(model), leaves)
     (directory / NAME).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _abstract(module: nnx.Module) -> nnx.Module:
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(_shape_of, state))
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """One line for whatever keeps Orbax, TensorStore, tokenizers and safetensors from writing; each has errors of its own."""
+    failure = ""
+    with _quiet():
+        try:
+            yield
+            return
+        except OSError as error:
+            failure = error.strerror or reason(error)
+        except Exception as error:  # See above.
+            failure = reason(error)
+        _drop_unfinished_reads()
+    raise CannotWrite(f"{directory}: cannot be written ({failure})")
 
 
 def refuse_existing(path: Path) -> None:
@@ -123,12 +194,8 @@ def load(
     manifest = read_manifest(directory)
     layers = abstract_layers(manifest, directory)
     found = _stored_metadata(directory)
-    skeleton = abstract_architecture(manifest, directory, len(found)) if model is None else model
-    unknown = set(layers) - set(find_linears(skeleton))
-    if unknown:
-        raise InputError(f"{directory / NAME}: the model has no linear layer {sorted(unknown)[0]!r}")
-    head = abstract_head(manifest, directory, skeleton)
-    graphdef, stored, rest = split_storable(replace_modules(skeleton, layers | head))
+    skeleton, head = _skeleton(manifest, directory, len(found), layers, model)
+    graphdef, stored, rest = split_storable(skeleton)
     wanted = named_leaves(stored)
     full = {name: leaf for name, leaf in wanted.items() if leaf.size}
     _check_metadata(directory, found, full)
@@ -144,6 +211,29 @@ def load(
         if not bool(jnp.all((scale > 0) & jnp.isfinite(scale))):
             raise InputError(f"{directory}: {name!r} has a scale that is not above 0; the checkpoint is damaged")
     return loaded
+
+
+def load_abstract(directory: Path) -> nnx.Module:
+    """The model of a checkpoint with shapes in place of arrays; of the files only the manifest is looked at.
+
+    Raises:
+      InputError: as :func:`load` does.
+    """
+    manifest = read_manifest(directory)
+    layers = abstract_layers(manifest, directory)
+    return _skeleton(manifest, directory, sys.maxsize, layers, None)[0]
+
+
+def _skeleton(
+    manifest: dict[str, Any], directory: Path, arrays: int, layers: dict[str, QuantizedLinear], model: Any
+) -> tuple[nnx.Module, dict[str, nnx.Module]]:
+    """The abstract model, and its head if that is in INT8."""
+    skeleton = abstract_architecture(manifest, directory, arrays) if model is None else model
+    unknown = set(layers) - set(find_linears(skeleton))
+    if unknown:
+        raise InputError(f"{directory / NAME}: the model has no linear layer {sorted(unknown)[0]!r}")
+    head = abstract_head(manifest, directory, skeleton)
+    return replace_modules(skeleton, layers | head), head
 
 
 def _check_layer(where: str, layer: QuantizedLinear) -> None:

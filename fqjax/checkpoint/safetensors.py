@@ -19,6 +19,9 @@ from fqjax.errors import InputError
 LARGEST = 100_000_000
 """Bytes of a header, as the safetensors package has it."""
 
+PIECE = 2**22
+"""Values that are looked at at once."""
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -43,26 +46,54 @@ class TensorFiles:
 
     Args:
       directory: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+      partial: whether shards may be missing, or consist of a header alone; nothing can be read of those.
+
+    Attributes:
+      files: by name of a tensor, the file that it is in; empty if there is neither a file nor an index.
+      missing: files of which there is no more than a header.
 
     Raises:
       InputError: naming the file that is missing, truncated or not what the index says, and the tensor if it is one's fault.
     """
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, *, partial: bool = False):
+        self.directory, self.partial = directory, partial
+        self.missing: list[str] = []
         self.files = self._locate()
         headers = {file: self._header(file) for file in sorted(set(self.files.values()))}
         for name, file in self.files.items():
-            if name not in headers[file]:
+            header = headers[file]
+            if header is not None and name not in header:
                 raise InputError(f"{directory / file}: the index says it holds tensor {name!r}, but it does not")
-        self._stored = {name: headers[file][name] for name, file in self.files.items()}
+        self._stored = {
+            name: header[name] for name, file in self.files.items() if (header := headers[file]) is not None
+        }
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
+    def has_header(self, name: str) -> bool:
+        """Whether the header that describes a tensor is there."""
+        return name in self._stored
+
     def names(self) -> list[str]:
         """All tensors, sorted."""
         return sorted(self.files)
+
+    def signature(self) -> dict[str, list[int]]:
+        """Size and time of the last change of every file, by its name.
+
+        Raises:
+          InputError: if one is not there any more.
+        """
+        found = {}
+        for file in sorted(set(self.files.values())):
+            try:
+                status = (self.directory / file).stat()
+            except OSError as error:
+                raise InputError(f"{self.directory / file}: cannot be read ({error.strerror})") from None
+            found[file] = [status.st_size, status.st_mtime_ns]
+        return found
 
     def stored(self, name: str) -> Stored:
         """Dtype and shape of a tensor, from its file's header."""
@@ -88,8 +119,8 @@ class TensorFiles:
         """
         path = self.directory / self.files[name]
         with np.errstate(over="ignore", invalid="ignore"):
-            values = self._values(name).astype(dtype)
-        if not np.isfinite(values.astype(np.float32)).all():
+            values = self._values(name).astype(dtype, copy=False)
+        if not _is_finite(values):
             kind = jnp.dtype(dtype).name
             raise InputError(f"{path}: tensor {name!r} holds a value that is not finite in {kind}")
         return values
@@ -120,7 +151,12 @@ class TensorFiles:
         if index.exists():
             return self._read_index(inside(self.directory, INDEX))
         if (self.directory / SINGLE).exists():
-            return dict.fromkeys(self._header(SINGLE), SINGLE)
+            header = self._header(SINGLE)
+            self.missing.clear()  # It is looked at once more.
+            return dict.fromkeys(header or (), SINGLE)
+        if self.partial:
+            self.missing.append(SINGLE)
+            return {}
         others = sorted(p.name for p in self.directory.glob("*.bin")) or sorted(
             p.name for p in self.directory.glob("*.pt")
         )
@@ -134,12 +170,19 @@ class TensorFiles:
         for file in sorted(set(files.values())):
             if Path(file).name != file or file in ("", ".."):
                 raise InputError(f"{index}: {file!r} is not a file name in this directory")
-            if not (self.directory / file).exists():
+            if not (self.directory / file).exists() and not self.partial:
                 raise InputError(f"{self.directory / file}: missing shard, named by {INDEX}")
         return files
 
-    def _header(self, file: str) -> dict[str, Stored]:
+    def _header(self, file: str) -> dict[str, Stored] | None:
+        """What a file's header says; None if the file may be missing, and is."""
+        if self.partial and not (self.directory / file).exists():
+            self.missing.append(file)
+            return None
         path = inside(self.directory, file)
+        if self.partial and (bare := _bare_header(path)) is not None:
+            self.missing.append(file)
+            return bare
         try:
             with safe_open(path, framework="numpy") as tensors:
                 slices = {name: tensors.get_slice(name) for name in tensors.keys()}
@@ -152,6 +195,14 @@ class TensorFiles:
         except ValueError as error:
             raise InputError(f"{path}: not a valid safetensors file ({error})") from None
         return stored
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """In pieces: NumPy has to make float32 of bfloat16 first, and an embedding is large."""
+    flat = values.reshape(-1)
+    return all(
+        bool(np.isfinite(flat[i : i + PIECE].astype(np.float32)).all()) for i in range(0, max(flat.size, 1), PIECE)
+    )
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -169,6 +220,18 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     if not isinstance(header, dict):
         raise ValueError(f"its header: expected an object, got {type(header).__name__}")
     return header, behind
+
+
+def _bare_header(path: Path) -> dict[str, Stored] | None:
+    """What the header of a file says that consists of nothing else; None for any other file."""
+    try:
+        header, behind = read_header(path)
+        entries = {name: info for name, info in header.items() if name != "__metadata__"}
+        if behind or not any(info["data_offsets"][1] for info in entries.values()):
+            return None
+        return {name: Stored(str(info["dtype"]), tuple(info["shape"])) for name, info in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        return None
 
 
 def fault(path: Path) -> str:

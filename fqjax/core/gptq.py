@@ -10,12 +10,13 @@ block every column is updated at once, the columns behind it when the block is d
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 from jax import lax
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 ColumnQuantizer = Callable[[Float32[Array, " n"], Int32[Array, ""]], Float32[Array, " n"]]
 """(a column, its index in the weight) -> the column as it will be represented."""
@@ -25,6 +26,29 @@ ScaledQuantizer = Callable[[Float32[Array, " n"], Float32[Array, " n"]], Float32
 """(a column, the scales of its group) -> the column as it will be represented."""
 
 BLOCK = 128
+
+
+class Prepared(NamedTuple):
+    """What rounding needs of a Hessian; weights with the same input may share it.
+
+    Attributes:
+      factor: U above, of the columns in the order in which they are rounded, (k, k).
+      order: that order.
+      dead: whether a column's input is always zero.
+    """
+
+    factor: Float32[Array, "k k"]
+    order: Int32[Array, " k"]
+    dead: Bool[Array, " k"]
+
+
+def prepare(hessian: Float32[Array, "k k"], *, damping: float = 0.01, act_order: bool = False) -> Prepared:
+    """The part of :func:`gptq` that comes before the weight; see there for the arguments."""
+    diagonal = jnp.diagonal(hessian)
+    dead = diagonal == 0
+    order = jnp.argsort(-diagonal) if act_order else jnp.arange(len(diagonal))
+    damp = jnp.where(dead, 1.0, damping * jnp.mean(diagonal))
+    return Prepared(_factor((hessian + jnp.diag(damp))[order][:, order]), order, dead)
 
 
 def gptq(
@@ -47,7 +71,14 @@ def gptq(
     Returns:
       The represented weight, (n, k), in the order of ``weight``.  Columns whose input is always zero are zero.
     """
-    return _in_order(weight, hessian, quantize_column, None, 0, damping, act_order)[0]
+    return gptq_prepared(weight, prepare(hessian, damping=damping, act_order=act_order), quantize_column)
+
+
+def gptq_prepared(
+    weight: Float32[Array, "n k"], prepared: Prepared, quantize_column: ColumnQuantizer
+) -> Float32[Array, "n k"]:
+    """The part of :func:`gptq` that comes after the Hessian; see there for the arguments."""
+    return _in_order(weight, prepared, quantize_column, None, 0)[0]
 
 
 def gptq_grouped(
@@ -84,14 +115,9 @@ def gptq_grouped(
     if act_order and not static_groups:
         raise ValueError("gptq_grouped: act_order needs static_groups")
     if not static_groups:
+        prepared = prepare(hessian, damping=damping)
         return _in_order(
-            weight,
-            hessian,
-            lambda column, _, scale: quantize_column(column, scale),
-            find_scale,
-            group_size,
-            damping,
-            False,
+            weight, prepared, lambda column, _, scale: quantize_column(column, scale), find_scale, group_size
         )
     scales = jax.vmap(find_scale, in_axes=1, out_axes=1)(weight.reshape(n, k // group_size, group_size))
 
@@ -103,24 +129,18 @@ def gptq_grouped(
 
 def _in_order(
     weight: Float32[Array, "n k"],
-    hessian: Float32[Array, "k k"],
+    prepared: Prepared,
     quantize: Callable[..., Array],
     find_scale: FindScale | None,
     group_size: int,
-    damping: float,
-    act_order: bool,
 ) -> tuple[Float32[Array, "n k"], Float32[Array, "n groups"]]:
     """Puts the columns in the order in which they are rounded, rounds them, and puts them back."""
     n, k = weight.shape
-    diagonal = jnp.diagonal(hessian)
-    dead = diagonal == 0
-    order = jnp.argsort(-diagonal) if act_order else jnp.arange(k)
-    damp = jnp.where(dead, 1.0, damping * jnp.mean(diagonal))
-    hessian = (hessian + jnp.diag(damp))[order][:, order]
+    factor, order, dead = prepared
     weight = jnp.where(dead, 0.0, weight)[:, order]
-    padding = -k % BLOCK
-    weight = jnp.pad(weight, ((0, 0), (0, padding)))
-    factor = jnp.pad(_factor(hessian), ((0, padding), (0, padding))) + jnp.diag((jnp.arange(k + padding) >= k) * 1.0)
+    if padding := -k % BLOCK:
+        weight = jnp.pad(weight, ((0, 0), (0, padding)))
+        factor = jnp.pad(factor, ((0, padding), (0, padding))) + jnp.diag((jnp.arange(k + padding) >= k) * 1.0)
     rounded, scales = _sweep(weight, factor, jnp.pad(order, (0, padding)), quantize, find_scale, group_size)
     return jnp.zeros((n, k), jnp.float32).at[:, order].set(rounded[:, :k]), scales[:, : k // (group_size or k)]
 
@@ -139,10 +159,27 @@ def absorb(
       cross: X'^T X with the exact inputs of the same rows, (k, k).
       damping: see above.
     """
+    return solve_ridge(gram, aim_of(weight, gram, cross, damping=damping), damping=damping)
+
+
+def aim_of(
+    weight: Float32[Array, "n k"], gram: Float32[Array, "k k"], cross: Float32[Array, "k k"], *, damping: float = 0.01
+) -> Float32[Array, "k n"]:
+    """The right-hand side of the equation that :func:`absorb` solves, (cross + d) W^T; see there for the arguments."""
+    return cross @ weight.T + _ridge(gram, damping) * weight.T
+
+
+def solve_ridge(
+    gram: Float32[Array, "k k"], aim: Float32[Array, "k n"], *, damping: float = 0.01
+) -> Float32[Array, "n k"]:
+    """V of (gram + d) V^T = ``aim``; see :func:`absorb` for the other arguments."""
+    ridge = _ridge(gram, damping) * jnp.eye(len(gram), dtype=gram.dtype)
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(gram + ridge, lower=True), aim).T
+
+
+def _ridge(gram: Float32[Array, "k k"], damping: float) -> Float32[Array, ""]:
     mean = jnp.mean(jnp.diagonal(gram))
-    ridge = jnp.where(mean > 0, damping * mean, 1.0) * jnp.eye(gram.shape[0], dtype=gram.dtype)
-    factor = jax.scipy.linalg.cho_factor(gram + ridge, lower=True)
-    return jax.scipy.linalg.cho_solve(factor, (cross + ridge) @ weight.T).T
+    return jnp.where(mean > 0, damping * mean, 1.0)
 
 
 def _factor(hessian: Float32[Array, "k k"]) -> Float32[Array, "k k"]:

@@ -66,11 +66,11 @@ def test_a_text_that_the_tokenizer_cannot_encode():
 def test_what_a_conversion_remembers_may_be_damaged(tmp_path, damage):
     memo = DirectoryMemo(tmp_path, PRESETS["w8a8"])
     statistics = fqjax.calibration.Statistics(np.ones(4, np.float32), np.ones((2, 4), np.float32), 2)
-    memo.statistics(lambda: {"layer": statistics})
-    path = tmp_path / "statistics.npz"
+    memo.keep_statistics("layers.0", {"layer": statistics})
+    path = tmp_path / "statistics.layers.0.npz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=r"statistics.npz: damaged \(.*remove it") as caught:
-        memo.statistics(dict)
+    with pytest.raises(InputError, match=r"statistics.layers.0.npz: damaged \(.*remove it") as caught:
+        memo.statistics("layers.0")
     assert "\n" not in str(caught.value)
     (tmp_path / "sensitivities.json").write_text("[")
     with pytest.raises(InputError, match="sensitivities.json: not a JSON"):

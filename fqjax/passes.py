@@ -1,0 +1,192 @@
+"""Quantization as passes over the blocks of a model, of which one is needed at a time.
+
+1. Calibration: every block runs on the outputs of the one in front; its layers' statistics and their options are kept.
+2. Trial, where the choice needs it: every layer runs quantized alone, and its output goes through the blocks behind it.
+3. Rounding: every layer is rounded as was chosen; with GPTQ, block by block on what the quantized blocks in front give.
+
+Between passes only small results are held.  What is large, samples of activations and grids of options, is a
+:class:`~fqjax.memo.Memo`'s to keep: in memory, or in files.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fqjax.assemble import assemble, count_macs
+from fqjax.blocks import Chain, Feed, Simulated, places
+from fqjax.calibration import Statistics, watch
+from fqjax.compensate import compensated, propagated, twice
+from fqjax.core.wide import WideLinear, relative_square
+from fqjax.errors import InputError
+from fqjax.findings import Findings
+from fqjax.integer_scale import with_integer_scales
+from fqjax.linear import QuantizedLinear
+from fqjax.memo import Memo
+from fqjax.options import costs_by_bits, layer_inputs, layer_options, select
+from fqjax.scheme import Scheme
+from fqjax.sensitivity import sensitivities
+from fqjax.surgery import find_linears
+
+Keep = Callable[[dict[str, QuantizedLinear]], None]
+"""Takes the finished layers of a block, by dotted path in the model."""
+
+
+def quantize_blocks(
+    memo: Memo,
+    parts: Chain,
+    linears: Mapping[str, nnx.Linear],
+    scheme: Scheme,
+    calibration: Iterable[Any],
+    keep: Keep,
+) -> Findings:
+    """Quantizes a model's linear layers.
+
+    Args:
+      memo: keeps what the passes find out; an unfinished quantization goes on from there.
+      parts: the float model, equalized where the scheme says so.
+      linears: layers to quantize, by dotted path in the model's order; their arrays are not used and may be abstract.
+      scheme: any but one of the method "none".
+      calibration: model inputs.
+      keep: is given the finished layers, block after block.
+
+    Raises:
+      InputError: as :func:`fqjax.quantize` does.
+    """
+    # On a GPU, float32 would else be multiplied with 10 bits of mantissa.
+    with jax.default_matmul_precision("float32"):
+        return _Passes(memo, parts, linears, scheme, calibration).run(keep)
+
+
+class _Passes:
+    """One quantization: what it was asked for, and once they are known each layer's macs and its chosen option."""
+
+    macs: dict[str, int]
+    chosen: dict[str, int]
+
+    def __init__(
+        self,
+        memo: Memo,
+        parts: Chain,
+        linears: Mapping[str, nnx.Linear],
+        scheme: Scheme,
+        calibration: Iterable[Any],
+    ):
+        self.memo, self.parts, self.linears, self.scheme = memo, parts, linears, scheme
+        self.int8_only = scheme.kept_in_int8(linears)
+        self.first, batches = _peek(calibration)
+        # GPTQ goes through the batches once more.
+        self.feed = Feed(parts, list(batches) if scheme.rounding == "gptq" else batches)
+        self.inside = places(parts.blocks, linears)
+
+    def run(self, keep: Keep) -> Findings:
+        self.memo.sweep("calibrated", self.parts.blocks, self.feed.first, self._calibrate, "calibrating")
+        seen = {name: span for path in self.parts.blocks for name, span in self.memo.spans(path).items()}
+        self.macs = count_macs(self.linears, seen)
+        options = {name: self.memo.outlines(name) for name in self.linears}
+        tried = functools.cache(lambda: self.memo.sensitivities(lambda: self._try_all()))
+        parameters = jax.tree.leaves([nnx.state(linear, nnx.Param) for linear in self.linears.values()])
+        chosen = select(options, self.macs, 2 * sum(leaf.size for leaf in parameters), self.scheme, tried)
+        self.chosen = {name: options[name].index(option) for name, option in chosen.items()}
+        first = functools.partial(twice, self.feed) if self.scheme.rounding == "gptq" else list
+        self.memo.sweep("rounded", self.parts.blocks, first, functools.partial(self._round, keep), "quantizing")
+        costs = costs_by_bits(options, chosen, tried()) if tried.cache_info().currsize else {}
+        return Findings({name: seen[name].absmax for name in self.linears}, costs)
+
+    def _calibrate(self, path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
+        rows = self.scheme.sample_rows
+        seen = yield from watch(self.parts, block, self.inside[path], self.feed.paired(inputs), rows)
+        linears = find_linears(block)
+        for short, name in self.inside[path].items():
+            int4 = name not in self.int8_only
+            self.memo.keep_options(name, layer_options(linears[short], seen[name], self.scheme, int4=int4))
+        self.memo.keep_statistics(path, seen)
+
+    def _try_all(self) -> dict[str, float]:
+        """What each layer's last option costs the model."""
+
+        def low(path: str, block: nnx.Module) -> dict[str, QuantizedLinear]:
+            linears, seen = find_linears(block), self.memo.statistics(path)
+            return {
+                short: self._nearest(name, linears[short], seen[name], -1, remember=True)
+                for short, name in self.inside[path].items()
+            }
+
+        go = functools.partial(self.memo.sweep, "tried")
+        return sensitivities(self.parts, list(self.linears), low, self.first, go)
+
+    def _round(self, keep: Keep, path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
+        linears, seen = find_linears(block), self.memo.statistics(path)
+        inside, compensating = self.inside[path], self.scheme.rounding == "gptq"
+
+        def nearest() -> dict[str, QuantizedLinear]:
+            return {
+                short: self._nearest(name, linears[short], seen[name], self.chosen[name])
+                for short, name in inside.items()
+            }
+
+        if compensating:
+            grids = {short: self.memo.options(name)[self.chosen[name]].grid for short, name in inside.items()}
+            finish = {
+                short: functools.partial(self._assemble, name, linears[short], seen[name])
+                for short, name in inside.items()
+            }
+            layers = compensated(self.parts, block, nearest, grids, self.feed, inputs, finish, self.scheme.upstream)
+        else:
+            layers = nearest()
+        finished = layers
+        if self.scheme.scales == "integer":
+            finished = {
+                short: _with_integer_scales(layer, linears[short], seen[inside[short]], self.scheme)
+                for short, layer in layers.items()
+            }
+        keep({inside[short]: layer for short, layer in finished.items()})
+        if compensating and path != next(reversed(self.inside)):
+            yield from propagated(self.parts, block, layers, self.feed, inputs)
+
+    def _nearest(
+        self, name: str, linear: nnx.Linear, seen: Statistics, option: int, *, remember: bool = False
+    ) -> QuantizedLinear:
+        """The layer with its weight rounded to the nearest codes of one of its options."""
+        found = self.memo.options(name)[option]
+
+        def compute() -> QuantizedLinear:
+            weight = layer_inputs(linear, seen, self.scheme).weight
+            return self._assemble(name, linear, seen, lambda: found.grid.round(weight))
+
+        return self.memo.layer(name, f"int{found.bits}.nearest{found.width}", compute, remember=remember)
+
+    def _assemble(
+        self, name: str, linear: nnx.Linear, seen: Statistics, view: Callable[[], WideLinear]
+    ) -> QuantizedLinear:
+        wide = view()  # Before the weight in float32 is there, as rounding may take much memory itself.
+        return assemble(name, linear, wide, layer_inputs(linear, seen, self.scheme), self.scheme, self.macs[name])
+
+
+def _with_integer_scales(
+    layer: QuantizedLinear, linear: nnx.Linear, statistics: Statistics, scheme: Scheme
+) -> QuantizedLinear:
+    """The layer with integer scales, where they are safe, and its error measured again."""
+    changed = with_integer_scales(layer, scheme.amplifier)
+    inputs = layer_inputs(linear, statistics, scheme)
+    error = relative_square(Simulated(changed).product(inputs.samples), inputs.samples @ inputs.weight.T)
+    summary = dataclasses.replace(changed.summary, relative_error=float(error))
+    return changed.with_summary(summary)
+
+
+def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and an iterable that still begins with it."""
+    if isinstance(batches, np.ndarray | jax.Array):
+        raise InputError("calibration: expected an iterable of batches, got one array; pass a list of it")
+    if isinstance(batches, Sequence) and batches:
+        return batches[0], batches  # As it is, so that progress can say how much is left.
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise InputError("calibration: the data holds no batch")
+    return first, itertools.chain([first], iterator)
