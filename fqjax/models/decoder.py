@@ -17,6 +17,7 @@ from fqjax.models.attention import attend
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import CausalLM
 from fqjax.models.decoder_config import DecoderConfig
+from fqjax.models.experts import mixture
 from fqjax.models.head import unembed
 from fqjax.models.rotary import Rotation, rotate, rotation
 
@@ -71,7 +72,7 @@ class Layer(nnx.Module):
         self.input_layernorm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
         self.self_attn = Attention(c, c.window(index), dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
-        self.mlp = MLP(c, dtype=dtype, rngs=rngs)
+        self.mlp = (mixture if c.has_experts(index) else MLP)(c, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -125,12 +126,13 @@ class Decoder(CausalLM):
         heads = np.arange(c.num_attention_heads) // (c.num_attention_heads // c.num_key_value_heads)
         first_value = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
         values = first_value + (heads[:, None] * c.head_dim + np.arange(c.head_dim)).reshape(-1)
-        up = c.intermediate_size + np.arange(c.intermediate_size)
         paths = []
         for i in range(c.num_hidden_layers):
-            attention, mlp = f"layers.{i}.self_attn", f"layers.{i}.mlp"
+            attention = f"layers.{i}.self_attn"
             paths.append(ScalingPath(f"{attention}.qkv_proj", f"{attention}.o_proj", values))
-            paths.append(ScalingPath(f"{mlp}.gate_up_proj", f"{mlp}.down_proj", up))
+            for mlp, size in c.mlps(i).items():
+                up = size + np.arange(size)
+                paths.append(ScalingPath(f"layers.{i}.{mlp}.gate_up_proj", f"layers.{i}.{mlp}.down_proj", up))
         return paths
 
     def norm_paths(self) -> dict[str, str]:
@@ -138,7 +140,8 @@ class Decoder(CausalLM):
         paths = {}
         for i in range(self.config.num_hidden_layers):
             paths[f"layers.{i}.self_attn.qkv_proj"] = f"layers.{i}.input_layernorm"
-            paths[f"layers.{i}.mlp.gate_up_proj"] = f"layers.{i}.post_attention_layernorm"
+            if not self.config.has_experts(i):  # Experts share what they read, with each other and the router.
+                paths[f"layers.{i}.mlp.gate_up_proj"] = f"layers.{i}.post_attention_layernorm"
         return paths
 
     def make_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KeyValueCache:
