@@ -5,7 +5,8 @@ layers' inputs X and X' are taken, and with Q(X') as the quantized layer will se
 
     G = sum Q(X')^T Q(X'),      C = sum Q(X')^T (X' + r (X - X'))
 
-over all calibration rows.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W (:func:`fqjax.core.gptq.absorb`);
+over all calibration rows; for an expert over those that are sent to it, times the squared weight of its output, and with
+hardly any weight over the others.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W (:func:`fqjax.core.gptq.absorb`);
 it is rounded by GPTQ with G as its Hessian.  Then the quantized block is run, and what it gives goes to the next one.  The
 layers of one block see what their neighbours, rounded to the nearest, make of the block's input.
 
@@ -32,8 +33,12 @@ from fqjax.core.wide import Grid, WideLinear, represented
 from fqjax.host_memory import give_back
 from fqjax.linear import QuantizedLinear
 from fqjax.surgery import dotted, find_linears, replace_modules
+from fqjax.watching import Watcher
 
 DAMPING = 0.01
+UNUSED = 1e-3
+"""How much a row counts that is not sent to an expert, next to one of which nothing else is used: what an expert that
+calibration never or hardly reached is rounded by."""
 
 
 class Moments(NamedTuple):
@@ -57,17 +62,21 @@ class _Rounding(NamedTuple):
 
 
 class _Seen(nnx.Variable):
-    """The last input of a layer."""
+    """The last input of a layer, and how much each of its rows counts: how much of the layer's output is used, squared."""
 
 
-class _Tap(nnx.Module):
+class _Tap(Watcher):
     """Computes what its layer computes, and keeps the input."""
 
     def __init__(self, layer: Any):
-        self.layer, self.seen = layer, _Seen(jnp.zeros(()))
+        self.layer, self.seen, self.counts = layer, _Seen(jnp.zeros(())), _Seen(jnp.zeros(()))
 
-    def __call__(self, x: Float[Array, "... k"], *args: Any, **kwargs: Any) -> Array:
-        self.seen.set_value(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+    def __call__(
+        self, x: Float[Array, "... k"], *args: Any, shares: Float32[Array, " rows"] | None = None, **kwargs: Any
+    ) -> Array:
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        self.seen.set_value(rows)
+        self.counts.set_value(jnp.ones(len(rows)) if shares is None else jnp.maximum(shares**2, UNUSED))
         return self.layer(x, *args, **kwargs)
 
 
@@ -209,15 +218,19 @@ def _add(
     wanted, given = _taken(exact), _taken(approximate)
     added = {}
     for path, rule in rounding.items():
-        rows = represented(given[path], rule.multiplier, rule.limit, rule.x_scale)
-        aim = (given[path] + upstream * (wanted[path] - given[path])) / rule.smoothing
-        gram, cross = rows.T @ rows, rows.T @ aim
+        (x_wanted, _), (x_given, counts) = wanted[path], given[path]
+        rows = represented(x_given, rule.multiplier, rule.limit, rule.x_scale)
+        aim = (x_given + upstream * (x_wanted - x_given)) / rule.smoothing
+        weighted = (rows * counts[:, None]).T
+        gram, cross = weighted @ rows, weighted @ aim
         added[path] = Moments(moments[path].gram + gram, moments[path].cross + cross)
     return added
 
 
-def _taken(module: nnx.Module) -> dict[str, Float32[Array, "rows k"]]:
-    return {dotted(path): node.seen.get_value() for path, node in nnx.iter_graph(module) if isinstance(node, _Tap)}
+def _taken(module: nnx.Module) -> dict[str, tuple[Float32[Array, "rows k"], Float32[Array, " rows"]]]:
+    """Every layer's input, and how much its rows count."""
+    taps = {dotted(path): node for path, node in nnx.iter_graph(module) if isinstance(node, _Tap)}
+    return {path: (tap.seen.get_value(), tap.counts.get_value()) for path, tap in taps.items()}
 
 
 @jax.jit

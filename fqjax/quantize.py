@@ -25,6 +25,7 @@ from fqjax.models.head import head_of, with_int8_head
 from fqjax.passes import quantize_blocks
 from fqjax.report import Report, report_of
 from fqjax.scheme import Scheme, resolve_scheme
+from fqjax.stacking import stacked
 from fqjax.surgery import replace_modules, select_linears
 
 __all__ = ["assemble", "check_finite", "count_macs", "expand", "quantize"]
@@ -71,7 +72,7 @@ def quantize(
     linears = select_linears(model, ignore).linears
     layers: dict[str, QuantizedLinear] = {}
     findings = quantize_blocks(Memo(), chain(model, linears), linears, scheme, calibration, layers.update)
-    quantized = replace_modules(model, layers)
+    quantized = stacked(replace_modules(model, layers))
     quantized = with_int8_head(quantized) if scheme.int8_head else quantized
     return quantized, report_of(quantized, time.perf_counter() - start, findings)
 

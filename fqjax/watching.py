@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32
 class Watcher(nnx.Module):
     """Stands in for a layer, computes what it computes, and takes note of its input.
 
-    It is called as the layer is, or by :func:`watched` with the weight of every row besides.
+    It is called as the layer is, or by :func:`watched` with ``shares``, the weight of every row, besides.
     """
 
 
@@ -21,7 +21,7 @@ def watched(
     A model that computes some layer for more rows than it uses, as a mixture of experts may, calls the layer by this function;
     then calibration goes by the rows that are used.
     """
-    return layer(x, shares) if isinstance(layer, Watcher) and shares is not None else layer(x)
+    return layer(x, shares=shares) if isinstance(layer, Watcher) and shares is not None else layer(x)
 
 
 def is_watched(module: nnx.Module) -> bool:
