@@ -36,8 +36,8 @@ class Statistics:
       rows: how many rows counted (:mod:`fqjax.watching`).
       passed: how many rows passed; as many, but for experts, of whose rows those count that are sent to them.
 
-    Of an expert that got fewer rows than are kept as samples, the other tokens' rows fill the sample up, and ``absmax`` is that
-    of all of them: what it would make of a token that is sent to it later.
+    Of an expert that got fewer rows than are kept as samples, the other tokens' rows fill the sample up, and ``absmax`` is
+    that of all of them: what it would meet if they were sent to it.
     """
 
     absmax: np.ndarray

@@ -6,9 +6,10 @@ layers' inputs X and X' are taken, and with Q(X') as the quantized layer will se
     G = sum Q(X')^T Q(X'),      C = sum Q(X')^T (X' + r (X - X'))
 
 over all calibration rows; for an expert over those that are sent to it, times the squared weight of its output, and with
-hardly any weight over the others.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W (:func:`fqjax.core.gptq.absorb`);
-it is rounded by GPTQ with G as its Hessian.  Then the quantized block is run, and what it gives goes to the next one.  The
-layers of one block see what their neighbours, rounded to the nearest, make of the block's input.
+hardly any weight over the others.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W
+(:func:`fqjax.core.gptq.absorb`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is run, and what it
+gives goes to the next one.  The layers of one block see what their neighbours, rounded to the nearest, make of the block's
+input.
 
 r says how much of the error of the blocks in front a layer takes back.  A least-squares fit to inputs with errors makes
 weights smaller, layer after layer, so r = 1 can cost more than it gains (``scripts/ablation.py`` compares).  Where the

@@ -70,9 +70,7 @@ class Sorted(NamedTuple):
     place: Int32[Array, " pairs"]
 
 
-def route(
-    logits: Float32[Array, "tokens experts"], k: int, *, normalized: bool
-) -> Routing:
+def route(logits: Float32[Array, "tokens experts"], k: int, *, normalized: bool) -> Routing:
     """The k experts with the largest probabilities; ``normalized`` divides their weights by the sum."""
     weights, chosen = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), k)
     return Routing(chosen, weights / jnp.sum(weights, axis=-1, keepdims=True) if normalized else weights)

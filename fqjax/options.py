@@ -109,9 +109,7 @@ def shared_options(
             grid = _part(option.grid, rows, whole.weight)
             error, divergence = map(float, _judged(grid, parts[name]))
             size = _bytes(linear, grid, option.width)
-            found[name].append(
-                dataclasses.replace(option, grid=grid, error=error, divergence=divergence, bytes=size)
-            )
+            found[name].append(dataclasses.replace(option, grid=grid, error=error, divergence=divergence, bytes=size))
     return found
 
 

@@ -72,7 +72,9 @@ def quantize(
     linears = select_linears(model, ignore).linears
     layers: dict[str, QuantizedLinear] = {}
     findings = quantize_blocks(Memo(), chain(model, linears), linears, scheme, calibration, layers.update)
-    quantized = stacked(replace_modules(model, layers))
+    quantized = replace_modules(model, layers)
+    layers.clear()
+    stacked(quantized, in_place=True)
     quantized = with_int8_head(quantized) if scheme.int8_head else quantized
     return quantized, report_of(quantized, time.perf_counter() - start, findings)
 

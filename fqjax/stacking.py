@@ -1,8 +1,8 @@
 """Quantized experts with their codes in one array, as the matmul over experts takes them; and back.
 
-Checkpoints, reports and everything that works on layers have every expert's layers as layers of their own.  A model that runs
-has them stacked: :func:`stacked` where a model was quantized or loaded, :func:`unstacked` where it is written.  Experts that are
-not quantized alike (other bits, some in floating point) stay as they are, and run one by one.
+Checkpoints, reports and everything that works on layers have every expert's layers as layers of their own.  A model that
+runs has them stacked: :func:`stacked` where a model was quantized or loaded, :func:`unstacked` where it is written.  Experts
+that are not quantized alike (some in floating point, or with other scales) stay as they are, and run one by one.
 """
 
 import dataclasses
@@ -118,14 +118,21 @@ class StackedExperts(nnx.Module):
         return nnx.List([Expert(gate_up, down) for gate_up, down in layers])  # pyright: ignore[reportArgumentType]
 
 
-def stacked(model: ModelT) -> ModelT:
-    """The model with its quantized experts stacked where they are quantized alike; itself if there are none."""
-    copy = nnx.clone(model) if _mixtures(model, nnx.List) else model
+def stacked(model: ModelT, *, in_place: bool = False) -> ModelT:
+    """The model with its quantized experts stacked where they are quantized alike; itself if there are none.
+
+    ``in_place`` changes the model rather than a copy, and gives its arrays up as it goes.
+    """
+    copy = model if in_place or not _mixtures(model, nnx.List) else nnx.clone(model)
     for mixture in _mixtures(copy, nnx.List):
-        found = [stack([getattr(expert, name) for expert in mixture.experts]) for name in ("gate_up_proj", "down_proj")]
-        if all(found):
-            mixture.experts = StackedExperts(*found)  # pyright: ignore[reportArgumentType]
+        mixture.experts = stacked_experts(mixture.experts) or mixture.experts
     return copy
+
+
+def stacked_experts(experts: Sequence[Any]) -> StackedExperts | None:
+    """Experts stacked; None if they are not quantized alike."""
+    gate_up, down = (stack([getattr(expert, name) for expert in experts]) for name in ("gate_up_proj", "down_proj"))
+    return None if gate_up is None or down is None else StackedExperts(gate_up, down)
 
 
 def unstacked(model: ModelT) -> ModelT:

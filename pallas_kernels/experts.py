@@ -73,7 +73,12 @@ def map_tiles(
       The results, in the order of the rows.
     """
     rows = len(operands[0])
-    tiles = cut(group_sizes, rows, size or tile_size(rows, len(group_sizes)))
+    size = size or tile_size(rows, len(group_sizes))
+    if not rows:
+        empty = [jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in operands]
+        one = jax.eval_shape(f, jax.ShapeDtypeStruct((), jnp.int32), *empty)
+        return jnp.zeros((0, *one.shape[1:]), one.dtype)
+    tiles = cut(group_sizes, rows, size)
     found = lax.map(lambda tile: f(tile[1], *(x[tile[0]] for x in operands)), (tiles.rows, tiles.expert))
     return found.reshape(-1, *found.shape[2:])[tiles.place]
 
@@ -134,8 +139,6 @@ def expert_matmul(
 def _xla(
     kind: Matmul, x: Array, weight: Array, group_sizes: Array, x_scale: Array, weight_scale: Array, *groups: Array
 ) -> Array:
-    if not x.size:
-        return jnp.zeros((len(x), weight.shape[1]), kind.out_dtype)
     each = jnp.broadcast_to(weight_scale, weight.shape[:1]) if not weight_scale.ndim else weight_scale
     scales = (x_scale,) if x_scale.ndim else ()
 
@@ -183,7 +186,9 @@ def _check(
     group_scale: Array | None,
 ) -> None:
     if x.ndim != 2 or weight.ndim != 3:
-        raise ValueError(f"expert_matmul: expected x (rows, k) and weight (experts, n, k), got {x.shape}, {weight.shape}")
+        raise ValueError(
+            f"expert_matmul: expected x (rows, k) and weight (experts, n, k), got {x.shape}, {weight.shape}"
+        )
     (rows, k), (experts, n, stored) = x.shape, weight.shape
     if weight.dtype != jnp.int8 or (not kind.weight_only and x.dtype != jnp.int8):
         raise ValueError(f"expert_matmul: expected int8 codes, got x {x.dtype} and weight {weight.dtype}")

@@ -161,7 +161,7 @@ def read_model(directory: Path, name: str, config: Any, dtype: DTypeLike) -> Cau
     for path, source in track(sources.items(), "loading", len(sources)):
         flat[path] = flat[path].replace(read_source(files, source, dtype))
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
-    return stacked(replace_modules(model, read_layers(model, files, layers, dtype))) if layers else model
+    return stacked(replace_modules(model, read_layers(model, files, layers, dtype)), in_place=True) if layers else model
 
 
 def check_layers(

@@ -206,13 +206,14 @@ def load(
         verify_checksums(manifest, arrays, directory, NAME)
     empty = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
     loaded = nnx.merge(graphdef, with_leaves(stored, arrays | empty), rest)
+    arrays.clear()  # Of experts, the model holds others in a moment.
     for name, layer in quantized_layers(loaded).items():
         _check_layer(f"{directory}: layer {name!r}", layer)
     for name in head:
         scale = getattr(loaded, name).scale.get_value()
         if not bool(jnp.all((scale > 0) & jnp.isfinite(scale))):
             raise InputError(f"{directory}: {name!r} has a scale that is not above 0; the checkpoint is damaged")
-    return stacked(loaded)
+    return stacked(loaded, in_place=True)
 
 
 def load_abstract(directory: Path) -> nnx.Module:

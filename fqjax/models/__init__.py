@@ -68,7 +68,7 @@ def _decoder(
         config=config,
         config_from_hf=config_from_hf,
         prefixes=("model.",),
-        fused=_QKV | _GATE_UP | fused,
+        fused={**_QKV, **_GATE_UP, **fused},
         stacked=dict(stacked),
     )
 

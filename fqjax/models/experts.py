@@ -50,9 +50,7 @@ def mixture(config: Any, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MixtureOfExpert
     c = config
     kinds: dict[str, Any] = {"use_bias": False, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
     experts = [
-        Expert(
-            nnx.Linear(c.hidden_size, 2 * c.expert_size, **kinds), nnx.Linear(c.expert_size, c.hidden_size, **kinds)
-        )
+        Expert(nnx.Linear(c.hidden_size, 2 * c.expert_size, **kinds), nnx.Linear(c.expert_size, c.hidden_size, **kinds))
         for _ in range(c.num_experts)
     ]
     gate = nnx.Linear(c.hidden_size, c.num_experts, **kinds)

@@ -23,10 +23,10 @@ def config_from_hf(hf: dict[str, Any]) -> MistralConfig:
     Raises:
       InputError: naming the entry that this family's code does not cover.
     """
-    return read_config(MistralConfig, hf, **one_window(hf, hf.get("sliding_window")))
+    return read_config(MistralConfig, hf, **one_window(hf, hf.get("sliding_window"), "Mistral"))
 
 
-def one_window(hf: dict[str, Any], window: Any) -> dict[str, Any]:
+def one_window(hf: dict[str, Any], window: Any, family: str) -> dict[str, Any]:
     """Fields of the window of a family whose layers all have the same, ``window``, or none.
 
     Raises:
@@ -35,7 +35,6 @@ def one_window(hf: dict[str, Any], window: Any) -> dict[str, Any]:
     windows, expected = read_windows(hf, window, first=0), FULL if window is None else SLIDING
     if set(windows["layer_types"]) != {expected}:
         # transformers passes over the entry for such an architecture, so nobody has run the layers that it asks for.
-        family = str(hf.get("model_type", "Mistral")).capitalize()
         raise InputError(
             f"config.json: layer_types of {family} with sliding_window {window}: expected {expected!r} alone"
         )

@@ -26,4 +26,4 @@ def config_from_hf(hf: dict[str, Any]) -> MixtralConfig:
     Raises:
       InputError: naming the entry that this family's code does not cover.
     """
-    return read_config(MixtralConfig, hf, **one_window(hf, hf.get("sliding_window")), **read_experts(hf))
+    return read_config(MixtralConfig, hf, **one_window(hf, hf.get("sliding_window"), "Mixtral"), **read_experts(hf))

@@ -38,7 +38,7 @@ def config_from_hf(hf: dict[str, Any]) -> Qwen3MoeConfig:
     return read_config(
         Qwen3MoeConfig,
         hf,
-        **one_window(hf, window),
+        **one_window(hf, window, "Qwen3-MoE"),
         **read_experts(hf),
         **sizes(hf, "moe_intermediate_size", "decoder_sparse_step"),
         mlp_only_layers=dense,

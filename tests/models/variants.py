@@ -96,7 +96,8 @@ VARIANTS: dict[str, dict] = {
     "mixtral-one": _MIXTRAL | {"num_experts_per_tok": 1},
     "mixtral-all": _MIXTRAL | {"num_experts_per_tok": 4},
     "qwen3-moe": _QWEN3_MOE,
-    "qwen3-moe-raw-weights": _QWEN3_MOE | {"norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True},
+    "qwen3-moe-raw-weights": _QWEN3_MOE
+    | {"norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True},
     "qwen3-moe-window": _QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 3, "num_experts_per_tok": 1},
     "qwen3-moe-step": _QWEN3_MOE | {"decoder_sparse_step": 2, "num_hidden_layers": 3},
     "qwen3-moe-mlp-only": _QWEN3_MOE | {"mlp_only_layers": [0]},
@@ -142,7 +143,7 @@ def write_checkpoint(directory: Path, config: dict) -> Path:
 
 
 def _decoder_shapes(c: dict) -> dict[str, tuple[int, ...]]:
-    d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    d, v = c["hidden_size"], c["vocab_size"]
     head = c.get("head_dim", d // c["num_attention_heads"])
     q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
@@ -177,7 +178,11 @@ def _mlp_shapes(c: dict, layer: int) -> Iterator[tuple[str, tuple[int, int], boo
                 yield f"block_sparse_moe.experts.{e}.{name}", shape, False
         return
     paths = ["mlp"]
-    if "num_experts" in c and layer not in c.get("mlp_only_layers", []) and not (layer + 1) % c.get("decoder_sparse_step", 1):
+    if (
+        "num_experts" in c
+        and layer not in c.get("mlp_only_layers", [])
+        and not (layer + 1) % c.get("decoder_sparse_step", 1)
+    ):
         yield "mlp.gate", (c["num_experts"], d), False
         f, paths = c["moe_intermediate_size"], [f"mlp.experts.{e}" for e in range(c["num_experts"])]
     for path in paths:
