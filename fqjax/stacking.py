@@ -19,6 +19,7 @@ from fqjax.core.flatten import PADDING
 from fqjax.experts import Expert, MixtureOfExperts, Routing, Sorted, swiglu
 from fqjax.linear import LayerSummary, Quantized, QuantizedLinear
 from fqjax.qtensor import InputQuantizer, QTensor
+from fqjax.surgery import find_linears
 from pallas_kernels.experts import expert_matmul, quantize_for_experts, quantize_per_token_for_experts
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -123,8 +124,8 @@ def stacked(model: ModelT, *, in_place: bool = False) -> ModelT:
 
     ``in_place`` changes the model rather than a copy, and gives its arrays up as it goes.
     """
-    copy = model if in_place or not _mixtures(model, nnx.List) else nnx.clone(model)
-    for mixture in _mixtures(copy, nnx.List):
+    copy = model if in_place or not _stackable(model) else nnx.clone(model)
+    for mixture in _stackable(copy):
         mixture.experts = stacked_experts(mixture.experts) or mixture.experts
     return copy
 
@@ -141,6 +142,11 @@ def unstacked(model: ModelT) -> ModelT:
     for mixture in _mixtures(copy, StackedExperts):
         mixture.experts = mixture.experts.experts()
     return copy
+
+
+def _stackable(model: nnx.Module) -> list[MixtureOfExperts]:
+    """Those all of whose experts are quantized."""
+    return [node for node in _mixtures(model, nnx.List) if not find_linears(node.experts)]
 
 
 def _mixtures(model: nnx.Module, kind: type) -> list[MixtureOfExperts]:

@@ -35,15 +35,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shunned(tmp_path_factory):
-    """A model whose last expert is never chosen: its router's row is far below the others for every token."""
-    made = mixtral(tmp_path_factory.mktemp("shunned"))
+    """A model whose last expert is never chosen: it has the logit 0 for every token, and of the first two one has more."""
+    made = mixtral(tmp_path_factory.mktemp("shunned"), "mixtral-one")
     for layer in made.layers:
-        gate, norm = layer.mlp.gate.kernel, layer.post_attention_layernorm.scale
-        norm[...] = jnp.abs(norm[...])
-        gate[...] = gate[...].at[:, 3].set(0)
-        # Rows of a norm have a mean square of one, so that the first three get at least one positive logit between them.
-        gate[...] = gate[...].at[:, 0].set(gate[...][:, 1] * -1)
-        gate[...] = gate[...].at[:, 3].set(0).at[:, 2].set(gate[...][:, 1] * 0.1)
+        gate = layer.mlp.gate.kernel
+        gate[...] = gate[...].at[:, 3].set(0).at[:, 0].set(-gate[...][:, 1])
     return made
 
 
@@ -136,9 +132,7 @@ def test_few_rows_are_filled_up_with_those_of_other_experts(model):
     assert first.max() < 1e-4
 
 
-@pytest.mark.parametrize(
-    "scheme", ["w8a8", "smoothquant", "flattenquant", "w4a8-integer-scale-gptq", "w4a8-awq", "w4a16-gptq"]
-)
+@pytest.mark.parametrize("scheme", ["w8a8", "smoothquant", "flattenquant", "w4a8-integer-scale-gptq", "w4a8-awq"])
 def test_an_expert_that_was_never_reached_computes_about_what_it_did(shunned, scheme):
     quantized, report = fqjax.quantize(shunned, scheme, BATCHES)
     assert {row.macs for row in report.layers if ".experts.3." in row.name} == {0}
@@ -150,8 +144,8 @@ def test_an_expert_that_was_never_reached_computes_about_what_it_did(shunned, sc
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w8a8", "smoothquant", "flattenquant", "flattenquant-hopper", "w4a8", "w4a8-integer-scale", "w4a8-integer-scale-gptq",
-     "w4a8-integer-scale-folded", "w4a8-integer-scale-awq", "w4a16"],
+    ["w8a8", "smoothquant", "flattenquant", "flattenquant-hopper", "w4a8-integer-scale-gptq", "w4a8-integer-scale-folded",
+     "w4a8-integer-scale-awq", "w4a16"],
 )  # fmt: skip
 def test_every_scheme_stacks_its_experts_and_survives_saving(model, scheme, tmp_path):
     quantized, report = fqjax.quantize(model, scheme, BATCHES)
