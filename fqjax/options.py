@@ -84,6 +84,14 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *,
     return _options(layer_inputs(linear, statistics, scheme), linear, scheme, int4)
 
 
+def looks_at_all(scheme: Scheme) -> bool:
+    """Whether a scheme has to see all layers that read the same input to quantize it alike for them.
+
+    With groups and no smoothing, every token has a scale of its own, whichever layer reads it.
+    """
+    return scheme.method != "grouped" or scheme.awq
+
+
 def shared_options(
     linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Statistics], scheme: Scheme, *, int4: bool = True
 ) -> dict[str, list[Option]]:
@@ -93,7 +101,7 @@ def shared_options(
     They are those of one layer with the outputs of all, judged on some samples of each; then every layer gets its part of the
     scales, and its own error.
     """
-    if scheme.method == "grouped" and not scheme.awq:  # Every token has a scale of its own, whichever layer reads it.
+    if not looks_at_all(scheme):
         return {name: layer_options(linears[name], statistics[name], scheme, int4=int4) for name in linears}
     parts = {name: layer_inputs(linears[name], statistics[name], scheme) for name in linears}
     each = -(-scheme.sample_rows // len(parts))

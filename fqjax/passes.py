@@ -31,6 +31,7 @@ from fqjax.memo import Memo
 from fqjax.options import costs_by_bits, layer_inputs, layer_options, select, shared_options
 from fqjax.scheme import Scheme
 from fqjax.sensitivity import sensitivities
+from fqjax.stacking import widened
 from fqjax.surgery import find_linears
 from fqjax.units import choices, shared_inputs, units_of
 
@@ -65,10 +66,11 @@ def quantize_blocks(
 
 
 class _Passes:
-    """One quantization: what it was asked for, and once they are known each layer's macs and its chosen option."""
+    """One quantization: what it was asked for, and once they are known each layer's macs, chosen option, and width."""
 
     macs: dict[str, int]
     chosen: dict[str, int]
+    widths: dict[str, int]
 
     def __init__(
         self,
@@ -99,9 +101,11 @@ class _Passes:
         tried = functools.cache(lambda: self.memo.sensitivities(lambda: self._try_all()))
         parameters = jax.tree.leaves([nnx.state(linear, nnx.Param) for linear in self.linears.values()])
         chosen = select(options, macs, 2 * sum(leaf.size for leaf in parameters), self.scheme, tried)
-        self.chosen = {}
+        self.chosen, self.widths = {}, {}
         for unit, option in chosen.items():
-            self.chosen |= choosing[unit][options[unit].index(option)].options
+            picked = choosing[unit][options[unit].index(option)].options
+            self.chosen |= picked
+            self.widths |= dict.fromkeys(picked, max(self.memo.outlines(name)[i].width for name, i in picked.items()))
         first = functools.partial(twice, self.feed) if self.scheme.rounding == "gptq" else list
         self.memo.sweep("rounded", self.parts.blocks, first, functools.partial(self._round, keep), "quantizing")
         costs = costs_by_bits(options, chosen, tried()) if tried.cache_info().currsize else {}
@@ -165,7 +169,7 @@ class _Passes:
                 short: _with_integer_scales(layer, linears[short], seen[inside[short]], self.scheme)
                 for short, layer in layers.items()
             }
-        keep({inside[short]: layer for short, layer in finished.items()})
+        keep({inside[short]: widened(layer, self.widths[inside[short]]) for short, layer in finished.items()})
         if self.scheme.rounding == "gptq" and path != next(reversed(self.inside)):
             yield from propagated(self.parts, block, layers, self.feed, inputs)
 

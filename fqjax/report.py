@@ -166,7 +166,6 @@ class Report:
 
 def report_of(model: nnx.Module, seconds: float = 0.0, findings: Findings | None = None) -> Report:
     """Reports on a model's linear layers as they are, quantized or not."""
-    size = bytes_of(nnx.state(model))
     model = unstacked(nnx.eval_shape(lambda: model))
     quantized = quantized_layers(model)
     rows = [_quantized_row(name, layer) for name, layer in quantized.items()]
@@ -178,7 +177,7 @@ def report_of(model: nnx.Module, seconds: float = 0.0, findings: Findings | None
         scheme=", ".join(dict.fromkeys(layer.summary.scheme.name for layer in quantized.values())) or "none",
         layers=tuple(rows),
         skipped=selection.skipped,
-        model_bytes=size,
+        model_bytes=bytes_of(nnx.state(model)),
         seconds=seconds,
         findings=findings,
     )

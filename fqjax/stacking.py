@@ -160,8 +160,7 @@ def stack(layers: Sequence[Any]) -> StackedLinear | None:
     quantized = all(isinstance(layer, QuantizedLinear) and layer.bias is None for layer in layers)
     if not quantized or len({_kind(layer) for layer in layers}) > 1:
         return None
-    width = max(layer.weight.get_value().shape[1] for layer in layers)
-    weights, quantizers = zip(*(_widened(layer, width) for layer in layers), strict=True)
+    weights, quantizers = zip(*(_parts(layer) for layer in layers), strict=True)
     shared = all(_equal(quantizers[0], other) for other in quantizers[1:])
     first = layers[0]
     return StackedLinear(
@@ -178,25 +177,35 @@ def stack(layers: Sequence[Any]) -> StackedLinear | None:
 def _kind(layer: QuantizedLinear) -> tuple[Any, ...]:
     """What layers have to have in common."""
     weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-    numbers = (weight.shape[0], quantizer.multiplier.shape, weight.scale.ndim, quantizer.bits, quantizer.scale is None)
+    numbers = (weight.shape, quantizer.multiplier.shape, weight.scale.ndim, quantizer.bits, quantizer.scale is None)
     return weight.format, *numbers, layer.dtype, layer.param_dtype
 
 
-def _widened(layer: QuantizedLinear, width: int) -> tuple[QTensor, InputQuantizer]:
-    """Weight and recipe with channels of padding up to a width; the number of flattened channels is left out."""
+def _parts(layer: QuantizedLinear) -> tuple[QTensor, InputQuantizer]:
+    """Weight and recipe, which leaves the number of flattened channels out."""
+    return layer.weight.get_value(), dataclasses.replace(layer.input.get_value(), used=0)
+
+
+def widened(layer: QuantizedLinear, width: int) -> QuantizedLinear:
+    """The layer with more channels of padding, up to a width."""
     weight, quantizer = layer.weight.get_value(), layer.input.get_value()
     missing = width - weight.shape[1]
+    if not missing:
+        return layer
     codes = jnp.pad(weight.codes, ((0, 0), (0, missing // (2 if weight.format.packed else 1))))
     groups = weight.group_scale
     if groups is not None:
         groups = jnp.pad(groups, ((0, missing // weight.format.group_size), (0, 0)), constant_values=1)
-    recipe = dataclasses.replace(
-        quantizer,
-        source=jnp.pad(quantizer.source, (0, missing)),
-        part=jnp.pad(quantizer.part, (0, missing), constant_values=PADDING),
-        used=0,
+    source = jnp.pad(quantizer.source, (0, missing))
+    part = jnp.pad(quantizer.part, (0, missing), constant_values=PADDING)
+    return QuantizedLinear(
+        dataclasses.replace(weight, codes=codes, group_scale=groups),
+        dataclasses.replace(quantizer, source=source, part=part),
+        None if layer.bias is None else layer.bias[...],
+        dtype=layer.dtype,
+        param_dtype=layer.param_dtype,
+        summary=layer.summary,
     )
-    return dataclasses.replace(weight, codes=codes, group_scale=groups), recipe
 
 
 def _equal(a: InputQuantizer, b: InputQuantizer) -> bool:

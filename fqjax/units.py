@@ -44,6 +44,11 @@ def units_of(linears: Mapping[str, nnx.Linear]) -> Units:
     return units
 
 
+def reads_the_same(unit: str) -> bool:
+    """Whether the layers of a unit, by its name, read the same input."""
+    return "*" in unit and unit.rpartition(".")[2] in MixtureOfExperts.shared_inputs
+
+
 def shared_inputs(block: nnx.Module, names: Iterable[str]) -> list[tuple[str, ...]]:
     """Those layers of a block, by dotted path, that read the same as others do: all that share an input together."""
     mixtures = {dotted(path): node for path, node in nnx.iter_graph(block) if isinstance(node, MixtureOfExperts)}

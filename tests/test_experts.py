@@ -15,7 +15,7 @@ from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.errors import InputError
 from fqjax.experts import route, run_all, run_chosen
 from fqjax.report import quantized_layers
-from fqjax.stacking import StackedExperts, stacked, unstacked
+from fqjax.stacking import StackedExperts, stack, stacked, unstacked, widened
 from fqjax.surgery import find_linears, select_linears
 from fqjax.units import choices, units_of
 from tests.models import variants
@@ -285,3 +285,14 @@ def test_a_missing_expert_is_named(tmp_path):
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(InputError, match=r"layers\.1\.block_sparse_moe\.experts\.2\.w3\.weight' is missing"):
         load_hf(directory, jnp.float32)
+
+
+@pytest.mark.parametrize("scheme", ["smoothquant", "w4a8-integer-scale"])
+def test_a_wider_layer_computes_the_same(scheme):
+    linear = nnx.Linear(80, 48, use_bias=False, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (30, 80))
+    layer = fqjax.quantize(nnx.Sequential(linear), scheme, [x])[0].layers[0]
+    wider = widened(layer, layer.weight.get_value().shape[1] + 256)
+    assert wider.weight.get_value().shape[1] == wider.input.get_value().width == layer.input.get_value().width + 256
+    np.testing.assert_array_equal(wider(x), layer(x))
+    assert stack([layer, wider]) is None and stack([wider, wider]) is not None
