@@ -296,3 +296,25 @@ def test_a_wider_layer_computes_the_same(scheme):
     assert wider.weight.get_value().shape[1] == wider.input.get_value().width == layer.input.get_value().width + 256
     np.testing.assert_array_equal(wider(x), layer(x))
     assert stack([layer, wider]) is None and stack([wider, wider]) is not None
+
+
+def test_gptq_rounds_an_expert_for_the_tokens_that_are_sent_to_it(model, monkeypatch):
+    """The error on these, by the weight of the expert's output: less than if all tokens counted alike, or none did."""
+    rows, routing = inputs_of(model, 0)
+    shares = routing.shares(4)
+
+    def errors(scheme):
+        jax.clear_caches()  # The weight of the other tokens is a constant of compiled programs.
+        quantized = unstacked(fqjax.quantize(model, scheme, BATCHES)[0]).layers[0].mlp.experts
+        found = []
+        for low, plain, share in zip(quantized, model.layers[0].mlp.experts, shares.T, strict=True):
+            given, wanted = (expert.gate_up_proj(rows) * share[:, None] for expert in (low, plain))
+            found.append(float(np.sum((given - wanted) ** 2) / np.sum(np.square(wanted))))
+        return np.array(found)
+
+    own, nearest = errors("w4a16-gptq"), errors("w4a16")
+    monkeypatch.setattr("fqjax.compensate.UNUSED", 1.0)
+    alike = errors("w4a16-gptq")
+    monkeypatch.undo()
+    jax.clear_caches()
+    assert (own < 0.95 * alike).all() and (alike < nearest).all()
