@@ -55,7 +55,7 @@ _MIXTRAL = _MISTRAL | {
 _QWEN3_MOE = _QWEN3 | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
-    "moe_intermediate_size": 40,
+    "moe_intermediate_size": 32,
     "num_experts": 6,
     "num_experts_per_tok": 3,
     "norm_topk_prob": True,
