@@ -19,15 +19,15 @@ from fqjax.scheme import Scheme
 
 
 def count_macs(linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Statistics | Span]) -> dict[str, int]:
-    """Multiply-accumulates of each layer for one token: K * N, times the calls a token makes.
+    """Multiply-accumulates of each layer for one token: K * N, times the calls a token makes; for experts, on average.
 
     Args:
       linears: by dotted path.
       statistics: of each of them.
 
-    The layer that saw the fewest rows counts as called once a token.
+    The layer that the fewest rows passed counts as called once a token.
     """
-    once = min(seen.rows for seen in statistics.values())
+    once = min(seen.passed for seen in statistics.values())
     return {
         name: round(linear.in_features * linear.out_features * statistics[name].rows / once)
         for name, linear in linears.items()

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float32
 from fqjax.blocks import Chain, Feed, chain, places, sweep
 from fqjax.errors import InputError
 from fqjax.surgery import dotted, replace_modules
+from fqjax.watching import Watcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +33,17 @@ class Statistics:
     Attributes:
       absmax: largest magnitude of each channel, float32 (K,).
       samples: some of the rows, float32 (S, K), in no particular order.
-      rows: how many rows passed.
+      rows: how many rows counted (:mod:`fqjax.watching`).
+      passed: how many rows passed; as many, but for experts, of whose rows those count that are sent to them.
+
+    Of an expert that got fewer rows than are kept as samples, the other tokens' rows fill the sample up, and ``absmax`` is
+    that of all of them: what it would meet if they were sent to it.
     """
 
     absmax: np.ndarray
     samples: np.ndarray
     rows: int
+    passed: int
 
 
 class Span(NamedTuple):
@@ -45,37 +51,44 @@ class Span(NamedTuple):
 
     absmax: np.ndarray
     rows: int
+    passed: int
 
 
 class _Statistic(nnx.Variable):
     """State that calibration accumulates; split from everything else a model holds."""
 
 
-class Observer(nnx.Module):
+class Observer(Watcher):
     """Computes what its linear layer computes, and takes note of the input."""
 
     def __init__(self, linear: nnx.Linear, sample_rows: int):
         k = linear.in_features
         self.linear = linear
-        self.absmax = _Statistic(jnp.zeros(k, jnp.float32))
+        self.absmax, self.absmax_of_all = (_Statistic(jnp.zeros(k, jnp.float32)) for _ in range(2))
         self.samples = _Statistic(jnp.zeros((sample_rows, k), jnp.float32))
         self.lots = _Statistic(jnp.full(sample_rows, -1.0, jnp.float32))
-        self.rows = _Statistic(jnp.zeros((), jnp.uint32))
+        self.rows, self.passed = (_Statistic(jnp.zeros((), jnp.uint32)) for _ in range(2))
 
-    def __call__(self, x: Float[Array, "... k"], *args: Any, **kwargs: Any) -> Array:
-        self._note(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+    def __call__(
+        self, x: Float[Array, "... k"], *args: Any, shares: Float32[Array, " rows"] | None = None, **kwargs: Any
+    ) -> Array:
+        self._note(x.reshape(-1, x.shape[-1]).astype(jnp.float32), shares)
         return self.linear(x, *args, **kwargs)
 
-    def _note(self, x: Float32[Array, "rows k"]) -> None:
+    def _note(self, x: Float32[Array, "rows k"], shares: Float32[Array, " rows"] | None) -> None:
         kept = self.lots[...].shape[0]
-        lots = jax.random.uniform(jax.random.fold_in(jax.random.key(0), self.rows[...]), x.shape[:1])
+        counts = jnp.ones(len(x), bool) if shares is None else shares > 0
+        lots = jax.random.uniform(jax.random.fold_in(jax.random.key(0), self.passed[...]), x.shape[:1])
+        lots = lots if shares is None else lots + counts  # Rows that count come first.
         # nnx Variables are written through [...]; the merged sample is the `kept` rows with the largest lots.
         self.lots[...], order = jax.lax.top_k(jnp.concatenate([self.lots[...], lots]), kept)
         old = jnp.take(self.samples[...], jnp.minimum(order, kept - 1), axis=0)
         new = jnp.take(x, jnp.maximum(order - kept, 0), axis=0)
         self.samples[...] = jnp.where((order < kept)[:, None], old, new)
-        self.absmax[...] = jnp.maximum(self.absmax[...], jnp.max(jnp.abs(x), axis=0, initial=0))
-        self.rows[...] = self.rows[...] + x.shape[0]
+        for found, which in ((self.absmax, counts), (self.absmax_of_all, jnp.ones_like(counts))):
+            found[...] = jnp.maximum(found[...], jnp.max(jnp.abs(x), axis=0, initial=0, where=which[:, None]))
+        self.rows[...] = self.rows[...] + jnp.sum(counts, dtype=jnp.uint32)
+        self.passed[...] = self.passed[...] + x.shape[0]
 
 
 def calibrate(
@@ -145,13 +158,13 @@ def _observe(
 
 
 def _statistics(name: str, observer: Observer) -> Statistics:
-    rows = int(observer.rows[...])
-    if not rows:
+    rows, passed = int(observer.rows[...]), int(observer.passed[...])
+    if not passed:
         raise InputError(f"{name}: calibration never called this layer; call it, or ignore it")
-    absmax = np.asarray(observer.absmax[...])
+    lots = np.asarray(observer.lots[...])
+    absmax = np.asarray((observer.absmax_of_all if rows < min(len(lots), passed) else observer.absmax)[...])
     if not np.isfinite(absmax).all():
         raise InputError(
             f"{name}: calibration met a non-finite activation in channel {int(np.argmin(np.isfinite(absmax)))}"
         )
-    kept = np.asarray(observer.lots[...]) >= 0
-    return Statistics(absmax, np.asarray(observer.samples[...])[kept], rows)
+    return Statistics(absmax, np.asarray(observer.samples[...])[lots >= 0], rows, passed)

@@ -213,7 +213,8 @@ def bench(
     ] = None,
     rows: Annotated[list[int] | None, typer.Option("--rows", help="kernels: rows of activations; repeatable.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="model: a config.json, or llama-3-8b, llama-3-70b, opt-30b, tiny.")
+        str | None,
+        typer.Option("--model", help="model: a config.json, or llama-3-8b, llama-3-70b, opt-30b, mixtral-8x7b, tiny."),
     ] = None,
     scheme: Annotated[list[str] | None, typer.Option("--scheme", help="model: a preset; repeatable.")] = None,
     prefill: Annotated[

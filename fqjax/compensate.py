@@ -5,9 +5,11 @@ layers' inputs X and X' are taken, and with Q(X') as the quantized layer will se
 
     G = sum Q(X')^T Q(X'),      C = sum Q(X')^T (X' + r (X - X'))
 
-over all calibration rows.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W (:func:`fqjax.core.gptq.absorb`);
-it is rounded by GPTQ with G as its Hessian.  Then the quantized block is run, and what it gives goes to the next one.  The
-layers of one block see what their neighbours, rounded to the nearest, make of the block's input.
+over all calibration rows; for an expert over those that are sent to it, times the squared weight of its output, and with
+hardly any weight over the others.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W
+(:func:`fqjax.core.gptq.absorb`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is run, and what it
+gives goes to the next one.  The layers of one block see what their neighbours, rounded to the nearest, make of the block's
+input.
 
 r says how much of the error of the blocks in front a layer takes back.  A least-squares fit to inputs with errors makes
 weights smaller, layer after layer, so r = 1 can cost more than it gains (``scripts/ablation.py`` compares).  Where the
@@ -33,8 +35,12 @@ from fqjax.core.wide import Grid, WideLinear, represented
 from fqjax.host_memory import give_back
 from fqjax.linear import QuantizedLinear
 from fqjax.surgery import dotted, find_linears, replace_modules
+from fqjax.watching import Watcher
 
 DAMPING = 0.01
+UNUSED = 1e-3
+"""How much a row counts that is not sent to an expert, next to one of which nothing else is used: what an expert that
+calibration never or hardly reached is rounded by."""
 
 STRIPE = 512
 """Rows of a moment that are added to at once."""
@@ -61,17 +67,21 @@ class _Rounding(NamedTuple):
 
 
 class _Seen(nnx.Variable):
-    """The last input of a layer."""
+    """The last input of a layer, and how much each of its rows counts: how much of the layer's output is used, squared."""
 
 
-class _Tap(nnx.Module):
+class _Tap(Watcher):
     """Computes what its layer computes, and keeps the input."""
 
     def __init__(self, layer: Any):
-        self.layer, self.seen = layer, _Seen(jnp.zeros(()))
+        self.layer, self.seen, self.counts = layer, _Seen(jnp.zeros(())), _Seen(jnp.zeros(()))
 
-    def __call__(self, x: Float[Array, "... k"], *args: Any, **kwargs: Any) -> Array:
-        self.seen.set_value(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+    def __call__(
+        self, x: Float[Array, "... k"], *args: Any, shares: Float32[Array, " rows"] | None = None, **kwargs: Any
+    ) -> Array:
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        self.seen.set_value(rows)
+        self.counts.set_value(jnp.ones(len(rows)) if shares is None else jnp.maximum(shares**2, UNUSED))
         return self.layer(x, *args, **kwargs)
 
 
@@ -172,22 +182,25 @@ def _inputs(
     x: Any,
     seen: Any,
     others: Any,
-) -> dict[str, tuple[Float32[Array, "rows k"], Float32[Array, "rows k"]]]:
-    """For every layer and one batch Q(X'), and what stands beside it in C."""
+) -> dict[str, tuple[Float32[Array, "rows k"], Float32[Array, "rows k"], Float32[Array, "rows k"]]]:
+    """For every layer and one batch Q(X') times how much its rows count, Q(X'), and what stands beside it in C."""
     exact, approximate = nnx.merge(exact_def, exact_state), nnx.merge(approximate_def, approximate_state)
     call(exact, x, others)
     call(approximate, seen, others)
     wanted, given = _taken(exact), _taken(approximate)
     found = {}
     for path, rule in rounding.items():
-        rows = represented(given[path], rule.multiplier, rule.limit, rule.x_scale)
-        found[path] = rows, (given[path] + upstream * (wanted[path] - given[path])) / rule.smoothing
+        (x_wanted, _), (x_given, counts) = wanted[path], given[path]
+        rows = represented(x_given, rule.multiplier, rule.limit, rule.x_scale)
+        found[path] = rows * counts[:, None], rows, (x_given + upstream * (x_wanted - x_given)) / rule.smoothing
     return found
 
 
-def _with_rows(moments: Moments, rows: Float32[Array, "rows k"], aim: Float32[Array, "rows k"]) -> Moments:
-    cross = None if moments.cross is None else _plus_product(moments.cross, rows, aim)
-    return Moments(_plus_product(moments.gram, rows, rows), cross)
+def _with_rows(
+    moments: Moments, weighted: Float32[Array, "rows k"], rows: Float32[Array, "rows k"], aim: Float32[Array, "rows k"]
+) -> Moments:
+    cross = None if moments.cross is None else _plus_product(moments.cross, weighted, aim)
+    return Moments(_plus_product(moments.gram, weighted, rows), cross)
 
 
 # Donated, and added to in place: moments are the largest arrays there are.
@@ -208,8 +221,10 @@ def _plus_product(
     return add(whole * STRIPE, rest, total) if rest else total
 
 
-def _taken(module: nnx.Module) -> dict[str, Float32[Array, "rows k"]]:
-    return {dotted(path): node.seen.get_value() for path, node in nnx.iter_graph(module) if isinstance(node, _Tap)}
+def _taken(module: nnx.Module) -> dict[str, tuple[Float32[Array, "rows k"], Float32[Array, " rows"]]]:
+    """Every layer's input, and how much its rows count."""
+    taps = {dotted(path): node for path, node in nnx.iter_graph(module) if isinstance(node, _Tap)}
+    return {path: (tap.seen.get_value(), tap.counts.get_value()) for path, tap in taps.items()}
 
 
 def _rounded(weight: Float[Array, "n k"], grid: Grid, moments: Moments) -> WideLinear:

@@ -11,6 +11,7 @@ from fqjax.errors import InputError
 from fqjax.linear import QuantizedLinear, group_sums_of, measured_bound
 from fqjax.qtensor import QTensor
 from fqjax.report import Report, quantized_layers, report_of
+from fqjax.stacking import stacked, unstacked
 from fqjax.surgery import replace_modules
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -34,6 +35,7 @@ def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = T
     Raises:
       InputError: if no layer has float scales for groups.
     """
+    model = unstacked(model)
     layers = {
         name: layer
         for name, layer in quantized_layers(model).items()
@@ -46,7 +48,7 @@ def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = T
     changed = replace_modules(
         model, {name: with_integer_scales(layer, amplifier, units) for name, layer in layers.items()}
     )
-    return changed, report_of(changed)
+    return stacked(changed), report_of(changed)
 
 
 def with_integer_scales(layer: QuantizedLinear, amplifier: int = AMPLIFIER, units: bool = True) -> QuantizedLinear:

@@ -77,7 +77,7 @@ class Memo:
 
     def spans(self, path: str) -> dict[str, Span]:
         """The small part of :meth:`statistics`."""
-        return {name: Span(seen.absmax, seen.rows) for name, seen in self._statistics[path].items()}
+        return {name: Span(seen.absmax, seen.rows, seen.passed) for name, seen in self._statistics[path].items()}
 
     def keep_options(self, name: str, options: list[Option]) -> None:
         """Keeps a layer's options."""
@@ -165,14 +165,14 @@ class DirectoryMemo(Memo):
         arrays = _read_arrays(self.directory / f"statistics.{path}.npz")
         names = dict.fromkeys(key.rpartition("/")[0] for key in arrays)
         return {
-            name: Statistics(arrays[f"{name}/absmax"], arrays[f"{name}/samples"], int(arrays[f"{name}/rows"]))
+            name: Statistics(arrays[f"{name}/absmax"], arrays[f"{name}/samples"], *_counts(arrays, name))
             for name in names
         }
 
     def spans(self, path: str) -> dict[str, Span]:
-        arrays = _read_arrays(self.directory / f"statistics.{path}.npz", ("/absmax", "/rows"))
+        arrays = _read_arrays(self.directory / f"statistics.{path}.npz", ("/absmax", "/rows", "/passed"))
         names = dict.fromkeys(key.rpartition("/")[0] for key in arrays)
-        return {name: Span(arrays[f"{name}/absmax"], int(arrays[f"{name}/rows"])) for name in names}
+        return {name: Span(arrays[f"{name}/absmax"], *_counts(arrays, name)) for name in names}
 
     def keep_options(self, name: str, options: list[Option]) -> None:
         numbers = [dataclasses.asdict(o.outline()) | {f: getattr(o.grid, f) for f in FIXED} for o in options]
@@ -231,6 +231,10 @@ class DirectoryMemo(Memo):
         graphdef, state = nnx.split(skeleton)
         leaves: dict[Any, jax.Array] = {key: jnp.asarray(arrays["/".join(key)]) for key in named_leaves(state)}
         return nnx.merge(graphdef, with_leaves(state, leaves))
+
+
+def _counts(arrays: Mapping[str, np.ndarray], name: str) -> tuple[int, int]:
+    return int(arrays[f"{name}/rows"]), int(arrays[f"{name}/passed"])
 
 
 def _outline(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from fqjax.calibration import Statistics
+from fqjax.core.codes import qmax
 from fqjax.core.flatten import padded_width
 from fqjax.core.selection import choose, histogram_divergence, select_low_bits
 from fqjax.core.wide import Grid, output, relative_error
@@ -81,7 +82,71 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *,
     With the selection "budget" a layer may be flattened by as much as fills 0, 1, 2, ... blocks of the padding; else there
     is one option for each number of bits.
     """
-    inputs = layer_inputs(linear, statistics, scheme)
+    return _options(layer_inputs(linear, statistics, scheme), linear, scheme, int4)
+
+
+def looks_at_all(scheme: Scheme) -> bool:
+    """Whether a scheme has to see all layers that read the same input to quantize it alike for them.
+
+    With groups and no smoothing, every token has a scale of its own, whichever layer reads it.
+    """
+    return scheme.method != "grouped" or scheme.awq
+
+
+def shared_options(
+    linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Statistics], scheme: Scheme, *, int4: bool = True
+) -> dict[str, list[Option]]:
+    """The options of layers that read the same input, experts of one mixture: as many for each, and all of the same number
+    quantize the input alike.
+
+    They are those of one layer with the outputs of all, judged on some samples of each; then every layer gets its part of the
+    scales, and its own error.
+    """
+    if not looks_at_all(scheme):
+        return {name: layer_options(linears[name], statistics[name], scheme, int4=int4) for name in linears}
+    parts = {name: layer_inputs(linears[name], statistics[name], scheme) for name in linears}
+    each = -(-scheme.sample_rows // len(parts))
+    whole = LayerInputs(
+        jnp.concatenate([part.weight for part in parts.values()]),
+        jnp.max(jnp.stack([part.x_max for part in parts.values()]), axis=0),
+        jnp.concatenate([part.samples[:each] for part in parts.values()]),
+    )
+    found: dict[str, list[Option]] = {name: [] for name in linears}
+    for option in _options(whole, next(iter(linears.values())), scheme, int4):
+        for i, (name, linear) in enumerate(linears.items()):
+            rows = slice(i * linear.out_features, (i + 1) * linear.out_features)
+            grid = _part(option.grid, rows, whole.weight)
+            error, divergence = map(float, _judged(grid, parts[name]))
+            size = _bytes(linear, grid, option.width)
+            found[name].append(dataclasses.replace(option, grid=grid, error=error, divergence=divergence, bytes=size))
+    return found
+
+
+def _part(grid: Grid, rows: slice, weight: Float32[Array, "n k"]) -> Grid:
+    """The grid of some of a layer's outputs, with a finer step for a whole tensor where their weights leave room for it."""
+    groups = None if grid.group_scale is None else grid.group_scale[:, rows]
+    if grid.w_scale.ndim:
+        return dataclasses.replace(grid, w_scale=grid.w_scale[rows], group_scale=groups)
+    if groups is not None:
+        return dataclasses.replace(grid, group_scale=groups)
+    largest = jnp.max(jnp.abs(weight[rows] * grid.smoothing), axis=0) / grid.w_pieces
+    needed = jnp.maximum(jnp.max(largest) / qmax(grid.bits), jnp.finfo(jnp.float32).tiny)
+    return dataclasses.replace(grid, w_scale=jnp.minimum(grid.w_scale, needed))
+
+
+@jax.jit
+def _judged(grid: Grid, inputs: LayerInputs) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """The error and the divergence of a layer's output."""
+    layer = grid.round(inputs.weight)
+    exact = inputs.samples @ inputs.weight.T
+    return (
+        relative_error(layer, inputs.samples, inputs.weight),
+        histogram_divergence(exact, output(layer, inputs.samples)),
+    )
+
+
+def _options(inputs: LayerInputs, linear: nnx.Linear, scheme: Scheme, int4: bool) -> list[Option]:
+    """:func:`layer_options`; ``linear`` says how large the layer is."""
     k = linear.in_features
     options = []
     allowed = {8: not int4 or scheme.int4_share < 1, 4: int4 and scheme.int4_share > 0}

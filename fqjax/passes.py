@@ -28,10 +28,12 @@ from fqjax.findings import Findings
 from fqjax.integer_scale import with_integer_scales
 from fqjax.linear import QuantizedLinear
 from fqjax.memo import Memo
-from fqjax.options import costs_by_bits, layer_inputs, layer_options, select
+from fqjax.options import costs_by_bits, layer_inputs, layer_options, select, shared_options
 from fqjax.scheme import Scheme
 from fqjax.sensitivity import sensitivities
+from fqjax.stacking import widened
 from fqjax.surgery import find_linears
+from fqjax.units import choices, shared_inputs, units_of
 
 Keep = Callable[[dict[str, QuantizedLinear]], None]
 """Takes the finished layers of a block, by dotted path in the model."""
@@ -64,10 +66,11 @@ def quantize_blocks(
 
 
 class _Passes:
-    """One quantization: what it was asked for, and once they are known each layer's macs and its chosen option."""
+    """One quantization: what it was asked for, and once they are known each layer's macs, chosen option, and width."""
 
     macs: dict[str, int]
     chosen: dict[str, int]
+    widths: dict[str, int]
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class _Passes:
     ):
         self.memo, self.parts, self.linears, self.scheme = memo, parts, linears, scheme
         self.int8_only = scheme.kept_in_int8(linears)
+        self.units = units_of(linears)
         self.first, batches = _peek(calibration)
         # GPTQ goes through the batches once more.
         self.feed = Feed(parts, list(batches) if scheme.rounding == "gptq" else batches)
@@ -88,27 +92,53 @@ class _Passes:
         self.memo.sweep("calibrated", self.parts.blocks, self.feed.first, self._calibrate, "calibrating")
         seen = {name: span for path in self.parts.blocks for name, span in self.memo.spans(path).items()}
         self.macs = count_macs(self.linears, seen)
-        options = {name: self.memo.outlines(name) for name in self.linears}
+        choosing = {
+            unit: choices({name: self.memo.outlines(name) for name in names}, self.macs)
+            for unit, names in self.units.items()
+        }
+        options = {unit: [choice.outline for choice in some] for unit, some in choosing.items()}
+        macs = {unit: sum(self.macs[name] for name in names) for unit, names in self.units.items()}
         tried = functools.cache(lambda: self.memo.sensitivities(lambda: self._try_all()))
         parameters = jax.tree.leaves([nnx.state(linear, nnx.Param) for linear in self.linears.values()])
-        chosen = select(options, self.macs, 2 * sum(leaf.size for leaf in parameters), self.scheme, tried)
-        self.chosen = {name: options[name].index(option) for name, option in chosen.items()}
+        chosen = select(options, macs, 2 * sum(leaf.size for leaf in parameters), self.scheme, tried)
+        self.chosen, self.widths = {}, {}
+        for unit, option in chosen.items():
+            picked = choosing[unit][options[unit].index(option)].options
+            self.chosen |= picked
+            self.widths |= dict.fromkeys(picked, max(self.memo.outlines(name)[i].width for name, i in picked.items()))
         first = functools.partial(twice, self.feed) if self.scheme.rounding == "gptq" else list
         self.memo.sweep("rounded", self.parts.blocks, first, functools.partial(self._round, keep), "quantizing")
         costs = costs_by_bits(options, chosen, tried()) if tried.cache_info().currsize else {}
-        return Findings({name: seen[name].absmax for name in self.linears}, costs)
+        return Findings({name: seen[name].absmax for name in self.linears}, self._divided(costs, macs))
+
+    def _divided(self, costs: Mapping[str, dict[int, float]], macs: Mapping[str, int]) -> dict[str, dict[int, float]]:
+        """The costs of units as costs of their layers, in proportion to the multiply-accumulates."""
+        found = {}
+        for unit, cost in costs.items():
+            for name in self.units[unit]:
+                share = self.macs[name] / macs[unit] if macs[unit] else 1 / len(self.units[unit])
+                found[name] = {bits: share * value for bits, value in cost.items()}
+        return found
 
     def _calibrate(self, path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
         rows = self.scheme.sample_rows
         seen = yield from watch(self.parts, block, self.inside[path], self.feed.paired(inputs), rows)
-        linears = find_linears(block)
-        for short, name in self.inside[path].items():
-            int4 = name not in self.int8_only
-            self.memo.keep_options(name, layer_options(linears[short], seen[name], self.scheme, int4=int4))
+        linears, inside = find_linears(block), self.inside[path]
+        unit = {name: names for names in self.units.values() for name in names}
+        shared = shared_inputs(block, inside)
+        for shorts in shared + [(short,) for short in inside if not any(short in some for some in shared)]:
+            layers = {inside[short]: linears[short] for short in shorts}
+            int4 = self.int8_only.isdisjoint(name for layer in layers for name in unit[layer])
+            if len(layers) > 1:
+                found = shared_options(layers, seen, self.scheme, int4=int4)
+            else:
+                found = {name: layer_options(layers[name], seen[name], self.scheme, int4=int4) for name in layers}
+            for name, options in found.items():
+                self.memo.keep_options(name, options)
         self.memo.keep_statistics(path, seen)
 
     def _try_all(self) -> dict[str, float]:
-        """What each layer's last option costs the model."""
+        """What the last option of each unit's layers costs the model."""
 
         def low(path: str, block: nnx.Module) -> dict[str, QuantizedLinear]:
             linears, seen = find_linears(block), self.memo.statistics(path)
@@ -118,7 +148,7 @@ class _Passes:
             }
 
         go = functools.partial(self.memo.sweep, "tried")
-        return sensitivities(self.parts, list(self.linears), low, self.first, go)
+        return sensitivities(self.parts, list(self.linears), low, self.first, go, self.units)
 
     def _round(self, keep: Keep, path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
         linears, seen = find_linears(block), self.memo.statistics(path)
@@ -145,7 +175,7 @@ class _Passes:
                 short: _with_integer_scales(layer, linears[short], seen[inside[short]], self.scheme)
                 for short, layer in layers.items()
             }
-        keep({inside[short]: layer for short, layer in finished.items()})
+        keep({inside[short]: widened(layer, self.widths[inside[short]]) for short, layer in finished.items()})
         if compensating and path != next(reversed(self.inside)):
             yield from propagated(self.parts, block, layers, self.feed, inputs)
 

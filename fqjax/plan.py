@@ -28,12 +28,14 @@ from fqjax.corpus import reference_text
 from fqjax.errors import InputError
 from fqjax.linear import layer_bytes
 from fqjax.models import FAMILIES
+from fqjax.options import looks_at_all
 from fqjax.qtensor import bytes_of
 from fqjax.report import format_bytes, narrow_table
 from fqjax.scheme import PRESETS, Scheme
 from fqjax.staging import is_complete
 from fqjax.surgery import Selection, select_linears
 from fqjax.text import calibration_batches, encode, read_text
+from fqjax.units import reads_the_same, units_of
 
 PROCESS, COPIES = 800e6, 6
 """Bytes of the process without a model, and copies of a layer in float32 that are there at once, from what
@@ -192,8 +194,8 @@ def peak_memory(made: Plan) -> float:
     """An estimate of a conversion's peak memory on a CPU, in bytes; on a GPU a part of it is the device's.
 
     What is needed at once is either one of the modules outside the blocks, twice while it is read or written; or a block,
-    with the rows kept of all of its layers' inputs, and several copies of its largest layer in float32, or with GPTQ the
-    moments of its inputs and what is needed beside them.
+    with the rows kept of all of its layers' inputs, and several copies in float32 of its largest layer, or of all experts'
+    layers that read the same input, or with GPTQ the moments of its inputs and what is needed beside them.
     """
     scheme, linears = made.conversion.scheme, made.selection.linears
     outer = 2 * max(made.outer_bytes.values(), default=0)
@@ -201,8 +203,12 @@ def peak_memory(made: Plan) -> float:
     if scheme.method == "none":
         return PROCESS + max(outer, 3 * _largest_block(weights))
     rows = {name: 4 * scheme.sample_rows * linear.in_features for name, linear in linears.items()}
-    largest = max(_size(linear) for linear in linears.values())
-    work = 4 * COPIES * largest
+    largest, together = max(_size(linear) for linear in linears.values()), looks_at_all(scheme)
+    sizes = [
+        _size(linears[names[0]]) * (len(names) if together and reads_the_same(unit) else 1)
+        for unit, names in units_of(linears).items()
+    ]
+    work = 4 * COPIES * max(sizes)
     if scheme.rounding == "gptq":
         moments = {name: 8 * linear.in_features**2 for name, linear in linears.items()}
         # While they are summed up, codes of 16 bits and two weights in float32; then as much again as the largest take.

@@ -24,6 +24,7 @@ from fqjax.models.head import head_of, with_int8_head
 from fqjax.passes import quantize_blocks
 from fqjax.report import Report, report_of
 from fqjax.scheme import Scheme, resolve_scheme
+from fqjax.stacking import stacked
 from fqjax.surgery import replace_modules, select_linears
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -69,6 +70,8 @@ def quantize(
     layers: dict[str, QuantizedLinear] = {}
     findings = quantize_blocks(Memo(), chain(model, linears), linears, scheme, calibration, layers.update)
     quantized = replace_modules(model, layers)
+    layers.clear()
+    stacked(quantized, in_place=True)
     quantized = with_int8_head(quantized) if scheme.int8_head else quantized
     return quantized, report_of(quantized, time.perf_counter() - start, findings)
 

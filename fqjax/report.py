@@ -12,6 +12,7 @@ from fqjax.core.overflow import LIMIT
 from fqjax.findings import Findings
 from fqjax.linear import QuantizedLinear
 from fqjax.qtensor import QTensor, bytes_of
+from fqjax.stacking import unstacked
 from fqjax.surgery import dotted, select_linears
 
 
@@ -165,6 +166,7 @@ class Report:
 
 def report_of(model: nnx.Module, seconds: float = 0.0, findings: Findings | None = None) -> Report:
     """Reports on a model's linear layers as they are, quantized or not."""
+    model = unstacked(nnx.eval_shape(lambda: model))
     quantized = quantized_layers(model)
     rows = [_quantized_row(name, layer) for name, layer in quantized.items()]
     selection = select_linears(model, required=False)
@@ -182,8 +184,9 @@ def report_of(model: nnx.Module, seconds: float = 0.0, findings: Findings | None
 
 
 def quantized_layers(model: nnx.Module) -> dict[str, QuantizedLinear]:
-    """The model's quantized layers by dotted path."""
-    return {dotted(path): node for path, node in nnx.iter_graph(model) if isinstance(node, QuantizedLinear)}
+    """The model's quantized layers by dotted path, those of experts each by itself."""
+    nodes = nnx.iter_graph(unstacked(model))
+    return {dotted(path): node for path, node in nodes if isinstance(node, QuantizedLinear)}
 
 
 def narrow_table(title: str, caption: str) -> Table:

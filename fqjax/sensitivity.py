@@ -40,6 +40,7 @@ def sensitivities(
     low: Callable[[str, nnx.Module], Mapping[str, QuantizedLinear]],
     batch: Any,
     go: Callable[..., Iterable[Any]],
+    units: Mapping[str, Iterable[str]] | None = None,
 ) -> dict[str, float]:
     """Runs a batch through a model with one layer quantized at a time.
 
@@ -51,11 +52,16 @@ def sensitivities(
       low: (path, block) -> quantized layers by dotted path in the block; called block after block.
       batch: one model input, as :func:`fqjax.calibration.calibrate` takes them.
       go: goes through the blocks, as :func:`fqjax.blocks.sweep` does.
+      units: layers that are tried together, by a name for them, by which the result has them; each on its own by default.
 
     Returns:
-      For each layer the divergence of the model's output from the float model's (:func:`divergence`).
+      For each layer, or unit, the divergence of the model's output from the float model's (:func:`divergence`).
     """
     feed, inside = Feed(parts, [batch]), places(parts.blocks, names)
+    unit = {name: label for label, some in (units or {}).items() for name in some}
+    labels = {
+        path: list(dict.fromkeys(unit.get(name, name) for name in some.values())) for path, some in inside.items()
+    }
 
     def step(path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
         # First the exact output; then those with one of the layers in front quantized; then those with one of this block's.
@@ -64,18 +70,19 @@ def sensitivities(
             if others is None:
                 (exact, others), *_ = feed.paired([x])
             yield run(parts, plain, x, others)
-        graphdef, up, rest = nnx.split(_probed(block, low(path, block)), _Number, ...)
-        for number in range(len(inside[path])):
+        numbers = {short: labels[path].index(unit.get(name, name)) for short, name in inside[path].items()}
+        graphdef, up, rest = nnx.split(_probed(block, low(path, block), numbers), _Number, ...)
+        for number in range(len(labels[path])):
             yield _run_probed(parts.call, graphdef, up, rest, jnp.int32(number), exact, others)
 
     outputs = iter(go(parts.blocks, feed.first, step, "measuring sensitivity", keep_last=True))
     exact, is_text = parts.end(next(outputs)), _is_token_batch(as_arguments(batch)[0])
-    tried = [name for path in parts.blocks for name in inside[path].values()]
+    tried = [label for path in parts.blocks for label in labels[path]]
     return {name: float(divergence(exact, parts.end(y), is_text)) for name, y in zip(tried, outputs, strict=True)}
 
 
-def _probed(block: nnx.Module, low: Mapping[str, QuantizedLinear]) -> nnx.Module:
-    up, numbers = _Number(jnp.int32(-1)), {short: number for number, short in enumerate(low)}
+def _probed(block: nnx.Module, low: Mapping[str, QuantizedLinear], numbers: Mapping[str, int]) -> nnx.Module:
+    up = _Number(jnp.int32(-1))
     return replace_modules(
         block,
         lambda path, node: Probe(node, Simulated(low[path]), numbers[path], up) if path in numbers else node,

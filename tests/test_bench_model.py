@@ -12,6 +12,7 @@ from fqjax.bench.random_models import CONFIGS, architecture, described, random_m
 from fqjax.cli import main
 from fqjax.errors import InputError
 from fqjax.report import quantized_layers
+from fqjax.stacking import StackedExperts
 from tests.models import variants
 
 TINY = architecture("tiny")
@@ -23,10 +24,19 @@ OPT = CONFIGS["opt-30b"] | {
     "word_embed_proj_dim": 128,
     "vocab_size": 512,
 }
+MIXTRAL = CONFIGS["mixtral-8x7b"] | {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "vocab_size": 512,
+}
 
 
 @pytest.mark.parametrize("scheme", bench.SCHEMES)
-@pytest.mark.parametrize("hf", [CONFIGS["tiny"], OPT], ids=["llama", "opt"])
+@pytest.mark.parametrize("hf", [CONFIGS["tiny"], OPT, MIXTRAL], ids=["llama", "opt", "mixtral"])
 def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
     scheme = fqjax.PRESETS[scheme]
     model = random_model(*described(hf), scheme, extra=0.1)
@@ -44,6 +54,9 @@ def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
         assert quantizer.used == (round(0.1 * quantizer.multiplier.size) if scheme.method == "flattenquant" else 0)
     logits = model(jnp.arange(12).reshape(1, 12))
     assert bool(jnp.isfinite(logits).all()) and 0.01 < float(jnp.std(logits)) < 100
+    if hf is MIXTRAL and layers:
+        assert all(isinstance(layer.mlp.experts, StackedExperts) for layer in model.layers)
+        assert macs == 2 * (128 * 256 + 128 * 128 + 2 * 3 * 128 * 256)
 
 
 def test_activations_use_the_codes(monkeypatch):

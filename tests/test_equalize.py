@@ -12,17 +12,23 @@ from tests.models import variants
 LINEAR = [name for name in variants.VARIANTS if name != "opt-gelu"]
 
 
+def mlps(layer):
+    return layer.mlp.experts if hasattr(layer.mlp, "experts") else [layer.mlp]
+
+
 def with_large_rows(model):
     """The same function with large rows where they can be undone."""
     for i, layer in enumerate(model.layers):
         f = np.ones(80, np.float32)
         f[i] = 64
         if hasattr(layer, "mlp"):
-            up = layer.mlp.gate_up_proj
-            up.kernel[...] = up.kernel[...] * np.concatenate([np.ones(80, np.float32), f])
-            if up.bias is not None:
-                up.bias[...] = up.bias[...] * np.concatenate([np.ones(80, np.float32), f])
-            layer.mlp.down_proj.kernel[...] = layer.mlp.down_proj.kernel[...] / f[:, None]
+            for mlp in mlps(layer):
+                up, f = mlp.gate_up_proj, np.ones(mlp.down_proj.in_features, np.float32)
+                f[i] = 64
+                up.kernel[...] = up.kernel[...] * np.concatenate([np.ones_like(f), f])
+                if up.bias is not None:
+                    up.bias[...] = up.bias[...] * np.concatenate([np.ones_like(f), f])
+                mlp.down_proj.kernel[...] = mlp.down_proj.kernel[...] / f[:, None]
         else:
             layer.fc1.kernel[...] = layer.fc1.kernel[...] * f
             if layer.fc1.bias is not None:
@@ -38,9 +44,10 @@ def test_the_function_stays_and_large_rows_go(name, tmp_path):
     equal = equalize(model)
     np.testing.assert_allclose(equal(variants.tokens()), before(variants.tokens()), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(model(variants.tokens()), before(variants.tokens()))
-    first = equal.layers[0].mlp.gate_up_proj if hasattr(equal.layers[0], "mlp") else equal.layers[0].fc1
-    largest = np.abs(first.kernel[...]).max(axis=0)
-    assert largest.max() / np.median(largest) < 3
+    first = equal.layers[0]
+    for up in [mlp.gate_up_proj for mlp in mlps(first)] if hasattr(first, "mlp") else [first.fc1]:
+        largest = np.abs(up.kernel[...]).max(axis=0)
+        assert largest.max() / np.median(largest) < 3
     values = np.abs(np.asarray(equal.layers[1].self_attn.qkv_proj.kernel[...])).max(axis=0)[-8:]
     assert values.max() / np.median(values) < 3
 

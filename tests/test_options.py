@@ -24,7 +24,7 @@ def seen():
     samples = np.random.default_rng(0).normal(size=(500, 300)).astype(np.float32)
     samples[7, 3] = 1000  # one extreme token
     samples[1:, 5] = 0  # a channel that is zero but once
-    return Statistics(2 * np.abs(samples).max(axis=0), samples, 5000)
+    return Statistics(2 * np.abs(samples).max(axis=0), samples, 5000, 5000)
 
 
 def test_a_percentile_leaves_out_single_extreme_tokens(linear, seen):

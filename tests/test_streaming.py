@@ -38,6 +38,9 @@ CASES = {
     "GPTQ and integer scales": ("qwen3", "w4a8-integer-scale-gptq", {"int8_layers": "down_proj"}, ()),
     "projections and ignored layers": ("opt-350m", "flattenquant-hopper", {}, ("layers.0.fc1", "1.*out_proj")),
     "head in INT8": ("opt", "smoothquant", {"int8_head": True}, ()),
+    "experts": ("mixtral-window", "flattenquant", {}, ()),
+    "experts, GPTQ": ("qwen3-moe-mlp-only", "w4a8-integer-scale-gptq", {}, ()),
+    "experts, some ignored": ("mixtral", "w4a8-awq", {}, (r"layers\.0\.mlp\.experts\.2\.down",)),
     "no quantization": ("llama-grouped", "bf16", {"int8_head": True}, ()),
 }
 
@@ -112,7 +115,7 @@ def test_one_block_is_in_memory_at_a_time(text, tmp_path, monkeypatch):
     assert len(alive) > 4 * 2 * 4  # Four passes over two blocks, calibration and writing among them.
 
 
-@pytest.mark.parametrize("variant", ["llama-grouped", "llama-tied", "opt-350m"])
+@pytest.mark.parametrize("variant", ["llama-grouped", "llama-tied", "opt-350m", "qwen3-moe-mlp-only"])
 def test_a_streamed_model_computes_what_the_model_computes(variant, tmp_path):
     source = make_checkpoint(tmp_path / "source", variant)
     model, _ = load_hf(source)

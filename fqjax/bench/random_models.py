@@ -19,12 +19,15 @@ from fqjax.checkpoint.hugging_face import abstract_model, read_architecture
 from fqjax.core.codes import qmax
 from fqjax.core.flatten import PADDING, padded_width
 from fqjax.errors import InputError
+from fqjax.experts import Expert, MixtureOfExperts
 from fqjax.linear import LayerSummary, QuantizedLinear
 from fqjax.models import FAMILIES
 from fqjax.models.causal_lm import CausalLM
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.scheme import Scheme
+from fqjax.stacking import stacked_experts
 from fqjax.surgery import replace_modules, select_linears
+from fqjax.units import units_of
 
 LLAMA_3: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -56,6 +59,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "enable_bias": True,
         "layer_norm_elementwise_affine": True,
         "tie_word_embeddings": True,
+    },
+    "mixtral-8x7b": LLAMA_3
+    | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "bos_token_id": 1,
     },
     "tiny": LLAMA_3
     | {
@@ -104,14 +123,30 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
     """
     skeleton = abstract_model(name, config, jnp.bfloat16)
     keys = map(functools.partial(jax.random.fold_in, jax.random.key(seed)), range(1 << 30))
-    layers, done, total = {}, 0, 0
-    if scheme.method != "none":
-        for layer, linear in select_linears(skeleton).linears.items():
-            macs = linear.in_features * linear.out_features
-            bits = 4 if done < scheme.int4_share * (total + macs) else 8
-            done, total = done + macs * (bits == 4), total + macs
-            layers[layer] = _layer(next(keys), linear, scheme, bits, extra, macs)
-    graphdef, state = nnx.split(replace_modules(skeleton, layers))
+    made, done, total = {}, 0, 0
+    linears = select_linears(skeleton).linears if scheme.method != "none" else {}
+    for names in units_of(linears).values():
+        linear = linears[names[0]]
+        macs = linear.in_features * linear.out_features
+        all_macs = macs if len(names) == 1 else macs * config.num_experts_per_tok
+        bits = 4 if done < scheme.int4_share * (total + all_macs) else 8
+        done, total = done + all_macs * (bits == 4), total + all_macs
+        for layer in names:
+            made[layer] = functools.partial(_layer, linear=linear, scheme=scheme, bits=bits, extra=extra)
+            made[layer].keywords["macs"] = all_macs // len(names)
+
+    def quantized(path: str, node: Any) -> Any:
+        if path in made and ".experts." not in path:
+            return made[path](next(keys))
+        if linears and isinstance(node, MixtureOfExperts):  # Stacked at once: there is no room for the model twice.
+            each = [
+                (made[f"{path}.experts.{i}.{p}"] for p in ("gate_up_proj", "down_proj"))
+                for i in range(len(node.experts))
+            ]
+            node.experts = stacked_experts([Expert(up(next(keys)), down(next(keys))) for up, down in each])
+        return node
+
+    graphdef, state = nnx.split(replace_modules(skeleton, quantized))
 
     def fill(path: Any, leaf: Any) -> Any:
         names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]

@@ -24,6 +24,10 @@ SIZES = frozenset(
         "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "decoder_sparse_step",
         "out_features",
         "in_features",
         "width",
@@ -31,8 +35,8 @@ SIZES = frozenset(
 )
 """Whole numbers that are the lengths of arrays' axes, or factors of them."""
 
-MOST_LAYERS, LARGEST_SIZE, LARGEST_INDEX = 10_000, 2**24, 2**31 - 1
-"""The most that a number of layers (or of labels), a size, or a token or position may be."""
+MOST_LAYERS, MOST_EXPERTS, LARGEST_SIZE, LARGEST_INDEX = 10_000, 1024, 2**24, 2**31 - 1
+"""The most that a number of layers (or of labels), of experts in one, a size, or a token or position may be."""
 
 WORDS = {
     int: "a whole number",
@@ -155,6 +159,8 @@ def _range(name: str, whole: bool) -> tuple[float, float]:
         return math.ulp(0.0) if positive else -1e30, 1e30
     if name == "num_hidden_layers":
         return 1, MOST_LAYERS
+    if name in ("num_experts", "num_local_experts"):
+        return 1, MOST_EXPERTS
     if name in SIZES:
         return 1, LARGEST_SIZE
     if name == "max_position_embeddings":

@@ -5,6 +5,7 @@ a fused layer's the concatenation of its parts.  All names, shapes and files are
 Layers that are quantized already become quantized layers (:mod:`fqjax.checkpoint.compressed`).
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from fqjax.errors import InputError
 from fqjax.models import FAMILIES, Family
 from fqjax.models.causal_lm import CausalLM
 from fqjax.progress import track
+from fqjax.stacking import stacked
 from fqjax.surgery import replace_modules
 
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
@@ -34,15 +36,21 @@ PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 NO_DEFAULT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 """Sizes that every configuration has to have: transformers would fill in those of some well-known model."""
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
 UNUSED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Endings of tensors that some exports contain and no model needs."""
 
 
 class Source(NamedTuple):
-    """Where one parameter comes from: tensors to concatenate along their first axis, and whether to transpose."""
+    """Where one parameter comes from: tensors to concatenate along their first axis, and whether to transpose.
+
+    With ``part``, it is that part of one tensor, along its first axis.
+    """
 
     tensors: tuple[str, ...]
     transpose: bool
+    part: int | None = None
 
 
 def load_hf(path_or_id: str | Path, dtype: DTypeLike = jnp.bfloat16) -> tuple[CausalLM, Any]:
@@ -153,7 +161,7 @@ def read_model(directory: Path, name: str, config: Any, dtype: DTypeLike) -> Cau
     for path, source in track(sources.items(), "loading", len(sources)):
         flat[path] = flat[path].replace(read_source(files, source, dtype))
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
-    return replace_modules(model, read_layers(model, files, layers, dtype)) if layers else model
+    return stacked(replace_modules(model, read_layers(model, files, layers, dtype)), in_place=True) if layers else model
 
 
 def check_layers(
@@ -168,13 +176,13 @@ def check_layers(
     layers: dict[str, StoredLayer] = {}
     if quantization is None:
         return layers
-    prefix = find_prefix(files, family)
+    prefix, stacked = find_prefix(files, family), has_stacks(files, family)
     for file in files.missing:
         raise InputError(f"{files.directory / file}: missing; of a checkpoint that is quantized all is needed")
     for path, parameter in parameters.items():
         if path[-1] == "kernel":
             name = ".".join(str(part) for part in path[:-1])
-            modules = [tensor.removesuffix(".weight") for tensor in source_of(path, family, prefix).tensors]
+            modules = [t.removesuffix(".weight") for t in source_of(path, family, prefix, stacked=stacked).tensors]
             layer = stored_layer(files, quantization, name, modules, parameter.shape[::-1])
             layers |= {} if layer is None else {name: layer}
     return layers
@@ -183,6 +191,12 @@ def check_layers(
 def find_prefix(files: TensorFiles, family: Family) -> str:
     """What this checkpoint puts in front of its tensors' names."""
     return next((p for p in family.prefixes if any(n.startswith(p) for n in files.names())), family.prefixes[0])
+
+
+def has_stacks(files: TensorFiles, family: Family) -> bool:
+    """Whether this checkpoint holds all experts of a layer in one tensor."""
+    stacks = tuple(f".{tensor}" for module, tensor in family.stacked.items() if "*" in module)
+    return any(name.endswith(stacks) for name in files.names()) if stacks else False
 
 
 def check_tensors(
@@ -199,10 +213,12 @@ def check_tensors(
     Raises:
       InputError: naming a tensor that is missing, unexpected, or of another shape than the configuration implies.
     """
-    prefix, layers = find_prefix(files, family), layers or {}
+    prefix, stacked, layers = find_prefix(files, family), has_stacks(files, family), layers or {}
     kernels = {(*name.split("."), "kernel") for name in layers}
     sources = {
-        path: source_of(path, family, prefix) for path in parameters if tuple(str(part) for part in path) not in kernels
+        path: source_of(path, family, prefix, stacked=stacked)
+        for path in parameters
+        if tuple(str(part) for part in path) not in kernels
     }
     for path, source in sources.items():
         for tensor in source.tensors:
@@ -219,8 +235,8 @@ def check_tensors(
     return sources
 
 
-def source_of(path: tuple[Any, ...], family: Family, prefix: str) -> Source:
-    """The tensors of a parameter, by its path in the model."""
+def source_of(path: tuple[Any, ...], family: Family, prefix: str, *, stacked: bool = False) -> Source:
+    """The tensors of a parameter, by its path in the model; ``stacked`` as :func:`has_stacks` says."""
     *modules, leaf = (str(part) for part in path)
     name = ".".join(modules)
     if name == "lm_head":
@@ -229,13 +245,26 @@ def source_of(path: tuple[Any, ...], family: Family, prefix: str) -> Source:
     if modules[0] == "layers":
         layer, inside = f"layers.{modules[1]}.", ".".join(modules[2:])
     ending = "bias" if leaf == "bias" else "weight"
-    parts = family.fused.get(inside, (inside,))
+    pattern, number = _NUMBER.sub("*", inside), _NUMBER.search(inside)
+    if stacked and pattern in family.stacked:
+        part = None if number is None else int(number[0])
+        return Source((f"{prefix}{layer}{family.stacked[pattern]}",), leaf == "kernel", part)
+    names = family.fused.get(pattern, (inside,))
+    parts = [part if number is None else part.replace("*", number[0]) for part in names]
     return Source(tuple(f"{prefix}{layer}{part}.{ending}" for part in parts), leaf == "kernel")
 
 
 def _check_shape(files: TensorFiles, source: Source, wanted: tuple[int, ...]) -> None:
     shapes = [files.shape(tensor) for tensor in source.tensors]
     wanted = wanted[::-1] if source.transpose else wanted
+    if source.part is not None:
+        (shape,) = shapes
+        if shape[1:] != wanted or source.part >= shape[0]:
+            raise InputError(
+                f"{files.directory}: tensor {source.tensors[0]!r} has shape {shape}, config.json implies {wanted} for each "
+                f"of more than {source.part} experts"
+            )
+        return
     rows = sum(shape[0] if shape else 0 for shape in shapes)
     for tensor, shape in zip(source.tensors, shapes, strict=True):
         if shape[1:] != wanted[1:] or len(shape) != len(wanted) or rows != wanted[0]:
@@ -247,6 +276,6 @@ def _check_shape(files: TensorFiles, source: Source, wanted: tuple[int, ...]) ->
 
 def read_source(files: TensorFiles, source: Source, dtype: DTypeLike) -> jax.Array:
     """Reads one parameter."""
-    parts = [files.read(tensor, dtype) for tensor in source.tensors]
+    parts = [files.read(tensor, dtype, source.part) for tensor in source.tensors]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
     return jnp.asarray(values.T if source.transpose else values)

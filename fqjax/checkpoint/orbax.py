@@ -47,6 +47,7 @@ from fqjax.linear import QuantizedLinear, measured_bound
 from fqjax.models.head import Int8Table
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.report import Report, quantized_layers
+from fqjax.stacking import stacked, unstacked
 from fqjax.surgery import find_linears, replace_modules
 
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
@@ -80,6 +81,7 @@ def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None, report: 
 
 def write(directory: Path, model: nnx.Module, tokenizer: Any, findings: Findings | None) -> None:
     """Writes a checkpoint into a directory that does not exist yet."""
+    model = unstacked(model)
     _, stored, _ = split_storable(model)
     # Orbax does not store empty arrays; loading makes them again from the manifest.
     leaves = {name: leaf for name, leaf in named_leaves(stored).items() if leaf.size}
@@ -204,13 +206,14 @@ def load(
         verify_checksums(manifest, arrays, directory, NAME)
     empty = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
     loaded = nnx.merge(graphdef, with_leaves(stored, arrays | empty), rest)
+    arrays.clear()  # Of experts, the model holds others in a moment.
     for name, layer in quantized_layers(loaded).items():
         _check_layer(f"{directory}: layer {name!r}", layer)
     for name in head:
         scale = getattr(loaded, name).scale.get_value()
         if not bool(jnp.all((scale > 0) & jnp.isfinite(scale))):
             raise InputError(f"{directory}: {name!r} has a scale that is not above 0; the checkpoint is damaged")
-    return loaded
+    return stacked(loaded, in_place=True)
 
 
 def load_abstract(directory: Path) -> nnx.Module:

@@ -111,15 +111,15 @@ class TensorFiles:
             raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(FLOATS)}")
         return shape
 
-    def read(self, name: str, dtype: DTypeLike) -> np.ndarray:
-        """Reads one tensor and casts it.
+    def read(self, name: str, dtype: DTypeLike, part: int | None = None) -> np.ndarray:
+        """Reads one tensor, or one part of it along its first axis, and casts it.
 
         Raises:
           InputError: if it holds a value that is not finite, or is not finite in ``dtype``; or if it cannot be read.
         """
         path = self.directory / self.files[name]
         with np.errstate(over="ignore", invalid="ignore"):
-            values = self._values(name).astype(dtype, copy=False)
+            values = self._values(name, part).astype(dtype, copy=False)
         if not _is_finite(values):
             kind = jnp.dtype(dtype).name
             raise InputError(f"{path}: tensor {name!r} holds a value that is not finite in {kind}")
@@ -137,11 +137,11 @@ class TensorFiles:
             raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected integers")
         return self._values(name)
 
-    def _values(self, name: str) -> np.ndarray:
+    def _values(self, name: str, part: int | None = None) -> np.ndarray:
         path = self.directory / self.files[name]
         try:
             with safe_open(path, framework="numpy") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(name) if part is None else file.get_slice(name)[part]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: tensor {name!r} cannot be read ({error})") from None
 

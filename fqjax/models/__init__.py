@@ -5,12 +5,12 @@ projections that are concatenated, so reading a checkpoint needs no more than th
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
-from fqjax.models import llama, mistral, opt, qwen2, qwen3
+from fqjax.models import llama, mistral, mixtral, opt, qwen2, qwen3, qwen3_moe
 from fqjax.models.causal_lm import CausalLM
 from fqjax.models.decoder import Decoder
 
@@ -24,7 +24,10 @@ class Family:
       config: the configuration's class, a frozen dataclass of JSON values.
       config_from_hf: from a Hugging Face configuration to ``config``.
       prefixes: what checkpoints put in front of the names of all tensors but the head's; the first that fits is used.
-      fused: modules that are several in the checkpoint, concatenated along the output axis.
+      fused: modules of a block that are several in the checkpoint, concatenated along the output axis, or that have another
+        name there; ``*`` stands for a number.
+      stacked: modules that in some checkpoints are a part of one tensor, along its first axis, with that tensor's name; ``*``
+        stands for the number of the part.  Others that such checkpoints name otherwise.
     """
 
     model: Callable[..., CausalLM]
@@ -32,16 +35,41 @@ class Family:
     config_from_hf: Callable[[dict[str, Any]], Any]
     prefixes: tuple[str, ...]
     fused: dict[str, tuple[str, ...]]
+    stacked: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 _QKV = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
 _GATE_UP = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
 
 
-def _decoder(model: type[Decoder], config: type, config_from_hf: Callable[[dict[str, Any]], Any]) -> Family:
-    """A family on :mod:`fqjax.models.decoder`, whose tensors all have the same names."""
+_EXPERTS = {"mlp.experts.*.gate_up_proj": ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")}
+_MIXTRAL = {
+    "mlp.gate": ("block_sparse_moe.gate",),
+    "mlp.experts.*.gate_up_proj": ("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"),
+    "mlp.experts.*.down_proj": ("block_sparse_moe.experts.*.w2",),
+}
+_STACKED = {
+    "mlp.experts.*.gate_up_proj": "mlp.experts.gate_up_proj",
+    "mlp.experts.*.down_proj": "mlp.experts.down_proj",
+    "mlp.gate": "mlp.gate.weight",
+}
+
+
+def _decoder(
+    model: type[Decoder],
+    config: type,
+    config_from_hf: Callable[[dict[str, Any]], Any],
+    fused: Mapping[str, tuple[str, ...]] = {},
+    stacked: Mapping[str, str] = {},
+) -> Family:
+    """A family on :mod:`fqjax.models.decoder`, whose tensors have the same names but for those of experts."""
     return Family(
-        model=model, config=config, config_from_hf=config_from_hf, prefixes=("model.",), fused=_QKV | _GATE_UP
+        model=model,
+        config=config,
+        config_from_hf=config_from_hf,
+        prefixes=("model.",),
+        fused={**_QKV, **_GATE_UP, **fused},
+        stacked=dict(stacked),
     )
 
 
@@ -50,6 +78,10 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": _decoder(mistral.Mistral, mistral.MistralConfig, mistral.config_from_hf),
     "Qwen2ForCausalLM": _decoder(qwen2.Qwen2, qwen2.Qwen2Config, qwen2.config_from_hf),
     "Qwen3ForCausalLM": _decoder(qwen3.Qwen3, qwen3.Qwen3Config, qwen3.config_from_hf),
+    "MixtralForCausalLM": _decoder(mixtral.Mixtral, mixtral.MixtralConfig, mixtral.config_from_hf, _MIXTRAL, _STACKED),
+    "Qwen3MoeForCausalLM": _decoder(
+        qwen3_moe.Qwen3Moe, qwen3_moe.Qwen3MoeConfig, qwen3_moe.config_from_hf, _EXPERTS, _STACKED
+    ),
     "OPTForCausalLM": Family(
         model=opt.OPT,
         config=opt.OPTConfig,

@@ -16,6 +16,7 @@ from fqjax.models.attention import attend
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM
 from fqjax.models.decoder_config import DecoderConfig
+from fqjax.models.experts import mixture
 from fqjax.models.fused import after_activation, after_norm
 from fqjax.models.head import unembed
 from fqjax.models.rotary import Rotation, rotation
@@ -77,7 +78,7 @@ class Layer(Block):
         self.input_layernorm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
         self.self_attn = Attention(c, c.window(index), dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
-        self.mlp = MLP(c, dtype=dtype, rngs=rngs)
+        self.mlp = (mixture if c.has_experts(index) else MLP)(c, dtype=dtype, rngs=rngs)
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -88,7 +89,11 @@ class Layer(Block):
         rotation: Rotation,
     ) -> tuple[Float[Array, "batch length hidden"], Float[Array, "batch length hidden"], LayerCache | None]:
         attended, x, cache = self.self_attn(self.input_layernorm, x, pending, cache, lengths, rotation)
-        fed, x = self.mlp(self.post_attention_layernorm, x, attended)
+        if isinstance(self.mlp, MLP):
+            fed, x = self.mlp(self.post_attention_layernorm, x, attended)
+        else:  # The router of a mixture of experts reads what the norm gives.
+            x = x + attended
+            fed = self.mlp(self.post_attention_layernorm(x))
         return x, fed, cache
 
 
@@ -132,12 +137,13 @@ class Decoder(CausalLM):
         heads = np.arange(c.num_attention_heads) // (c.num_attention_heads // c.num_key_value_heads)
         first_value = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
         values = first_value + (heads[:, None] * c.head_dim + np.arange(c.head_dim)).reshape(-1)
-        up = c.intermediate_size + np.arange(c.intermediate_size)
         paths = []
         for i in range(c.num_hidden_layers):
-            attention, mlp = f"layers.{i}.self_attn", f"layers.{i}.mlp"
+            attention = f"layers.{i}.self_attn"
             paths.append(ScalingPath(f"{attention}.qkv_proj", f"{attention}.o_proj", values))
-            paths.append(ScalingPath(f"{mlp}.gate_up_proj", f"{mlp}.down_proj", up))
+            for mlp, size in c.mlps(i).items():
+                up = size + np.arange(size)
+                paths.append(ScalingPath(f"layers.{i}.{mlp}.gate_up_proj", f"layers.{i}.{mlp}.down_proj", up))
         return paths
 
     def norm_paths(self) -> dict[str, str]:
@@ -145,7 +151,8 @@ class Decoder(CausalLM):
         paths = {}
         for i in range(self.config.num_hidden_layers):
             paths[f"layers.{i}.self_attn.qkv_proj"] = f"layers.{i}.input_layernorm"
-            paths[f"layers.{i}.mlp.gate_up_proj"] = f"layers.{i}.post_attention_layernorm"
+            if not self.config.has_experts(i):  # Experts share what they read, with each other and the router.
+                paths[f"layers.{i}.mlp.gate_up_proj"] = f"layers.{i}.post_attention_layernorm"
         return paths
 
     def make_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KeyValueCache:

@@ -60,6 +60,16 @@ class DecoderConfig:
         """Longest sequence the model can take; rotary positions set no limit."""
         return None
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has a mixture of experts in place of the MLP; see :mod:`fqjax.models.experts`."""
+        del layer
+        return False
+
+    def mlps(self, layer: int) -> dict[str, int]:
+        """The intermediate size of every MLP of a layer, by its dotted path there."""
+        del layer
+        return {"mlp": self.intermediate_size}
+
     def window(self, layer: int) -> int | None:
         """How many tokens the queries of a layer see; None for all."""
         return self.sliding_window if self.layer_types and self.layer_types[layer] == SLIDING else None

@@ -23,11 +23,19 @@ def config_from_hf(hf: dict[str, Any]) -> MistralConfig:
     Raises:
       InputError: naming the entry that this family's code does not cover.
     """
-    window = hf.get("sliding_window")
+    return read_config(MistralConfig, hf, **one_window(hf, hf.get("sliding_window"), "Mistral"))
+
+
+def one_window(hf: dict[str, Any], window: Any, family: str) -> dict[str, Any]:
+    """Fields of the window of a family whose layers all have the same, ``window``, or none.
+
+    Raises:
+      InputError: if ``layer_types`` says otherwise, or as :func:`fqjax.models.decoder_config.read_windows` does.
+    """
     windows, expected = read_windows(hf, window, first=0), FULL if window is None else SLIDING
     if set(windows["layer_types"]) != {expected}:
-        # transformers passes over the entry for this architecture, so nobody has run the layers that it asks for.
+        # transformers passes over the entry for such an architecture, so nobody has run the layers that it asks for.
         raise InputError(
-            f"config.json: layer_types of Mistral with sliding_window {window}: expected {expected!r} alone"
+            f"config.json: layer_types of {family} with sliding_window {window}: expected {expected!r} alone"
         )
-    return read_config(MistralConfig, hf, **windows)
+    return windows

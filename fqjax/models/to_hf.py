@@ -15,7 +15,8 @@ def config_to_hf(architecture: str, config: Any, dtype: Any) -> dict[str, Any]:
       dtype: of the model's parameters.
     """
     entries = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
-    entries |= {"architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower()}
+    kind = "qwen3_moe" if architecture == "Qwen3MoeForCausalLM" else architecture.removesuffix("ForCausalLM").lower()
+    entries |= {"architectures": [architecture], "model_type": kind}
     entries["torch_dtype"] = jnp.dtype(dtype).name
     if "remove_final_layer_norm" in entries:  # OPT
         return entries | {"_remove_final_layer_norm": entries.pop("remove_final_layer_norm")}
@@ -25,10 +26,15 @@ def config_to_hf(architecture: str, config: Any, dtype: Any) -> dict[str, Any]:
     # transformers 5 reads the first, earlier versions and other programs the other two.
     entries["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": theta}
     entries |= {"rope_theta": theta, "rope_scaling": scaling or None}
-    if entries["model_type"].startswith("qwen"):
+    if kind.startswith("qwen"):
         entries["use_sliding_window"] = entries["sliding_window"] is not None
-    if not entries["layer_types"] or entries["model_type"] == "mistral":
+    if not entries["layer_types"] or kind in ("mistral", "mixtral", "qwen3_moe"):
         del entries["layer_types"]
+    if kind == "mixtral":
+        own = ("num_experts", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob")
+        return {key: value for key, value in entries.items() if key not in own} | {
+            "num_local_experts": config.num_experts
+        }
     return entries
 
 

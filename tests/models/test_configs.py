@@ -20,7 +20,7 @@ def read(directory, name, **changes):
     return read_architecture(directory)[1]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3-moe"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -59,6 +59,19 @@ def test_entries_that_all_decoders_refuse(tmp_path, name, changes, message):
         ),
         ("opt", {"num_attention_heads": 5}, "hidden_size 48: expected a multiple of num_attention_heads 5"),
         ("opt", {"ffn_dim": 0}, "ffn_dim 0: expected a whole number"),
+        (
+            "mixtral",
+            {"num_local_experts": 1 << 20},
+            "num_experts 1048576: expected a whole number from 1 to 1024",
+        ),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts 0: expected a whole number"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5: expected 4 at most, as num_local_experts"),
+        ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok 0: expected a whole number"),
+        ("mixtral", {"layer_types": [FULL, SLIDING]}, "layer_types"),
+        ("qwen3-moe", {"num_experts_per_tok": 7}, "num_experts_per_tok 7: expected 6 at most, as num_"),
+        ("qwen3-moe", {"moe_intermediate_size": 0}, "moe_intermediate_size 0: expected a whole number"),
+        ("qwen3-moe", {"decoder_sparse_step": 0}, "decoder_sparse_step 0: expected a whole number"),
+        ("qwen3-moe", {"mlp_only_layers": [2]}, "mlp_only_layers has 2: expected numbers of layers"),
     ],
 )
 def test_entries_that_a_family_refuses(tmp_path, name, changes, message):
@@ -104,7 +117,7 @@ def test_a_configuration_as_an_older_transformers_writes_it():
     assert dict(config.rope_scaling) == {"rope_type": "linear", "factor": 2.0}
 
 
-@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "GPT2LMHeadModel"])
 def test_other_architectures_are_answered_with_the_supported_ones(tmp_path, name):
     with pytest.raises(InputError, match=f"{name} is not supported; supported are {', '.join(FAMILIES)}"):
         read(tmp_path, "llama", architectures=[name])

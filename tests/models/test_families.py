@@ -18,7 +18,9 @@ def run(*arguments):
     assert cli.main([str(argument) for argument in arguments]) == 0
 
 
-@pytest.mark.parametrize("name", ["mistral-window", "qwen2-window", "qwen3-window"])
+@pytest.mark.parametrize(
+    "name", ["mistral-window", "qwen2-window", "qwen3-window", "mixtral-window", "qwen3-moe-mlp-only"]
+)
 def test_convert_and_eval(name, tmp_path):
     source, text = make_checkpoint(tmp_path / "source", name), tmp_path / "text.txt"
     text.write_text("return the list of values that the class holds " * 100)
@@ -32,8 +34,11 @@ def test_convert_and_eval(name, tmp_path):
     manifest = json.loads((tmp_path / "out" / "fqjax.json").read_text())
     assert manifest["architecture"]["name"] == variants.VARIANTS[name]["architectures"][0]
     layers = {path.split(".", 2)[2]: entry for path, entry in manifest["layers"].items()}
-    assert set(layers) == {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}
-    assert (layers["self_attn.qkv_proj"]["bias"] is not None) == (name != "mistral-window")
+    experts = variants.VARIANTS[name].get("num_local_experts", variants.VARIANTS[name].get("num_experts", 0))
+    mlps = [f"mlp.experts.{i}" for i in range(experts)] + ["mlp"] * (name == "qwen3-moe-mlp-only" or not experts)
+    names = {f"{mlp}.{layer}" for mlp in mlps for layer in ("gate_up_proj", "down_proj")}
+    assert set(layers) == {"self_attn.qkv_proj", "self_attn.o_proj"} | names
+    assert (layers["self_attn.qkv_proj"]["bias"] is not None) == (name in ("qwen2-window", "qwen3-window"))
     assert (layers["self_attn.o_proj"]["bias"] is not None) == (name == "qwen3-window")
 
 

@@ -45,7 +45,7 @@ def test_extending_a_cache_gives_the_recorded_logits(name, recorded, tmp_path):
     np.testing.assert_array_equal(cache.lengths, counts)
 
 
-@pytest.mark.parametrize("name", ["llama-grouped", "qwen3-window", "opt-350m"])
+@pytest.mark.parametrize("name", ["llama-grouped", "qwen3-window", "mixtral-window", "opt-350m"])
 def test_pieces_of_a_prompt_give_the_recorded_logits(name, recorded, tmp_path):
     """An empty cache filled without being read, then by pieces; a row that has ended takes none of the last."""
     model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS[name]), jnp.float32)
@@ -85,7 +85,7 @@ def test_torch_still_gives_the_recorded_logits(name, recorded, tmp_path):
     np.testing.assert_allclose(torch_logits(directory, variants.tokens()), recorded[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["stories260k", "novels-llama", "novels-opt"])
+@pytest.mark.parametrize("name", ["stories260k", "novels-llama", "novels-opt", "novels-mixtral"])
 def test_real_checkpoints_equal_torch(name, shared):
     pytest.importorskip("torch", reason="needs torch, which only the 'parity' extra installs")
     from scripts.record_parity_logits import torch_logits

@@ -5,6 +5,7 @@ A variant's weights are drawn from the checksum of each tensor's name, so that a
 
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,20 @@ _OPT = {
 _MISTRAL = _LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
 _QWEN2 = _MISTRAL | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 _QWEN3 = _MISTRAL | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
+_MIXTRAL = _MISTRAL | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+_QWEN3_MOE = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 32,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
 _YARN_OPTIONS = {"beta_fast": 2.0, "beta_slow": 0.5, "truncate": False, "mscale": 0.7, "mscale_all_dim": 0.3}
@@ -76,6 +91,16 @@ VARIANTS: dict[str, dict] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3, "rope_theta": 100.0},
     },
+    "mixtral": _MIXTRAL | {"head_dim": 16},
+    "mixtral-window": _MIXTRAL | {"sliding_window": 5, "tie_word_embeddings": True, "num_local_experts": 5},
+    "mixtral-one": _MIXTRAL | {"num_experts_per_tok": 1},
+    "mixtral-all": _MIXTRAL | {"num_experts_per_tok": 4},
+    "qwen3-moe": _QWEN3_MOE,
+    "qwen3-moe-raw-weights": _QWEN3_MOE
+    | {"norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True},
+    "qwen3-moe-window": _QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 3, "num_experts_per_tok": 1},
+    "qwen3-moe-step": _QWEN3_MOE | {"decoder_sparse_step": 2, "num_hidden_layers": 3},
+    "qwen3-moe-mlp-only": _QWEN3_MOE | {"mlp_only_layers": [0]},
     "opt": _OPT,
     "opt-350m": _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
     "opt-post-norm": _OPT | {"do_layer_norm_before": False},
@@ -118,7 +143,7 @@ def write_checkpoint(directory: Path, config: dict) -> Path:
 
 
 def _decoder_shapes(c: dict) -> dict[str, tuple[int, ...]]:
-    d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    d, v = c["hidden_size"], c["vocab_size"]
     head = c.get("head_dim", d // c["num_attention_heads"])
     q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
@@ -132,17 +157,37 @@ def _decoder_shapes(c: dict) -> dict[str, tuple[int, ...]]:
             ("self_attn.k_proj", (kv, d), qkv_bias),
             ("self_attn.v_proj", (kv, d), qkv_bias),
             ("self_attn.o_proj", (d, q), c.get("attention_bias")),
-            ("mlp.gate_proj", (f, d), c.get("mlp_bias")),
-            ("mlp.up_proj", (f, d), c.get("mlp_bias")),
-            ("mlp.down_proj", (d, f), c.get("mlp_bias")),
+            *_mlp_shapes(c, i),
         ):
             shapes[f"{prefix}{name}.weight"] = (n, k)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (n,)
         shapes[f"{prefix}input_layernorm.weight"] = shapes[f"{prefix}post_attention_layernorm.weight"] = (d,)
-        if c["model_type"] == "qwen3":
+        if c["model_type"].startswith("qwen3"):
             shapes[f"{prefix}self_attn.q_norm.weight"] = shapes[f"{prefix}self_attn.k_norm.weight"] = (head,)
     return shapes
+
+
+def _mlp_shapes(c: dict, layer: int) -> Iterator[tuple[str, tuple[int, int], bool]]:
+    """Name, shape and whether there is a bias, of the linears of a layer's MLP or experts."""
+    d, f, bias = c["hidden_size"], c["intermediate_size"], c.get("mlp_bias", False)
+    if c["model_type"] == "mixtral":
+        yield "block_sparse_moe.gate", (c["num_local_experts"], d), False
+        for e in range(c["num_local_experts"]):
+            for name, shape in (("w1", (f, d)), ("w2", (d, f)), ("w3", (f, d))):
+                yield f"block_sparse_moe.experts.{e}.{name}", shape, False
+        return
+    paths = ["mlp"]
+    if (
+        "num_experts" in c
+        and layer not in c.get("mlp_only_layers", [])
+        and not (layer + 1) % c.get("decoder_sparse_step", 1)
+    ):
+        yield "mlp.gate", (c["num_experts"], d), False
+        f, paths = c["moe_intermediate_size"], [f"mlp.experts.{e}" for e in range(c["num_experts"])]
+    for path in paths:
+        for name, shape in (("gate_proj", (f, d)), ("up_proj", (f, d)), ("down_proj", (d, f))):
+            yield f"{path}.{name}", shape, bias
 
 
 def _opt_shapes(c: dict) -> dict[str, tuple[int, ...]]:

@@ -37,6 +37,7 @@ from fqjax.models.head import Int8Table
 from fqjax.models.to_hf import config_to_hf, part_sizes
 from fqjax.progress import track
 from fqjax.report import quantized_layers
+from fqjax.stacking import unstacked
 from fqjax.surgery import find_linears
 
 SHARD_BYTES = 4 * 10**9
@@ -61,7 +62,7 @@ def save_compressed_tensors(path: str | Path, model: nnx.Module, *, tokenizer: A
       InputError: if ``path`` exists or cannot be written, the model is not one of fqjax's own or not quantized, or a layer
         cannot be expressed: flattened channels, 4-bit activations, smoothing that cannot be folded.
     """
-    path = Path(path).resolve()
+    path, model = Path(path).resolve(), unstacked(model)
     refuse_existing(path)
     schemes, folding = check_expressible(model)
     staging = path.with_name(f".{path.name}.{os.getpid()}.saving")

@@ -1,0 +1,70 @@
+"""What the families with a mixture of experts share: their configuration, and the module that stands in place of the MLP."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jaxtyping import DTypeLike
+
+from fqjax.errors import InputError
+from fqjax.experts import Expert, MixtureOfExperts
+from fqjax.models.decoder_config import DecoderConfig
+from fqjax.models.hf_config import sizes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(DecoderConfig):
+    """Sizes and constants of a decoder with experts.
+
+    Attributes:
+      num_experts: of each mixture.
+      num_experts_per_tok: to how many of them a token goes.
+      moe_intermediate_size: of an expert; None for ``intermediate_size``.
+      decoder_sparse_step: every so many layers one has experts, the last of them; the others have an MLP.
+      mlp_only_layers: layers without experts all the same.
+      norm_topk_prob: whether the weights of a token's experts are divided by their sum.
+    """
+
+    num_experts: int = 1
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int | None = None
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    norm_topk_prob: bool = True
+
+    @property
+    def expert_size(self) -> int:
+        return self.moe_intermediate_size or self.intermediate_size
+
+    def has_experts(self, layer: int) -> bool:
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+    def mlps(self, layer: int) -> dict[str, int]:
+        if not self.has_experts(layer):
+            return super().mlps(layer)
+        return {f"mlp.experts.{i}": self.expert_size for i in range(self.num_experts)}
+
+
+def mixture(config: Any, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MixtureOfExperts:
+    """The experts of a layer and their router, as an :class:`ExpertsConfig` says."""
+    c = config
+    kinds: dict[str, Any] = {"use_bias": False, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+    experts = [
+        Expert(nnx.Linear(c.hidden_size, 2 * c.expert_size, **kinds), nnx.Linear(c.expert_size, c.hidden_size, **kinds))
+        for _ in range(c.num_experts)
+    ]
+    gate = nnx.Linear(c.hidden_size, c.num_experts, **kinds)
+    return MixtureOfExperts(gate, experts, c.num_experts_per_tok, normalized=c.norm_topk_prob)
+
+
+def read_experts(hf: dict[str, Any]) -> dict[str, Any]:
+    """The number of experts, and of those a token goes to, from a Hugging Face configuration.
+
+    Raises:
+      InputError: if one is no size, or a token would go to more experts than there are.
+    """
+    name = "num_experts" if hf.get("num_experts") is not None else "num_local_experts"
+    experts, each = (sizes(hf, entry)[entry] for entry in (name, "num_experts_per_tok"))
+    if each > experts:
+        raise InputError(f"config.json: num_experts_per_tok {each}: expected {experts} at most, as {name}")
+    return {"num_experts": experts, "num_experts_per_tok": each}
