@@ -69,7 +69,7 @@ def test_what_a_conversion_remembers_may_be_damaged(tmp_path, damage):
     memo.keep_statistics("layers.0", {"layer": statistics})
     path = tmp_path / "statistics.layers.0.npz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=r"statistics.layers.0.npz: damaged \(.*remove it") as caught:
+    with pytest.raises(InputError, match=rf"layers.0.npz: damaged \(.*remove {tmp_path}, and begin anew") as caught:
         memo.statistics("layers.0")
     assert "\n" not in str(caught.value)
     (tmp_path / "sensitivities.json").write_text("[")
