@@ -1,11 +1,15 @@
 """The peak memory of conversions, measured in processes of their own."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from scripts.measure_conversion_memory import CONFIG, convert, make_checkpoint
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("FQJAX_MEASURE_MEMORY") == "no", reason="FQJAX_MEASURE_MEMORY=no: it takes minutes"
+)
 OPTIONS = ("--samples", "2", "--window", "32", "--set", "sample_rows=64")
 
 

@@ -54,7 +54,7 @@ def inputs_of(model, layer):
         x, rest = model.begin(batch)
         for i in range(layer + 1):
             block = model.layers[i]
-            attended, _ = block.self_attn(block.input_layernorm(x), None, None, *rest)
+            attended, _, _ = block.self_attn(block.input_layernorm, x, None, None, None, *rest)
             rows = block.post_attention_layernorm(x + attended)
             x = x + attended + block.mlp(rows)
         found.append(rows.reshape(-1, rows.shape[-1]))
