@@ -29,8 +29,8 @@ from pallas_kernels.rows import rounded
 
 BLOCK = 64
 """Positions that a program reads at once."""
-PROGRAMS = 264
-"""Programs that are wanted on a GPU at least: two for each multiprocessor of an H100 or H200."""
+PROGRAMS = 132
+"""Programs that are wanted on a GPU at least: one for each multiprocessor of an H100 or H200."""
 LOWEST = -1e30
 """Below every score, and still finite."""
 LEAST_ROWS = 16

@@ -160,15 +160,18 @@ def call(
     Args:
       kind: what it is to do.
       operands: as :meth:`Quantization.split` takes them.
-      warps: that share a row.  By default those that were the fastest on an H100 in November 2026: 16, and 8 for many
-        rows, of 2, 4, 8 and 16.
+      warps: that share a row.  By default those that were the fastest on an H100 in November 2026: 16, but 32 for few long
+        rows, as gated ones are, and 8 for many short ones.
       programs: that share the rows; by default no program has several where these are few, or long, as gated ones are.
       interpret: whether to run on the CPU.
     """
     x, residual, weight, bias, recipe = kind.split(operands)
     rows, (k, extra) = len(x), (recipe[0].shape[0], recipe[1].shape[0])
     one_each = kind.gated or rows <= FEW_ROWS
-    warps, programs = warps or (16 if one_each else 8), min(rows, programs or (rows if one_each else PROGRAMS))
+    warps, programs = (
+        warps or _warps(kind.gated, rows <= FEW_ROWS),
+        min(rows, programs or (rows if one_each else PROGRAMS)),
+    )
     outputs = [jax.ShapeDtypeStruct((rows, k + extra), jnp.int8)]
     if kind.per_token:
         outputs.append(jax.ShapeDtypeStruct((rows,), jnp.float32))
@@ -190,6 +193,10 @@ def call(
             **settings,
         )(*(operand for operand in used if operand is not None))
     )
+
+
+def _warps(gated: bool, few: bool) -> int:
+    return (32 if few else 16) if gated else (16 if few else 8)
 
 
 class _Part(NamedTuple):

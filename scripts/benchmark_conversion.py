@@ -6,8 +6,8 @@ Examples:
 
 Weights and tokens are random, which changes what is found but not what is computed.  Everything but the trial of every
 layer takes time in proportion to the number of blocks, so a line through two numbers of blocks says what the whole model
-takes; that trial runs all blocks once for each of their four layers, and its time is added, from that of one block's run.
-The very first conversion also compiles what is compiled once; what it took longer than the same again is added at the end.
+takes; for that trial the blocks behind each of their four layers are run, and its time is added, from that of one block's.
+Both numbers of blocks are converted twice; what the first time takes longer, to compile, is added too.
 """
 
 import argparse
@@ -91,22 +91,21 @@ def main() -> None:
     hf = json.loads(a.config.read_text()) if a.config else CONFIGS["llama-3-8b"]
     name, whole = (str(a.config.parent.name) if a.config else "Llama-3-8B"), hf["num_hidden_layers"]
     few, more = sorted(a.blocks)
-    model, batches = setup(hf, few, a.samples, a.window)
-    cold, warm, once = (
-        conversion(model, batches, a.scheme),
-        conversion(model, batches, a.scheme),
-        forward(model, batches),
-    )
-    print(f"{few} blocks: {cold:.1f} s, again {warm:.1f} s", flush=True)
-    model, batches = setup(hf, more, a.samples, a.window)
-    longer = conversion(model, batches, a.scheme)
-    a_block = (forward(model, batches) - once) / (more - few)
-    print(f"{more} blocks: {longer:.1f} s; one run of a block: {1e3 * a_block:.1f} ms", flush=True)
-    trial = LAYERS * whole * whole * a_block
-    total = cold + (whole - few) * (longer - warm) / (more - few) + trial
-    print(
-        f"{whole} blocks: {total / 60:.1f} minutes by extrapolation, {trial:.0f} s of them for the trial of every layer"
-    )
+    seconds, runs = {}, {}
+    for blocks in (few, more):
+        model, batches = setup(hf, blocks, a.samples, a.window)
+        for again in ("", " again"):
+            seconds[f"{blocks}{again}"] = conversion(model, batches, a.scheme)
+            print(f"{blocks} blocks{again}: {seconds[f'{blocks}{again}']:.1f} s", flush=True)
+        runs[blocks] = forward(model, batches)
+    a_block = (runs[more] - runs[few]) / (more - few)
+    one = (seconds[f"{more} again"] - seconds[f"{few} again"]) / (more - few)
+    trial = LAYERS * whole * (whole + 1) / 2 * a_block
+    compiling = seconds[str(more)] - seconds[f"{more} again"] + seconds[str(few)] - seconds[f"{few} again"]
+    total = compiling + seconds[f"{few} again"] + (whole - few) * one + trial
+    print(f"a block: {one:.1f} s; one run of it: {1e3 * a_block:.1f} ms")
+    print(f"{whole} blocks: {total / 60:.1f} minutes by extrapolation")
+    print(f"of them {compiling:.0f} s to compile, and {trial:.0f} s for the trial of every layer")
     record = a.out.with_suffix(".json")
     results: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
     results[f"{name} {a.scheme}"] = {
@@ -115,7 +114,8 @@ def main() -> None:
         "scheme": a.scheme,
         "samples": a.samples,
         "window": a.window,
-        "seconds": {f"{few}, compiling": cold, str(few): warm, str(more): longer},
+        "seconds": seconds,
+        "compiling_seconds": compiling,
         "trial_seconds": trial,
         "whole": whole,
         "minutes": total / 60,

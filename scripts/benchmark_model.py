@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--prefill", nargs="*", metavar="BxT")
     parser.add_argument("--decode", nargs="*", metavar="BxT")
     parser.add_argument("--extra", type=float, default=0.05, help="share of extra channels of schemes that flatten")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further scheme after so many seconds")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/models"), help="written with .json and .md")
     a = parser.parse_args()
     cases = None
@@ -36,6 +37,7 @@ def main() -> None:
         a.schemes,
         cases,
         extra=a.extra,
+        seconds=a.seconds,
         report=lambda row: print(bench.line(row), flush=True),
     )
     record = a.out.with_suffix(".json")

@@ -93,6 +93,23 @@ def test_what_does_not_fit_is_left_out(monkeypatch):
     assert "bf16 left out" in bench.summary(result)
 
 
+def test_a_profile_adds_up_what_is_of_one_kind():
+    times = [("matmul", 5.0), ("loop_fusion_1", 1.0), ("loop_fusion_22", 2.0)] * 4
+    assert bench.profile(times, 4) == [
+        {"kernel": "matmul", "calls": 1, "microseconds": 5},
+        {"kernel": "loop_fusion", "calls": 2, "microseconds": 3},
+    ]
+    row = {"model": "m", "scheme": "w4a8", "phase": "decode", "batch": 1, "length": 8, "milliseconds": 0.01}
+    row |= {"device_bytes": 1, "ratio_to_bf16": None, "device_milliseconds": 0.008, "kernels": bench.profile(times, 4)}
+    page = bench.markdown([{"rows": [row], "skipped": [], "device": "d", "versions": {}, "date": "today"}])
+    assert "### `w4a8`: decode 1 x 8" in page and "| loop_fusion | 2 | 3 | 37.5% |" in page
+
+
+def test_no_scheme_is_begun_late():
+    result = bench.run("tiny", TINY, ("bf16", "w4a8"), (bench.Case("prefill", 1, 8),), seconds=0)
+    assert not result["rows"] and [row["why"] for row in result["skipped"]] == ["out of time"] * 2
+
+
 def test_decoding_begins_behind_a_full_cache(monkeypatch):
     model, seen = random_model(*TINY, fqjax.PRESETS["bf16"]), []
     extend = type(model).extend

@@ -9,6 +9,7 @@ tokens, each token the most likely one.  Times are those of the clock on the wal
 import dataclasses
 import functools
 import gc
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -29,6 +30,8 @@ from pallas_kernels.timing import kernel_times
 STEPS = 32
 """Tokens that are decoded in one call."""
 REPEATS = 5
+LISTED = 12
+"""Kernels of a step that are listed, of those that take the longest."""
 Phase = Literal["prefill", "decode"]
 
 
@@ -84,6 +87,7 @@ def run(
     cases: Iterable[Case] | None = None,
     *,
     extra: float = 0.05,
+    seconds: float = float("inf"),
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Measures every scheme on every case.
@@ -94,6 +98,7 @@ def run(
       schemes: presets or schemes; ratios are to "bf16", which is measured first if it is among them.
       cases: by default those of :func:`default_cases`.
       extra: share of extra channels of schemes that flatten.
+      seconds: after so many no further scheme is begun.
       report: called with every row of the result as it comes.
 
     Returns:
@@ -107,7 +112,11 @@ def run(
             raise InputError(f"--{case.phase} {case.batch}x{case.length}: the model has {longest} positions")
     result = environment() | {"ceilings": ceilings(), "extra_channels": extra, "rows": [], "skipped": []}
     plain: dict[Case, float] = {}
+    begun = time.monotonic()
     for scheme in sorted(map(resolve_scheme, schemes), key=lambda scheme: scheme.method != "none"):
+        if time.monotonic() - begun > seconds:
+            result["skipped"].append({"model": name, "scheme": scheme.name, "why": "out of time"})
+            continue
         gc.collect()
         before = _bytes_in_use()
         try:
@@ -165,8 +174,24 @@ def measure(model: Any, case: Case) -> dict[str, Any]:
     new = case.batch * (case.length if case.phase == "prefill" else 1)
     row: dict[str, Any] = {"milliseconds": milliseconds, "tokens_per_second": 1e3 * new / milliseconds}
     if jax.default_backend() == "gpu":
-        row["device_milliseconds"] = sum(us for _, us in kernel_times(once)) / 1e3 / steps
+        times = kernel_times(once)
+        row["device_milliseconds"] = sum(us for _, us in times) / 1e3 / steps
+        row["kernels"] = profile(times, steps)
     return row | {"compile_seconds": compiling}
+
+
+def profile(times: Iterable[tuple[str, float]], steps: int) -> list[dict[str, Any]]:
+    """Where the time of a step goes: ``kernel``, ``calls`` and ``microseconds``, of one step, the longest first.
+
+    Numbers at the end of names, which tell apart what XLA made several of, are left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, microseconds in times:
+        name = re.sub(r"[_\d]+$", "", name)
+        row = found.setdefault(name, {"kernel": name, "calls": 0.0, "microseconds": 0.0})
+        row["calls"] += 1 / steps
+        row["microseconds"] += microseconds / steps
+    return sorted(found.values(), key=lambda row: -row["microseconds"])[:LISTED]
 
 
 def _bytes_in_use() -> int:
@@ -219,7 +244,23 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
             lines.append(f"| `{scheme}` | {size:.2f} | " + " | ".join(_cell(own.get(case)) for case in cases) + " |")
         for skipped in result["skipped"]:
             lines += ["", f"`{skipped['scheme']}` left out: {skipped['why']}"]
+        for phase in ("prefill", "decode"):
+            lines += _profiles([row for row in rows if row["phase"] == phase and "kernels" in row])
     return "\n".join(lines) + "\n"
+
+
+def _profiles(rows: list[dict[str, Any]]) -> list[str]:
+    """Where the time of the first case of a phase goes, for every scheme."""
+    lines: list[str] = []
+    for row in rows:
+        if (row["batch"], row["length"]) != (rows[0]["batch"], rows[0]["length"]):
+            continue
+        lines += ["", f"### `{row['scheme']}`: {row['phase']} {row['batch']} x {row['length']}", ""]
+        lines += ["| kernel | calls | microseconds | share |", "|---|---:|---:|---:|"]
+        for k in row["kernels"]:
+            share = k["microseconds"] / row["device_milliseconds"] / 1e3
+            lines.append(f"| {k['kernel']} | {k['calls']:.0f} | {k['microseconds']:.0f} | {share:.1%} |")
+    return lines
 
 
 def _cell(row: dict[str, Any] | None) -> str:
