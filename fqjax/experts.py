@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from fqjax.watching import is_watched, watched
 from pallas_kernels.experts import map_tiles
+from pallas_kernels.reference import activated
 
 
 class Routing(NamedTuple):
@@ -86,13 +87,7 @@ class Expert(nnx.Module):
         self, x: Float[Array, "rows hidden"], shares: Float32[Array, " rows"] | None = None
     ) -> Float[Array, "rows hidden"]:
         """Maps rows; ``shares`` says how much each counts, to whom it may concern (:mod:`fqjax.watching`)."""
-        return watched(self.down_proj, swiglu(watched(self.gate_up_proj, x, shares)), shares)
-
-
-def swiglu(x: Float[Array, "rows twice"]) -> Float[Array, "rows half"]:
-    """``silu(gate) * up`` of the two halves."""
-    gate, up = jnp.split(x, 2, axis=-1)
-    return jax.nn.silu(gate) * up
+        return watched(self.down_proj, activated(watched(self.gate_up_proj, x, shares), "silu", gated=True), shares)
 
 
 class MixtureOfExperts(nnx.Module):

@@ -16,11 +16,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from fqjax.core.flatten import PADDING
-from fqjax.experts import Expert, MixtureOfExperts, Routing, Sorted, swiglu
+from fqjax.experts import Expert, MixtureOfExperts, Routing, Sorted
 from fqjax.linear import LayerSummary, Quantized, QuantizedLinear
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.surgery import find_linears
 from pallas_kernels.experts import expert_matmul, quantize_for_experts, quantize_per_token_for_experts
+from pallas_kernels.reference import activated
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -110,7 +111,7 @@ class StackedExperts(nnx.Module):
     def __call__(self, rows: Float[Array, "tokens hidden"], routing: Routing) -> Float32[Array, "tokens hidden"]:
         """What the experts make of tokens, added up by weight."""
         pairs = routing.sorted(len(self.down_proj.summaries))
-        hidden = swiglu(self.gate_up_proj.of_tokens(rows, pairs))
+        hidden = activated(self.gate_up_proj.of_tokens(rows, pairs), "silu", gated=True)
         return routing.mixed(self.down_proj.of_pairs(hidden, pairs), pairs)
 
     def experts(self) -> nnx.List:

@@ -33,7 +33,7 @@ FEW_ROWS = 264
 PROGRAMS = 528
 """Programs at most that share many rows."""
 ROWS_FOR_XLA = 64
-"""Up to so many rows XLA, which makes one kernel of it, is as fast behind an activation function, with fixed scales."""
+"""Up to so many rows XLA is taken behind an activation function with fixed scales, as it makes one kernel of that."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def _run(kind: Quantization, implementation: Implementation | None, *operands: A
     if reason and implementation == "triton":
         raise NotImplementedError(f"{kind.name}: implementation 'triton' cannot take x {x.shape} {x.dtype}: {reason}")
     if implementation is None and not reason and not kind.per_token and kind.epsilon is None and len(x) <= ROWS_FOR_XLA:
-        reason = "XLA is as fast"
+        reason = "the rows are few, and XLA makes one kernel of it"
     say(kind.name, x.shape, "xla" if reason else "triton", reason or "")
     if reason:
         return kind.xla(*operands)
@@ -160,18 +160,15 @@ def call(
     Args:
       kind: what it is to do.
       operands: as :meth:`Quantization.split` takes them.
-      warps: that share a row.  By default those that were the fastest on an H100 in November 2026: 16, but 32 for few long
-        rows, as gated ones are, and 8 for many short ones.
+      warps: that share a row; by default more for few rows, and for long ones, as gated rows are.
       programs: that share the rows; by default no program has several where these are few, or long, as gated ones are.
       interpret: whether to run on the CPU.
     """
     x, residual, weight, bias, recipe = kind.split(operands)
     rows, (k, extra) = len(x), (recipe[0].shape[0], recipe[1].shape[0])
     one_each = kind.gated or rows <= FEW_ROWS
-    warps, programs = (
-        warps or _warps(kind.gated, rows <= FEW_ROWS),
-        min(rows, programs or (rows if one_each else PROGRAMS)),
-    )
+    warps = warps or _warps(kind.gated, rows <= FEW_ROWS)
+    programs = min(rows, programs or (rows if one_each else PROGRAMS))
     outputs = [jax.ShapeDtypeStruct((rows, k + extra), jnp.int8)]
     if kind.per_token:
         outputs.append(jax.ShapeDtypeStruct((rows,), jnp.float32))
