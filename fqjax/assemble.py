@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Int32
 
 from fqjax.calibration import Span, Statistics
+from fqjax.compiling import jit
 from fqjax.core.codes import qmax
 from fqjax.core.flatten import expansion, flatten_codes
 from fqjax.core.wide import WideLinear, relative_error
@@ -43,13 +44,16 @@ def assemble(
       InputError: naming the layer, if its int32 accumulator could overflow.
     """
     weight, quantizer = expand(wide)
-    error = float(relative_error(wide, inputs.samples, inputs.weight))
+    error = float(_relative_error(wide, inputs.samples, inputs.weight))
     bound = measured_bound(weight, quantizer)
     summary = LayerSummary(scheme=scheme, relative_error=error, accumulator_bound=bound, macs=macs)
     bias = None if linear.bias is None else linear.bias[...]
     return QuantizedLinear(
         weight, quantizer, bias, dtype=linear.dtype, param_dtype=linear.param_dtype, summary=summary, name=name
     )
+
+
+_relative_error = jit(relative_error)
 
 
 def expand(wide: WideLinear) -> tuple[QTensor, InputQuantizer]:

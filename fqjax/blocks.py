@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int16, Int32
 
+from fqjax.compiling import jit
 from fqjax.core.codes import steps
 from fqjax.core.wide import represented
 from fqjax.linear import QuantizedLinear
@@ -155,12 +156,12 @@ def call_model(model: Any, args: Any, kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit, static_argnums=(0, 1))
 def _run(call: Callable[..., Any], graphdef: Any, state: Any, x: Any, others: Any) -> Any:
     return call(nnx.merge(graphdef, state), x, others)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def end(graphdef: Any, state: Any, hidden: Any) -> Any:
     """A model's output, of what its last block gives."""
     return nnx.merge(graphdef, state).end(hidden)

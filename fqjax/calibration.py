@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from fqjax.blocks import Chain, Feed, chain, places, sweep
+from fqjax.compiling import jit
 from fqjax.errors import InputError
 from fqjax.surgery import dotted, replace_modules
 from fqjax.watching import Watcher
@@ -147,7 +148,7 @@ def watch(
     return {name: _statistics(name, found[path]) for path, name in names.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jit, static_argnums=(0, 1, 2))
 def _observe(
     call: Callable[..., Any], graphdef: Any, wanted: bool, statistics: Any, rest: Any, x: Any, others: Any
 ) -> tuple[Any, Any]:

@@ -30,6 +30,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from fqjax.blocks import Chain, Feed, Simulated, run
+from fqjax.compiling import jit
 from fqjax.core.gptq import Prepared, aim_of, gptq_prepared, prepare, solve_ridge
 from fqjax.core.wide import Grid, WideLinear, represented
 from fqjax.host_memory import give_back
@@ -170,7 +171,7 @@ def _no_moments(grid: Grid) -> Moments:
     return Moments(gram, jnp.zeros(shape, jnp.float32) if grid.x_bits == 4 else None)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jit, static_argnums=(0, 1, 2))
 def _inputs(
     call: Callable[..., Any],
     exact_def: Any,
@@ -204,7 +205,7 @@ def _with_rows(
 
 
 # Donated, and added to in place: moments are the largest arrays there are.
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jit, donate_argnums=0)
 def _plus_product(
     total: Float32[Array, "k k"], left: Float32[Array, "rows k"], right: Float32[Array, "rows k"]
 ) -> Float32[Array, "k k"]:
@@ -242,9 +243,9 @@ def _rounded(weight: Float[Array, "n k"], grid: Grid, moments: Moments) -> WideL
     return jax.block_until_ready(_round_in_order(target, grid, prepared))
 
 
-_aim_of = jax.jit(functools.partial(aim_of, damping=DAMPING))
-_solve_ridge = jax.jit(functools.partial(solve_ridge, damping=DAMPING))
-_prepare = jax.jit(functools.partial(prepare, damping=DAMPING, act_order=True), donate_argnums=0)
+_aim_of = jit(functools.partial(aim_of, damping=DAMPING))
+_solve_ridge = jit(functools.partial(solve_ridge, damping=DAMPING))
+_prepare = jit(functools.partial(prepare, damping=DAMPING, act_order=True), donate_argnums=0)
 
 
 @jax.jit
@@ -252,7 +253,7 @@ def _smoothed(weight: Float[Array, "n k"], smoothing: Float32[Array, " k"]) -> F
     return weight.astype(jnp.float32) * smoothing
 
 
-@jax.jit
+@jit
 def _round_in_order(target: Float32[Array, "n k"], grid: Grid, prepared: Prepared) -> WideLinear:
     lowest, largest = grid.code_range
     steps = jnp.atleast_2d(grid.steps)  # Not as large as the weight unless it has groups.

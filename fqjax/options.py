@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -13,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from fqjax.calibration import Statistics
+from fqjax.compiling import jit
 from fqjax.core.codes import qmax
 from fqjax.core.flatten import padded_width
 from fqjax.core.selection import choose, histogram_divergence, select_low_bits
@@ -134,7 +134,7 @@ def _part(grid: Grid, rows: slice, weight: Float32[Array, "n k"]) -> Grid:
     return dataclasses.replace(grid, w_scale=jnp.minimum(grid.w_scale, needed))
 
 
-@jax.jit
+@jit
 def _judged(grid: Grid, inputs: LayerInputs) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """The error and the divergence of a layer's output."""
     layer = grid.round(inputs.weight)
@@ -202,7 +202,7 @@ class _Measured(NamedTuple):
     divergence: Float32[Array, " b"]
 
 
-@functools.partial(jax.jit, static_argnames=("scheme", "bits"))
+@functools.partial(jit, static_argnames=("scheme", "bits"))
 def _measured(inputs: LayerInputs, scheme: Scheme, bits: int, budgets: Float32[Array, " b"]) -> _Measured:
     """Every grid of a layer, with the error of its output and the divergence of its histogram."""
     exact = inputs.samples @ inputs.weight.T

@@ -17,17 +17,20 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float32
 
 from fqjax.assemble import assemble, count_macs
 from fqjax.blocks import Chain, Feed, Simulated, places
 from fqjax.calibration import Statistics, watch
 from fqjax.compensate import compensated, propagated, twice
+from fqjax.compiling import jit
 from fqjax.core.wide import WideLinear, relative_square
 from fqjax.errors import InputError
 from fqjax.findings import Findings
 from fqjax.integer_scale import with_integer_scales
 from fqjax.linear import QuantizedLinear
 from fqjax.memo import Memo
+from fqjax.methods import LayerInputs
 from fqjax.options import costs_by_bits, layer_inputs, layer_options, select, shared_options
 from fqjax.scheme import Scheme
 from fqjax.sensitivity import sensitivities
@@ -204,9 +207,14 @@ def _with_integer_scales(
     """The layer with integer scales, where they are safe, and its error measured again."""
     changed = with_integer_scales(layer, scheme.amplifier)
     inputs = layer_inputs(linear, statistics, scheme)
-    error = relative_square(Simulated(changed).product(inputs.samples), inputs.samples @ inputs.weight.T)
+    error = _relative_error(Simulated(changed), inputs)
     summary = dataclasses.replace(changed.summary, relative_error=float(error))
     return changed.with_summary(summary)
+
+
+@jit
+def _relative_error(layer: Simulated, inputs: LayerInputs) -> Float32[Array, ""]:
+    return relative_square(layer.product(inputs.samples), inputs.samples @ inputs.weight.T)
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from fqjax.blocks import Chain, Feed, Simulated, as_arguments, places, run
+from fqjax.compiling import jit
 from fqjax.linear import QuantizedLinear
 from fqjax.surgery import replace_modules
 
@@ -89,7 +90,7 @@ def _probed(block: nnx.Module, low: Mapping[str, QuantizedLinear], numbers: Mapp
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit, static_argnums=(0, 1))
 def _run_probed(
     call: Callable[..., Any], graphdef: Any, up: Any, rest: Any, number: Int32[Array, ""], x: Any, others: Any
 ) -> Any:

@@ -10,7 +10,6 @@ transformers.  It depends on the sizes of a block and of the embeddings, not on 
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -80,16 +79,34 @@ def make_checkpoint(directory: Path, config: dict[str, Any], blocks: int) -> int
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def convert(source: Path, out: Path, *options: str) -> tuple[int, float]:
-    """Converts in a process of its own; returns its peak memory in bytes, and the seconds."""
-    command = [sys.executable, "-m", "fqjax.cli", "convert", str(source), str(out), *options]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+MEASURE = """
+import os, sys
+_, status, used = os.wait4(os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:]), 0)
+print(used.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""Runs a program and prints its peak memory.  A process counts what its parent held when it was started as its own, so the
+parent has to be as small as this one."""
+
+
+def peak_memory_of(command: list[str]) -> int:
+    """Bytes of the largest resident set of a program; what it prints is not shown.
+
+    Raises:
+      SystemExit: if the program fails.
+    """
+    process = subprocess.Popen([sys.executable, "-c", MEASURE, *command], stdout=subprocess.PIPE, text=True)
+    *_, last = process.communicate()[0].splitlines() or [""]
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-    return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024), time.perf_counter() - start
+    return int(last)
+
+
+def convert(source: Path, out: Path, *options: str) -> tuple[int, float]:
+    """Converts in a process of its own; returns its peak memory in bytes, and the seconds."""
+    start = time.perf_counter()
+    peak = peak_memory_of([sys.executable, "-m", "fqjax.cli", "convert", str(source), str(out), *options])
+    return peak, time.perf_counter() - start
 
 
 def document(rows: dict[str, Any]) -> str:

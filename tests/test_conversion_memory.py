@@ -1,11 +1,13 @@
 """The peak memory of conversions, measured in processes of their own."""
 
 import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from scripts.measure_conversion_memory import CONFIG, convert, make_checkpoint
+from scripts.measure_conversion_memory import CONFIG, convert, make_checkpoint, peak_memory_of
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("FQJAX_MEASURE_MEMORY") == "no", reason="FQJAX_MEASURE_MEMORY=no: it takes minutes"
@@ -28,6 +30,13 @@ def measured(folder, config, blocks, scheme):
         if path.is_file():
             path.unlink()  # Else pytest keeps several GB.
     return size, peak
+
+
+def test_what_is_measured_is_the_program_alone():
+    """Not the process that measures it, whose own peak is above that of the program here."""
+    held = np.ones(2**26)
+    peak = peak_memory_of([sys.executable, "-c", "print('x'); held = b'1' * 100_000_000"])
+    assert 1e8 < peak < 2e8 < held.nbytes
 
 
 @pytest.mark.parametrize(("scheme", "blocks", "least"), [("flattenquant-w8a8", 24, 4e9), ("flattenquant", 1, 0)])

@@ -121,7 +121,6 @@ def output(layer: WideLinear, x: Float[Array, "rows k"]) -> Float32[Array, "rows
     return layer.activations(x) @ layer.weight.T
 
 
-@jax.jit
 def relative_error(layer: WideLinear, x: Float[Array, "rows k"], weight: Float[Array, "n k"]) -> Float32[Array, ""]:
     """Mean squared error of the layer's output over the mean square of the unquantized output; 0 if both are 0."""
     return relative_square(output(layer, x), x.astype(jnp.float32) @ weight.astype(jnp.float32).T)
