@@ -4,12 +4,13 @@
 # make docs     set up, and build the documentation into docs/_build/html
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=dir the environment, PINS="jax==0.11.2 ..." holds versions down,
-# EXTRAS=dev,parity adds torch, with which the models are compared.
+# EXTRAS=dev,parity adds torch, with which the models are compared, TESTS="file ..." runs some tests, JOBS=0 one at a time.
 
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
 PINS ?=
+JOBS ?= auto
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -21,7 +22,7 @@ demo: $(VENV)/.run
 	$(BIN)/fqjax demo --out fqjax-demo
 
 test: $(VENV)/.$(EXTRAS)
-	$(BIN)/python -m pytest --numprocesses auto $(TESTS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) $(TESTS)
 
 lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff check .

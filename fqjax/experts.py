@@ -42,31 +42,42 @@ class Routing(NamedTuple):
         tokens = jnp.arange(len(self.chosen))[:, None]
         return jnp.zeros((len(self.chosen), experts), jnp.float32).at[tokens, self.chosen].set(self.weights)
 
-    def sorted(self, experts: int) -> "Sorted":
-        """The pairs of a token and one of its experts, sorted by expert."""
+    def sorted(self, experts: int, alignment: int = 1) -> "Sorted":
+        """The pairs of a token and one of its experts, sorted by expert.
+
+        Every expert gets rows in multiples of ``alignment``; where it has fewer pairs, the first token fills them up.
+        """
         expert = self.chosen.reshape(-1)
+        pairs, k = len(expert), self.chosen.shape[1]
         order = jnp.argsort(expert, stable=True)
         sizes = jnp.bincount(expert, length=experts)
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
-        return Sorted(order // self.chosen.shape[1], expert[order], sizes, place)
+        if alignment == 1:
+            place = jnp.zeros_like(order).at[order].set(jnp.arange(pairs))
+            return Sorted(order // k, expert[order], sizes, place)
+        room = -(-sizes // alignment) * alignment
+        first, begin = jnp.cumsum(sizes) - sizes, jnp.cumsum(room) - room
+        row = begin[expert[order]] + jnp.arange(pairs) - first[expert[order]]
+        rows = -(-(pairs + (alignment - 1) * min(experts, pairs)) // alignment) * alignment
+        token, owner = (jnp.zeros(rows, jnp.int32).at[row].set(what) for what in (order // k, expert[order]))
+        return Sorted(token, owner, room, jnp.zeros_like(order).at[order].set(row))
 
-    def mixed(self, rows: Float[Array, "pairs n"], pairs: "Sorted") -> Float32[Array, "tokens n"]:
+    def mixed(self, rows: Float[Array, "rows n"], pairs: "Sorted") -> Float32[Array, "tokens n"]:
         """The outputs of the sorted pairs, added up by weight."""
         each = rows[pairs.place].reshape(*self.chosen.shape, -1).astype(jnp.float32)
         return jnp.sum(each * self.weights[..., None], axis=1)
 
 
 class Sorted(NamedTuple):
-    """Pairs of a token and an expert, sorted by expert.
+    """Pairs of a token and an expert, sorted by expert, a row each; there may be rows that nobody needs.
 
     Attributes:
-      token, expert: of each pair.
-      sizes: pairs of each expert.
-      place: where pair (token, i-th expert) stands, in the order of the tokens.
+      token, expert: of each row.
+      sizes: rows of each expert.
+      place: the row of pair (token, i-th expert), in the order of the tokens.
     """
 
-    token: Int32[Array, " pairs"]
-    expert: Int32[Array, " pairs"]
+    token: Int32[Array, " rows"]
+    expert: Int32[Array, " rows"]
     sizes: Int32[Array, " experts"]
     place: Int32[Array, " pairs"]
 

@@ -20,7 +20,12 @@ from fqjax.experts import Expert, MixtureOfExperts, Routing, Sorted
 from fqjax.linear import LayerSummary, Quantized, QuantizedLinear
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.surgery import find_linears
-from pallas_kernels.experts import expert_matmul, quantize_for_experts, quantize_per_token_for_experts
+from pallas_kernels.experts import (
+    expert_matmul,
+    quantize_for_experts,
+    quantize_per_token_for_experts,
+    row_alignment,
+)
 from pallas_kernels.reference import activated
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -53,19 +58,19 @@ class StackedLinear(nnx.Module):
         self.shared, self.used, self.summaries = shared, used, summaries
         self.dtype, self.param_dtype = dtype, param_dtype
 
-    def of_tokens(self, x: Float[Array, "tokens k"], pairs: Sorted) -> Float[Array, "pairs n"]:
+    def of_tokens(self, x: Float[Array, "tokens k"], pairs: Sorted) -> Float[Array, "rows n"]:
         """The outputs of the tokens' experts; tokens are quantized before they are dealt out, if that is the same for all."""
         if not self.shared:
             return self.of_pairs(x[pairs.token], pairs)
         codes, scale = self.input.get_value()(x)
         return self._multiply(codes[pairs.token], scale[pairs.token] if scale.ndim else scale, pairs, x.dtype)
 
-    def of_pairs(self, x: Float[Array, "pairs k"], pairs: Sorted) -> Float[Array, "pairs n"]:
+    def of_pairs(self, x: Float[Array, "rows k"], pairs: Sorted) -> Float[Array, "rows n"]:
         """The outputs where every pair has an input of its own."""
         codes, scale = self.input.get_value()(x) if self.shared else self._quantized(x, pairs)
         return self._multiply(codes, scale, pairs, x.dtype)
 
-    def _quantized(self, x: Float[Array, "pairs k"], pairs: Sorted) -> tuple[Array, Float32[Array, "..."]]:
+    def _quantized(self, x: Float[Array, "rows k"], pairs: Sorted) -> tuple[Array, Float32[Array, "..."]]:
         q = self.input.get_value()
         width = q.multiplier.shape[1] + q.source.shape[1]
         if q.bits == 16:
@@ -88,6 +93,7 @@ class StackedLinear(nnx.Module):
             bits=weight.format.bits,  # pyright: ignore[reportArgumentType]
             folded=weight.format.folded,
             out_dtype=self.dtype or jnp.result_type(dtype, self.param_dtype),
+            alignment=row_alignment(),
         )
 
     def layers(self) -> list[QuantizedLinear]:
@@ -110,7 +116,7 @@ class StackedExperts(nnx.Module):
 
     def __call__(self, rows: Float[Array, "tokens hidden"], routing: Routing) -> Float32[Array, "tokens hidden"]:
         """What the experts make of tokens, added up by weight."""
-        pairs = routing.sorted(len(self.down_proj.summaries))
+        pairs = routing.sorted(len(self.down_proj.summaries), row_alignment())
         hidden = activated(self.gate_up_proj.of_tokens(rows, pairs), "silu", gated=True)
         return routing.mixed(self.down_proj.of_pairs(hidden, pairs), pairs)
 

@@ -55,6 +55,7 @@ def problem(
     group_dtype: DTypeLike | None = None,
     folded: bool = False,
     weight_only: bool = False,
+    experts: int = 0,
 ) -> Any:
     """A :class:`pallas_kernels.hopper.problem.Problem`; Mosaic GPU is imported only where it may be used."""
     from pallas_kernels.hopper.problem import Problem
@@ -65,6 +66,7 @@ def problem(
         "bias": bias,
         "folded": folded,
         "weight_only": weight_only,
+        "experts": experts,
     }
     groups = None if group_dtype is None else jnp.dtype(group_dtype)
     return Problem(m=m, n=n, k=k, bits=bits, out_dtype=jnp.dtype(out_dtype), group_dtype=groups, **kinds)
@@ -179,7 +181,7 @@ def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) 
     kinds = {"per_token": bool(x_scale.ndim), "per_channel": bool(weight_scale.ndim), "bias": bias is not None}
     kinds |= {"folded": kind.folded, "weight_only": kind.weight_only}
     p = problem(kind.bits, m, n, k, kind.out_dtype, group_dtype=None if groups is None else groups.dtype, **kinds)
-    reason = NO_HOPPER if device is None else _wrong_operands(p, x, groups) or matmul.cannot_use(p)
+    reason = NO_HOPPER if device is None else cannot_use(p, x, None if groups is None else len(groups))
     if reason and implementation == "mosaic":
         raise NotImplementedError(f"{kind.name}: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
     config = None if reason or device is None else tuning.choose(p, device)
@@ -197,13 +199,15 @@ def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) 
     return lax.platform_dependent(*operands, cuda=mosaic, default=kind.xla)
 
 
-def _wrong_operands(p: Any, x: Array, scales: Array | None) -> str | None:
-    """Why the kernels cannot take these operands; None if they can."""
+def cannot_use(p: Any, x: Array, groups: int | None) -> str | None:
+    """Why the kernels cannot take a problem with these activations and so many groups; None if they can."""
+    from pallas_kernels.hopper import matmul
+
     if x.dtype != p.x_dtype:
         return f"x is {x.dtype}, not {p.x_dtype}"
-    if scales is None or p.k == 128 * len(scales):
-        return None
-    return f"groups have {p.k // len(scales)} input channels, not 128"
+    if groups is not None and p.k != 128 * groups:
+        return f"groups have {p.k // groups} input channels, not 128"
+    return matmul.cannot_use(p)
 
 
 @functools.cache

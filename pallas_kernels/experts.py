@@ -4,7 +4,9 @@ The rows come sorted by expert, with the number of rows that each has (``group_s
 An implementation cuts them into tiles of rows of one expert each, so that what a tile needs is a plain matmul; where the
 rows of an expert do not fill the last of its tiles, that is padded.
 
-  "xla"  one tile after the other, each by the matmul that :mod:`pallas_kernels.reference` defines; for any device
+  "xla"     one tile after the other, each by the matmul that :mod:`pallas_kernels.reference` defines; for any device
+  "mosaic"  all tiles in one Mosaic GPU kernel (:mod:`pallas_kernels.hopper.experts`), for Hopper GPUs; the rows of every
+            expert have to begin at a multiple of 8
 """
 
 import functools
@@ -17,10 +19,26 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
 from pallas_kernels import reference
-from pallas_kernels.dispatch import Implementation, Matmul, without_gradient
+from pallas_kernels.dispatch import (
+    NO_HOPPER,
+    Implementation,
+    Matmul,
+    cannot_use,
+    hopper_device,
+    problem,
+    say,
+    without_gradient,
+)
 
 LARGEST_TILE = 256
-"""Rows of a tile at most."""
+"""Rows of a tile at most, where XLA multiplies."""
+ALIGNMENT = 8
+"""What the number of rows of every expert has to be a multiple of for the kernel."""
+
+
+def row_alignment() -> int:
+    """What the numbers of rows of experts are best made multiples of on this machine."""
+    return ALIGNMENT if hopper_device() else 1
 
 
 class Tiles(NamedTuple):
@@ -94,22 +112,28 @@ def expert_matmul(
     bits: Literal[4, 8],
     folded: bool = False,
     out_dtype: DTypeLike = jnp.bfloat16,
+    alignment: int = 1,
     implementation: Implementation | None = None,
 ) -> Array:
     """Multiplies every row with the weight of its expert; the bits are those of the matmul with that weight alone.
+
+    With float scales of groups on a GPU, whose products are added up in another order, they are close instead.
 
     Args:
       x: activation codes sorted by expert, (rows, k), or, with 4-bit weights in groups with float scales, real activations.
       weight: weight codes of every expert, (experts, n, k), or (experts, n, k / 2) with 4 bits, two to a byte as
         :func:`pallas_kernels.pack_int4` packs them.
-      group_sizes: rows of each expert, (experts,); their sum is the number of rows.
+      group_sizes: rows of each expert, (experts,); their sum is the number of rows at most.  What comes out for rows beyond
+        it is not defined.
       x_scale: float32 scalar, or one a row, (rows,); it means nothing for real activations.
       weight_scale: float32 scalar, one an expert, (experts,), or one an output channel of each, (experts, n).
       group_scale: scales of groups of input channels, as in :func:`pallas_kernels.grouped_int8_matmul`; None without groups.
       bits: of a weight code.
       folded: as in :func:`pallas_kernels.grouped_int8_matmul`.
       out_dtype: a floating dtype, or int32 for the bare accumulator.
-      implementation: None or "xla".
+      alignment: a number that all of ``group_sizes`` are multiples of (:func:`row_alignment`); the rows that an expert is
+        given for it can hold anything.
+      implementation: "mosaic", "xla", or None for what is fastest here.
 
     Returns:
       (rows, n), in the order of the rows.
@@ -128,12 +152,45 @@ def expert_matmul(
     )
     x_scale, weight_scale = (jnp.asarray(scale, jnp.float32) for scale in (x_scale, weight_scale))
     _check(kind, x, weight, group_sizes, x_scale, weight_scale, group_scale)
-    if implementation not in (None, "xla"):
-        raise NotImplementedError(f"expert_matmul: implementation {implementation!r} is not one of: xla")
     rest = () if group_scale is None else (group_scale,)
-    return without_gradient("expert_matmul", functools.partial(_xla, kind))(
+    return without_gradient("expert_matmul", functools.partial(_run, kind, alignment, implementation))(
         x, weight, group_sizes, x_scale, weight_scale, *rest
     )
+
+
+def _run(kind: Matmul, alignment: int, implementation: Implementation | None, *operands: Array) -> Array:
+    """By the implementation asked for, or the fastest there is."""
+    device = hopper_device()
+    x, weight, _, x_scale, _, *groups = operands
+    (rows, k), (experts, n) = x.shape, weight.shape[:2]
+    if implementation == "xla" or (implementation is None and device is None) or not rows:
+        return _xla(kind, *operands)
+    from pallas_kernels import tuning
+    from pallas_kernels.hopper import matmul
+
+    kinds = {"per_token": bool(x_scale.ndim), "per_channel": True, "folded": kind.folded, "experts": experts}
+    kinds |= {"weight_only": kind.weight_only, "group_dtype": groups[0].dtype if groups else None}
+    p = problem(kind.bits, rows, n, k, kind.out_dtype, **kinds)
+    reason = NO_HOPPER if device is None else cannot_use(p, x, groups[0].shape[1] if groups else None)
+    if alignment % ALIGNMENT:
+        reason = reason or f"experts' rows are multiples of {alignment}, not of {ALIGNMENT}"
+    if reason and implementation == "mosaic":
+        raise NotImplementedError(f"expert_matmul: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
+    config = None if reason else tuning.choose(p, device or "")
+    say("expert_matmul", (rows, n, k), "xla" if config is None else f"mosaic, {config}", reason or "")
+    if config is None:
+        return _xla(kind, *operands)
+
+    def mosaic(
+        x: Array, weight: Array, sizes: Array, x_scale: Array, weight_scale: Array, group_scale: Array | None = None
+    ) -> Array:
+        each = weight_scale if weight_scale.ndim == 2 else weight_scale[..., None]
+        each = jnp.broadcast_to(each, (experts, n))
+        return matmul.expert_matmul(p, config, x, weight, sizes, x_scale, each, group_scale)
+
+    if implementation == "mosaic":
+        return mosaic(*operands)
+    return lax.platform_dependent(*operands, cuda=mosaic, default=functools.partial(_xla, kind))
 
 
 def _xla(

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.hopper import decode, gemm
+from pallas_kernels.hopper import decode, experts, gemm
 from pallas_kernels.hopper.decode import DecodeConfig
 from pallas_kernels.hopper.gemm import GemmConfig
 from pallas_kernels.hopper.problem import Problem
@@ -33,13 +33,13 @@ def choose(p: Problem, device: str) -> Config | None:
     Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, or for half as many at least; others
     what the rule says.
     """
-    measured = _table(device).get((p.bits, p.kind, p.n, p.k), {})
+    measured = {} if p.experts else _table(device).get((p.bits, p.kind, p.n, p.k), {})
     nearest = min((m for m in measured if m >= p.m), default=max(measured, default=0))
     if 2 * nearest >= p.m:
         config = measured[nearest]
         if not isinstance(config, DecodeConfig) or p.m <= decode.MOST_TOKENS:
             return config
-    return None if p.weight_only and p.m >= WEIGHT_ONLY_ROWS else rule(p)
+    return None if p.weight_only and p.m >= WEIGHT_ONLY_ROWS and not p.experts else rule(p)
 
 
 def table_file(device: str) -> Path:
@@ -69,7 +69,7 @@ def rule(p: Problem) -> Config:
 def candidates(p: Problem) -> list[Config]:
     """Configurations worth considering."""
     found: list[Config] = []
-    if p.m <= decode.MOST_TOKENS:
+    if p.each <= decode.MOST_TOKENS:
         for warpgroups, splits, groups in itertools.product(range(1, 6), (1, 2, 3, 4, 5, 8), (1, 2)):
             if splits == groups == 1 or (splits * groups <= p.steps // 2 and warpgroups * groups <= 5):
                 for fold, stages in itertools.product((False, True)[: 1 + p.folded], STAGES):
@@ -138,7 +138,8 @@ def estimate(p: Problem, config: Config) -> float:
     """Microseconds, roughly, on an H200: fitted to what ``scripts/tune_kernels.py`` printed for seven shapes."""
     blocks = -(-p.n // (64 * config.warpgroups))
     if isinstance(config, DecodeConfig):
-        tokens, units = decode.token_tile(p.m), config.splits * config.groups
+        tokens, units = decode.token_tile(p.each), config.splits * config.groups
+        blocks *= experts.tiles_expected(p, tokens)
         ctas = blocks * config.splits
         room = MULTIPROCESSORS if config.splits <= 2 else 112  # Large clusters do not fit everywhere.
         at_once = min(ctas, room)
@@ -150,7 +151,7 @@ def estimate(p: Problem, config: Config) -> float:
         exchange = 0.15 + sent / 1.35e4 - 0.35 * (config.groups > 1) if config.splits > 1 else 0.0
         folding = 1.05 if config.fold and tokens <= 16 else 1
         return 2.85 + -(-ctas // at_once) * (folding * max(from_memory, from_cache) + exchange)
-    tiles = -(-blocks // config.cluster) * -(-p.m // config.tokens)  # a CTA of each cluster
+    tiles = -(-blocks // config.cluster) * experts.tiles_expected(p, config.tokens)  # a CTA of each cluster
     waves = -(-tiles // (MULTIPROCESSORS // config.cluster))
     macs = 64 * config.warpgroups * config.tokens * p.k
     tile = config.warpgroups, config.tokens

@@ -318,3 +318,26 @@ def test_gptq_rounds_an_expert_for_the_tokens_that_are_sent_to_it(model, monkeyp
     monkeypatch.undo()
     jax.clear_caches()
     assert (own < 0.95 * alike).all() and (alike < nearest).all()
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_rows_of_experts_begin_at_multiples_of_the_alignment(alignment):
+    rng = np.random.default_rng(5)
+    routing = route(jnp.asarray(rng.normal(size=(13, 6)) + np.arange(6) * 2.0), 2, normalized=True)
+    pairs = routing.sorted(6, alignment)
+    assert (np.asarray(pairs.sizes) % alignment == 0).all() and len(pairs.token) % alignment == 0
+    assert pairs.sizes.sum() <= len(pairs.token)
+    owner = np.repeat(np.arange(6), pairs.sizes)
+    place = np.asarray(pairs.place).reshape(routing.chosen.shape)
+    assert len(np.unique(place)) == place.size
+    np.testing.assert_array_equal(owner[place], routing.chosen)
+    np.testing.assert_array_equal(np.asarray(pairs.token)[place], np.tile(np.arange(13)[:, None], 2))
+    np.testing.assert_array_equal(np.asarray(pairs.expert)[place], routing.chosen)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-integer-scale", "flattenquant"])
+def test_alignment_changes_no_bit(monkeypatch, model, scheme):
+    quantized, _ = fqjax.quantize(model, scheme, BATCHES[:1])
+    wanted = quantized(BATCHES[1])
+    monkeypatch.setattr("fqjax.stacking.row_alignment", lambda: 8)
+    np.testing.assert_array_equal(quantized(BATCHES[1]), wanted)

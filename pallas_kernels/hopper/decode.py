@@ -6,7 +6,8 @@ CTA a slice of K, streamed through a deep ring together with the activations tha
 cluster exchange their partial sums (:class:`pallas_kernels.hopper.exchange.Exchange`), each finishes some of the
 rows, and no second kernel is needed.
 
-With one CTA a cluster there is nothing to exchange, and CTAs may walk over several blocks of channels.
+With one CTA a cluster there is nothing to exchange, and CTAs may walk over several blocks of channels.  So it is with
+experts, where a block is one of channels for a tile of rows.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import kernel, load, plgpu
-from pallas_kernels.hopper import grouped, registers, tiles, unpack
+from pallas_kernels.hopper import experts, grouped, registers, tiles, unpack
 from pallas_kernels.hopper.exchange import Exchange
 from pallas_kernels.hopper.problem import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
 
@@ -63,14 +64,16 @@ def slots(p: Problem, config: DecodeConfig) -> int:
       NotImplementedError: if a kernel cannot be built with this configuration.
     """
     splits, groups = config.splits, config.groups
-    channels, tokens = 64 * config.warpgroups, token_tile(p.m)
+    channels, tokens = 64 * config.warpgroups, token_tile(p.each)
     exchange = Exchange(splits, groups, config.warpgroups, tokens, p.total_dtype)
     slot_bytes = (channels + p.halves * tokens * p.x_dtype.itemsize) * STEP + grouped.slot_bytes(p, channels)
     room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
-    blocks = pl.cdiv(p.n, channels)
+    blocks = pl.cdiv(p.n, channels) * (experts.most_tiles(p, tokens) if p.experts else 1)
     columns = blocks if splits > 1 else min(config.ctas, blocks)
     visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
     stages = min(config.stages, room, visits)
+    if p.experts and splits > 1:
+        raise NotImplementedError(f"{config}: with experts there are blocks enough without splitting K")
     if stages < visits:  # A slot always serves the same group: who waits for a barrier has to see all its phases.
         stages = stages // groups * groups
     if p.grouped and config.warpgroups * groups > grouped.most_consumers(p, tokens):
@@ -83,11 +86,12 @@ def slots(p: Problem, config: DecodeConfig) -> int:
 
 
 def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
-    """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups if any, bias if any).
+    """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups, bias, and tiles of experts, if any).
 
     Operands are as in :func:`pallas_kernels.hopper.gemm.build`.
 
-    ``x`` has m rows, less than 8 or a multiple of 8, at most 64; a per-token ``x_scale`` is as long as the token tile.
+    ``x`` has m rows, less than 8 or a multiple of 8, at most 64 but with experts; a per-token ``x_scale`` is as long as the
+    token tile, with experts longer than x by as much.
 
     In interpret mode, which has no exchange, the partial sums are returned instead, of shape
     (splits * groups, channels of all blocks, token tile).
@@ -95,44 +99,63 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     if p.folded and not config.fold:
         p = dataclasses.replace(p, folded=False)
     splits, warpgroups, groups, stages = config.splits, config.warpgroups, config.groups, slots(p, config)
-    channels, tokens = 64 * warpgroups, token_tile(p.m)
-    blocks = pl.cdiv(p.n, channels)
-    columns = blocks if splits > 1 else min(config.ctas, blocks)
+    channels, tokens = 64 * warpgroups, token_tile(p.each)
+    each = pl.cdiv(p.n, channels)  # blocks of a tile
+    most = each * (experts.most_tiles(p, tokens) if p.experts else 1)
+    columns = most if splits > 1 else min(config.ctas, most)
     packed = p.bits == 4
     exchange = Exchange(splits, groups, warpgroups, tokens, p.total_dtype)
 
     def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None
-        group_g, bias_g, o_g = tiles.optional(rest, p.grouped, p.bias)
+        group_g, bias_g, visits_g, o_g = tiles.optional(rest, p.grouped, p.bias, p.experts > 0)
         w_s, x_s, groups_s, staged = (scratch.get(name, missing) for name in ("w", "x", "groups", "staged"))
         full, empty = scratch["full"], scratch["empty"]
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index("split") if splits > 1 else jnp.int32(0)
         begin, end = (lax.div(r * p.steps, jnp.int32(splits)) for r in (rank, rank + 1))
         steps = end - begin
+        blocks = each * visits_g[0] if p.experts else each
         mine = lax.div(blocks - cta + columns - 1, jnp.int32(columns))
+
+        def where(block: Any) -> tuple[experts.Rows, Any]:
+            """The rows of a block, and its first channel."""
+            if (
+                not p.experts
+            ):  # A traced zero: the tile may have more rows than x, and the copy engine fills them with zeros.
+                return experts.Rows(0, cta * 0, p.m), block * channels
+            tile = lax.div(block, jnp.int32(each))
+            return experts.rows(p, visits_g, tile, tokens), (block - tile * each) * channels
+
         exchanges = splits > 1 and not interpret
         if exchanges:
             exchange.begin(scratch["arrived"])
 
         @pl.when(warpgroup == warpgroups * groups)
         def produce() -> None:
-            def step(i: Any, _: Any) -> None:
+            def copy(i: Any, of: experts.Rows, first: Any, k: Any) -> None:
                 s = tiles.slot(i, stages)
-                block = cta + lax.div(i, steps) * columns
-                k = begin + lax.rem(i, steps)
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty.at[s]))
-                source = w_g.at[pl.ds(block * channels, channels), pl.ds(k * STEP, STEP)]
+                source = w_g.at[pl.ds(of.expert * p.n + first, channels), pl.ds(k * STEP, STEP)]
                 plgpu.copy_gmem_to_smem(source, w_s.at[s], full.at[s])
                 if p.grouped:
-                    grouped.copy(p, group_g, block * channels, k, groups_s.at[s], full.at[s])
+                    grouped.copy(p, group_g, first, of.expert * p.steps + k, groups_s.at[s], full.at[s])
                 for half in range(p.halves):
-                    # A traced zero: the tile may have more rows than x, and the copy engine fills them with zeros.
-                    part = x_g.at[pl.ds(cta * 0, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
+                    part = x_g.at[pl.ds(of.begin, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
                     plgpu.copy_gmem_to_smem(part, x_s.at[s, half], full.at[s])
 
+            def step(i: Any, _: Any) -> None:
+                copy(i, *where(cta + lax.div(i, steps) * columns), begin + lax.rem(i, steps))
+
+            def tile(t: Any, _: Any) -> None:
+                place = where(cta + t * columns)
+                lax.fori_loop(0, steps, lambda k, _: copy(t * steps + k, *place, k), None)
+
             count = mine * steps
-            lax.fori_loop(0, count, step, None)
+            if p.experts:
+                lax.fori_loop(0, mine, tile, None)
+            else:
+                lax.fori_loop(0, count, step, None)
             if exchanges:
                 exchange.ready()
             tiles.drain(empty, count, stages)
@@ -197,22 +220,26 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 return registers.concatenate(totals, bool(interpret))
 
             def block(t: Any, _: Any) -> None:
-                first = (cta + t * columns) * channels + row * 64
-                factors = row_factors(p, ws_g, bias_g, first)
+                number = cta + t * columns
+                of, first = where(number)
+                first = first + row * 64
+                factors = row_factors(p, ws_g, bias_g, first, of.expert)
                 token_scale = None
                 if not p.raw:
-                    token_scale = load(xs_g, COLUMN, optimized=False) if p.per_token else xs_g[0]
+                    scales_g = xs_g.at[pl.ds(of.begin, tokens)] if p.experts else xs_g
+                    token_scale = load(scales_g, COLUMN, optimized=False) if p.per_token else xs_g[0]
                 if p.flushed:
                     acc = accumulate_groups(t)
                 else:
                     acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
                 if interpret:
-                    o_g[rank * groups + group, pl.ds(first, 64)] = acc
+                    o_g[rank * groups + group, pl.ds(number * channels + row * 64, 64)] = acc
                     return
                 if exchanges:
                     acc = exchange(plgpu.layout_cast(acc, registers.ACC), scratch["arrivals"], scratch["arrived"])
                 y = finish(p, acc, factors, token_scale)
-                registers.store(y, o_g, jnp.int32(0), first, exchange=exchange if exchanges else None)
+                begin_at, end_at = (of.begin, of.end) if p.experts else (jnp.int32(0), None)
+                registers.store(y, o_g, begin_at, first, end=end_at, exchange=exchange if exchanges else None)
 
             if exchanges:
                 exchange.ready()
@@ -220,7 +247,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
     out = jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype)
     if interpret:
-        out = jax.ShapeDtypeStruct((splits * groups, blocks * channels, tokens), p.total_dtype)
+        out = jax.ShapeDtypeStruct((splits * groups, most * channels, tokens), p.total_dtype)
     scratch: dict[str, Any] = grouped.scratch(p, stages, channels) | {
         "w": plgpu.SMEM((stages, channels, STEP), jnp.int8, transforms=tiles.operand()),
         "x": plgpu.SMEM((stages, p.halves, tokens, STEP), p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize)),

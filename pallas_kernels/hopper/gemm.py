@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import kernel, load, plgpu, store_transposed
-from pallas_kernels.hopper import grouped, registers, tiles, unpack
+from pallas_kernels.hopper import experts, grouped, registers, tiles, unpack
 from pallas_kernels.hopper.problem import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
 
 
@@ -58,16 +58,18 @@ class GemmConfig:
 
 
 def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpret: Any = None) -> Any:
-    """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups if any, bias if any).
+    """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups, bias, and tiles of experts, if any).
 
     ``w`` is (n, k) int8, or (n, k / 2) packed; n is a multiple of 64, k of 128 (int8) or 256 (packed); ``x`` has m rows, m a
     multiple of 8; a per-token ``x_scale`` is as long as all tiles together; scales of groups are (k / 128, n).  No
-    accumulator may overflow int32; that of packed weights holds 16 times the sum, unless scales are folded into them.
+    accumulator may overflow int32; that of packed weights holds 16 times the sum, unless scales are folded into them.  With
+    experts the arrays of their weights and scales stand one below the other, and a per-token ``x_scale`` is ``tokens`` longer
+    than x.
     """
     channels, tokens = 64 * config.warpgroups, config.tokens
-    m_tiles, n_tiles = pl.cdiv(p.m, tokens), pl.cdiv(p.n, channels * config.cluster)
-    total = m_tiles * n_tiles  # of each CTA of a cluster, taken together
-    ctas = min(multiprocessors // config.cluster, total)
+    n_tiles = pl.cdiv(p.n, channels * config.cluster)
+    most = (experts.most_tiles(p, tokens) if p.experts else pl.cdiv(p.m, tokens)) * n_tiles
+    ctas = min(multiprocessors // config.cluster, most)
     packed = p.bits == 4
     out_item = jnp.dtype(p.out_dtype).itemsize
     by_copy_engine = out_item == 2 or bool(interpret)  # 32-bit results are rare: straight from the registers.
@@ -99,31 +101,34 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
 
     def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None
-        group_g, bias_g, o_g = tiles.optional(rest, p.grouped, p.bias)
+        group_g, bias_g, visits_g, o_g = tiles.optional(rest, p.grouped, p.bias, p.experts > 0)
         w_s, x_s, o_s, groups_s, staged = (scratch.get(name, missing) for name in ("w", "x", "out", "groups", "staged"))
         x_full, x_empty = scratch["x_full"], scratch["x_empty"]
         w_full, w_empty = (scratch["w_full"], scratch["w_empty"]) if packed else (x_full, x_empty)
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         peer = lax.axis_index("peer") if config.cluster > 1 else 0
         multicast: dict[str, Any] = {"collective_axes": "peer"} if config.cluster > 1 else {}
+        m_tiles = experts.count(p, visits_g, tokens)
+        total = m_tiles * n_tiles  # of each CTA of a cluster, taken together
         mine = lax.div(total - cta + ctas - 1, jnp.int32(ctas))
 
-        def where(t: Any) -> tuple[Any, Any]:
+        def where(t: Any) -> tuple[experts.Rows, Any]:
             m, n = tiles.order(cta + t * ctas, m_tiles, n_tiles, config.width)
-            return m, n * config.cluster + peer
+            return experts.rows(p, visits_g, m, tokens), n * config.cluster + peer
 
         @pl.when(warpgroup == config.warpgroups)
         def produce() -> None:
             plgpu.set_max_registers(producer_registers, action="decrease")
 
             def tile(t: Any, _: Any) -> None:
-                m, n = where(t)
+                of, n = where(t)
 
                 def copy_weights(step: Any, s: Any) -> None:
-                    source = w_g.at[pl.ds(n * channels, channels), pl.ds(step * STEP, STEP)]
+                    source = w_g.at[pl.ds(of.expert * p.n + n * channels, channels), pl.ds(step * STEP, STEP)]
                     plgpu.copy_gmem_to_smem(source, w_s.at[s], w_full.at[s])
                     if p.grouped:
-                        grouped.copy(p, group_g, n * channels, step, groups_s.at[s], w_full.at[s])
+                        group_step = of.expert * p.steps + step
+                        grouped.copy(p, group_g, n * channels, group_step, groups_s.at[s], w_full.at[s])
 
                 def step(k: Any, _: Any) -> None:
                     i = t * p.steps + k
@@ -137,7 +142,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                         pl.when(j >= x_slots)(lambda xs=xs: plgpu.barrier_wait(x_empty.at[xs]))
                         if not packed:
                             copy_weights(k, xs)
-                        source = x_g.at[pl.ds(m * tokens, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
+                        source = x_g.at[pl.ds(of.begin, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
                         plgpu.copy_gmem_to_smem(source, x_s.at[xs], x_full.at[xs], **multicast)
 
                 lax.fori_loop(0, p.steps, step, None)
@@ -218,9 +223,9 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                 return totals
 
             def tile(t: Any, _: Any) -> None:
-                m, n = where(t)
+                of, n = where(t)
                 first = n * channels + warpgroup * 64
-                factors = row_factors(p, ws_g, bias_g, first)
+                factors = row_factors(p, ws_g, bias_g, first, of.expert)
                 if telescoped:
                     products = [plgpu.ACC((64, part), jnp.int32)] * (tokens // part)
                     totals = pl.run_scoped(functools.partial(accumulate_groups, t), *products)
@@ -230,7 +235,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                     acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
                     totals = [acc[:, i * part : (i + 1) * part] for i in range(tokens // part)]
                 for i, total in enumerate(totals):
-                    at = m * tokens + i * part
+                    at = of.begin + i * part
                     scale = whole_scale
                     if p.per_token and not p.raw:
                         scale = load(xs_g.at[pl.ds(at, part)], COLUMN, optimized=False)
@@ -239,10 +244,9 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                         plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)
                         store_transposed(o_s.at[warpgroup, i % out_slots], y)
                         plgpu.commit_smem()
-                        place = o_g.at[pl.ds(at, part), pl.ds(first, 64)]
-                        plgpu.copy_smem_to_gmem(o_s.at[warpgroup, i % out_slots], place)
+                        experts.write(p, o_s.at[warpgroup, i % out_slots], o_g, at, pl.ds(first, 64), of.end)
                     else:
-                        registers.store(y, o_g, at, first)
+                        registers.store(y, o_g, at, first, end=of.end if p.experts else None)
 
             lax.fori_loop(0, mine, tile, None)
             if by_copy_engine:

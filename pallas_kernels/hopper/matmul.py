@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.hopper import decode, grouped, unpack
+from pallas_kernels.hopper import decode, experts, grouped, unpack
 from pallas_kernels.hopper.problem import Problem
 
 OUT_DTYPES = ("bfloat16", "float16", "float32", "int32")
@@ -28,7 +28,8 @@ def cannot_use(p: Problem) -> str | None:
         return f"the output dtype {jnp.dtype(p.out_dtype).name} is not one of {', '.join(OUT_DTYPES)}"
     if p.m < 1:
         return "there are no rows"
-    return grouped.cannot_use(p) if p.grouped else None
+    reason = experts.cannot_use(p) if p.experts else None
+    return reason or (grouped.cannot_use(p) if p.grouped else None)
 
 
 def matmul(
@@ -58,6 +59,29 @@ def matmul(
     if bias is not None:
         operands.append(bias.astype(jnp.float32))
     return _kernel(p, config, rows)(*operands)[: p.m]
+
+
+def expert_matmul(
+    p: Problem,
+    config: tuning.Config,
+    x: jax.Array,
+    weight: jax.Array,
+    group_sizes: jax.Array,
+    x_scale: jax.Array,
+    weight_scale: jax.Array,
+    group_scale: jax.Array | None,
+) -> jax.Array:
+    """``p`` with experts; operands as in :func:`pallas_kernels.experts.expert_matmul`, scales of weights one a channel."""
+    tile = decode.token_tile(p.each) if isinstance(config, decode.DecodeConfig) else config.tokens
+    if p.weight_only:
+        x = unpack.reorder(x)
+    x_scale = x_scale.reshape(-1)
+    if p.per_token:
+        x_scale = jnp.pad(x_scale, (0, tile))
+    operands = [weight.reshape(-1, weight.shape[-1]), x, weight_scale.reshape(-1), x_scale]
+    if group_scale is not None:
+        operands.append(group_scale.reshape(-1, p.n))
+    return _kernel(p, config, p.m)(*operands, experts.visits(p, group_sizes, tile))
 
 
 @functools.cache

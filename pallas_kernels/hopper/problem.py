@@ -40,6 +40,8 @@ class Problem:
       folded: whether the groups' scales are integers from 1 to 15 that are multiplied into the 4-bit codes.
       weight_only: whether x is not codes but bfloat16, its columns in the order of
         :func:`pallas_kernels.hopper.unpack.reorder`; then groups have float scales, and x has none.
+      experts: how many weights of n channels stand one below the other, each with scales of its own, for rows that are sorted
+        by expert (:mod:`pallas_kernels.hopper.experts`); 0 where there is one weight for all rows.
     """
 
     m: int
@@ -53,6 +55,12 @@ class Problem:
     group_dtype: Any = None
     folded: bool = False
     weight_only: bool = False
+    experts: int = 0
+
+    @property
+    def each(self) -> int:
+        """Rows that a kernel for few rows has to hold at once: all, or with experts twice as many as each has on average."""
+        return min(self.m, -(-2 * self.m // self.experts)) if self.experts else self.m
 
     @property
     def halves(self) -> int:
@@ -132,12 +140,12 @@ def finish(p: Problem, total: Any, factors: tuple[Any, Any], token_scale: Any) -
     return y.astype(p.out_dtype)
 
 
-def row_factors(p: Problem, scale: Any, bias: Any, first: Any) -> tuple[Any, Any]:
-    """Weight scale (a scalar or a row vector) and bias (or None) of 64 channels from ``first`` on.
+def row_factors(p: Problem, scale: Any, bias: Any, first: Any, expert: Any = 0) -> tuple[Any, Any]:
+    """Weight scale (a scalar or a row vector) and bias (or None) of 64 channels of an expert from ``first`` on.
 
     Where those lie beyond the output, those of the last 64: what is made of them is not written.
     """
-    rows = pl.ds(jnp.minimum(first, p.n - 64), 64)
+    rows = pl.ds(expert * p.n + jnp.minimum(first, p.n - 64), 64)
 
     def vector(ref: Any) -> Any:
         return load(ref.at[rows], ROW, optimized=False)

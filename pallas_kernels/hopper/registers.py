@@ -50,24 +50,26 @@ def concatenate(parts: Sequence[Any], interpret: bool) -> Any:
     return emit(*parts)
 
 
-def store(value: Any, out: Any, token: Any, channel: Any, *, exchange: Any = None) -> None:
+def store(value: Any, out: Any, token: Any, channel: Any, *, end: Any = None, exchange: Any = None) -> None:
     """Writes a (64, tokens) tile to its place in (M, N), transposed, leaving out tokens beyond M.
 
     Args:
       value: results of a warpgroup, in the layout of accumulators.
       out: reference to the whole output in device memory.
       token, channel: where the tile begins, int32 scalars; nothing is written from a channel beyond N on.
+      end: the first token that is not written any more, an int32 scalar; M by default.
       exchange: if there was one (:class:`pallas_kernels.hopper.exchange.Exchange`), only the warps whose rows their unit
         finishes write.
     """
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType(), scalar, scalar))
-    def emit(ctx: Any, value: Any, out: Any, token: Any, channel: Any) -> None:
+    @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType(), *[scalar] * (2 if end is None else 3)))
+    def emit(ctx: Any, value: Any, out: Any, *scalars: Any) -> None:
         del ctx
         index = ir.IndexType.get()
         limits = [arith.constant(index, size) for size in ir.MemRefType(out.type).shape]
-        token, channel = (arith.index_cast(index, start.registers.item()) for start in (token, channel))
+        token, channel, *others = (arith.index_cast(index, at.registers.item()) for at in scalars)
+        limits[:1] = others or limits[:1]
         writes = arith.cmpi(arith.CmpIPredicate.ult, channel, limits[1])
         if exchange is not None:
             unit, target, *_ = exchange.place()
@@ -81,4 +83,4 @@ def store(value: Any, out: Any, token: Any, channel: Any, *, exchange: Any = Non
         with mgpu.utils.when(writes):
             value.foreach(element)
 
-    emit(value, out, token, channel)
+    emit(value, out, token, channel, *(() if end is None else (end,)))

@@ -37,17 +37,22 @@ def drain(empty: Any, count: Any, slots: int) -> None:
     lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
 
 
-def order(t: Any, m_tiles: int, n_tiles: int, width: int) -> tuple[Any, Any]:
+def order(t: Any, m_tiles: Any, n_tiles: int, width: int) -> tuple[Any, Any]:
     """The (m, n) of the t-th tile: stripes of ``width`` tiles along m, every other one walked backwards.
 
     Tiles that run at the same time then form a nearly square block, and share their operands in the L2 cache.  The last
     stripe is as narrow as is left.
     """
-    width = min(width, m_tiles)
-    full = m_tiles // width
+    if isinstance(m_tiles, int):
+        width = min(width, m_tiles)
+        full = m_tiles // width
+        left = jnp.int32(m_tiles - full * width or 1)
+    else:
+        full = lax.div(m_tiles, jnp.int32(width))
+        left = jnp.maximum(m_tiles - full * width, 1)
     stripe = lax.div(t, jnp.int32(width * n_tiles))
     rest = t - stripe * (width * n_tiles)
-    narrow = jnp.where(stripe < full, jnp.int32(width), jnp.int32(m_tiles - full * width or 1))
+    narrow = jnp.where(stripe < full, jnp.int32(width), left)
     n = lax.div(rest, narrow)
     m = stripe * width + lax.rem(rest, narrow)
     return m, jnp.where(lax.rem(stripe, jnp.int32(2)) == 1, n_tiles - 1 - n, n)
