@@ -169,7 +169,6 @@ def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) 
     device = hopper_device()
     if implementation == "xla" or (implementation is None and device is None):
         return kind.xla(*operands)
-    from pallas_kernels import tuning
     from pallas_kernels.hopper import matmul
 
     x, weight, x_scale, weight_scale, *rest = operands
@@ -181,13 +180,7 @@ def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) 
     kinds = {"per_token": bool(x_scale.ndim), "per_channel": bool(weight_scale.ndim), "bias": bias is not None}
     kinds |= {"folded": kind.folded, "weight_only": kind.weight_only}
     p = problem(kind.bits, m, n, k, kind.out_dtype, group_dtype=None if groups is None else groups.dtype, **kinds)
-    reason = NO_HOPPER if device is None else cannot_use(p, x, None if groups is None else len(groups))
-    if reason and implementation == "mosaic":
-        raise NotImplementedError(f"{kind.name}: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
-    config = None if reason or device is None else tuning.choose(p, device)
-    if config is None and implementation == "mosaic":
-        config = tuning.rule(p)
-    say(kind.name, (m, n, k), "xla" if config is None else f"mosaic, {config}", reason or "")
+    config = configuration(kind.name, p, x, None if groups is None else len(groups), implementation)
     if config is None:
         return kind.xla(*operands)
 
@@ -199,7 +192,36 @@ def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) 
     return lax.platform_dependent(*operands, cuda=mosaic, default=kind.xla)
 
 
-def cannot_use(p: Any, x: Array, groups: int | None) -> str | None:
+def configuration(
+    name: str, p: Any, x: Array, groups: int | None, implementation: Implementation | None, reason: str | None = None
+) -> Any:
+    """The configuration of the kernel that computes a problem; None where XLA does.
+
+    Args:
+      name: of the entry point.
+      p: the problem.
+      x: its activations.
+      groups: of input channels that have scales; None without.
+      implementation: what was asked for.
+      reason: why the kernels cannot take it, if that is known already.
+
+    Raises:
+      NotImplementedError: if "mosaic" was asked for, and cannot take it.
+    """
+    from pallas_kernels import tuning
+
+    device = hopper_device()
+    reason = NO_HOPPER if device is None else reason or _cannot_use(p, x, groups)
+    if reason and implementation == "mosaic":
+        raise NotImplementedError(f"{name}: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
+    config = None if reason or device is None else tuning.choose(p, device)
+    if config is None and implementation == "mosaic":
+        config = tuning.rule(p)
+    say(name, (p.m, p.n, p.k), "xla" if config is None else f"mosaic, {config}", reason or "")
+    return config
+
+
+def _cannot_use(p: Any, x: Array, groups: int | None) -> str | None:
     """Why the kernels cannot take a problem with these activations and so many groups; None if they can."""
     from pallas_kernels.hopper import matmul
 

@@ -19,16 +19,7 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
 from pallas_kernels import reference
-from pallas_kernels.dispatch import (
-    NO_HOPPER,
-    Implementation,
-    Matmul,
-    cannot_use,
-    hopper_device,
-    problem,
-    say,
-    without_gradient,
-)
+from pallas_kernels.dispatch import Implementation, Matmul, configuration, hopper_device, problem, without_gradient
 
 LARGEST_TILE = 256
 """Rows of a tile at most, where XLA multiplies."""
@@ -60,20 +51,45 @@ def tile_size(rows: int, experts: int) -> int:
     return min(LARGEST_TILE, 1 << max(0, -(-rows // experts) - 1).bit_length())
 
 
+class Division(NamedTuple):
+    """Where tiles of rows sorted by expert begin.
+
+    Attributes:
+      expert, begin: of each tile, and its first row; of tiles that are not needed, anything.
+      ends: the row behind the last one of each expert.
+      needed: tiles of each expert.
+    """
+
+    expert: Int32[Array, " tiles"]
+    begin: Int32[Array, " tiles"]
+    ends: Int32[Array, " experts"]
+    needed: Int32[Array, " experts"]
+
+
+def most_tiles(experts: int, rows: int, size: int, alignment: int = 1) -> int:
+    """Tiles of ``size`` rows that the worst division of the rows needs, experts having multiples of ``alignment``."""
+    fullest = min(experts, rows // alignment)
+    return fullest + (rows - alignment * fullest) // size
+
+
+def divide(group_sizes: Int32[Array, " experts"], count: int, size: int) -> Division:
+    """Where ``count`` tiles of ``size`` rows begin, which are enough."""
+    ends, needed = jnp.cumsum(group_sizes), -(-group_sizes // size)
+    tile_ends, tile = jnp.cumsum(needed), jnp.arange(count)
+    expert = jnp.searchsorted(tile_ends, tile, side="right").clip(max=len(group_sizes) - 1)
+    begin = (ends - group_sizes)[expert] + (tile - (tile_ends - needed)[expert]) * size
+    return Division(expert.astype(jnp.int32), begin.astype(jnp.int32), ends, needed)
+
+
 def cut(group_sizes: Int32[Array, " experts"], rows: int, size: int) -> Tiles:
     """Cuts rows sorted by expert into tiles of ``size`` rows; there are as many tiles as the worst division needs."""
     experts = len(group_sizes)
-    fullest = min(experts, rows)
-    count = fullest + (rows - fullest) // size
-    ends, needed = jnp.cumsum(group_sizes), -(-group_sizes // size)
-    starts, tile_ends = ends - group_sizes, jnp.cumsum(needed)
-    first = tile_ends - needed
-    expert = jnp.searchsorted(tile_ends, jnp.arange(count), side="right").clip(max=experts - 1)
-    begin = starts[expert] + (jnp.arange(count) - first[expert]) * size
+    expert, begin, ends, needed = divide(group_sizes, most_tiles(experts, rows, size), size)
     inside = (begin[:, None] + jnp.arange(size)).clip(0, max(rows - 1, 0))
     owner = jnp.searchsorted(ends, jnp.arange(rows), side="right").clip(max=experts - 1)
+    starts, first = ends - group_sizes, jnp.cumsum(needed) - needed
     place = first[owner] * size + jnp.arange(rows) - starts[owner]
-    return Tiles(inside.astype(jnp.int32), expert.astype(jnp.int32), place.astype(jnp.int32))
+    return Tiles(inside.astype(jnp.int32), expert, place.astype(jnp.int32))
 
 
 def map_tiles(
@@ -160,24 +176,17 @@ def expert_matmul(
 
 def _run(kind: Matmul, alignment: int, implementation: Implementation | None, *operands: Array) -> Array:
     """By the implementation asked for, or the fastest there is."""
-    device = hopper_device()
     x, weight, _, x_scale, _, *groups = operands
     (rows, k), (experts, n) = x.shape, weight.shape[:2]
-    if implementation == "xla" or (implementation is None and device is None) or not rows:
+    if implementation == "xla" or (implementation is None and hopper_device() is None) or not rows:
         return _xla(kind, *operands)
-    from pallas_kernels import tuning
     from pallas_kernels.hopper import matmul
 
     kinds = {"per_token": bool(x_scale.ndim), "per_channel": True, "folded": kind.folded, "experts": experts}
     kinds |= {"weight_only": kind.weight_only, "group_dtype": groups[0].dtype if groups else None}
     p = problem(kind.bits, rows, n, k, kind.out_dtype, **kinds)
-    reason = NO_HOPPER if device is None else cannot_use(p, x, groups[0].shape[1] if groups else None)
-    if alignment % ALIGNMENT:
-        reason = reason or f"experts' rows are multiples of {alignment}, not of {ALIGNMENT}"
-    if reason and implementation == "mosaic":
-        raise NotImplementedError(f"expert_matmul: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
-    config = None if reason else tuning.choose(p, device or "")
-    say("expert_matmul", (rows, n, k), "xla" if config is None else f"mosaic, {config}", reason or "")
+    reason = f"experts' rows are multiples of {alignment}, not of {ALIGNMENT}" if alignment % ALIGNMENT else None
+    config = configuration("expert_matmul", p, x, groups[0].shape[1] if groups else None, implementation, reason)
     if config is None:
         return _xla(kind, *operands)
 

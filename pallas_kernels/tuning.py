@@ -31,7 +31,7 @@ def choose(p: Problem, device: str) -> Config | None:
     """How to compute a problem; None where XLA is faster.
 
     Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, or for half as many at least; others
-    what the rule says.
+    what the rule says, and so do all problems with experts.
     """
     measured = {} if p.experts else _table(device).get((p.bits, p.kind, p.n, p.k), {})
     nearest = min((m for m in measured if m >= p.m), default=max(measured, default=0))
@@ -69,7 +69,7 @@ def rule(p: Problem) -> Config:
 def candidates(p: Problem) -> list[Config]:
     """Configurations worth considering."""
     found: list[Config] = []
-    if p.each <= decode.MOST_TOKENS:
+    if p.rows_at_once <= decode.MOST_TOKENS:
         for warpgroups, splits, groups in itertools.product(range(1, 6), (1, 2, 3, 4, 5, 8), (1, 2)):
             if splits == groups == 1 or (splits * groups <= p.steps // 2 and warpgroups * groups <= 5):
                 for fold, stages in itertools.product((False, True)[: 1 + p.folded], STAGES):
@@ -138,7 +138,7 @@ def estimate(p: Problem, config: Config) -> float:
     """Microseconds, roughly, on an H200: fitted to what ``scripts/tune_kernels.py`` printed for seven shapes."""
     blocks = -(-p.n // (64 * config.warpgroups))
     if isinstance(config, DecodeConfig):
-        tokens, units = decode.token_tile(p.each), config.splits * config.groups
+        tokens, units = decode.token_tile(p.rows_at_once), config.splits * config.groups
         blocks *= experts.tiles_expected(p, tokens)
         ctas = blocks * config.splits
         room = MULTIPROCESSORS if config.splits <= 2 else 112  # Large clusters do not fit everywhere.

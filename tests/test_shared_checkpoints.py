@@ -33,6 +33,7 @@ def ratio(shared, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "scheme", "most"),
     [
+        ("novels-llama", "flattenquant", 1.020),
         ("novels-llama", "flattenquant-w8a8", 1.003),
         ("novels-opt", "flattenquant", 1.024),
         ("novels-opt", "flattenquant-w8a8", 1.002),

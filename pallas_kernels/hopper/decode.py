@@ -64,7 +64,7 @@ def slots(p: Problem, config: DecodeConfig) -> int:
       NotImplementedError: if a kernel cannot be built with this configuration.
     """
     splits, groups = config.splits, config.groups
-    channels, tokens = 64 * config.warpgroups, token_tile(p.each)
+    channels, tokens = 64 * config.warpgroups, token_tile(p.rows_at_once)
     exchange = Exchange(splits, groups, config.warpgroups, tokens, p.total_dtype)
     slot_bytes = (channels + p.halves * tokens * p.x_dtype.itemsize) * STEP + grouped.slot_bytes(p, channels)
     room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
@@ -99,7 +99,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     if p.folded and not config.fold:
         p = dataclasses.replace(p, folded=False)
     splits, warpgroups, groups, stages = config.splits, config.warpgroups, config.groups, slots(p, config)
-    channels, tokens = 64 * warpgroups, token_tile(p.each)
+    channels, tokens = 64 * warpgroups, token_tile(p.rows_at_once)
     each = pl.cdiv(p.n, channels)  # blocks of a tile
     most = each * (experts.most_tiles(p, tokens) if p.experts else 1)
     columns = most if splits > 1 else min(config.ctas, most)
@@ -120,9 +120,8 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
         def where(block: Any) -> tuple[experts.Rows, Any]:
             """The rows of a block, and its first channel."""
-            if (
-                not p.experts
-            ):  # A traced zero: the tile may have more rows than x, and the copy engine fills them with zeros.
+            if not p.experts:
+                # A traced zero: the tile may have more rows than x, and the copy engine fills them with zeros.
                 return experts.Rows(0, cta * 0, p.m), block * channels
             tile = lax.div(block, jnp.int32(each))
             return experts.rows(p, visits_g, tile, tokens), (block - tile * each) * channels
@@ -238,8 +237,8 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 if exchanges:
                     acc = exchange(plgpu.layout_cast(acc, registers.ACC), scratch["arrivals"], scratch["arrived"])
                 y = finish(p, acc, factors, token_scale)
-                begin_at, end_at = (of.begin, of.end) if p.experts else (jnp.int32(0), None)
-                registers.store(y, o_g, begin_at, first, end=end_at, exchange=exchange if exchanges else None)
+                token, behind = (of.begin, of.end) if p.experts else (jnp.int32(0), None)
+                registers.store(y, o_g, token, first, end=behind, exchange=exchange if exchanges else None)
 
             if exchanges:
                 exchange.ready()

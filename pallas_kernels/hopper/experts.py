@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import experts
 from pallas_kernels.compat import plgpu
+from pallas_kernels.experts import ALIGNMENT
 from pallas_kernels.hopper.problem import Problem
-
-ALIGNMENT = 8
 
 
 class Rows(NamedTuple):
@@ -37,18 +37,13 @@ class Rows(NamedTuple):
 
 def most_tiles(p: Problem, size: int) -> int:
     """Tiles of ``size`` rows that the worst division of the rows into experts needs."""
-    fullest = min(p.experts, p.m // ALIGNMENT)
-    return fullest + (p.m - ALIGNMENT * fullest) // size
+    return experts.most_tiles(p.experts, p.m, size, ALIGNMENT)
 
 
 def visits(p: Problem, group_sizes: jax.Array, size: int) -> jax.Array:
     """The array that tells a kernel of its tiles; ``group_sizes``, rows of each expert, are multiples of 8."""
-    needed = -(-group_sizes // size)
-    ends, last = jnp.cumsum(group_sizes), jnp.cumsum(needed)
-    tile = jnp.arange(most_tiles(p, size))
-    expert = jnp.searchsorted(last, tile, side="right").clip(max=p.experts - 1)
-    begin = (ends - group_sizes)[expert] + (tile - (last - needed)[expert]) * size
-    return jnp.concatenate([last[-1:], expert, begin // ALIGNMENT, ends[expert]]).astype(jnp.int32)
+    expert, begin, ends, needed = experts.divide(group_sizes, most_tiles(p, size), size)
+    return jnp.concatenate([jnp.sum(needed)[None], expert, begin // ALIGNMENT, ends[expert]]).astype(jnp.int32)
 
 
 def count(p: Problem, visits: Any, size: int) -> Any:

@@ -72,7 +72,7 @@ def expert_matmul(
     group_scale: jax.Array | None,
 ) -> jax.Array:
     """``p`` with experts; operands as in :func:`pallas_kernels.experts.expert_matmul`, scales of weights one a channel."""
-    tile = decode.token_tile(p.each) if isinstance(config, decode.DecodeConfig) else config.tokens
+    tile = decode.token_tile(p.rows_at_once) if isinstance(config, decode.DecodeConfig) else config.tokens
     if p.weight_only:
         x = unpack.reorder(x)
     x_scale = x_scale.reshape(-1)

@@ -58,7 +58,7 @@ class Problem:
     experts: int = 0
 
     @property
-    def each(self) -> int:
+    def rows_at_once(self) -> int:
         """Rows that a kernel for few rows has to hold at once: all, or with experts twice as many as each has on average."""
         return min(self.m, -(-2 * self.m // self.experts)) if self.experts else self.m
 
