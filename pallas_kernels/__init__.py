@@ -11,7 +11,7 @@ from pallas_kernels.api import (
     int8_matmul,
     weight_only_int4_matmul,
 )
-from pallas_kernels.attention import decode_attention
+from pallas_kernels.attention import decode_attention, quantized_decode_attention
 from pallas_kernels.packing import pack_int4, unpack_int4
 from pallas_kernels.quantization import (
     quantize_activated,
@@ -32,6 +32,7 @@ __all__ = [
     "quantize_activations",
     "quantize_normalized",
     "quantize_per_token",
+    "quantized_decode_attention",
     "unpack_int4",
     "weight_only_int4_matmul",
 ]

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from pallas_kernels.dispatch import NO_GPU, capability, has_triton, say
-from pallas_kernels.reference import quantize_per_token, rotated
-from pallas_kernels.rows import rounded
+from pallas_kernels.reference import quantize_per_token, rotated, together
+from pallas_kernels.rows import Implementation, Parts, Quantization, quantize, rounded
 
 BLOCK = 64
 """Positions that a program reads at once."""
@@ -70,7 +70,7 @@ def decode_attention(
     rotation: tuple[Float32[Array, "batch half"], Float32[Array, "batch half"]] | None = None,
     scale: float | None = None,
     window: int | None = None,
-    implementation: Literal["triton", "xla"] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "batch heads dim"], tuple[Array, ...]]:
     """Appends a token to every sequence, and ``softmax(q @ keys.T * scale) @ values`` over what it has then.
 
@@ -97,11 +97,66 @@ def decode_attention(
     """
     cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
     _check(qkv, keys, values, lengths, key_scales, value_scales, rotation)
+    kinds = {"scale": 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale), "window": window}
+    return _attend(kinds, functools.partial(_whole, qkv.dtype), implementation, qkv, lengths, rotation or (), cache)
+
+
+def quantized_decode_attention(
+    qkv: Float[Array, "batch all_heads dim"],
+    keys: Float[Array, "batch capacity kv_heads dim"] | Int8[Array, "batch capacity kv_heads dim"],
+    values: Float[Array, "batch capacity kv_heads dim"] | Int8[Array, "batch capacity kv_heads dim"],
+    lengths: Int32[Array, " batch"],
+    key_scales: Float32[Array, "batch capacity kv_heads"] | None,
+    value_scales: Float32[Array, "batch capacity kv_heads"] | None,
+    multiplier: Float32[Array, " channels"],
+    source: Int32[Array, " e"],
+    part: Int32[Array, " e"],
+    *,
+    qmax: int,
+    per_token: bool = False,
+    rotation: tuple[Float32[Array, "batch half"], Float32[Array, "batch half"]] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Int8[Array, "batch width"], Float32[Array, " batch"] | None, tuple[Array, ...]]:
+    """:func:`decode_attention`, and its output quantized for the layer behind it, in the pass that puts the parts together.
+
+    Args:
+      multiplier, source, part, qmax, per_token: as :func:`pallas_kernels.quantize_normalized` takes them; channels are those
+        of all heads, one after the other.
+
+    Returns:
+      Codes, scales of the rows if each has its own, and the arrays of the cache.
+
+    Raises:
+      ValueError: if shapes do not fit together, or codes and scales do not come together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
+    _check(qkv, keys, values, lengths, key_scales, value_scales, rotation)
+    channels = (qkv.shape[1] - 2 * keys.shape[2]) * qkv.shape[2]
+    if multiplier.shape != (channels,) or part.shape != source.shape:
+        raise ValueError(
+            f"quantized_decode_attention: {channels} channels need multiplier ({channels},) and part {source.shape}, got "
+            f"{multiplier.shape} and {part.shape}"
+        )
+    kinds = {"scale": 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale), "window": window}
+    kind = Quantization(name="quantize_attended", qmax=qmax, per_token=per_token)
+    finish = functools.partial(_quantized, kind, (multiplier, source, part), implementation)
+    (codes, *scales), written = _attend(kinds, finish, implementation, qkv, lengths, rotation or (), cache)
+    return codes, scales[0] if scales else None, written
+
+
+def _attend(kinds: dict[str, Any], finish: Any, implementation: Implementation | None, *operands: Any) -> Any:
+    """What ``finish`` makes of the parts and their sums, and the cache, by the implementation asked for or the fastest."""
     if implementation not in (None, "triton", "xla"):
         raise NotImplementedError(f"implementation {implementation!r} is not one of: triton, xla")
-    operands = (qkv, lengths, rotation or (), cache)
-    kinds = {"scale": 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale), "window": window}
-    xla = functools.partial(reference, **kinds)
+    qkv, _, _, (keys, values, *_) = operands
+
+    def xla(*operands: Any) -> Any:
+        out, cache = reference(*operands, **kinds)
+        return finish(out, None), cache
+
     if implementation == "xla":
         return xla(*operands)
     reason = NO_GPU if capability() < (8, 0) else cannot_use(qkv, keys, values)
@@ -112,8 +167,24 @@ def decode_attention(
     say("decode_attention", (*qkv.shape, keys.shape[1]), "xla" if reason else "triton", reason or "")
     if reason:
         return xla(*operands)
-    triton = functools.partial(run, **kinds)
+    triton = functools.partial(run, **kinds, finish=finish)
     return triton(*operands) if implementation else lax.platform_dependent(*operands, cuda=triton, default=xla)
+
+
+def _whole(dtype: Any, out: Array, sums: Array | None) -> Array:
+    """(batch, heads, dim) of what the kernel's programs have found: (batch, kv_heads, parts, group, dim)."""
+    out = out if sums is None else together(out, sums)
+    return out.reshape(len(out), -1, out.shape[-1]).astype(dtype)
+
+
+def _quantized(
+    kind: Quantization, recipe: Sequence[Array], implementation: Any, out: Array, sums: Array | None
+) -> tuple[Array, ...]:
+    """Codes of that, (batch, channels), and their scales."""
+    if sums is None:
+        return quantize(kind, implementation)(out.reshape(len(out), -1), *recipe)
+    kind = dataclasses.replace(kind, parts=Parts(*out.shape[2:]))
+    return quantize(kind, implementation)(out.reshape(len(out), -1), sums.reshape(len(out), -1), *recipe)
 
 
 def reference(
@@ -178,9 +249,10 @@ def run(
     *,
     scale: float,
     window: int | None,
+    finish: Any = None,
     splits: int | None = None,
     interpret: bool = False,
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Any, tuple[Array, ...]]:
     """The kernel, and what puts together the parts.
 
     Args:
@@ -188,6 +260,8 @@ def run(
       cache: its arrays.
       scale: what scores are multiplied with.
       window: as there.
+      finish: what is made of the parts, (batch, kv_heads, parts, group, dim), and the logarithms of their sums, None if there
+        is one part; by default what :func:`decode_attention` returns.
       splits: programs for each key-value head of a sequence; by default so many that the GPU is filled.
       interpret: whether to run on the CPU.
     """
@@ -198,14 +272,8 @@ def run(
     kinds = {"dtype": qkv.dtype, "cache_dtype": cache[0].dtype, "codes": len(cache) > 2, "rotates": bool(rotation)}
     p = _Problem(**sizes, **kinds, scale=scale, window=window, splits=wanted)
     *written, out, log_sum = _call(p, interpret)(lengths, qkv, qkv, qkv, *rotation, *cache)
-    if p.splits > 1:
-        largest = jnp.max(log_sum, axis=2, keepdims=True)
-        share = jnp.exp(
-            log_sum - jnp.where(jnp.isfinite(largest), largest, 0)
-        )  # A program without a position has none.
-        total = jnp.sum(share, axis=2)[..., None]
-        out = jnp.sum(jnp.where(share[..., None] > 0, out, 0) * share[..., None], axis=2) / total
-    return out.reshape(batch, heads, dim).astype(qkv.dtype), tuple(written)
+    finish = finish or functools.partial(_whole, qkv.dtype)
+    return finish(out, log_sum if p.splits > 1 else None), tuple(written)
 
 
 def _call(p: _Problem, interpret: bool) -> Any:

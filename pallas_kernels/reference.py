@@ -108,6 +108,19 @@ def weight_only_int4_matmul(
     return _epilogue(total, jnp.float32(1), weight_scale, bias, out_dtype)
 
 
+def together(out: Float32[Array, "*heads parts group dim"], sums: Float32[Array, "*heads parts group"]) -> Array:
+    """What attention over some of the positions each has found, put together: (..., group, dim).
+
+    Args:
+      out: the weighted means of the values in every part.
+      sums: logarithms of the sums of the weights; -inf for a part without positions.
+    """
+    largest = jnp.max(sums, axis=-2, keepdims=True)
+    share = jnp.exp(sums - jnp.where(jnp.isfinite(largest), largest, 0))
+    total = jnp.sum(share, axis=-2)[..., None]
+    return jnp.sum(jnp.where(share[..., None] > 0, out, 0) * share[..., None], axis=-3) / total
+
+
 def _epilogue(
     acc: Int32[Array, "*rows n"] | Float32[Array, "*rows n"],
     x_scale: Float32[Array, "..."],

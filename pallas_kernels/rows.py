@@ -1,9 +1,10 @@
 """What stands in front of an integer matmul, in one pass over the rows of activations.
 
-A residual is added, the row is normalised, or goes through an activation function and its gate; then it is quantized, with
-scales that are fixed or with one for every row, and its large channels are flattened over extra ones.  XLA makes several
-kernels of that, as a row is needed whole before any of its codes is known.  Here (Pallas Triton) a program holds a row in
-its registers: what it reads, it reads once, and what the extra channels continue is read again, from the cache.
+A residual is added, the row is normalised, or goes through an activation function and its gate, or is put together of what
+parts of an attention found; then it is quantized, with scales that are fixed or with one for every row, and its large
+channels are flattened over extra ones.  XLA makes several kernels of that, as a row is needed whole before any of its codes
+is known.  Here (Pallas Triton) a program holds a row in its registers: what it reads, it reads once, and what the extra
+channels continue is read again, from the cache.
 
 A row of K channels is taken in pieces of the powers of two that K is the sum of, since arrays in Triton have such sizes.
 """
@@ -34,6 +35,28 @@ PROGRAMS = 528
 """Programs at most that share many rows."""
 ROWS_FOR_XLA = 64
 """Up to so many rows XLA is taken behind an activation function with fixed scales, as it makes one kernel of that."""
+MOST_PARTS = 32
+"""Parts of an attention at most that a row is put together of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a row of attention's output comes in: (kv_heads, count, group, dim), with the logarithms of the sums.
+
+    Attributes:
+      count: of parts, each from some of the positions.
+      group: query heads that share a key-value head.
+      dim: of a head.
+    """
+
+    count: int
+    group: int
+    dim: int
+
+    def together(self, x: Array, sums: Array) -> Array:
+        """(rows, kv_heads * count * group * dim) and sums (rows, kv_heads * count * group) to rows, by XLA."""
+        shape = (len(x), -1, self.count, self.group)
+        return reference.together(x.reshape(*shape, self.dim), sums.reshape(shape)).reshape(len(x), -1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +73,7 @@ class Quantization:
       weight, bias: whether the norm has them.
       activation: function that x goes through; None for none.
       gated: whether the second half of x is multiplied with the activated first.
+      parts: what x comes in; None if it is whole.
     """
 
     name: str
@@ -62,17 +86,25 @@ class Quantization:
     bias: bool = False
     activation: str | None = None
     gated: bool = False
+    parts: Parts | None = None
+
+    @property
+    def of_rows(self) -> int:
+        """How many of the operands have a row for every row of x, itself one of them."""
+        return 1 + (self.parts is not None) + self.residual
 
     def split(self, operands: Sequence[Any]) -> tuple[Any, ...]:
-        """x, residual, weight and bias, each None if not there, and the recipe: multiplier, source, part."""
-        there = (True, self.residual, self.weight, self.bias)
+        """x, its parts' sums, residual, weight and bias, each None if not there; and multiplier, source, part."""
+        there = (True, self.parts is not None, self.residual, self.weight, self.bias)
         given = iter(operands)
         return *(next(given) if is_there else None for is_there in there), tuple(given)
 
     def xla(self, *operands: Array) -> tuple[Array, ...]:
         """The reference: codes, then the scales and what was normalised, as far as they are asked for."""
-        x, residual, weight, bias, recipe = self.split(operands)
+        x, sums, residual, weight, bias, recipe = self.split(operands)
         y = x.astype(jnp.float32)
+        if self.parts is not None:
+            y = self.parts.together(y, sums)
         if residual is not None:
             y = y + residual.astype(jnp.float32)
             x = y.astype(x.dtype)
@@ -90,9 +122,8 @@ def quantize(kind: Quantization, implementation: Implementation | None) -> Calla
 
     def rows(*operands: Array) -> tuple[Array, ...]:
         """Any leading axes of x are rows."""
-        of_rows = 1 + kind.residual
-        flat = [operand.reshape(-1, operand.shape[-1]) for operand in operands[:of_rows]]
-        found = _run(kind, implementation, *flat, *operands[of_rows:])
+        flat = [operand.reshape(-1, operand.shape[-1]) for operand in operands[: kind.of_rows]]
+        found = _run(kind, implementation, *flat, *operands[kind.of_rows :])
         leading = operands[0].shape[:-1]
         return tuple(array.reshape(*leading, *array.shape[1:]) for array in found)
 
@@ -100,7 +131,7 @@ def quantize(kind: Quantization, implementation: Implementation | None) -> Calla
 
     @batched.def_vmap
     def _(size: int, in_batched: list[bool], *operands: Array) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
-        of_rows = 1 + kind.residual
+        of_rows = kind.of_rows
         results = (True,) * (1 + kind.per_token + kind.residual)
         if all(in_batched[:of_rows]) and not any(in_batched[of_rows:]):
             return batched(*operands), results
@@ -143,6 +174,10 @@ def cannot_use(kind: Quantization, x: Any, multiplier: Any, source: Any, part: A
         return f"it knows no {kind.activation}"
     if math.prod(x.shape) >= 2**31:
         return "x has 2^31 elements or more"
+    if kind.parts is not None and kind.parts.count > MOST_PARTS:
+        return f"x comes in {kind.parts.count} parts, more than {MOST_PARTS}"
+    if kind.parts is not None and not kind.per_token:
+        return "x comes in parts, and scales are fixed"
     if not has_triton():
         return "this version of JAX has no Triton backend of Pallas"
     return None
@@ -164,17 +199,17 @@ def call(
       programs: that share the rows; by default no program has several where these are few, or long, as gated ones are.
       interpret: whether to run on the CPU.
     """
-    x, residual, weight, bias, recipe = kind.split(operands)
+    x, sums, residual, weight, bias, recipe = kind.split(operands)
     rows, (k, extra) = len(x), (recipe[0].shape[0], recipe[1].shape[0])
     one_each = kind.gated or rows <= FEW_ROWS
-    warps = warps or _warps(kind.gated, rows <= FEW_ROWS)
+    warps = warps or _warps(kind.gated or kind.parts is not None, rows <= FEW_ROWS)
     programs = min(rows, programs or (rows if one_each else PROGRAMS))
     outputs = [jax.ShapeDtypeStruct((rows, k + extra), jnp.int8)]
     if kind.per_token:
         outputs.append(jax.ShapeDtypeStruct((rows,), jnp.float32))
     if kind.residual:
         outputs.append(jax.ShapeDtypeStruct((rows, k), x.dtype))
-    used = (x, residual, weight, bias, *(recipe if extra and not kind.per_token else recipe[:1]))
+    used = (x, sums, residual, weight, bias, *(recipe if extra and not kind.per_token else recipe[:1]))
     settings: dict[str, Any] = {}
     if not interpret:
         from jax.experimental.pallas import triton as plgpu
@@ -192,8 +227,9 @@ def call(
     )
 
 
-def _warps(gated: bool, few: bool) -> int:
-    return (32 if few else 16) if gated else (16 if few else 8)
+def _warps(much: bool, few: bool) -> int:
+    """Warps that share a row, of which there is much to read or not."""
+    return (32 if few else 16) if much else (16 if few else 8)
 
 
 class _Part(NamedTuple):
@@ -209,7 +245,7 @@ class _Part(NamedTuple):
 def _kernel(kind: Quantization, programs: int, interpret: bool, *refs: Any) -> None:
     """One program: every so many-th row.  What is the same for all rows is read once."""
     results = 1 + kind.per_token + kind.residual
-    x_ref, residual_ref, weight_ref, bias_ref, (multiplier_ref, *flattening) = kind.split(refs[:-results])
+    x_ref, sums_ref, residual_ref, weight_ref, bias_ref, (multiplier_ref, *flattening) = kind.split(refs[:-results])
     codes_ref, *others = refs[-results:]
     (rows, width), k = codes_ref.shape, multiplier_ref.shape[0]
 
@@ -220,7 +256,9 @@ def _kernel(kind: Quantization, programs: int, interpret: bool, *refs: Any) -> N
         return _Part(at, beside, to, multiplier, None if bias_ref is None else given * bias_ref[at].astype(jnp.float32))
 
     def read(row: Any, at: Any) -> Array:
-        """What is to be normalised or activated, float32."""
+        """What is to be normalised, activated or quantized, float32."""
+        if kind.parts is not None:
+            return _together(kind.parts, x_ref, sums_ref, row, at.start, at.size)
         x = x_ref[row, at].astype(jnp.float32)
         return x if residual_ref is None else x + residual_ref[row, at].astype(jnp.float32)
 
@@ -246,6 +284,8 @@ def _kernel(kind: Quantization, programs: int, interpret: bool, *refs: Any) -> N
 
     def one(row: Any) -> None:
         entered = [read(row, part.at) for part in parts]
+        # What is read twice is read before the row is added up: the sum need not be waited for.
+        again = [] if kind.per_token else [read(row, part.at) for part in extras]
         mean, factor = None, None
         if kind.epsilon is not None:
             centered = entered
@@ -268,8 +308,8 @@ def _kernel(kind: Quantization, programs: int, interpret: bool, *refs: Any) -> N
             for part in extras:
                 codes_ref[row, part.to] = part.multiplier
             return
-        for part, below in zip(extras, held, strict=True):
-            c = rounded(scaled(row, part, read(row, part.at), mean, factor), reference.LARGEST_CODE, interpret)
+        for part, x, below in zip(extras, again, held, strict=True):
+            c = rounded(scaled(row, part, x, mean, factor), reference.LARGEST_CODE, interpret)
             beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - below, 0.0), float(kind.qmax))
             codes_ref[row, part.to] = jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
 
@@ -279,6 +319,20 @@ def _kernel(kind: Quantization, programs: int, interpret: bool, *refs: Any) -> N
     else:
         turns = (rows - first + programs - 1) // programs
         lax.fori_loop(0, turns, lambda i, _: one(first + i * programs), None)
+
+
+def _together(parts: Parts, x_ref: Any, sums_ref: Any, row: Any, start: int, n: int) -> Array:
+    """Channels of a row that comes in parts, float32; ``start`` and ``n`` are multiples of a head's channels."""
+    head = start // parts.dim + jnp.arange(n // parts.dim)
+    first, inside = head // parts.group * parts.count, head % parts.group
+    at = [(first + i) * parts.group + inside for i in range(parts.count)]  # Of every head, in every part.
+    sums = [sums_ref[row, heads] for heads in at]
+    found = [x_ref[row, (heads * parts.dim)[:, None] + jnp.arange(parts.dim)[None, :]] for heads in at]
+    largest = functools.reduce(jnp.maximum, sums)
+    largest = jnp.where(largest > -jnp.inf, largest, 0.0)
+    shares = [jnp.exp(s - largest) for s in sums]  # A part without positions has none, and what it found means nothing.
+    weighed = [jnp.where(s[:, None] > 0, x, 0.0) * s[:, None] for x, s in zip(found, shares, strict=True)]
+    return (sum(weighed[1:], weighed[0]) / sum(shares[1:], shares[0])[:, None]).reshape(n)
 
 
 def _pieces(channels: int) -> list[tuple[int, int]]:

@@ -23,6 +23,8 @@ WEIGHT_ONLY_ROWS = 2048
 """From so many rows on XLA, which dequantizes first, multiplies faster than the kernel for weights alone: between 1024, where
 it does not, and 4096 rows by what ``scripts/tune_kernels.py`` printed on an H100 in November 2026."""
 MULTIPROCESSORS = 132
+NEAR = 1 / 8
+"""How much more or fewer input channels a shape may have that takes the configuration of another."""
 STAGES = (12, 8, 5)
 """Slots of the ring of the kernel for few rows that are tried: on an H100, 12 were often slower than 8."""
 
@@ -30,16 +32,27 @@ STAGES = (12, 8, 5)
 def choose(p: Problem, device: str) -> Config | None:
     """How to compute a problem; None where XLA is faster.
 
-    Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, or for half as many at least; others
-    what the rule says, and so do all problems with experts.
+    Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, or for half as many at least, and so
+    do shapes that have as many output channels and nearly as many input channels, as flattened layers have; others take what
+    the rule says, and so do all problems with experts.
     """
-    measured = {} if p.experts else _table(device).get((p.bits, p.kind, p.n, p.k), {})
+    measured = {} if p.experts else _measured(p, device)
     nearest = min((m for m in measured if m >= p.m), default=max(measured, default=0))
     if 2 * nearest >= p.m:
         config = measured[nearest]
-        if not isinstance(config, DecodeConfig) or p.m <= decode.MOST_TOKENS:
+        if config is None or (fits(p, config) and (isinstance(config, GemmConfig) or p.m <= decode.MOST_TOKENS)):
             return config
     return None if p.weight_only and p.m >= WEIGHT_ONLY_ROWS and not p.experts else rule(p)
+
+
+def _measured(p: Problem, device: str) -> dict[int, Config | None]:
+    """Rows to configuration of the measured shape that is the problem's, or, kernels alone, of the nearest to it."""
+    table = _table(device)
+    if (p.bits, p.kind, p.n, p.k) in table:
+        return table[p.bits, p.kind, p.n, p.k]
+    alike = [k for bits, kind, n, k in table if (bits, kind, n) == (p.bits, p.kind, p.n) and abs(k - p.k) <= NEAR * k]
+    nearest = table[p.bits, p.kind, p.n, min(alike, key=lambda k: abs(k - p.k))] if alike else {}
+    return {m: config for m, config in nearest.items() if config is not None}
 
 
 def table_file(device: str) -> Path:

@@ -9,6 +9,7 @@ There are three cases, told apart when the program is traced:
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,11 +51,9 @@ def attend(
       The attended values, and the cache with the new keys and values in it.  Every query sees keys and values as the cache
       holds them, its own among them, also where they are not read from it.
     """
-    if cache is not None and lengths is not None and qkv.shape[1] == 1:
-        here = None if rotation is None else tuple(part[:, 0] for part in rotation)
-        kinds: Any = {"rotation": here, "scale": scale, "window": window}
-        scales = (cache.key_scales, cache.value_scales)
-        out, arrays = decode_attention(qkv[:, 0], cache.keys, cache.values, lengths, *scales, **kinds)
+    if decodes(qkv, cache, lengths):
+        kinds: Any = {"rotation": rotation, "scale": scale, "window": window}
+        out, arrays = decode_step(decode_attention, qkv, cache, lengths, **kinds)
         return out[:, None], LayerCache(*arrays)
     heads = qkv.shape[2] - 2 * kv_heads
     q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
@@ -70,6 +69,26 @@ def attend(
     # Token i of sequence b stands at position lengths[b] + i and sees no position behind its own.
     visible = _visible(lengths, q.shape[1], jnp.arange(new.keys.shape[1]), window)
     return jax.nn.dot_product_attention(q, *new.read(q.dtype), mask=visible[:, None], scale=scale), new
+
+
+def decodes(qkv: Array, cache: LayerCache | None, lengths: Array | None) -> bool:
+    """Whether there is one token a sequence, and what it attends to is read from a cache."""
+    return cache is not None and lengths is not None and qkv.shape[1] == 1
+
+
+def decode_step(
+    attention: Callable[..., Any],
+    qkv: Float[Array, "batch one all_heads dim"],
+    cache: Any,
+    lengths: Any,
+    *operands: Any,
+    rotation: Rotation | None,
+    **kinds: Any,
+) -> Any:
+    """What such a token sees, by :func:`pallas_kernels.decode_attention` or one that takes further operands."""
+    here = None if rotation is None else tuple(part[:, 0] for part in rotation)
+    held = cache.keys, cache.values, lengths, cache.key_scales, cache.value_scales
+    return attention(qkv[:, 0], *held, *operands, rotation=here, **kinds)
 
 
 def causal_attention(

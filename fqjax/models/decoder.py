@@ -12,12 +12,11 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 
 from fqjax.equalize import ScalingPath
-from fqjax.models.attention import attend
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM
 from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.experts import mixture
-from fqjax.models.fused import after_activation, after_norm
+from fqjax.models.fused import after_activation, after_attention, after_norm
 from fqjax.models.head import unembed
 from fqjax.models.rotary import Rotation, rotation
 
@@ -50,8 +49,9 @@ class Attention(nnx.Module):
         if self.normalizes:
             q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
             qkv = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], axis=2)
-        out, cache = attend(qkv, self.kv_heads, cache, lengths, rotation=rotation, window=self.window)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), x, cache
+        kinds: Any = {"rotation": rotation, "window": self.window}
+        out, cache = after_attention(self.o_proj, qkv, self.kv_heads, cache, lengths, **kinds)
+        return out, x, cache
 
 
 class MLP(nnx.Module):

@@ -1,17 +1,21 @@
 """Linear layers together with what stands in front of them.
 
-A quantized layer takes its input through the norm or the activation function, the quantization and the flattening in one
-pass (:mod:`pallas_kernels.quantization`); any other layer is called as usual, also one that stands in for it while a model
-is calibrated.
+A quantized layer takes its input through the norm or the activation function, or from the parts of a decoding step's
+attention, through the quantization and the flattening in one pass (:mod:`pallas_kernels.rows`); any other layer is called as
+usual, also one that stands in for it while a model is calibrated.
 """
 
+import functools
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from fqjax.linear import QuantizedLinear
-from pallas_kernels import quantize_activated, quantize_normalized
+from fqjax.models.attention import attend, decode_step, decodes
+from fqjax.models.cache import LayerCache
+from fqjax.models.rotary import Rotation
+from pallas_kernels import quantize_activated, quantize_normalized, quantized_decode_attention
 from pallas_kernels.reference import activated
 
 
@@ -70,6 +74,34 @@ def after_activation(
         x, quantizer.multiplier, quantizer.source, quantizer.part, qmax=quantizer.qmax, **kinds
     )
     return linear.multiply(codes, scale, x.dtype)
+
+
+def after_attention(
+    linear: Any,
+    qkv: Float[Array, "batch length all_heads dim"],
+    kv_heads: int,
+    cache: LayerCache | None,
+    lengths: Int32[Array, " batch"] | None,
+    *,
+    rotation: Rotation | None = None,
+    window: int | None = None,
+) -> tuple[Float[Array, "batch length out"], LayerCache | None]:
+    """``linear(attention)``, all heads' channels side by side, and the cache.
+
+    Args:
+      linear: a module that is called with (batch, length, heads * dim).
+      qkv, kv_heads, cache, lengths, rotation, window: as :func:`fqjax.models.attention.attend` takes them.
+    """
+    kinds: Any = {"rotation": rotation, "window": window}
+    if not (decodes(qkv, cache, lengths) and _quantizes(linear)):
+        out, cache = attend(qkv, kv_heads, cache, lengths, **kinds)
+        return linear(out.reshape(*out.shape[:2], -1)), cache
+    quantizer = linear.input.get_value()
+    recipe = quantizer.multiplier, quantizer.source, quantizer.part
+    attention = functools.partial(quantized_decode_attention, qmax=quantizer.qmax, per_token=quantizer.scale is None)
+    *found, arrays = decode_step(attention, qkv, cache, lengths, *recipe, **kinds)
+    codes, scale = (None if array is None else array[:, None] for array in found)
+    return linear.multiply(codes, scale, qkv.dtype), LayerCache(*arrays)
 
 
 def _quantizes(linear: Any) -> bool:

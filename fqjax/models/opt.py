@@ -10,10 +10,9 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 
 from fqjax.equalize import ScalingPath
-from fqjax.models.attention import attend
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM, eos_ids
-from fqjax.models.fused import after_activation, after_norm
+from fqjax.models.fused import after_activation, after_attention, after_norm
 from fqjax.models.head import unembed
 from fqjax.models.hf_config import check_choice, check_divides, sizes
 
@@ -74,8 +73,8 @@ class OPTAttention(nnx.Module):
         qkv, x = _project(self.qkv_proj, norm, x, pending)
         batch, length, hidden = x.shape
         qkv = qkv.reshape(batch, length, 3 * self.heads, hidden // self.heads)
-        out, cache = attend(qkv, self.heads, cache, lengths)
-        return self.out_proj(out.reshape(x.shape)), x, cache
+        out, cache = after_attention(self.out_proj, qkv, self.heads, cache, lengths)
+        return out, x, cache
 
 
 class OPTLayer(Block):

@@ -106,7 +106,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     packed = p.bits == 4
     exchange = Exchange(splits, groups, warpgroups, tokens, p.total_dtype)
 
-    def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
+    def matmul_of_few_rows(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None
         group_g, bias_g, visits_g, o_g = tiles.optional(rest, p.grouped, p.bias, p.experts > 0)
         w_s, x_s, groups_s, staged = (scratch.get(name, missing) for name in ("w", "x", "groups", "staged"))
@@ -262,7 +262,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     if splits > 1:
         settings |= {"cluster": (splits,), "cluster_names": ("split",)}
     return kernel(
-        body,
+        matmul_of_few_rows,
         out_type=out,
         scratch_types=scratch,
         grid=(columns,),

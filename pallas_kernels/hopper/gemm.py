@@ -99,7 +99,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
     left = at_launch * (config.warpgroups + 1) - producer_registers
     consumer_registers = min(232, left // config.warpgroups // 8 * 8)
 
-    def body(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
+    def matmul_of_many_rows(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None
         group_g, bias_g, visits_g, o_g = tiles.optional(rest, p.grouped, p.bias, p.experts > 0)
         w_s, x_s, o_s, groups_s, staged = (scratch.get(name, missing) for name in ("w", "x", "out", "groups", "staged"))
@@ -273,7 +273,7 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         shape = (config.warpgroups, p.halves, 64, STEP)
         scratch["staged"] = plgpu.SMEM(shape, p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize))
     return kernel(
-        body,
+        matmul_of_many_rows,
         out_type=jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype),
         scratch_types=scratch,
         grid=(ctas,),

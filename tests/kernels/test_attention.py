@@ -1,12 +1,16 @@
 """Decoding attention: the kernel in interpret mode, and XLA, against NumPy; and machine code for a Hopper GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import BLOCK, cannot_use, decode_attention, reference, run
+from pallas_kernels import attention
+from pallas_kernels.attention import BLOCK, cannot_use, decode_attention, quantized_decode_attention, reference, run
 from pallas_kernels.dispatch import NO_GPU, capability
+from pallas_kernels.rows import Quantization, quantize
 from tests.kernels import ahead_of_time
 
 CAPACITY = 3 * BLOCK + 5
@@ -161,9 +165,71 @@ def test_wrong_operands_are_named():
             decode_attention(*arguments)
     with pytest.raises(ValueError, match="rotation must be two arrays"):
         decode_attention(qkv, keys, values, lengths, *scales, rotation=(rotation[0], rotation[1][:, 1:]))
+    with pytest.raises(ValueError, match="64 channels need multiplier"):
+        quantized_decode_attention(
+            qkv, keys, values, lengths, *scales, jnp.ones(63), lengths[:0], lengths[:0], qmax=127
+        )
     if capability() < (8, 0):
         with pytest.raises(NotImplementedError, match="compute capability 8.0"):
             decode_attention(qkv, keys, values, lengths, *scales, implementation="triton")
+
+
+def quantized(operands, recipe, per_token, **kinds):
+    """Through the entry point: the real values that codes stand for, and the cache."""
+    qkv, lengths, rotation, (keys, values, *scales) = operands
+    scales, rotation = (scales or (None, None)), rotation or None
+    kinds |= {"qmax": 127, "per_token": per_token, "rotation": rotation}
+    codes, scale, cache = quantized_decode_attention(qkv, keys, values, lengths, *scales, *recipe, **kinds)
+    multiplier, source, _ = recipe
+    real = np.asarray(codes[:, : len(multiplier)], np.float64)
+    for e, channel in enumerate(np.asarray(source)):
+        real[:, channel] += np.asarray(codes[:, len(multiplier) + e], np.float64)
+    return real * (1 if scale is None else np.asarray(scale)[:, None]) / np.asarray(multiplier), cache
+
+
+def recipe(channels, per_token):
+    """Multipliers of different sizes; with fixed scales what is 3.5 fills a code, and two in the first 128 channels."""
+    multiplier = np.tile(np.float32([1, 2]), channels // 2) * (1 if per_token else 18)
+    multiplier[:128] *= 1 if per_token else 2
+    source = jnp.arange(0 if per_token else 128, dtype=jnp.int32)
+    return jnp.asarray(multiplier), source, jnp.ones_like(source)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_quantized_output_stands_for_the_output(codes, per_token, splits):
+    """By the entry point, on the CPU, and by the kernel's parts; a code is worth 1 / 18 at most, outputs reach about 3.5."""
+    arguments, kinds = operands(codes, heads=16, kv_heads=2), {"scale": 0.3, "window": None}
+    how = recipe(256, per_token)
+    kind = Quantization(name="quantize_attended", qmax=127, per_token=per_token)
+    finish = functools.partial(attention._quantized, kind, how, None)
+    found, cache = quantized(finite(arguments), how, per_token, scale=0.3)
+    check((found.reshape(-1, 16, 16), cache), arguments, **kinds, tolerance=0.04)
+    by_parts, _ = run(*arguments, **kinds, splits=splits, interpret=True, finish=finish)
+    whole, _ = run(*arguments, **kinds, splits=splits, interpret=True)
+    wanted = quantize(kind, "xla")(whole.reshape(len(whole), -1), *how)
+    for a, b in zip(by_parts, wanted, strict=True):  # Parts are not rounded to bfloat16 before they are quantized.
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0.01, atol=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("batch", [1, 5, 70])
+def test_the_compiled_kernels_quantize_their_output(codes, per_token, batch):
+    if capability() < (8, 0):
+        pytest.skip(NO_GPU)
+    lengths = tuple(np.random.default_rng(0).integers(0, 2048, batch))
+    arguments, how = operands(codes, 32, 8, 128, lengths=lengths, capacity=2048), recipe(4096, per_token)
+    f = jax.jit(functools.partial(quantized_decode_attention, qmax=127, per_token=per_token, implementation="triton"))
+    qkv, held, rotation, (keys, values, *scales) = arguments
+    found = f(qkv, keys, values, held, *(scales or (None, None)), *how, rotation=rotation)
+    out, _ = decode(arguments, implementation="triton")
+    kind = Quantization(name="quantize_attended", qmax=127, per_token=per_token)
+    wanted = quantize(kind, "xla")(out.reshape(batch, -1), *how)
+    for a, b in zip(found[: 1 + per_token], wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0.01, atol=1)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,8 @@
 """Norm or activation, quantization and flattening in one pass: the kernel in interpret mode, and XLA, against NumPy."""
 
+import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 
 from pallas_kernels import quantize_activated, quantize_normalized, quantize_per_token, rows
 from pallas_kernels.dispatch import NO_GPU, capability
-from pallas_kernels.rows import Quantization
+from pallas_kernels.rows import Parts, Quantization
 from tests.kernels import ahead_of_time
 from tests.kernels.test_quantize_activations import oracle
 
@@ -24,8 +26,10 @@ FRONTS = {
     "silu, gated": {"activation": "silu", "gated": True},
     "gelu, gated": {"activation": "gelu", "gated": True},
     "relu": {"activation": "relu"},
+    "attention": {"parts": Parts(3, 2, 64)},
 }
-IN_TRITON = [name for name in FRONTS if not name.startswith("gelu")]
+IN_TRITON = [(name, p) for name in FRONTS if not name.startswith("gelu") for p in (False, True)]
+IN_TRITON.remove(("attention", False))
 SIZES = [(1, 128, 0), (3, 384, 128), (5, 1664, 256), (2, 14336, 384)]
 """Rows, channels, extra channels; one to five powers of two make them up."""
 
@@ -34,11 +38,18 @@ def kind(front, per_token, qmax=127):
     return Quantization(name="quantize_rows", qmax=qmax, per_token=per_token, **FRONTS[front])
 
 
-def operands(kind, count, k, extra, dtype=jnp.bfloat16, seed=0):
+def operands(kind, count_of_rows, k, extra, dtype=jnp.bfloat16, seed=0):
     """A twentieth of the channels is large, all of them flattened where there are extra ones."""
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(0.3, 2, (count, k * (1 + kind.gated))), dtype)
+    x = jnp.asarray(rng.normal(0.3, 2, (count_of_rows, k * (1 + kind.gated))), dtype)
     found = [x]
+    if kind.parts is not None:
+        count, group, dim = dataclasses.astuple(kind.parts)
+        sums = rng.normal(0, 3, (count_of_rows, k // (group * dim), count, group))
+        sums[:, :, 0][rng.random(sums[:, :, 0].shape) < 0.3] = -np.inf  # Parts without positions find nothing.
+        x = rng.normal(0.3, 2, (*sums.shape, dim))
+        x[~np.isfinite(sums)] = np.nan
+        found = [jnp.asarray(array.reshape(count_of_rows, -1), jnp.float32) for array in (x, sums)]
     if kind.residual:
         found.append(jnp.asarray(rng.normal(0.3, 2, x.shape), dtype))
     if kind.weight:
@@ -54,10 +65,15 @@ def operands(kind, count, k, extra, dtype=jnp.bfloat16, seed=0):
 
 def check(kind, found, given):
     """Equal to NumPy in float64, but for values that are within float32's rounding of a half."""
-    x, residual, weight, bias, (multiplier, source, part) = kind.split(given)
+    x, sums, residual, weight, bias, (multiplier, source, part) = kind.split(given)
     k, extra = multiplier.shape[0], source.shape[0]
     codes, *rest = map(np.asarray, found)
     y = np.asarray(x, np.float64)
+    if kind.parts is not None:
+        shape = (len(y), -1, kind.parts.count, kind.parts.group)
+        shares = np.exp(np.asarray(sums, np.float64).reshape(shape))[..., None]
+        y = np.where(shares > 0, y.reshape(*shape, kind.parts.dim), 0)
+        y = ((y * shares).sum(2) / shares.sum(2)).reshape(len(y), -1)
     if residual is not None:
         y = y + np.asarray(residual, np.float64)
         np.testing.assert_array_equal(rest[-1], np.asarray(y.astype(np.float32)).astype(rest[-1].dtype))
@@ -86,8 +102,7 @@ def check(kind, found, given):
     np.testing.assert_array_equal(np.where(unsure, 0, codes), np.where(unsure, 0, wanted))
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("front", IN_TRITON)
+@pytest.mark.parametrize(("front", "per_token"), IN_TRITON)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_the_kernel_in_interpret_mode(front, per_token, sizes):
     p = kind(front, per_token)
@@ -97,8 +112,13 @@ def test_the_kernel_in_interpret_mode(front, per_token, sizes):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("front", FRONTS)
-@pytest.mark.parametrize("sizes", [*SIZES, (4, 100, 0), (4, 130, 7)])
+@pytest.mark.parametrize(
+    ("front", "sizes"),
+    [
+        *itertools.product(FRONTS, SIZES),
+        *itertools.product([front for front in FRONTS if front != "attention"], [(4, 100, 0), (4, 130, 7)]),
+    ],
+)
 def test_xla(front, per_token, sizes, dtype):
     p = kind(front, per_token, 7)
     given = operands(p, *sizes, dtype)
@@ -107,8 +127,7 @@ def test_xla(front, per_token, sizes, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("front", IN_TRITON)
+@pytest.mark.parametrize(("front", "per_token"), IN_TRITON)
 @pytest.mark.parametrize("sizes", [*SIZES, (700, 4096, 256), (1, 4096, 0), (300, 28672, 1024)])
 def test_the_compiled_kernel(front, per_token, sizes, dtype):
     if capability() < (8, 0):
@@ -119,8 +138,7 @@ def test_the_compiled_kernel(front, per_token, sizes, dtype):
 
 
 @pytest.mark.skipif(not ahead_of_time.HAS_PLUGIN, reason="needs the package jax-cuda13-plugin")
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("front", IN_TRITON)
+@pytest.mark.parametrize(("front", "per_token"), IN_TRITON)
 def test_machine_code_for_a_hopper_gpu(front, per_token):
     p = kind(front, per_token)
     ahead_of_time.compile_for_h200(functools.partial(rows.call, p), *operands(p, 2, 14336, 384))
@@ -154,6 +172,11 @@ def test_what_the_kernel_cannot_take_is_said():
     gelu = kind("gelu, gated", False)
     x, *recipe = operands(gelu, 4, 128, 0)
     assert "knows no gelu" in rows.cannot_use(gelu, x, *recipe)
+    parts = kind("attention", False)
+    x, _, *recipe = operands(parts, 4, 128, 0)
+    assert "scales are fixed" in rows.cannot_use(parts, x, *recipe)
+    parts = dataclasses.replace(parts, per_token=True, parts=Parts(33, 2, 64))
+    assert "33 parts, more than 32" in rows.cannot_use(parts, x, *recipe)
     with jax.enable_x64(True):
         assert "float64" in reason(dtype=jnp.float64)
     if capability() < (8, 0):
