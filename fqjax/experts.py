@@ -22,8 +22,12 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from fqjax.watching import is_watched, watched
-from pallas_kernels.experts import map_tiles
 from pallas_kernels.reference import activated
+
+LARGEST_TILE = 512
+"""Rows that an expert in floating point takes at once, at most."""
+STEP = 16
+"""What that is a multiple of."""
 
 
 class Routing(NamedTuple):
@@ -144,9 +148,20 @@ def run_all(
 def run_chosen(
     experts: Iterable[Callable[..., Array]], rows: Float[Array, "tokens hidden"], routing: Routing
 ) -> Float32[Array, "tokens hidden"]:
-    """Every expert on the tokens that are sent to it."""
+    """Every expert on the tokens that are sent to it, tile by tile of them; an expert without any is not run."""
     experts = list(experts)
     pairs = routing.sorted(len(experts))
-    branches = [lambda x, expert=expert: expert(x) for expert in experts]
-    found = map_tiles(lambda e, x: lax.switch(e, branches, x), pairs.sizes, rows[pairs.token])
+    size = min(LARGEST_TILE, -(-len(pairs.token) // STEP) * STEP)
+    x = jnp.pad(rows[pairs.token], ((0, size), (0, 0)))
+    one = jax.eval_shape(experts[0], jax.ShapeDtypeStruct((size, x.shape[1]), x.dtype))
+    found = jnp.zeros((len(x), one.shape[1]), one.dtype)
+    begins, tiles = jnp.cumsum(pairs.sizes) - pairs.sizes, -(-pairs.sizes // size)
+    for i, expert in enumerate(experts):
+
+        def tile(t: Array, found: Array, begin: Array = begins[i], expert: Callable[..., Array] = expert) -> Array:
+            """What the last tile writes behind its expert's rows, the next expert writes over."""
+            at = begin + t * size
+            return lax.dynamic_update_slice_in_dim(found, expert(lax.dynamic_slice_in_dim(x, at, size)), at, 0)
+
+        found = lax.fori_loop(0, tiles[i], tile, found)
     return routing.mixed(found, pairs)
