@@ -216,7 +216,9 @@ def bench(
         str | None,
         typer.Option("--model", help="model: a config.json, or llama-3-8b, llama-3-70b, opt-30b, mixtral-8x7b, tiny."),
     ] = None,
-    scheme: Annotated[list[str] | None, typer.Option("--scheme", help="model: a preset; repeatable.")] = None,
+    scheme: Annotated[
+        list[str] | None, typer.Option("--scheme", help="model: a preset, or preset+int8-head+int8-cache; repeatable.")
+    ] = None,
     prefill: Annotated[
         list[str] | None, typer.Option(help="model: sequences x tokens of prompts; repeatable.", metavar="BxT")
     ] = None,
@@ -255,14 +257,14 @@ def _bench_model(
 ) -> dict[str, Any]:
     import jax
 
-    from fqjax.bench.model import SCHEMES, line, parse_case, run, summary
+    from fqjax.bench.model import SCHEMES, line, parse_case, parse_variant, run, summary
     from fqjax.bench.random_models import architecture
 
     name = model or ("llama-3-8b" if jax.default_backend() == "gpu" else "tiny")
     cases = [parse_case("prefill", text) for text in prefill or ()] + [
         parse_case("decode", text) for text in decode or ()
     ]
-    chosen = [resolve_scheme(scheme) for scheme in schemes or SCHEMES]
+    chosen = [parse_variant(scheme) for scheme in schemes or SCHEMES]
     result = run(
         name,
         architecture(name),

@@ -4,7 +4,8 @@ Examples:
     python scripts/benchmark_model.py                                               # Llama-3-8B on a GPU
     python scripts/benchmark_model.py --model opt-30b --schemes bf16 flattenquant --prefill 8x1024 --decode
 
-The same as ``fqjax bench model``, with the table written beside the JSON, where results of other models are kept.
+The same as ``fqjax bench model``, with the table written beside the JSON, where results of other models are kept, and those
+of other schemes and sizes from the same device and versions.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import jax
 
 from fqjax.bench import model as bench
 from fqjax.bench.random_models import architecture
+from fqjax.compiling import use_compilation_cache
 
 
 def main() -> None:
@@ -25,8 +27,13 @@ def main() -> None:
     parser.add_argument("--decode", nargs="*", metavar="BxT")
     parser.add_argument("--extra", type=float, default=0.05, help="share of extra channels of schemes that flatten")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further scheme after so many seconds")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/models"), help="written with .json and .md")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/benchmarks/models"), help="written with .json, .md and _profile.md"
+    )
+    parser.add_argument("--compilation-cache", type=Path, help="keep compiled programs there, and take them from there")
     a = parser.parse_args()
+    if a.compilation_cache:
+        use_compilation_cache(a.compilation_cache)
     cases = None
     if a.prefill is not None or a.decode is not None:
         cases = [bench.parse_case("prefill", text) for text in a.prefill or ()]
@@ -42,11 +49,13 @@ def main() -> None:
     )
     record = a.out.with_suffix(".json")
     results = json.loads(record.read_text()) if record.is_file() else {}
-    results[a.model] = result
+    results[a.model] = bench.combined(results.get(a.model), result)
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(results, indent=1) + "\n")
     a.out.with_suffix(".md").write_text(bench.markdown(results.values()))
-    print(f"wrote {record} and {a.out}.md")
+    profile = a.out.with_name(a.out.name + "_profile").with_suffix(".md")
+    profile.write_text(bench.profiles(results.values()))
+    print(f"wrote {record}, {a.out}.md and {profile}")
 
 
 if __name__ == "__main__":

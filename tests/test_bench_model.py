@@ -83,6 +83,54 @@ def test_rows_and_ratios():
     assert "| `w4a8` |" in page and "decode 2 x 16" in page
 
 
+def test_floors_are_those_of_bytes_and_products():
+    config = TINY[1]
+    macs, model = bench.linear_macs(*TINY), random_model(*TINY, fqjax.PRESETS["w4a8"])
+    assert macs == 2 * (256 * (256 + 2 * 64) + 256 * 256 + 3 * 256 * 768)
+    ceilings = {"bf16_tflops": 0.5, "int8_tops": 1.0, "copy_tb_per_s": 2.0}
+    plain, cached = bench.parse_variant("w4a8"), bench.parse_variant("w4a8+int8-cache")
+    prefill, step = bench.Case("prefill", 3, 16), bench.Case("decode", 3, 16)
+    bf16 = 2 * (2 * 256 * 3 * 16**2 + 3 * 2048 * 256) / 0.5e12
+    assert bench.floor(model, prefill, plain, 0, macs, ceilings) == pytest.approx(1e3 * (bf16 + 2 * macs * 48 / 1e12))
+    used, table = 10_000_000, 2 * 2048 * 256
+    for variant, entry in ((plain, 64 * 2), (cached, 64 + 2 * 4)):
+        cache = 2 * config.num_hidden_layers * 48 * entry
+        found = bench.floor(model, step, variant, used, macs, ceilings)
+        assert found == pytest.approx(1e3 * (used - table + cache) / 2e12)
+    assert bench.floor(model, step, plain, used, macs, {"bf16_tflops": 0.0}) is None
+    assert bench.linear_macs(*described(MIXTRAL)) == 2 * (128 * 256 + 128 * 128 + 2 * 3 * 128 * 256)
+
+
+@pytest.mark.parametrize(
+    ("text", "head", "cache"),
+    [("w4a8", False, None), ("w4a8+int8-head", True, None), ("w4a8+int8-cache", False, "int8")],
+)
+def test_names_of_variants(text, head, cache):
+    variant = bench.parse_variant(text)
+    assert (variant.scheme.int8_head, variant.kv_cache, variant.name) == (head, cache, text)
+    both = bench.parse_variant("w4a8+int8-cache+int8-head")
+    assert both.name == "w4a8+int8-head+int8-cache"
+    with pytest.raises(InputError, match=r"scheme w4a8\+fp8: 'fp8' follows; expected \+int8-head or \+int8-cache"):
+        bench.parse_variant("w4a8+fp8")
+
+
+def test_rows_that_are_not_measured_again_are_kept():
+    def result(date, device="d", **rows):
+        made = [{"scheme": s, "phase": "decode", "batch": 1, "length": 8, "milliseconds": ms} for s, ms in rows.items()]
+        return {"date": date, "device": device, "versions": {}, "extra_channels": 0.05, "rows": made, "skipped": []}
+
+    before = bench.combined(None, result("monday", bf16=2.0, w4a8=1.0) | {"skipped": [{"scheme": "w4a16"}]})
+    both = bench.combined(before, result("tuesday", w4a8=0.5, w4a16=0.7))
+    assert [(r["scheme"], r["date"], r["milliseconds"]) for r in both["rows"]] == [
+        ("bf16", "monday", 2.0),
+        ("w4a8", "tuesday", 0.5),
+        ("w4a16", "tuesday", 0.7),
+    ]
+    assert both["skipped"] == []
+    other = bench.combined(before, result("tuesday", device="e", w4a8=0.5))
+    assert [row["scheme"] for row in other["rows"]] == ["w4a8"]
+
+
 def test_what_does_not_fit_is_left_out(monkeypatch):
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
@@ -101,7 +149,10 @@ def test_a_profile_adds_up_what_is_of_one_kind():
     ]
     row = {"model": "m", "scheme": "w4a8", "phase": "decode", "batch": 1, "length": 8, "milliseconds": 0.01}
     row |= {"device_bytes": 1, "ratio_to_bf16": None, "device_milliseconds": 0.008, "kernels": bench.profile(times, 4)}
-    page = bench.markdown([{"rows": [row], "skipped": [], "device": "d", "versions": {}, "date": "today"}])
+    row["floor_milliseconds"] = 0.004
+    ceilings = {"bf16_tflops": 800.0, "int8_tops": 1600.0, "copy_tb_per_s": 3.0}
+    page = bench.profiles([{"rows": [row], "device": "d", "versions": {}, "date": "today", "ceilings": ceilings}])
+    assert "0.01 ms by the clock on the wall, 0.01 ms in kernels, 0.00 ms the floor." in page
     assert "### `w4a8`: decode 1 x 8" in page and "| loop_fusion | 2 | 3 | 37.5% |" in page
 
 
@@ -130,7 +181,7 @@ def test_the_command(tmp_path):
     assert main(arguments) == 0
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     wanted = {"model", "scheme", "phase", "batch", "length", "milliseconds", "tokens_per_second", "device_bytes"}
-    assert wanted | {"ratio_to_bf16", "compile_seconds"} == set(row)
+    assert wanted | {"ratio_to_bf16", "compile_seconds", "floor_milliseconds"} == set(row)
     assert (row["model"], row["batch"], row["length"], row["ratio_to_bf16"]) == ("tiny", 1, 8, 1.0)
 
 

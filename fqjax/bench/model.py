@@ -21,18 +21,26 @@ from flax import nnx
 from fqjax.bench.environment import describe, environment
 from fqjax.bench.kernels import ceilings
 from fqjax.bench.random_models import random_model
+from fqjax.checkpoint.hugging_face import abstract_model
 from fqjax.errors import InputError
 from fqjax.inference.generate import decode, prefill
 from fqjax.models.cache import KeyValueCache
-from fqjax.scheme import PRESETS, Scheme, resolve_scheme
+from fqjax.models.causal_lm import CausalLM
+from fqjax.scheme import Scheme, resolve_scheme
+from fqjax.surgery import select_linears
+from fqjax.units import units_of
 from pallas_kernels.timing import kernel_times
 
+PLAIN = "bf16"
+"""The scheme that the others are compared with."""
 STEPS = 32
 """Tokens that are decoded in one call."""
 REPEATS = 5
 LISTED = 12
 """Kernels of a step that are listed, of those that take the longest."""
 Phase = Literal["prefill", "decode"]
+HEAD, CACHE = "+int8-head", "+int8-cache"
+"""What the name of a scheme is followed by where the output head, or the keys and values, are INT8 too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,34 @@ SCHEMES = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A scheme as it is measured: its output head may be INT8 (``scheme.int8_head``), and so may the cache."""
+
+    scheme: Scheme
+    kv_cache: Literal["int8"] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.scheme.name + HEAD * self.scheme.int8_head + CACHE * (self.kv_cache is not None)
+
+
+def parse_variant(text: str) -> Variant:
+    """A preset's name, which ``+int8-head`` and ``+int8-cache`` may follow.
+
+    Raises:
+      InputError: if there is no preset of that name, or something else follows.
+    """
+    name, *options = text.split("+")
+    for option in options:
+        if f"+{option}" not in (HEAD, CACHE):
+            raise InputError(f"scheme {text}: {option!r} follows; expected {HEAD} or {CACHE}")
+    scheme = resolve_scheme(name)
+    if HEAD[1:] in options:
+        scheme = dataclasses.replace(scheme, int8_head=True)
+    return Variant(scheme, "int8" if CACHE[1:] in options else None)
+
+
 def default_cases() -> tuple[Case, ...]:
     """:data:`LARGE` on a GPU, :data:`SMALL` elsewhere."""
     return LARGE if jax.default_backend() == "gpu" else SMALL
@@ -83,7 +119,7 @@ def parse_case(phase: Phase, text: str) -> Case:
 def run(
     name: str,
     architecture: tuple[str, Any],
-    schemes: Iterable[str | Scheme] = SCHEMES,
+    schemes: Iterable[str | Variant] = SCHEMES,
     cases: Iterable[Case] | None = None,
     *,
     extra: float = 0.05,
@@ -95,7 +131,7 @@ def run(
     Args:
       name: of the model, for the result.
       architecture: its name and configuration (:func:`fqjax.bench.random_models.architecture`).
-      schemes: presets or schemes; ratios are to "bf16", which is measured first if it is among them.
+      schemes: what :func:`parse_variant` takes; ratios are to "bf16", which is measured first if it is among them.
       cases: by default those of :func:`default_cases`.
       extra: share of extra channels of schemes that flatten.
       seconds: after so many no further scheme is begun.
@@ -112,30 +148,33 @@ def run(
             raise InputError(f"--{case.phase} {case.batch}x{case.length}: the model has {longest} positions")
     result = environment() | {"ceilings": ceilings(), "extra_channels": extra, "rows": [], "skipped": []}
     plain: dict[Case, float] = {}
+    work = linear_macs(*architecture)
     begun = time.monotonic()
-    for scheme in sorted(map(resolve_scheme, schemes), key=lambda scheme: scheme.method != "none"):
+    variants = [parse_variant(scheme) if isinstance(scheme, str) else scheme for scheme in schemes]
+    for variant in sorted(variants, key=lambda variant: variant.name != PLAIN):
         if time.monotonic() - begun > seconds:
-            result["skipped"].append({"model": name, "scheme": scheme.name, "why": "out of time"})
+            result["skipped"].append({"model": name, "scheme": variant.name, "why": "out of time"})
             continue
         gc.collect()
         before = _bytes_in_use()
         try:
-            model = random_model(*architecture, scheme, extra=extra)
+            model = random_model(*architecture, variant.scheme, extra=extra)
             jax.block_until_ready(nnx.state(model))
         except jax.errors.JaxRuntimeError as error:
-            result["skipped"].append({"model": name, "scheme": scheme.name, "why": _first_line(error)})
+            result["skipped"].append({"model": name, "scheme": variant.name, "why": _first_line(error)})
             continue
         used = _bytes_in_use() - before or sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
         for case in cases:
-            row: dict[str, Any] = {"model": name, "scheme": scheme.name} | dataclasses.asdict(case)
+            row: dict[str, Any] = {"model": name, "scheme": variant.name} | dataclasses.asdict(case)
             try:
-                row |= measure(model, case)
+                row |= measure(model, case, variant.kv_cache)
             except jax.errors.JaxRuntimeError as error:
                 result["skipped"].append(row | {"why": _first_line(error)})
                 continue
-            if scheme.method == "none":
+            if variant.name == PLAIN:
                 plain[case] = row["milliseconds"]
             row["device_bytes"] = used
+            row["floor_milliseconds"] = floor(model, case, variant, used, work, result["ceilings"])
             row["ratio_to_bf16"] = plain[case] / row["milliseconds"] if case in plain else None
             result["rows"].append(row)
             report(row)
@@ -143,17 +182,74 @@ def run(
     return result
 
 
-def measure(model: Any, case: Case) -> dict[str, Any]:
+def linear_macs(name: str, config: Any) -> int:
+    """Multiply-accumulates of an architecture's linear layers for one token, the head left out."""
+    linears = select_linears(abstract_model(name, config, jnp.bfloat16)).linears
+    total = 0
+    for names in units_of(linears).values():
+        first = linears[names[0]]
+        each = config.num_experts_per_tok if len(names) > 1 else 1  # Of an expert's layers, so many are used.
+        total += first.in_features * first.out_features * each
+    return total
+
+
+def floor(
+    model: CausalLM, case: Case, variant: Variant, used: int, macs: int, ceilings: dict[str, float]
+) -> float | None:
+    """Milliseconds that a case takes at least, at the ceilings that were measured; None where they or its work are not known.
+
+    A prefill takes the time of its products: those of linear layers in the numbers they are multiplied in, those of
+    attention, of which causality leaves half, and of the head in bfloat16.  Decoding takes the time to read all weights but
+    the embedding, and the filled cache.
+    """
+    config, tokens = model.config, case.batch * case.length
+    if not ceilings.get("bf16_tflops") or (case.phase == "decode" and hasattr(config, "num_experts")):
+        return None
+    (layer, *_), layers = model.make_cache(1, 1).layers, config.num_hidden_layers
+    kv_heads, dim = layer.keys.shape[2:]
+    table = config.vocab_size * config.hidden_size
+    if case.phase == "decode":
+        entry = (dim + 4 if variant.kv_cache else 2 * dim) * kv_heads  # An INT8 token and head has a scale.
+        weights = used - (0 if config.tie_word_embeddings else 2 * table)
+        return (weights + 2 * layers * tokens * entry) / ceilings["copy_tb_per_s"] / 1e9
+    exact = variant.scheme.method != "none" and variant.scheme.int4_activation_bits != 16
+    attention = layers * config.num_attention_heads * dim * case.batch * case.length**2
+    bf16 = attention + case.batch * table + (0 if exact else macs * tokens)
+    return 2e-9 * (bf16 / ceilings["bf16_tflops"] + exact * macs * tokens / ceilings["int8_tops"])
+
+
+def combined(before: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
+    """A result with the rows of one before that were not measured again, if it is from the same device and versions.
+
+    Every row keeps its ratio, which is to the bfloat16 of its own run, and its date.
+    """
+    date = {"date": result["date"]}
+    result = result | {"rows": [date | row for row in result["rows"]]}
+    if before is None or any(before[k] != result[k] for k in ("device", "versions", "extra_channels")):
+        return result
+
+    def which(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["scheme"], row["phase"], row["batch"], row["length"]
+
+    new = {which(row) for row in result["rows"]}
+    kept = [{"date": before["date"]} | row for row in before["rows"] if which(row) not in new]
+    rows = sorted(kept + result["rows"], key=lambda row: row["scheme"] != PLAIN)
+    measured = {row["scheme"] for row in rows}
+    skipped = [s for s in before["skipped"] + result["skipped"] if s["scheme"] not in measured]
+    return result | {"rows": rows, "skipped": list({s["scheme"]: s for s in skipped}.values())}
+
+
+def measure(model: Any, case: Case, kv_cache: Literal["int8"] | None = None) -> dict[str, Any]:
     """``milliseconds`` a prefill or a decoded token, tokens a second, the device's part, and seconds to compile."""
     graphdef, state = nnx.split(model)
-    vocabulary, key = model.config.vocab_size, jax.random.key(7)
+    vocabulary, key, dtype = model.config.vocab_size, jax.random.key(7), kv_cache and jnp.int8
     if case.phase == "prefill":
-        cache, steps = model.make_cache(case.batch, case.length), 1
+        cache, steps = model.make_cache(case.batch, case.length, dtype), 1
         tokens = jax.random.randint(key, (case.batch, case.length), 0, vocabulary)
         before, behind = (tokens,), (jnp.full(case.batch, case.length, jnp.int32),)
         lower = functools.partial(prefill.lower, graphdef, state, *before, cache, *behind)
     else:
-        cache, steps = model.make_cache(case.batch, case.length + STEPS), STEPS
+        cache, steps = model.make_cache(case.batch, case.length + STEPS, dtype), STEPS
         before, behind = (), (jax.random.normal(key, (case.batch, vocabulary)), None, None)
         lower = functools.partial(decode.lower, graphdef, state, cache, *behind, STEPS + 1, ())  # The logits give one.
     start = time.perf_counter()
@@ -209,7 +305,7 @@ def line(row: dict[str, Any]) -> str:
     device = f" ({row['device_milliseconds']:.3f} on the device)" if "device_milliseconds" in row else ""
     shape = f"{row['batch']} x {row['length']}"
     return (
-        f"{row['scheme']:26}{row['phase']:8}{shape:>10}  {row['milliseconds']:9.3f} ms{device}  "
+        f"{row['scheme']:26} {row['phase']:8}{shape:>10}  {row['milliseconds']:9.3f} ms{device}  "
         f"{row['tokens_per_second']:9.4g} tokens/s  {row['device_bytes'] / 1e9:6.2f} GB  {ratio}"
     )
 
@@ -244,19 +340,45 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
             lines.append(f"| `{scheme}` | {size:.2f} | " + " | ".join(_cell(own.get(case)) for case in cases) + " |")
         for skipped in result["skipped"]:
             lines += ["", f"`{skipped['scheme']}` left out: {skipped['why']}"]
-        for phase in ("prefill", "decode"):
-            lines += _profiles([row for row in rows if row["phase"] == phase and "kernels" in row])
     return "\n".join(lines) + "\n"
 
 
+def profiles(results: Iterable[dict[str, Any]]) -> str:
+    """Where the time of each phase goes, for the first of its cases and every scheme, as one page."""
+    lines = [
+        "# Where the time of whole models goes",
+        "",
+        "Written by `scripts/benchmark_model.py`: the GPU's kernels in one prefill, and in one decoded token, by its own",
+        f"clock (CUPTI), the {LISTED} that take the longest. The floor of a prefill is what its products take at the rates",
+        "that the same run measured for large ones; that of decoding, what it takes to read the weights and the filled",
+        "cache.",
+    ]
+    for result in results:
+        rows = [row for row in result["rows"] if "kernels" in row]
+        if rows:
+            lines += ["", f"## {rows[0]['model']}", "", f"{describe(result)}.", *_ceilings(result["ceilings"])]
+        for phase in ("prefill", "decode"):
+            lines += _profiles([row for row in rows if row["phase"] == phase])
+    return "\n".join(lines) + "\n"
+
+
+def _ceilings(ceilings: dict[str, float]) -> list[str]:
+    bf16, int8, copy = (ceilings[name] for name in ("bf16_tflops", "int8_tops", "copy_tb_per_s"))
+    return ["", f"Measured at most: {bf16:.0f} TFLOP/s in bfloat16, {int8:.0f} TOPS in INT8, copies {copy:.2f} TB/s."]
+
+
 def _profiles(rows: list[dict[str, Any]]) -> list[str]:
-    """Where the time of the first case of a phase goes, for every scheme."""
     lines: list[str] = []
     for row in rows:
         if (row["batch"], row["length"]) != (rows[0]["batch"], rows[0]["length"]):
             continue
+        wall, device, least = (row.get(f"{name}milliseconds") for name in ("", "device_", "floor_"))
         lines += ["", f"### `{row['scheme']}`: {row['phase']} {row['batch']} x {row['length']}", ""]
-        lines += ["| kernel | calls | microseconds | share |", "|---|---:|---:|---:|"]
+        lines.append(
+            f"{wall:.2f} ms by the clock on the wall, {device:.2f} ms in kernels"
+            + (f", {least:.2f} ms the floor." if least else ".")
+        )
+        lines += ["", "| kernel | calls | microseconds | share |", "|---|---:|---:|---:|"]
         for k in row["kernels"]:
             share = k["microseconds"] / row["device_milliseconds"] / 1e3
             lines.append(f"| {k['kernel']} | {k['calls']:.0f} | {k['microseconds']:.0f} | {share:.1%} |")
@@ -266,5 +388,5 @@ def _profiles(rows: list[dict[str, Any]]) -> list[str]:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
-    ratio = f" ({row['ratio_to_bf16']:.2f} x)" if row["ratio_to_bf16"] and row["scheme"] != PRESETS["bf16"].name else ""
+    ratio = f" ({row['ratio_to_bf16']:.2f} x)" if row["ratio_to_bf16"] and row["scheme"] != PLAIN else ""
     return f"{row['milliseconds']:.2f}{ratio}"

@@ -23,6 +23,7 @@ from fqjax.experts import Expert, MixtureOfExperts
 from fqjax.linear import LayerSummary, QuantizedLinear
 from fqjax.models import FAMILIES
 from fqjax.models.causal_lm import CausalLM
+from fqjax.models.head import with_int8_head
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.scheme import Scheme
 from fqjax.stacking import stacked_experts
@@ -152,7 +153,8 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
         names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
         return leaf if isinstance(leaf, jax.Array) else _parameter(next(keys), names, leaf)
 
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))
+    model = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))
+    return with_int8_head(model) if scheme.int8_head else model
 
 
 def _layer(key: jax.Array, linear: nnx.Linear, scheme: Scheme, bits: int, extra: float, macs: int) -> QuantizedLinear:
