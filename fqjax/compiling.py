@@ -20,8 +20,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm":
 def use_compilation_cache(directory: str | Path | None = None) -> Path:
     """Keeps compiled programs in a directory, and takes those from there that another process has compiled.
 
-    What takes a minute for a model with billions of parameters takes seconds the next time.  It is JAX's own persistent
-    cache; a directory that was given to that before (``JAX_COMPILATION_CACHE_DIR``) is left as it is.
+    It is JAX's own persistent cache; a directory that was given to that before (``JAX_COMPILATION_CACHE_DIR``) is left as it
+    is.  Tracing and lowering a program, which take the most time for a model with its layers unrolled, are not saved.
 
     Args:
       directory: is made where there is none; by default ``fqjax/compiled`` in the user's cache directory

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from fqjax.watching import is_watched, watched
 from pallas_kernels.reference import activated
 
-LARGEST_TILE = 512
+LARGEST_TILE = 1024
 """Rows that an expert in floating point takes at once, at most."""
 STEP = 16
 """What that is a multiple of."""
@@ -67,7 +67,7 @@ class Routing(NamedTuple):
 
     def mixed(self, rows: Float[Array, "rows n"], pairs: "Sorted") -> Float32[Array, "tokens n"]:
         """The outputs of the sorted pairs, added up by weight."""
-        each = rows[pairs.place].reshape(*self.chosen.shape, -1).astype(jnp.float32)
+        each = rows[pairs.place].reshape(*self.chosen.shape, rows.shape[1]).astype(jnp.float32)
         return jnp.sum(each * self.weights[..., None], axis=1)
 
 
@@ -151,7 +151,7 @@ def run_chosen(
     """Every expert on the tokens that are sent to it, tile by tile of them; an expert without any is not run."""
     experts = list(experts)
     pairs = routing.sorted(len(experts))
-    size = min(LARGEST_TILE, -(-len(pairs.token) // STEP) * STEP)
+    size = min(LARGEST_TILE, max(1, -(-len(pairs.token) // STEP)) * STEP)
     x = jnp.pad(rows[pairs.token], ((0, size), (0, 0)))
     one = jax.eval_shape(experts[0], jax.ShapeDtypeStruct((size, x.shape[1]), x.dtype))
     found = jnp.zeros((len(x), one.shape[1]), one.dtype)

@@ -1,14 +1,6 @@
-"""Attention of one new token a sequence over a cache of keys and values, of which only the filled part is read.
+"""Entry points for attention of one new token a sequence over a cache of keys and values.
 
-The cache is (batch, capacity, kv_heads, head_dim) as a model writes it, in floating point or as INT8 codes with a scale
-for each token and head, and is neither transposed nor converted in memory.  The kernel (Pallas Triton) takes the output of
-the query, key and value projections as it is, turns queries and keys by their position, writes the new key and value into
-the cache and attends, all at once.  It divides each sequence's own length, or its window, among several programs per
-key-value head, so that a small batch fills the GPU too and none of them looks at positions behind the length; every program
-takes its softmax online, the first of them beginning with the new token, and what they found is put together by the
-logarithms of their sums (Flash-Decoding).  The query heads that share a key-value head are the rows of one matrix product.
-
-INT8 codes are multiplied as they are: the key's scale goes onto the score, and the value's onto the weight.
+The kernel, and what the cache looks like: :mod:`pallas_kernels.attention_kernel`.
 """
 
 import dataclasses
@@ -17,46 +9,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from pallas_kernels.dispatch import NO_GPU, capability, has_triton, say
-from pallas_kernels.reference import quantize_per_token, rotated, together
-from pallas_kernels.rows import Implementation, Parts, Quantization, quantize, rounded
-
-BLOCK = 64
-"""Positions that a program reads at once."""
-PROGRAMS = 132
-"""Programs that are wanted on a GPU at least: one for each multiprocessor of an H100 or H200."""
-LOWEST = -1e30
-"""Below every score, and still finite."""
-LEAST_ROWS = 16
-"""Of a matrix product on tensor cores; fewer query heads are filled up."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Problem:
-    """What a kernel is made for: sizes, and what scores are multiplied with."""
-
-    batch: int
-    capacity: int
-    kv_heads: int
-    group: int
-    dim: int
-    dtype: Any
-    cache_dtype: Any
-    codes: bool
-    rotates: bool
-    scale: float
-    window: int | None
-    splits: int
-
-    @property
-    def rows(self) -> int:
-        return max(LEAST_ROWS, pl.next_power_of_2(self.group))
+from pallas_kernels.attention_kernel import cannot_use, reference, run
+from pallas_kernels.dispatch import NO_GPU, capability, say
+from pallas_kernels.reference import together
+from pallas_kernels.rows import Implementation, Parts, Quantization, quantize
 
 
 def decode_attention(
@@ -95,10 +55,8 @@ def decode_attention(
       ValueError: if shapes do not fit together, or codes and scales do not come together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
-    _check(qkv, keys, values, lengths, key_scales, value_scales, rotation)
-    kinds = {"scale": 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale), "window": window}
-    return _attend(kinds, functools.partial(_whole, qkv.dtype), implementation, qkv, lengths, rotation or (), cache)
+    held = keys, values, lengths, key_scales, value_scales
+    return _attend(functools.partial(_whole, qkv.dtype), implementation, qkv, *held, rotation, scale, window)
 
 
 def quantized_decode_attention(
@@ -132,26 +90,39 @@ def quantized_decode_attention(
       ValueError: if shapes do not fit together, or codes and scales do not come together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
-    _check(qkv, keys, values, lengths, key_scales, value_scales, rotation)
     channels = (qkv.shape[1] - 2 * keys.shape[2]) * qkv.shape[2]
     if multiplier.shape != (channels,) or part.shape != source.shape:
         raise ValueError(
             f"quantized_decode_attention: {channels} channels need multiplier ({channels},) and part {source.shape}, got "
             f"{multiplier.shape} and {part.shape}"
         )
-    kinds = {"scale": 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale), "window": window}
     kind = Quantization(name="quantize_attended", qmax=qmax, per_token=per_token)
     finish = functools.partial(_quantized, kind, (multiplier, source, part), implementation)
-    (codes, *scales), written = _attend(kinds, finish, implementation, qkv, lengths, rotation or (), cache)
+    held = keys, values, lengths, key_scales, value_scales
+    (codes, *scales), written = _attend(finish, implementation, qkv, *held, rotation, scale, window)
     return codes, scales[0] if scales else None, written
 
 
-def _attend(kinds: dict[str, Any], finish: Any, implementation: Implementation | None, *operands: Any) -> Any:
+def _attend(
+    finish: Any,
+    implementation: Implementation | None,
+    qkv: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    rotation: tuple[Array, Array] | None,
+    scale: float | None,
+    window: int | None,
+) -> Any:
     """What ``finish`` makes of the parts and their sums, and the cache, by the implementation asked for or the fastest."""
+    _check(qkv, keys, values, lengths, key_scales, value_scales, rotation)
     if implementation not in (None, "triton", "xla"):
         raise NotImplementedError(f"implementation {implementation!r} is not one of: triton, xla")
-    qkv, _, _, (keys, values, *_) = operands
+    cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
+    operands = qkv, lengths, rotation or (), cache
+    kinds: Any = {"scale": 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale), "window": window}
 
     def xla(*operands: Any) -> Any:
         out, cache = reference(*operands, **kinds)
@@ -185,206 +156,6 @@ def _quantized(
         return quantize(kind, implementation)(out.reshape(len(out), -1), *recipe)
     kind = dataclasses.replace(kind, parts=Parts(*out.shape[2:]))
     return quantize(kind, implementation)(out.reshape(len(out), -1), sums.reshape(len(out), -1), *recipe)
-
-
-def reference(
-    qkv: Array,
-    lengths: Array,
-    rotation: Sequence[Array],
-    cache: Sequence[Array],
-    *,
-    scale: float,
-    window: int | None,
-) -> tuple[Array, tuple[Array, ...]]:
-    """The same by XLA, over the whole capacity with a mask."""
-    (batch, _, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
-    heads = qkv.shape[1] - 2 * kv_heads
-    q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
-    if rotation:
-        cos, sin = (part[:, None] for part in rotation)
-        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
-    if len(cache) > 2:
-        (k, k_scale), (v, v_scale) = (quantize_per_token(x, jnp.ones(dim), 127, dim) for x in (k, v))
-        new = (k, v, k_scale, v_scale)
-    else:
-        new = (k, v)
-    at = jnp.arange(batch), jnp.minimum(lengths, capacity - 1)
-    cache = tuple(old.at[at].set(entry.astype(old.dtype)) for old, entry in zip(cache, new, strict=True))
-    keys, values, *scales = cache
-    key_scales, value_scales = (jnp.swapaxes(s, 1, 2)[:, :, None] for s in scales) if scales else (1, 1)
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bkgd,bskd->bkgs", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-    before = lengths[:, None] + 1 - jnp.arange(capacity)
-    visible = (before > 0) if window is None else (before > 0) & (before <= window)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores * key_scales * scale, LOWEST), axis=-1)
-    weights = (weights * value_scales).astype(q.dtype)
-    out = jnp.einsum("bkgs,bskd->bkgd", weights, values.astype(q.dtype), preferred_element_type=jnp.float32)
-    return out.reshape(q.shape).astype(q.dtype), cache
-
-
-def cannot_use(qkv: Any, keys: Any, values: Any) -> str | None:
-    """Why the kernel cannot take these operands; None if it can."""
-    if qkv.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"qkv is {qkv.dtype}, not bfloat16 or float16"
-    for name, operand in (("keys", keys), ("values", values)):
-        if operand.dtype not in (qkv.dtype, jnp.int8):
-            return f"{name} are {operand.dtype}, not {qkv.dtype} or int8"
-    if not has_triton():
-        return "this version of JAX has no Triton backend of Pallas"
-    dim, group = qkv.shape[2], qkv.shape[1] // keys.shape[2] - 2
-    if dim not in (16, 32, 64, 128, 256):
-        return f"head_dim is {dim}, not a power of 2 from 16 to 256"
-    if group > 64:
-        return f"{group} heads share a key-value head, more than 64"
-    if math.prod(keys.shape) >= 2**31:
-        return "keys have 2^31 elements or more"
-    return None
-
-
-def run(
-    qkv: Array,
-    lengths: Array,
-    rotation: Sequence[Array],
-    cache: Sequence[Array],
-    *,
-    scale: float,
-    window: int | None,
-    finish: Any = None,
-    splits: int | None = None,
-    interpret: bool = False,
-) -> tuple[Any, tuple[Array, ...]]:
-    """The kernel, and what puts together the parts.
-
-    Args:
-      qkv, lengths, rotation: as :func:`decode_attention` takes them; no rotation is an empty tuple.
-      cache: its arrays.
-      scale: what scores are multiplied with.
-      window: as there.
-      finish: what is made of the parts, (batch, kv_heads, parts, group, dim), and the logarithms of their sums, None if there
-        is one part; by default what :func:`decode_attention` returns.
-      splits: programs for each key-value head of a sequence; by default so many that the GPU is filled.
-      interpret: whether to run on the CPU.
-    """
-    (batch, heads, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
-    heads -= 2 * kv_heads
-    wanted = min(-(-PROGRAMS // (batch * kv_heads)), -(-capacity // BLOCK)) if splits is None else splits
-    sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "group": heads // kv_heads, "dim": dim}
-    kinds = {"dtype": qkv.dtype, "cache_dtype": cache[0].dtype, "codes": len(cache) > 2, "rotates": bool(rotation)}
-    p = _Problem(**sizes, **kinds, scale=scale, window=window, splits=wanted)
-    *written, out, log_sum = _call(p, interpret)(lengths, qkv, qkv, qkv, *rotation, *cache)
-    finish = finish or functools.partial(_whole, qkv.dtype)
-    return finish(out, log_sum if p.splits > 1 else None), tuple(written)
-
-
-def _call(p: _Problem, interpret: bool) -> Any:
-    from jax.experimental.pallas import triton as plgpu
-
-    heads = p.kv_heads * p.group
-    half = pl.BlockSpec((None, p.dim // 2), lambda b, h, s: (b, 0))
-    cache = [pl.BlockSpec((None, p.capacity, None, p.dim), lambda b, h, s: (b, 0, h, 0))] * 2
-    shape = (p.batch, p.capacity, p.kv_heads, p.dim)
-    arrays = [jax.ShapeDtypeStruct(shape, p.cache_dtype)] * 2
-    if p.codes:
-        cache += [pl.BlockSpec((None, p.capacity, None), lambda b, h, s: (b, 0, h))] * 2
-        arrays += [jax.ShapeDtypeStruct(shape[:3], jnp.float32)] * 2
-    parts = (p.batch, p.kv_heads, p.splits, p.group)
-    first = 4 + 2 * p.rotates  # of the cache among the operands
-    return pl.pallas_call(
-        functools.partial(_kernel, p, interpret),
-        grid=(p.batch, p.kv_heads, p.splits),
-        in_specs=[
-            pl.BlockSpec((p.batch,), lambda b, h, s: (0,)),
-            pl.BlockSpec((None, p.group, p.dim), lambda b, h, s: (b, h, 0)),
-            pl.BlockSpec((None, None, p.dim), lambda b, h, s: (b, heads + h, 0)),
-            pl.BlockSpec((None, None, p.dim), lambda b, h, s: (b, heads + p.kv_heads + h, 0)),
-            *([half, half] if p.rotates else []),
-            *cache,
-        ],
-        out_specs=[
-            *cache,
-            pl.BlockSpec((None, None, None, p.group, p.dim), lambda b, h, s: (b, h, s, 0, 0)),
-            pl.BlockSpec((None, None, None, p.group), lambda b, h, s: (b, h, s, 0)),
-        ],
-        out_shape=[
-            *arrays,
-            jax.ShapeDtypeStruct((*parts, p.dim), jnp.float32 if p.splits > 1 else p.dtype),
-            jax.ShapeDtypeStruct(parts, jnp.float32),
-        ],
-        input_output_aliases={first + i: i for i in range(len(arrays))},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name="decode_attention",
-    )
-
-
-def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, *rest: Any) -> None:
-    """One program: a share of one sequence's filled positions, for the heads that share one key-value head."""
-    arrays = 4 if p.codes else 2
-    rotation, rest = rest[: 2 * p.rotates], rest[2 * p.rotates :]
-    (keys, values, *scale_refs), written, (out_ref, log_sum_ref) = rest[:arrays], rest[arrays:-2], rest[-2:]
-    length = lengths[pl.program_id(0)]
-    oldest = jnp.int32(0) if p.window is None else jnp.maximum(length + 1 - p.window, 0)
-    begin, end = oldest // BLOCK, (length + (BLOCK - 1)) // BLOCK
-    share = (end - begin + (p.splits - 1)) // p.splits
-    start = begin + pl.program_id(2) * share
-    channel = jnp.arange(p.dim)
-    # Rows beyond the group repeat its last, positions beyond the length the last position: nothing else is read.
-    row = jnp.minimum(jnp.arange(p.rows), p.group - 1)
-    q, k, v = q_ref[row, :].astype(jnp.float32), k_ref[:].astype(jnp.float32), v_ref[:].astype(jnp.float32)
-    if p.rotates:
-        cos, sin = (part[channel % (p.dim // 2)] for part in rotation)
-        sin = jnp.where(channel < p.dim // 2, -sin, sin)
-        other = (channel + p.dim // 2) % p.dim
-        q = q * cos[None, :] + q_ref[row[:, None], other[None, :]].astype(jnp.float32) * sin[None, :]
-        k = k * cos + k_ref[other].astype(jnp.float32) * sin
-    q = q.astype(p.dtype)
-    k, v = k.astype(p.dtype).astype(jnp.float32), v.astype(p.dtype).astype(jnp.float32)
-    new: list[Any] = [k, v]
-    if p.codes:
-        sizes = [jnp.maximum(jnp.max(jnp.abs(x)), 1e-8) / 127 for x in (k, v)]
-        new = [rounded(x / size, 127, interpret) for x, size in zip((k, v), sizes, strict=True)]
-        k, v = (x * size for x, size in zip(new, sizes, strict=True))
-        new += sizes
-
-    @pl.when(pl.program_id(2) == 0)
-    def write() -> None:
-        place = jnp.minimum(length, p.capacity - 1)
-        for ref, entry in zip(written[:2], new[:2], strict=True):
-            ref[place, :] = entry.astype(p.cache_dtype)
-        for ref, entry in zip(written[2:], new[2:], strict=True):
-            ref[place] = entry
-
-    def body(i: Any, carry: Sequence[Array]) -> Sequence[Array]:
-        best, total, out = carry
-        position = i * BLOCK + jnp.arange(BLOCK)
-        at = jnp.maximum(jnp.minimum(position, length - 1), 0)
-        scores = _dot(q, keys[at, :].astype(p.dtype).T) * p.scale
-        if p.codes:
-            scores = scores * scale_refs[0][at][None, :]
-        visible = (position < length) & (position >= oldest)
-        scores = jnp.where(visible[None, :], scores, LOWEST)
-        higher = jnp.maximum(best, jnp.max(scores, axis=1))
-        weights, kept = jnp.exp(scores - higher[:, None]), jnp.exp(best - higher)
-        total = total * kept + jnp.sum(weights, axis=1)
-        if p.codes:
-            weights = weights * scale_refs[1][at][None, :]
-        out = out * kept[:, None] + _dot(weights.astype(p.dtype), values[at, :].astype(p.dtype))
-        return higher, total, out
-
-    # The first program begins with the new token, the others with nothing.
-    leads = pl.program_id(2) == 0
-    score = jnp.sum(q.astype(jnp.float32) * k[None, :], axis=1) * p.scale
-    best = jnp.where(leads, score, LOWEST)
-    total = jnp.where(leads, jnp.ones(p.rows), jnp.zeros(p.rows))
-    out = jnp.broadcast_to(jnp.where(leads, v, 0.0)[None, :], (p.rows, p.dim))
-    best, total, out = lax.fori_loop(start, jnp.minimum(start + share, end), body, (best, total, out))
-    # Rows that repeat the last one write it again.
-    out_ref[row, :] = (out / jnp.where(total > 0, total, 1)[:, None]).astype(out_ref.dtype)
-    log_sum_ref[row] = jnp.where(total > 0, best + jnp.log(total), -jnp.inf)
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def _check(

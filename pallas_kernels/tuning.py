@@ -40,7 +40,7 @@ def choose(p: Problem, device: str) -> Config | None:
     nearest = min((m for m in measured if m >= p.m), default=max(measured, default=0))
     if 2 * nearest >= p.m:
         config = measured[nearest]
-        if config is None or (fits(p, config) and (isinstance(config, GemmConfig) or p.m <= decode.MOST_TOKENS)):
+        if not isinstance(config, DecodeConfig) or p.m <= decode.MOST_TOKENS:
             return config
     return None if p.weight_only and p.m >= WEIGHT_ONLY_ROWS and not p.experts else rule(p)
 
@@ -52,7 +52,7 @@ def _measured(p: Problem, device: str) -> dict[int, Config | None]:
         return table[p.bits, p.kind, p.n, p.k]
     alike = [k for bits, kind, n, k in table if (bits, kind, n) == (p.bits, p.kind, p.n) and abs(k - p.k) <= NEAR * k]
     nearest = table[p.bits, p.kind, p.n, min(alike, key=lambda k: abs(k - p.k))] if alike else {}
-    return {m: config for m, config in nearest.items() if config is not None}
+    return {m: config for m, config in nearest.items() if config is not None and fits(p, config)}
 
 
 def table_file(device: str) -> Path:

@@ -83,6 +83,11 @@ def test_running_the_chosen_experts_gives_what_running_all_does(model, tokens):
     assert np.abs(run_chosen(mlp.experts, rows, other) - everything).max() > 0.1
 
 
+def test_no_tokens_need_no_expert(model):
+    mlp, rows = model.layers[0].mlp, jnp.zeros((0, 48))
+    assert run_chosen(mlp.experts, rows, route(rows @ mlp.gate.kernel[...], 2, normalized=True)).shape == (0, 48)
+
+
 def test_the_router_is_left_in_float(model):
     skipped = select_linears(model).skipped
     assert {f"layers.{i}.mlp.gate" for i in range(2)} <= set(skipped)

@@ -128,8 +128,7 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
     linears = select_linears(skeleton).linears if scheme.method != "none" else {}
     for names in units_of(linears).values():
         linear = linears[names[0]]
-        macs = linear.in_features * linear.out_features
-        all_macs = macs if len(names) == 1 else macs * config.num_experts_per_tok
+        all_macs = unit_macs(linear, len(names), config)
         bits = 4 if done < scheme.int4_share * (total + all_macs) else 8
         done, total = done + all_macs * (bits == 4), total + all_macs
         for layer in names:
@@ -155,6 +154,11 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
 
     model = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))
     return with_int8_head(model) if scheme.int8_head else model
+
+
+def unit_macs(linear: nnx.Linear, layers: int, config: Any) -> int:
+    """Multiply-accumulates for one token of a unit (:mod:`fqjax.units`): of experts it has several layers, and uses some."""
+    return linear.in_features * linear.out_features * (1 if layers == 1 else config.num_experts_per_tok)
 
 
 def _layer(key: jax.Array, linear: nnx.Linear, scheme: Scheme, bits: int, extra: float, macs: int) -> QuantizedLinear:
