@@ -64,6 +64,8 @@ def slots(p: Problem, config: DecodeConfig) -> int:
       NotImplementedError: if a kernel cannot be built with this configuration.
     """
     splits, groups = config.splits, config.groups
+    if p.rows_at_once > MOST_TOKENS:
+        raise NotImplementedError(f"{config} is for {MOST_TOKENS} rows at most, got {p.rows_at_once}")
     channels, tokens = 64 * config.warpgroups, token_tile(p.rows_at_once)
     exchange = Exchange(splits, groups, config.warpgroups, tokens, p.total_dtype)
     slot_bytes = (channels + p.halves * tokens * p.x_dtype.itemsize) * STEP + grouped.slot_bytes(p, channels)
