@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from pallas_kernels.attention_kernel import cannot_use, reference, run
 from pallas_kernels.dispatch import NO_GPU, capability, say
+from pallas_kernels.parts import Parts
 from pallas_kernels.reference import together
-from pallas_kernels.rows import Implementation, Parts, Quantization, quantize
+from pallas_kernels.rows import Implementation, Quantization, quantize
 
 
 def decode_attention(

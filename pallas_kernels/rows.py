@@ -4,9 +4,10 @@ A residual is added, the row is normalised, or goes through an activation functi
 parts of an attention found; then it is quantized, with scales that are fixed or with one for every row, and its large
 channels are flattened over extra ones.  XLA makes several kernels of that, as a row is needed whole before any of its codes
 is known.  Here (Pallas Triton) a program holds a row in its registers: what it reads, it reads once, and what the extra
-channels continue is read again, from the cache.
+channels continue is read again, from the cache.  Of a few rows, which leave the GPU idle, every program writes a piece; where
+a row is needed whole, each of its programs reads all of it.
 
-A row of K channels is taken in pieces of the powers of two that K is the sum of, since arrays in Triton have such sizes.
+The K channels of a row are read in runs of the powers of two that K is the sum of, since arrays in Triton have such sizes.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from jaxtyping import Array
 
 from pallas_kernels import reference
 from pallas_kernels.dispatch import NO_GPU, capability, has_triton, say, without_gradient
+from pallas_kernels.parts import MOST_PARTS, Parts
 
 Implementation = Literal["triton", "xla"]
 STEP = 128
@@ -33,30 +35,12 @@ FEW_ROWS = 264
 """Up to so many rows, two for each multiprocessor of an H100 or H200, what counts is how long one row takes."""
 PROGRAMS = 528
 """Programs at most that share many rows."""
-ROWS_FOR_XLA = 64
-"""Up to so many rows XLA is taken behind an activation function with fixed scales, as it makes one kernel of that."""
-MOST_PARTS = 32
-"""Parts of an attention at most that a row is put together of."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a row of attention's output comes in: (kv_heads, count, group, dim), with the logarithms of the sums.
-
-    Attributes:
-      count: of parts, each from some of the positions.
-      group: query heads that share a key-value head.
-      dim: of a head.
-    """
-
-    count: int
-    group: int
-    dim: int
-
-    def together(self, x: Array, sums: Array) -> Array:
-        """(rows, kv_heads * count * group * dim) and sums (rows, kv_heads * count * group) to rows, by XLA."""
-        shape = (len(x), -1, self.count, self.group)
-        return reference.together(x.reshape(*shape, self.dim), sums.reshape(shape)).reshape(len(x), -1)
+ROWS_IN_PIECES = 64
+"""Up to so many rows are shared by several programs each, where no channel needs to know of others."""
+WHOLE_ROWS_IN_PIECES = 16
+"""The same where channels do, so that every program reads the row whole."""
+MOST_PIECES = 32
+"""Of such a row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +71,11 @@ class Quantization:
     activation: str | None = None
     gated: bool = False
     parts: Parts | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether a row is needed whole before any of its codes is known."""
+        return self.per_token or self.epsilon is not None
 
     @property
     def of_rows(self) -> int:
@@ -149,8 +138,6 @@ def _run(kind: Quantization, implementation: Implementation | None, *operands: A
     reason = NO_GPU if capability() < (8, 0) else cannot_use(kind, x, *recipe)
     if reason and implementation == "triton":
         raise NotImplementedError(f"{kind.name}: implementation 'triton' cannot take x {x.shape} {x.dtype}: {reason}")
-    if implementation is None and not reason and not kind.per_token and kind.epsilon is None and len(x) <= ROWS_FOR_XLA:
-        reason = "the rows are few, and XLA makes one kernel of it"
     say(kind.name, x.shape, "xla" if reason else "triton", reason or "")
     if reason:
         return kind.xla(*operands)
@@ -176,8 +163,6 @@ def cannot_use(kind: Quantization, x: Any, multiplier: Any, source: Any, part: A
         return "x has 2^31 elements or more"
     if kind.parts is not None and kind.parts.count > MOST_PARTS:
         return f"x comes in {kind.parts.count} parts, more than {MOST_PARTS}"
-    if kind.parts is not None and not kind.per_token:
-        return "x comes in parts, and scales are fixed"
     if not has_triton():
         return "this version of JAX has no Triton backend of Pallas"
     return None
@@ -188,6 +173,7 @@ def call(
     *operands: Array,
     warps: int | None = None,
     programs: int | None = None,
+    piece: int | None = None,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
     """The kernel, for x of shape (rows, channels).
@@ -196,14 +182,21 @@ def call(
       kind: what it is to do.
       operands: as :meth:`Quantization.split` takes them.
       warps: that share a row; by default more for few rows, and for long ones, as gated rows are.
-      programs: that share the rows; by default no program has several where these are few, or long, as gated ones are.
+      programs: that share the rows, where no row is shared by several; by default no program has several rows where these
+        are few, or long, as gated ones are.
+      piece: channels at most that a program has of a row which several share, 0 for whole rows; given with ``warps``.
       interpret: whether to run on the CPU.
     """
     x, sums, residual, weight, bias, recipe = kind.split(operands)
     rows, (k, extra) = len(x), (recipe[0].shape[0], recipe[1].shape[0])
-    one_each = kind.gated or rows <= FEW_ROWS
-    warps = warps or _warps(kind.gated or kind.parts is not None, rows <= FEW_ROWS)
-    programs = min(rows, programs or (rows if one_each else PROGRAMS))
+    size, warps_of_piece = _piece(kind, rows, k) if piece is None else (piece, warps)
+    pieces = [(n := math.gcd(channels, size), channels // n) for channels in (k, extra)] if size else ()
+    if pieces:
+        warps, programs = warps or warps_of_piece, rows * sum(count for _, count in pieces)
+    else:
+        one_each = kind.gated or rows <= FEW_ROWS
+        warps = warps or _warps(kind.gated or kind.parts is not None, rows <= FEW_ROWS)
+        programs = min(rows, programs or (rows if one_each else PROGRAMS))
     outputs = [jax.ShapeDtypeStruct((rows, k + extra), jnp.int8)]
     if kind.per_token:
         outputs.append(jax.ShapeDtypeStruct((rows,), jnp.float32))
@@ -217,7 +210,7 @@ def call(
         settings["compiler_params"] = plgpu.CompilerParams(num_warps=warps, num_stages=1)
     return tuple(
         pl.pallas_call(
-            functools.partial(_kernel, kind, programs, interpret),
+            functools.partial(_kernel, kind, programs, pieces, interpret),
             grid=(programs,),
             out_shape=outputs,
             interpret=interpret,
@@ -232,6 +225,17 @@ def _warps(much: bool, few: bool) -> int:
     return (32 if few else 16) if much else (16 if few else 8)
 
 
+def _piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
+    """Channels of a piece at most, 0 for whole rows, and warps: as an H100 was fastest with 1, 16 and 64 rows."""
+    if not kind.whole:
+        if rows > ROWS_IN_PIECES:
+            return 0, 0
+        return (1024, 8) if kind.parts is None else (256, 4)
+    size, warps = (1024, 8) if k * (1 + kind.gated) <= 8192 else (4096, 32)
+    many = rows > WHOLE_ROWS_IN_PIECES or k // math.gcd(k, size) > MOST_PIECES
+    return (0, 0) if many or kind.parts is not None else (size, warps)
+
+
 class _Part(NamedTuple):
     """Some of a row's channels: where they are in x, and their gate's other half; where codes go; what is done to them."""
 
@@ -242,8 +246,8 @@ class _Part(NamedTuple):
     shift: Array | None
 
 
-def _kernel(kind: Quantization, programs: int, interpret: bool, *refs: Any) -> None:
-    """One program: every so many-th row.  What is the same for all rows is read once."""
+def _kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]], interpret: bool, *refs: Any) -> None:
+    """One program: every so many-th row, or a piece of one.  What is the same for all rows is read once."""
     results = 1 + kind.per_token + kind.residual
     x_ref, sums_ref, residual_ref, weight_ref, bias_ref, (multiplier_ref, *flattening) = kind.split(refs[:-results])
     codes_ref, *others = refs[-results:]
@@ -258,7 +262,7 @@ def _kernel(kind: Quantization, programs: int, interpret: bool, *refs: Any) -> N
     def read(row: Any, at: Any) -> Array:
         """What is to be normalised, activated or quantized, float32."""
         if kind.parts is not None:
-            return _together(kind.parts, x_ref, sums_ref, row, at.start, at.size)
+            return kind.parts.read(x_ref, sums_ref, row, at)
         x = x_ref[row, at].astype(jnp.float32)
         return x if residual_ref is None else x + residual_ref[row, at].astype(jnp.float32)
 
@@ -271,78 +275,104 @@ def _kernel(kind: Quantization, programs: int, interpret: bool, *refs: Any) -> N
             x = ACTIVATIONS[kind.activation](x)
         return x * part.multiplier * x_ref[row, part.beside].astype(jnp.float32) if kind.gated else x * part.multiplier
 
-    parts = [part(pl.ds(start, n), pl.ds(k + start, n), pl.ds(start, n)) for start, n in _pieces(k)]
-    extras, held = [], []
-    for start, n in _pieces(width - k):
-        to = pl.ds(k + start, n)
-        if kind.per_token:
-            extras.append(_Part(None, None, to, jnp.zeros(n, jnp.int8), None))
-            continue
-        source, before = (ref[pl.ds(start, n)] for ref in flattening)
-        extras.append(part(source, k + source, to))
-        held.append(jnp.minimum(before, reference.LARGEST_CODE).astype(jnp.float32) * kind.qmax)
+    def channels(start: Any, n: int) -> _Part:
+        return part(pl.ds(start, n), pl.ds(k + start, n), pl.ds(start, n))
 
-    def one(row: Any) -> None:
-        entered = [read(row, part.at) for part in parts]
-        # What is read twice is read before the row is added up: the sum need not be waited for.
-        again = [] if kind.per_token else [read(row, part.at) for part in extras]
-        mean, factor = None, None
+    def added(start: Any, n: int) -> tuple[_Part, Array]:
+        """Extra channels, and what those before them hold."""
+        source, before = (ref[pl.ds(start, n)] for ref in flattening)
+        held = jnp.minimum(before, reference.LARGEST_CODE).astype(jnp.float32) * kind.qmax
+        return part(source, k + source, pl.ds(k + start, n)), held
+
+    def code(y: Array) -> Array:
+        return rounded(y, kind.qmax, interpret).astype(jnp.int8)
+
+    def code_beyond(y: Array, held: Array) -> Array:
+        c = rounded(y, reference.LARGEST_CODE, interpret)
+        beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - held, 0.0), float(kind.qmax))
+        return jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
+
+    def known(row: Any, parts: Sequence[_Part], entered: Sequence[Array]) -> tuple[Any, Any, list[Array], Any]:
+        """A row's mean, what it is multiplied with, its channels then, and its scale, each None where there is none."""
+        mean = factor = scale = None
         if kind.epsilon is not None:
             centered = entered
             if kind.center:
                 mean = sum(jnp.sum(x) for x in entered) * (1 / k)
                 centered = [x - mean for x in entered]
             factor = lax.rsqrt(sum(jnp.sum(x * x) for x in centered) * (1 / k) + kind.epsilon)
+        values = [scaled(row, part, x, mean, factor) for part, x in zip(parts, entered, strict=True)]
+        if kind.per_token:
+            scale = jnp.maximum(functools.reduce(jnp.maximum, (jnp.max(jnp.abs(y)) for y in values)), 1e-8) / kind.qmax
+        return mean, factor, values, scale
+
+    def piece(row: Any, place: Any) -> None:
+        """Some of a row's channels; what depends on all of them is found once more for each piece."""
+        (n, count), (extra_n, extra_count) = pieces
+        mean = factor = scale = None
+        if kind.whole:
+            parts = [channels(*at) for at in _runs(k)]
+            mean, factor, _, scale = known(row, parts, [read(row, part.at) for part in parts])
+        if scale is not None:
+            pl.when(place == 0)(lambda: others[0].__setitem__(row, scale))
+
+        @pl.when(place < count)
+        def own() -> None:
+            part = channels(place * n, n)
+            x = read(row, part.at)
+            if kind.residual:
+                others[-1][row, part.at] = x.astype(x_ref.dtype)
+            y = scaled(row, part, x, mean, factor)
+            codes_ref[row, part.to] = code(y if scale is None else y / scale)
+
+        @pl.when(place >= count)
+        def beyond() -> None:
+            if extra_count and kind.per_token:  # Extra channels are padding.
+                codes_ref[row, pl.ds(k + (place - count) * extra_n, extra_n)] = jnp.zeros(extra_n, jnp.int8)
+            elif extra_count:
+                part, held = added((place - count) * extra_n, extra_n)
+                codes_ref[row, part.to] = code_beyond(scaled(row, part, read(row, part.at), mean, factor), held)
+
+    def one(row: Any) -> None:
+        entered = [read(row, part.at) for part in parts]
+        # What is read twice is read before the row is added up: the sum need not be waited for.
+        again = [read(row, part.at) for part, _ in extras]
+        mean, factor, values, scale = known(row, parts, entered)
         if kind.residual:
             for part, x in zip(parts, entered, strict=True):
                 others[-1][row, part.at] = x.astype(x_ref.dtype)
-        values = [scaled(row, part, x, mean, factor) for part, x in zip(parts, entered, strict=True)]
-        if kind.per_token:
-            largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(y)) for y in values))
-            scale = jnp.maximum(largest, 1e-8) / kind.qmax
+        if scale is not None:
             others[0][row] = scale
             values = [y / scale for y in values]
         for part, y in zip(parts, values, strict=True):
-            codes_ref[row, part.to] = rounded(y, kind.qmax, interpret).astype(jnp.int8)
-        if kind.per_token:
-            for part in extras:
-                codes_ref[row, part.to] = part.multiplier
-            return
-        for part, x, below in zip(extras, again, held, strict=True):
-            c = rounded(scaled(row, part, x, mean, factor), reference.LARGEST_CODE, interpret)
-            beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - below, 0.0), float(kind.qmax))
-            codes_ref[row, part.to] = jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
+            codes_ref[row, part.to] = code(y)
+        for at in padding:
+            codes_ref[row, at] = jnp.zeros(at.size, jnp.int8)
+        for (part, held), x in zip(extras, again, strict=True):
+            codes_ref[row, part.to] = code_beyond(scaled(row, part, x, mean, factor), held)
 
-    first = pl.program_id(0)
+    number = pl.program_id(0)
+    if pieces:
+        each = sum(count for _, count in pieces)
+        return piece(number // each, number % each)
+    parts = [channels(*at) for at in _runs(k)]
+    extras = [] if kind.per_token else [added(*at) for at in _runs(width - k)]
+    padding = [pl.ds(k + start, n) for start, n in _runs(width - k)] if kind.per_token else []
     if rows == programs:
-        one(first)
+        one(number)
     else:
-        turns = (rows - first + programs - 1) // programs
-        lax.fori_loop(0, turns, lambda i, _: one(first + i * programs), None)
+        turns = (rows - number + programs - 1) // programs
+        lax.fori_loop(0, turns, lambda i, _: one(number + i * programs), None)
 
 
-def _together(parts: Parts, x_ref: Any, sums_ref: Any, row: Any, start: int, n: int) -> Array:
-    """Channels of a row that comes in parts, float32; ``start`` and ``n`` are multiples of a head's channels."""
-    head = start // parts.dim + jnp.arange(n // parts.dim)
-    first, inside = head // parts.group * parts.count, head % parts.group
-    at = [(first + i) * parts.group + inside for i in range(parts.count)]  # Of every head, in every part.
-    sums = [sums_ref[row, heads] for heads in at]
-    found = [x_ref[row, (heads * parts.dim)[:, None] + jnp.arange(parts.dim)[None, :]] for heads in at]
-    largest = functools.reduce(jnp.maximum, sums)
-    largest = jnp.where(largest > -jnp.inf, largest, 0.0)
-    shares = [jnp.exp(s - largest) for s in sums]  # A part without positions has none, and what it found means nothing.
-    weighed = [jnp.where(s[:, None] > 0, x, 0.0) * s[:, None] for x, s in zip(found, shares, strict=True)]
-    return (sum(weighed[1:], weighed[0]) / sum(shares[1:], shares[0])[:, None]).reshape(n)
-
-
-def _pieces(channels: int) -> list[tuple[int, int]]:
-    """(start, size) of pieces that are powers of two and together the channels, the largest first."""
-    pieces, start = [], 0
+def _runs(channels: int) -> list[tuple[int, int]]:
+    """(start, size) of runs that are powers of two and together the channels, the largest first."""
+    runs, start = [], 0
     for bit in reversed(range(channels.bit_length())):
         if channels >> bit & 1:
-            pieces.append((start, 1 << bit))
+            runs.append((start, 1 << bit))
             start += 1 << bit
-    return pieces
+    return runs
 
 
 def rounded(y: Array, limit: int, interpret: bool) -> Array:

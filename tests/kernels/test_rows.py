@@ -12,7 +12,8 @@ import pytest
 
 from pallas_kernels import quantize_activated, quantize_normalized, quantize_per_token, rows
 from pallas_kernels.dispatch import NO_GPU, capability
-from pallas_kernels.rows import Parts, Quantization
+from pallas_kernels.parts import Parts
+from pallas_kernels.rows import Quantization
 from tests.kernels import ahead_of_time
 from tests.kernels.test_quantize_activations import oracle
 
@@ -29,9 +30,9 @@ FRONTS = {
     "attention": {"parts": Parts(3, 2, 64)},
 }
 IN_TRITON = [(name, p) for name in FRONTS if not name.startswith("gelu") for p in (False, True)]
-IN_TRITON.remove(("attention", False))
 SIZES = [(1, 128, 0), (3, 384, 128), (5, 1664, 256), (2, 14336, 384)]
 """Rows, channels, extra channels; one to five powers of two make them up."""
+MANY = (rows.ROWS_IN_PIECES + 1, 384, 128)
 
 
 def kind(front, per_token, qmax=127):
@@ -103,10 +104,17 @@ def check(kind, found, given):
 
 
 @pytest.mark.parametrize(("front", "per_token"), IN_TRITON)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", [*SIZES, MANY])
 def test_the_kernel_in_interpret_mode(front, per_token, sizes):
     p = kind(front, per_token)
     given = operands(p, *sizes)
+    check(p, rows.call(p, *given, interpret=True), given)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_heads_that_are_larger_than_a_piece(per_token):
+    p = dataclasses.replace(kind("attention", per_token), parts=Parts(2, 2, 256))
+    given = operands(p, 3, 1024, 128)
     check(p, rows.call(p, *given, interpret=True), given)
 
 
@@ -172,10 +180,9 @@ def test_what_the_kernel_cannot_take_is_said():
     gelu = kind("gelu, gated", False)
     x, *recipe = operands(gelu, 4, 128, 0)
     assert "knows no gelu" in rows.cannot_use(gelu, x, *recipe)
-    parts = kind("attention", False)
+    parts = kind("attention", True)
     x, _, *recipe = operands(parts, 4, 128, 0)
-    assert "scales are fixed" in rows.cannot_use(parts, x, *recipe)
-    parts = dataclasses.replace(parts, per_token=True, parts=Parts(33, 2, 64))
+    parts = dataclasses.replace(parts, parts=Parts(33, 2, 64))
     assert "33 parts, more than 32" in rows.cannot_use(parts, x, *recipe)
     with jax.enable_x64(True):
         assert "float64" in reason(dtype=jnp.float64)
