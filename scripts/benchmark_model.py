@@ -4,8 +4,8 @@ Examples:
     python scripts/benchmark_model.py                                               # Llama-3-8B on a GPU
     python scripts/benchmark_model.py --model opt-30b --schemes bf16 flattenquant --prefill 8x1024 --decode
 
-The same as ``fqjax bench model``, with the table written beside the JSON, where results of other models are kept, and those
-of other schemes and sizes from the same device and versions.
+The same as ``fqjax bench model``, with the table written beside the JSON, where results of other models and devices are kept,
+and those of other schemes and sizes from the same versions.
 """
 
 import argparse
@@ -49,12 +49,13 @@ def main() -> None:
     )
     record = a.out.with_suffix(".json")
     results = json.loads(record.read_text()) if record.is_file() else {}
-    results[a.model] = bench.combined(results.get(a.model), result)
+    key = f"{a.model} on {result['device']}"
+    results[key] = bench.combined(results.get(key), result)
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(results, indent=1) + "\n")
-    a.out.with_suffix(".md").write_text(bench.markdown(results.values()))
+    a.out.with_suffix(".md").write_text(bench.markdown(results))
     profile = a.out.with_name(a.out.name + "_profile").with_suffix(".md")
-    profile.write_text(bench.profiles(results.values()))
+    profile.write_text(bench.profiles(results))
     print(f"wrote {record}, {a.out}.md and {profile}")
 
 

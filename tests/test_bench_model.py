@@ -79,8 +79,8 @@ def test_rows_and_ratios():
         )
         assert row["ratio_to_bf16"] == rows["bf16", phase]["milliseconds"] / row["milliseconds"]
     assert rows["w4a8", "decode"]["device_bytes"] < rows["bf16", "decode"]["device_bytes"]
-    page = bench.markdown([result])
-    assert "| `w4a8` |" in page and "decode 2 x 16" in page
+    page = bench.markdown({"tiny on a device": result})
+    assert "## tiny on a device" in page and "| `w4a8` |" in page and "decode 2 x 16" in page
 
 
 def test_floors_are_those_of_bytes_and_products():
@@ -151,7 +151,9 @@ def test_a_profile_adds_up_what_is_of_one_kind():
     row |= {"device_bytes": 1, "ratio_to_bf16": None, "device_milliseconds": 0.008, "kernels": bench.profile(times, 4)}
     row["floor_milliseconds"] = 0.004
     ceilings = {"bf16_tflops": 800.0, "int8_tops": 1600.0, "copy_tb_per_s": 3.0}
-    page = bench.profiles([{"rows": [row], "device": "d", "versions": {}, "date": "today", "ceilings": ceilings}])
+    result = {"rows": [row], "device": "d", "versions": {}, "date": "today", "ceilings": ceilings}
+    page = bench.profiles({"m on d": result})
+    assert "## m on d" in page
     assert "0.01 ms by the clock on the wall, 0.01 ms in kernels, 0.00 ms the floor." in page
     assert "### `w4a8`: decode 1 x 8" in page and "| loop_fusion | 2 | 3 | 37.5% |" in page
 

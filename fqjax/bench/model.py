@@ -11,7 +11,7 @@ import functools
 import gc
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -313,8 +313,8 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown(results: Iterable[dict[str, Any]]) -> str:
-    """Results of several models as one page."""
+def markdown(results: Mapping[str, dict[str, Any]]) -> str:
+    """Results of several models and devices, by their headings, as one page."""
     lines = [
         "# Whole models",
         "",
@@ -322,12 +322,12 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
         "x tokens in the cache), of the clock on the wall; in brackets the speed-up over bfloat16 in the same run. Weights",
         "are random. Bytes are what the device's allocator gave out for the model.",
     ]
-    for result in results:
+    for heading, result in results.items():
         rows = result["rows"]
         if not rows:
             continue
         cases = list(dict.fromkeys((row["phase"], row["batch"], row["length"]) for row in rows))
-        lines += ["", f"## {rows[0]['model']}", "", f"{describe(result)}.", ""]
+        lines += ["", f"## {heading}", "", f"{describe(result)}.", ""]
         lines.append("| scheme | GB | " + " | ".join(f"{p} {b} x {n}" for p, b, n in cases) + " |")
         lines.append("|---|---:" + "|---:" * len(cases) + "|")
         for scheme in dict.fromkeys(row["scheme"] for row in rows):
@@ -339,7 +339,7 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def profiles(results: Iterable[dict[str, Any]]) -> str:
+def profiles(results: Mapping[str, dict[str, Any]]) -> str:
     """Where the time of each phase goes, for the first of its cases and every scheme, as one page."""
     lines = [
         "# Where the time of whole models goes",
@@ -349,10 +349,10 @@ def profiles(results: Iterable[dict[str, Any]]) -> str:
         "that the same run measured for large ones; that of decoding, what it takes to read the weights and the filled",
         "cache.",
     ]
-    for result in results:
+    for heading, result in results.items():
         rows = [row for row in result["rows"] if "kernels" in row]
         if rows:
-            lines += ["", f"## {rows[0]['model']}", "", f"{describe(result)}.", *_ceilings(result["ceilings"])]
+            lines += ["", f"## {heading}", "", f"{describe(result)}.", *_ceilings(result["ceilings"])]
         for phase in ("prefill", "decode"):
             lines += _profiles([row for row in rows if row["phase"] == phase])
     return "\n".join(lines) + "\n"
