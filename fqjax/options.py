@@ -23,6 +23,9 @@ from fqjax.scheme import Scheme
 
 ROOM = 1.05
 """How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
+WORTH = 0.85
+"""INT4's bytes as a share of INT8's, above which no compression is asked for: where padding takes what INT4 saves, the few layers
+that do get smaller would have to be INT4 whatever that costs."""
 
 
 OutlineT = TypeVar("OutlineT", bound="Outline")
@@ -254,8 +257,10 @@ def select(
         for n, found in options.items()
     ]  # fmt: skip
     errors, low_macs, sizes = map(list, zip(*tables, strict=True))
-    most = plain_bytes / scheme.compression if scheme.compression else float("inf")
-    most = max(most, ROOM * sum(min(row) for row in sizes))
+    smallest = sum(min(row) for row in sizes)
+    most = max(plain_bytes / scheme.compression if scheme.compression else float("inf"), ROOM * smallest)
+    if scheme.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes):
+        most = float("inf")
     least = scheme.int4_share * sum(macs[name] for name in options)
     picked = choose(errors, low_macs, sizes, least_macs=least, most_bytes=most)
     return {name: found[i] for (name, found), i in zip(options.items(), picked, strict=True)}

@@ -8,7 +8,7 @@ from flax import nnx
 from fqjax.assemble import assemble
 from fqjax.calibration import Statistics
 from fqjax.errors import InputError
-from fqjax.options import costs_by_bits, layer_inputs, layer_options
+from fqjax.options import Outline, costs_by_bits, layer_inputs, layer_options, select
 from fqjax.scheme import PRESETS
 
 SCHEME = PRESETS["flattenquant"]
@@ -73,3 +73,17 @@ def test_an_option_takes_the_bytes_of_the_layer_made_of_it(seen, scheme, bias):
     for option in layer_options(linear, seen, scheme):
         layer = assemble("a", linear, option.grid.round(inputs.weight), inputs, scheme, macs=1)
         assert layer.nbytes == option.bytes
+
+
+@pytest.mark.parametrize(("saved", "chosen"), [(0.5, 4), (0.1, 8)])
+def test_bytes_are_asked_for_where_int4_saves_some(saved, chosen):
+    """One layer has all of the arithmetic that has to be INT4, the other bytes that INT4 saves, or hardly."""
+
+    def outlines(smaller):
+        kinds = {"divergence": 0.0, "width": 256}
+        return [Outline(bits=8, error=0.1, bytes=100, **kinds), Outline(bits=4, error=0.9, bytes=smaller, **kinds)]
+
+    options = {"arithmetic": outlines(100), "bytes": outlines(round(100 - 200 * saved))}
+    macs, costs = {"arithmetic": 10, "bytes": 1}, {"arithmetic": 0.1, "bytes": 5.0}
+    picked = select(options, macs, 400, SCHEME, lambda: costs)
+    assert (picked["arithmetic"].bits, picked["bytes"].bits) == (4, chosen)
