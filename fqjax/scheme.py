@@ -32,7 +32,7 @@ class Scheme:
         whose own output's distribution changes least ("kl", as in the paper), or "budget": for every layer the bits and the
         number of extra channels, so that the sum of the disturbances is least.
       compression: with the selection "budget", how many times fewer bytes than in bfloat16 the linear weights take at least;
-        0 for any number.  Where that cannot be had, nearly as few as can.
+        0 for any number.  Where that cannot be had, nearly as few as can; where padding takes what INT4 saves, any number.
       int8_layers: regular expression; a layer in whose dotted path it is found is not quantized to INT4.  Empty for none.
       equalize: rescale output channels along the model's paths first (:mod:`fqjax.core.equalization`).
       flatten_activations, flatten_weights: which operand may be flattened.
@@ -112,6 +112,16 @@ class Scheme:
             raise InputError(f"group_size={self.group_size}: expected 16, 32, 64 or 128")
         if self.amplifier not in [1 << i for i in range(21)]:
             raise InputError(f"amplifier={self.amplifier}: expected a power of two, 2**20 at most")
+
+    @property
+    def naive(self) -> bool:
+        """Whether the scheme does without what holds the loss down in others: one to compare with rather than to use.
+
+        Such are schemes that round every layer to the nearest code and make up for nothing (no smoothing, no flattening,
+        neither GPTQ nor AWQ), and those that compute every layer in INT4, activations too, and spare none.
+        """
+        plain = self.method in ("absmax", "grouped") and self.rounding == "nearest" and not self.awq
+        return plain or (self.int4_share == 1 and self.int4_activation_bits == 4 and not self.int8_layers)
 
     def kept_in_int8(self, names: Iterable[str]) -> set[str]:
         """The layers, by dotted path, that :attr:`int8_layers` keeps out of INT4.

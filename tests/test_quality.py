@@ -1,7 +1,10 @@
 """The record of what quantization costs: what is kept of it, and how it reads."""
 
+import functools
+
 import pytest
 
+from fqjax import PRESETS
 from fqjax.bench import quality
 
 
@@ -34,3 +37,47 @@ def test_the_conditions_are_said():
     assert (
         words == "2026-01-01, cpu, jax 1. 2 windows of 64 tokens of b after the first 24, calibrated on 4 windows of a"
     )
+
+
+def measured(**ratios):
+    """A model's result with the ratios of some schemes, ``_`` for ``-`` in their names."""
+    fields = {"perplexity": 2.0, "int4_mac_share": 0.5, "expansion": 1.0, "bytes_ratio": 0.4, "seconds": 1.0}
+    rows = [{"scheme": name.replace("_", "-"), "ratio": ratio} | fields for name, ratio in ratios.items()]
+    return result([]) | {"rows": rows}
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_one_table_has_all_models_and_all_presets():
+    results = {
+        "one": measured(bf16=1.0, w8a8=4.10804, flattenquant=1.0165, w4a16_awq=1.06),
+        "two": measured(bf16=1.0, flattenquant_w4a4=1.0601, w4a8=0.99976),
+        "two, other windows": measured(w8a8=1.5) | {"skipped": 24},
+    }
+    lines = quality.overview(results, {})
+    headings, _, *rows = (cells(line) for line in lines if line.startswith("|"))
+    assert [name.removesuffix(r"\*") for name in headings[1:]] == [name for name in PRESETS if name != "bf16"]
+    naive = [name for name in PRESETS if PRESETS[name].naive]
+    assert [name for name in headings if name.endswith("*")] == [rf"{name}\*" for name in naive]
+    assert [row[0] for row in rows] == ["one", "two"]
+    filled = [{name: cell for name, cell in zip(headings, row, strict=True) if cell != "-"} for row in rows]
+    assert filled == [
+        {"checkpoint": "one", r"w8a8\*": "**4.1080**", "flattenquant": "1.0165", "w4a16-awq": "1.0600"},
+        {"checkpoint": "two", r"flattenquant-w4a4\*": "**1.0601**", r"w4a8\*": "0.9998"},
+    ]
+
+
+def test_notes_stand_below_the_table_of_a_model_that_is_in_it():
+    lines = quality.overview({"one": measured(w8a8=1.0)}, {"one": "Small.", "other": "Not here."})
+    assert lines[-1] == "Small." and "Not here." not in lines
+
+
+def test_the_table_of_all_stands_before_those_of_each_where_it_is_asked_for():
+    results = {"one": measured(w8a8=1.0)}
+    front = functools.partial(quality.overview, notes={})
+    without, whole = (quality.document(results, ["# Title"], "scheme", **more) for more in ({}, {"front": front}))
+    assert without.startswith("# Title\n\n## one\n")
+    assert whole.index("## Checkpoints and presets") < whole.index("## one")
+    assert whole.endswith(without.removeprefix("# Title"))

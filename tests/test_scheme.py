@@ -29,6 +29,12 @@ def test_the_published_share_is_the_default_one():
     assert PRESETS["flattenquant"].int4_share == 0.4829
 
 
+def test_naive_presets_make_up_for_nothing_or_spare_no_layer_from_int4():
+    assert {name for name, preset in PRESETS.items() if preset.naive} == {"w8a8", "flattenquant-w4a4", *GROUPED}
+    whole = PRESETS["flattenquant"].override(["int4_share=1.0"])
+    assert whole.naive and not whole.override(["int8_layers=down_proj"]).naive
+
+
 def test_schemes_resolve_by_name_or_are_themselves():
     assert resolve_scheme("w8a8") is PRESETS["w8a8"]
     assert resolve_scheme(PRESETS["w8a8"]) is PRESETS["w8a8"]

@@ -17,8 +17,19 @@ import fqjax
 from fqjax.bench.environment import describe, environment
 from fqjax.corpus import held_out_text, reference_text
 from fqjax.demo.run import CHECKPOINT
-from fqjax.scheme import Scheme
+from fqjax.scheme import PRESETS, Scheme
 from fqjax.text import encode, read_text
+
+MUCH = 1.06
+"""Ratios above it stand out in :func:`overview`."""
+EXPLANATION = (
+    f"Ratios of perplexity to bfloat16; those above {MUCH} in bold, `-` where nothing was measured.",
+    "",
+    r"\* Naive: to compare with rather than to use. `w8a8` and the 4-bit presets with neither GPTQ nor AWQ round everything",
+    "alike to the nearest code, and nothing makes up for it: no smoothing, no flattening. `flattenquant-w4a4` makes up for",
+    "rounding, but computes every layer in INT4, activations too, with one scale per tensor, and spares none.",
+)
+"""What stands below the table of :func:`overview`."""
 
 
 def parser(description: str | None, out: str) -> argparse.ArgumentParser:
@@ -50,16 +61,20 @@ class Setting(NamedTuple):
 
 
 def run(
-    a: argparse.Namespace, schemes: Mapping[str, Scheme], heading: Sequence[str], column: str, *, timed: bool = True
+    a: argparse.Namespace,
+    schemes: Mapping[str, Scheme],
+    heading: Sequence[str],
+    column: str,
+    *,
+    timed: bool = True,
+    front: Callable[[Mapping[str, Any]], Sequence[str]] | None = None,
 ) -> None:
     """Measures every scheme on every model, and writes the result after each model.
 
     Args:
       a: what :func:`parser` read.
       schemes: by the name that they have in the table.
-      heading: first lines of the document.
-      column: what the names are.
-      timed: whether the document says how long each took.
+      heading, column, timed, front: of :func:`document`.
     """
     record = a.out.with_suffix(".json")
     results: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
@@ -67,7 +82,7 @@ def run(
         result = conditions(a)
         rows = _measure(setting, schemes)
         results[name] = result | {"rows": _kept(results.get(name), result, rows) + rows}
-        write(a.out, results, document(results, heading, column, timed))
+        write(a.out, results, document(results, heading, column, timed, front))
 
 
 def settings(a: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
@@ -146,9 +161,23 @@ def _measure(setting: Setting, schemes: Mapping[str, Scheme]) -> list[dict[str, 
     return rows
 
 
-def document(results: Mapping[str, Any], heading: Sequence[str], column: str, timed: bool) -> str:
-    """All results in Markdown."""
-    lines = list(heading)
+def document(
+    results: Mapping[str, Any],
+    heading: Sequence[str],
+    column: str,
+    timed: bool = True,
+    front: Callable[[Mapping[str, Any]], Sequence[str]] | None = None,
+) -> str:
+    """All results in Markdown.
+
+    Args:
+      results: the record.
+      heading: first lines of the document.
+      column: what the names of the schemes are.
+      timed: whether it says how long each took.
+      front: the lines on all models that stand before those on each; :func:`overview`, or none.
+    """
+    lines = [*heading, *(front(results) if front else ())]
     for name, result in results.items():
         lines += [
             "",
@@ -165,6 +194,35 @@ def document(results: Mapping[str, Any], heading: Sequence[str], column: str, ti
                 f"| {row['expansion']:.3f} | {row['bytes_ratio']:.1%} |" + f" {row['seconds']:.0f} |" * timed
             )
     return "\n".join(lines) + "\n"
+
+
+def overview(results: Mapping[str, Any], notes: Mapping[str, str]) -> list[str]:
+    """One table of ratios, models by presets.
+
+    Args:
+      results: the record; of it, the models measured from the beginning of their text.
+      notes: a sentence on a model, by its name, for the text below the table.
+    """
+    presets = [preset for preset in PRESETS.values() if preset.method != "none"]
+    models = [name for name, result in results.items() if not result.get("skipped")]
+    lines = [
+        "",
+        "## Checkpoints and presets",
+        "",
+        "| checkpoint | " + " | ".join(preset.name + r"\*" * preset.naive for preset in presets) + " |",
+        "|---" + "|---:" * len(presets) + "|",
+    ]
+    for name in models:
+        ratios = {row["scheme"]: row["ratio"] for row in results[name]["rows"]}
+        lines.append(f"| {name} | " + " | ".join(_cell(ratios.get(preset.name)) for preset in presets) + " |")
+    said = [line for name in models if name in notes for line in ("", notes[name])]
+    return [*lines, "", *EXPLANATION, *said]
+
+
+def _cell(ratio: float | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"**{ratio:.4f}**" if ratio > MUCH else f"{ratio:.4f}"
 
 
 def describe_conditions(result: Mapping[str, Any]) -> str:
