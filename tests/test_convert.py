@@ -173,18 +173,17 @@ def test_planning_reads_no_weights(asked, monkeypatch, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "settings"),
+    ("variant", "scheme", "settings"),
     [
-        ("w8a8", {}),
-        ("smoothquant", {"weight_scales": "channel"}),
-        ("flattenquant-hopper-int4", {"int8_layers": r"layers\.0"}),
-        ("w4a8", {"int8_layers": r"layers\.0"}),
-        ("w4a8-integer-scale", {"int8_layers": r"layers\.0", "group_size": 64}),
-        ("w4a8-integer-scale-folded", {}),
-        ("w4a16", {}),
+        ("llama-grouped", "w8a8", {}),
+        ("opt", "smoothquant", {"weight_scales": "channel"}),
+        ("llama-grouped", "flattenquant-hopper-int4", {"int8_layers": r"layers\.0"}),
+        ("opt", "w4a8", {"int8_layers": r"layers\.0"}),
+        ("llama-grouped", "w4a8-integer-scale", {"int8_layers": r"layers\.0", "group_size": 64}),
+        ("opt", "w4a8-integer-scale-folded", {}),
+        ("llama-grouped", "w4a16", {}),
     ],
 )
-@pytest.mark.parametrize("variant", ["llama-grouped", "opt"])
 def test_a_plan_knows_the_bytes_of_layers_that_are_not_flattened(asked, tmp_path, variant, scheme, settings):
     source = make_checkpoint(tmp_path / "planned", variant)
     chosen = replace(PRESETS[scheme], max_expansion=1.0, rounding="nearest", **settings)

@@ -137,27 +137,25 @@ def test_few_rows_are_filled_up_with_those_of_other_experts(model):
     assert first.max() < 1e-4
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "smoothquant", "flattenquant", "w4a8-integer-scale-gptq", "w4a8-awq"])
+@pytest.mark.parametrize("scheme", ["w8a8", "smoothquant", "w4a8-integer-scale-gptq", "w4a8-awq"])
 def test_an_expert_that_was_never_reached_computes_about_what_it_did(shunned, scheme):
     quantized, report = fqjax.quantize(shunned, scheme, BATCHES)
     assert {row.macs for row in report.layers if ".experts.3." in row.name} == {0}
     rows, _ = inputs_of(shunned, 0)
     plain, low = shunned.layers[0].mlp.experts[3], unstacked(quantized).layers[0].mlp.experts[3]
     error = np.mean((low(rows) - plain(rows)) ** 2) / np.mean(np.asarray(plain(rows)) ** 2)
-    assert 0 < error < (0.2 if scheme == "flattenquant" else 0.05)
+    assert 0 < error < 0.05
 
 
 @pytest.mark.parametrize(
-    "scheme",
-    ["w8a8", "smoothquant", "flattenquant", "flattenquant-hopper", "w4a8-integer-scale-gptq", "w4a8-integer-scale-folded",
-     "w4a8-integer-scale-awq", "w4a16"],
-)  # fmt: skip
+    "scheme", ["w8a8", "flattenquant", "w4a8-integer-scale-gptq", "w4a8-integer-scale-folded", "w4a16"]
+)
 def test_every_scheme_stacks_its_experts_and_survives_saving(model, scheme, tmp_path):
     quantized, report = fqjax.quantize(model, scheme, BATCHES)
     tokens, call = variants.tokens(), nnx.jit(lambda model, tokens: model(tokens))
     for layer in quantized.layers:
         assert isinstance(layer.mlp.experts, StackedExperts) and layer.mlp.experts.gate_up_proj.shared
-    found, plain = call(quantized, tokens), model(tokens)
+    found, plain = call(quantized, tokens), call(model, tokens)
     np.testing.assert_array_equal(call(unstacked(quantized), tokens), found)
     assert 0 < np.mean((found - plain) ** 2) / np.mean(np.square(plain)) < 0.5
     assert report.int4_mac_share >= fqjax.PRESETS[scheme].int4_share
@@ -215,7 +213,7 @@ def test_quantized_experts_generate_what_the_whole_text_predicts(name, tmp_path)
     new = fqjax.generate(quantized, prompts, 6, eos_token_id=[])
     for prompt, continuation in zip(prompts, new, strict=True):
         text = np.asarray([prompt + list(map(int, continuation))], np.int32)
-        logits = np.asarray(quantized(text))[0]
+        logits = np.asarray(variants.logits(quantized, text))[0]
         np.testing.assert_array_equal(logits[len(prompt) - 1 : -1].argmax(axis=1), continuation)
 
 
@@ -224,8 +222,7 @@ def test_integer_scales_of_a_quantized_model(model):
     changed, report = fqjax.integer_scales(quantized)
     assert {row.scales for row in report.layers} == {"group of 128, integer"}
     assert isinstance(changed.layers[0].mlp.experts, StackedExperts)
-    tokens = variants.tokens()
-    assert 0 < np.abs(changed(tokens) - quantized(tokens)).max() < 0.5
+    assert 0 < np.abs(variants.logits(changed) - variants.logits(quantized)).max() < 0.5
 
 
 def test_units_and_their_choices(model):
@@ -343,6 +340,6 @@ def test_rows_of_experts_begin_at_multiples_of_the_alignment(alignment):
 @pytest.mark.parametrize("scheme", ["w4a8-integer-scale", "flattenquant-w8a8"])
 def test_alignment_changes_no_bit(monkeypatch, model, scheme):
     quantized, _ = fqjax.quantize(model, scheme, BATCHES[:1])
-    wanted = quantized(BATCHES[1])
+    wanted = variants.logits(quantized, BATCHES[1])
     monkeypatch.setattr("fqjax.stacking.row_alignment", lambda: 8)
-    np.testing.assert_array_equal(quantized(BATCHES[1]), wanted)
+    np.testing.assert_array_equal(variants.logits(quantized, BATCHES[1]), wanted)

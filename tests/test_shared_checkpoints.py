@@ -35,8 +35,7 @@ def ratio(shared, tmp_path_factory):
     [
         ("novels-llama", "flattenquant", 1.020),
         ("novels-llama", "flattenquant-w8a8", 1.003),
-        ("novels-opt", "flattenquant-w8a8", 1.002),
-        ("novels-mixtral", "w4a8-integer-scale-gptq", 1.010),
+        ("novels-mixtral", "w4a8-integer-scale", 1.010),
         ("stories260k", "flattenquant-w8a8", 1.01),
     ],
 )

@@ -36,12 +36,11 @@ def test_logits_and_lookups_are_those_of_rounded_tables(name, tmp_path):
     limit = np.abs(hidden).max(axis=-1, keepdims=True)
     rounded = np.round(hidden / limit * 127) * limit / 127
     np.testing.assert_allclose(head.logits(jnp.asarray(hidden)), rounded @ rows.T, rtol=1e-4, atol=1e-4)
-    plain, found = model(variants.tokens()), changed(variants.tokens())
+    plain, found = variants.logits(model), variants.logits(changed)
     assert found.dtype == jnp.float32 and 0 < np.abs(found - plain).mean() < 0.05 * np.abs(plain).mean()
 
 
-@pytest.mark.parametrize("name", ["llama-grouped", "opt-350m"])
-@pytest.mark.parametrize("scheme", ["bf16", "flattenquant-w8a8"])
+@pytest.mark.parametrize(("name", "scheme"), [("llama-grouped", "flattenquant-w8a8"), ("opt-350m", "bf16")])
 def test_it_survives_saving(name, scheme, tmp_path):
     model = model_of(name, tmp_path / "source", jnp.bfloat16)
     batch = np.random.default_rng(0).integers(3, 64, (4, 32)).astype(np.int32)
@@ -51,9 +50,10 @@ def test_it_survives_saving(name, scheme, tmp_path):
     assert report.layers == before.layers or scheme != "bf16"
     fqjax.save(tmp_path / "out", quantized)
     loaded = fqjax.load(tmp_path / "out")
-    np.testing.assert_array_equal(loaded(variants.tokens()), quantized(variants.tokens()))
+    found = variants.logits(quantized)
+    np.testing.assert_array_equal(variants.logits(loaded), found)
     assert fqjax.generate(loaded, [5, 6], 4).tolist() == fqjax.generate(quantized, [5, 6], 4).tolist()
-    assert np.abs(loaded(variants.tokens()) - plain(variants.tokens())).max() > 0
+    assert np.abs(found - variants.logits(plain)).max() > 0
     fqjax.save(tmp_path / "plain", plain)
     assert "int8_head" not in json.loads((tmp_path / "plain" / "fqjax.json").read_text())
 

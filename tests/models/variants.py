@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 
 RECORDED = Path(__file__).parent / "data" / "parity.npz"
@@ -116,6 +117,11 @@ VARIANTS: dict[str, dict] = {
 def tokens() -> np.ndarray:
     """The input that logits are recorded for, int32 (2, 24)."""
     return np.random.default_rng(7).integers(3, 64, (2, 24)).astype(np.int32)
+
+
+def logits(model, ids=None):
+    """What a model gives for ids, by default :func:`tokens`: one program, compiled sooner than its operations."""
+    return nnx.jit(lambda model, ids: model(ids))(model, tokens() if ids is None else ids)
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
