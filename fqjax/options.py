@@ -24,8 +24,8 @@ from fqjax.scheme import Scheme
 ROOM = 1.05
 """How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
 WORTH = 0.85
-"""INT4's bytes as a share of INT8's, above which no compression is asked for: where padding takes what INT4 saves, the few layers
-that do get smaller would have to be INT4 whatever that costs."""
+"""INT4's bytes as a share of INT8's, above which no compression is asked for: where padding takes what INT4 saves, the few
+layers that do get smaller would have to be INT4 whatever that costs."""
 
 
 OutlineT = TypeVar("OutlineT", bound="Outline")
