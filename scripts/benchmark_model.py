@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 from fqjax.bench import model as bench
+from fqjax.bench import model_record
 from fqjax.bench.random_models import architecture
 from fqjax.compiling import use_compilation_cache
 
@@ -50,12 +51,12 @@ def main() -> None:
     record = a.out.with_suffix(".json")
     results = json.loads(record.read_text()) if record.is_file() else {}
     key = f"{a.model} on {result['device']}"
-    results[key] = bench.combined(results.get(key), result)
+    results[key] = model_record.combined(results.get(key), result)
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(results, indent=1) + "\n")
-    a.out.with_suffix(".md").write_text(bench.markdown(results))
+    a.out.with_suffix(".md").write_text(model_record.markdown(results))
     profile = a.out.with_name(a.out.name + "_profile").with_suffix(".md")
-    profile.write_text(bench.profiles(results))
+    profile.write_text(model_record.profiles(results))
     print(f"wrote {record}, {a.out}.md and {profile}")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import fqjax
 from fqjax.bench import model as bench
+from fqjax.bench import model_record
 from fqjax.bench.random_models import CONFIGS, architecture, described, random_model
 from fqjax.cli import main
 from fqjax.errors import InputError
@@ -79,7 +80,7 @@ def test_rows_and_ratios():
         )
         assert row["ratio_to_bf16"] == rows["bf16", phase]["milliseconds"] / row["milliseconds"]
     assert rows["w4a8", "decode"]["device_bytes"] < rows["bf16", "decode"]["device_bytes"]
-    page = bench.markdown({"tiny on a device": result})
+    page = model_record.markdown({"tiny on a device": result})
     assert "## tiny on a device" in page and "| `w4a8` |" in page and "decode 2 x 16" in page
 
 
@@ -119,15 +120,15 @@ def test_rows_that_are_not_measured_again_are_kept():
         made = [{"scheme": s, "phase": "decode", "batch": 1, "length": 8, "milliseconds": ms} for s, ms in rows.items()]
         return {"date": date, "device": device, "versions": {}, "extra_channels": 0.05, "rows": made, "skipped": []}
 
-    before = bench.combined(None, result("monday", bf16=2.0, w4a8=1.0) | {"skipped": [{"scheme": "w4a16"}]})
-    both = bench.combined(before, result("tuesday", w4a8=0.5, w4a16=0.7))
+    before = model_record.combined(None, result("monday", bf16=2.0, w4a8=1.0) | {"skipped": [{"scheme": "w4a16"}]})
+    both = model_record.combined(before, result("tuesday", w4a8=0.5, w4a16=0.7))
     assert [(r["scheme"], r["date"], r["milliseconds"]) for r in both["rows"]] == [
         ("bf16", "monday", 2.0),
         ("w4a8", "tuesday", 0.5),
         ("w4a16", "tuesday", 0.7),
     ]
     assert both["skipped"] == []
-    other = bench.combined(before, result("tuesday", device="e", w4a8=0.5))
+    other = model_record.combined(before, result("tuesday", device="e", w4a8=0.5))
     assert [row["scheme"] for row in other["rows"]] == ["w4a8"]
 
 
@@ -152,7 +153,9 @@ def test_a_profile_adds_up_what_is_of_one_kind():
     row["floor_milliseconds"] = 0.004
     ceilings = {"bf16_tflops": 800.0, "int8_tops": 1600.0, "copy_tb_per_s": 3.0}
     result = {"rows": [row], "device": "d", "versions": {}, "date": "today", "ceilings": ceilings}
-    page = bench.profiles({"m on d": result})
+    result["rows"] += [row | {"batch": 64}, row | {"scheme": "w4a16"}]  # Both schemes have the first case.
+    page = model_record.profiles({"m on d": result})
+    assert page.count("###") == 2 and "### `w4a16`: decode 1 x 8" in page
     assert "## m on d" in page
     assert "0.01 ms by the clock on the wall, 0.01 ms in kernels, 0.00 ms the floor." in page
     assert "### `w4a8`: decode 1 x 8" in page and "| loop_fusion | 2 | 3 | 37.5% |" in page

@@ -11,7 +11,7 @@ import functools
 import gc
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -213,27 +213,6 @@ def floor(
     return 2e-9 * (bf16 / ceilings["bf16_tflops"] + exact * macs * tokens / ceilings["int8_tops"])
 
 
-def combined(before: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
-    """A result with the rows of one before that were not measured again, if it is from the same device and versions.
-
-    Every row keeps its ratio, which is to the bfloat16 of its own run, and its date.
-    """
-    date = {"date": result["date"]}
-    result = result | {"rows": [date | row for row in result["rows"]]}
-    if before is None or any(before[k] != result[k] for k in ("device", "versions", "extra_channels")):
-        return result
-
-    def which(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["scheme"], row["phase"], row["batch"], row["length"]
-
-    new = {which(row) for row in result["rows"]}
-    kept = [{"date": before["date"]} | row for row in before["rows"] if which(row) not in new]
-    rows = sorted(kept + result["rows"], key=lambda row: row["scheme"] != PLAIN)
-    measured = {row["scheme"] for row in rows}
-    skipped = [s for s in before["skipped"] + result["skipped"] if s["scheme"] not in measured]
-    return result | {"rows": rows, "skipped": list({s["scheme"]: s for s in skipped}.values())}
-
-
 def measure(model: Any, case: Case, kv_cache: Literal["int8"] | None = None) -> dict[str, Any]:
     """``milliseconds`` a prefill or a decoded token, tokens a second, the device's part, and seconds to compile."""
     graphdef, state = nnx.split(model)
@@ -311,81 +290,3 @@ def summary(result: dict[str, Any]) -> str:
     lines = [describe(result)]
     lines += [f"{skipped['scheme']} left out: {skipped['why']}" for skipped in result["skipped"]]
     return "\n".join(lines)
-
-
-def markdown(results: Mapping[str, dict[str, Any]]) -> str:
-    """Results of several models and devices, by their headings, as one page."""
-    lines = [
-        "# Whole models",
-        "",
-        "Written by `scripts/benchmark_model.py`. Milliseconds a prefill (sequences x tokens) or a decoded token (sequences",
-        "x tokens in the cache), of the clock on the wall; in brackets the speed-up over bfloat16 in the same run. Weights",
-        "are random. Bytes are what the device's allocator gave out for the model.",
-    ]
-    for heading, result in results.items():
-        rows = result["rows"]
-        if not rows:
-            continue
-        cases = list(dict.fromkeys((row["phase"], row["batch"], row["length"]) for row in rows))
-        lines += ["", f"## {heading}", "", f"{describe(result)}.", ""]
-        lines.append("| scheme | GB | " + " | ".join(f"{p} {b} x {n}" for p, b, n in cases) + " |")
-        lines.append("|---|---:" + "|---:" * len(cases) + "|")
-        for scheme in dict.fromkeys(row["scheme"] for row in rows):
-            own = {(row["phase"], row["batch"], row["length"]): row for row in rows if row["scheme"] == scheme}
-            size = next(iter(own.values()))["device_bytes"] / 1e9
-            lines.append(f"| `{scheme}` | {size:.2f} | " + " | ".join(_cell(own.get(case)) for case in cases) + " |")
-        for skipped in result["skipped"]:
-            lines += ["", f"`{skipped['scheme']}` left out: {skipped['why']}"]
-    return "\n".join(lines) + "\n"
-
-
-def profiles(results: Mapping[str, dict[str, Any]]) -> str:
-    """Where the time of each phase goes, for the first of its cases and every scheme, as one page."""
-    lines = [
-        "# Where the time of whole models goes",
-        "",
-        "Written by `scripts/benchmark_model.py`: the GPU's kernels in one prefill, and in one decoded token, by its own",
-        f"clock (CUPTI), the {LISTED} that take the longest. The floor of a prefill is what its products take at the rates",
-        "that the same run measured for large ones; that of decoding, what it takes to read the weights and the filled",
-        "cache.",
-    ]
-    for heading, result in results.items():
-        rows = [row for row in result["rows"] if "kernels" in row]
-        if rows:
-            lines += ["", f"## {heading}", "", f"{describe(result)}.", *_ceilings(result["ceilings"])]
-        for phase in ("prefill", "decode"):
-            lines += _profiles([row for row in rows if row["phase"] == phase])
-    return "\n".join(lines) + "\n"
-
-
-def _ceilings(ceilings: dict[str, float]) -> list[str]:
-    bf16, int8, copy = (ceilings[name] for name in ("bf16_tflops", "int8_tops", "copy_tb_per_s"))
-    return [
-        "",
-        f"Measured in the last run: {bf16:.0f} TFLOP/s in bfloat16, {int8:.0f} TOPS in INT8, copies {copy:.2f} TB/s.",
-    ]
-
-
-def _profiles(rows: list[dict[str, Any]]) -> list[str]:
-    lines: list[str] = []
-    for row in rows:
-        if (row["batch"], row["length"]) != (rows[0]["batch"], rows[0]["length"]):
-            continue
-        wall, device, least = (row.get(f"{name}milliseconds") for name in ("", "device_", "floor_"))
-        lines += ["", f"### `{row['scheme']}`: {row['phase']} {row['batch']} x {row['length']}", ""]
-        lines.append(
-            f"{wall:.2f} ms by the clock on the wall, {device:.2f} ms in kernels"
-            + (f", {least:.2f} ms the floor." if least else ".")
-        )
-        lines += ["", "| kernel | calls | microseconds | share |", "|---|---:|---:|---:|"]
-        for k in row["kernels"]:
-            share = k["microseconds"] / row["device_milliseconds"] / 1e3
-            lines.append(f"| {k['kernel']} | {k['calls']:.0f} | {k['microseconds']:.0f} | {share:.1%} |")
-    return lines
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    ratio = f" ({row['ratio_to_bf16']:.2f} x)" if row["ratio_to_bf16"] and row["scheme"] != PLAIN else ""
-    return f"{row['milliseconds']:.2f}{ratio}"
