@@ -230,7 +230,9 @@ def _piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
     if not kind.whole:
         if rows > ROWS_IN_PIECES:
             return 0, 0
-        return (1024, 8) if kind.parts is None else (256, 4)
+        if kind.parts is None:
+            return 1024, 8
+        return max(kind.parts.dim, STEP if rows <= 8 else 256), 4
     size, warps = (1024, 8) if k * (1 + kind.gated) <= 8192 else (4096, 32)
     many = rows > WHOLE_ROWS_IN_PIECES or k // math.gcd(k, size) > MOST_PIECES
     return (0, 0) if many or kind.parts is not None else (size, warps)

@@ -112,9 +112,10 @@ def test_the_kernel_in_interpret_mode(front, per_token, sizes):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_heads_that_are_larger_than_a_piece(per_token):
+@pytest.mark.parametrize("count", [3, 9])
+def test_heads_that_are_larger_than_a_piece(per_token, count):
     p = dataclasses.replace(kind("attention", per_token), parts=Parts(2, 2, 256))
-    given = operands(p, 3, 1024, 128)
+    given = operands(p, count, 1024, 128)
     check(p, rows.call(p, *given, interpret=True), given)
 
 
