@@ -1,6 +1,4 @@
-"""Attention's output where several programs took their shares of the positions: put together by the logarithms of their sums
-(Flash-Decoding).
-"""
+"""Attention's output in parts, put together by the logarithms of their sums (Flash-Decoding)."""
 
 import dataclasses
 import functools

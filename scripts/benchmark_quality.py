@@ -21,6 +21,9 @@ HEADING = [
     '"with outliers" is the same function with a few channels made 8 to 64 times larger in front of its linear layers.',
 ]
 NOTES = {
+    "bundled": "The bundled checkpoint has a few very large channels, as `w8a8` shows. INT8 activations of the presets with "
+    "groups have one scale a token for all channels: the presets with AWQ, which makes large channels smaller, hold, and "
+    "GPTQ alone, which sees to the weights, does not. With activations in bfloat16 (`w4a16-gptq`) it does.",
     "stories260k": "Most layers of stories260k have 64 input channels. Padded to 256, their INT4 codes take as many bytes as "
     "bfloat16, and `flattenquant` asks for no compression of such a model, only for its share of the arithmetic.",
 }
