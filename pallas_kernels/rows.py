@@ -348,8 +348,8 @@ def _kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]]
             values = [y / scale for y in values]
         for part, y in zip(parts, values, strict=True):
             codes_ref[row, part.to] = code(y)
-        for at in padding:
-            codes_ref[row, at] = jnp.zeros(at.size, jnp.int8)
+        for start, n in padding:
+            codes_ref[row, pl.ds(k + start, n)] = jnp.zeros(n, jnp.int8)
         for (part, held), x in zip(extras, again, strict=True):
             codes_ref[row, part.to] = code_beyond(scaled(row, part, x, mean, factor), held)
 
@@ -359,7 +359,7 @@ def _kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]]
         return piece(number // each, number % each)
     parts = [channels(*at) for at in _runs(k)]
     extras = [] if kind.per_token else [added(*at) for at in _runs(width - k)]
-    padding = [pl.ds(k + start, n) for start, n in _runs(width - k)] if kind.per_token else []
+    padding = _runs(width - k) if kind.per_token else []
     if rows == programs:
         one(number)
     else:
