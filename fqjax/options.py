@@ -258,9 +258,9 @@ def select(
     ]  # fmt: skip
     errors, low_macs, sizes = map(list, zip(*tables, strict=True))
     smallest = sum(min(row) for row in sizes)
-    most = max(plain_bytes / scheme.compression if scheme.compression else float("inf"), ROOM * smallest)
-    if scheme.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes):
-        most = float("inf")
+    padded = scheme.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes)
+    asked = scheme.compression and not padded
+    most = max(plain_bytes / scheme.compression, ROOM * smallest) if asked else float("inf")
     least = scheme.int4_share * sum(macs[name] for name in options)
     picked = choose(errors, low_macs, sizes, least_macs=least, most_bytes=most)
     return {name: found[i] for (name, found), i in zip(options.items(), picked, strict=True)}

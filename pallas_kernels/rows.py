@@ -173,7 +173,6 @@ def call(
     *operands: Array,
     warps: int | None = None,
     programs: int | None = None,
-    piece: int | None = None,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
     """The kernel, for x of shape (rows, channels).
@@ -184,12 +183,11 @@ def call(
       warps: that share a row; by default more for few rows, and for long ones, as gated rows are.
       programs: that share the rows, where no row is shared by several; by default no program has several rows where these
         are few, or long, as gated ones are.
-      piece: channels at most that a program has of a row which several share, 0 for whole rows; given with ``warps``.
       interpret: whether to run on the CPU.
     """
     x, sums, residual, weight, bias, recipe = kind.split(operands)
     rows, (k, extra) = len(x), (recipe[0].shape[0], recipe[1].shape[0])
-    size, warps_of_piece = _piece(kind, rows, k) if piece is None else (piece, warps)
+    size, warps_of_piece = _piece(kind, rows, k)
     pieces = [(n := math.gcd(channels, size), channels // n) for channels in (k, extra)] if size else ()
     if pieces:
         warps, programs = warps or warps_of_piece, rows * sum(count for _, count in pieces)
@@ -226,7 +224,7 @@ def _warps(much: bool, few: bool) -> int:
 
 
 def _piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
-    """Channels of a piece at most, 0 for whole rows, and warps: as an H100 was fastest with 1, 16 and 64 rows."""
+    """Channels of a piece at most, 0 for whole rows, and warps: what was best of those tried on an H100 in November 2026."""
     if not kind.whole:
         if rows > ROWS_IN_PIECES:
             return 0, 0
@@ -315,8 +313,6 @@ def _kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]]
         if kind.whole:
             parts = [channels(*at) for at in _runs(k)]
             mean, factor, _, scale = known(row, parts, [read(row, part.at) for part in parts])
-        if scale is not None:
-            pl.when(place == 0)(lambda: others[0].__setitem__(row, scale))
 
         @pl.when(place < count)
         def own() -> None:
@@ -327,13 +323,21 @@ def _kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]]
             y = scaled(row, part, x, mean, factor)
             codes_ref[row, part.to] = code(y if scale is None else y / scale)
 
-        @pl.when(place >= count)
         def beyond() -> None:
-            if extra_count and kind.per_token:  # Extra channels are padding.
-                codes_ref[row, pl.ds(k + (place - count) * extra_n, extra_n)] = jnp.zeros(extra_n, jnp.int8)
-            elif extra_count:
-                part, held = added((place - count) * extra_n, extra_n)
-                codes_ref[row, part.to] = code_beyond(scaled(row, part, read(row, part.at), mean, factor), held)
+            start = (place - count) * extra_n
+            if kind.per_token:  # Extra channels are padding.
+                codes_ref[row, pl.ds(k + start, extra_n)] = jnp.zeros(extra_n, jnp.int8)
+                return
+            part, held = added(start, extra_n)
+            codes_ref[row, part.to] = code_beyond(scaled(row, part, read(row, part.at), mean, factor), held)
+
+        def the_scale() -> None:
+            others[0][row] = scale
+
+        if extra_count:
+            pl.when(place >= count)(beyond)
+        if kind.per_token:
+            pl.when(place == 0)(the_scale)
 
     def one(row: Any) -> None:
         entered = [read(row, part.at) for part in parts]
