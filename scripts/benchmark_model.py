@@ -11,6 +11,7 @@ and those of other schemes and sizes from the same versions.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -39,6 +40,19 @@ def main() -> None:
     if a.prefill is not None or a.decode is not None:
         cases = [bench.parse_case("prefill", text) for text in a.prefill or ()]
         cases += [bench.parse_case("decode", text) for text in a.decode or ()]
+    record = a.out.with_suffix(".json")
+    before = json.loads(record.read_text()) if record.is_file() else {}
+
+    def write(result: dict[str, Any]) -> None:
+        """With what the record held before; behind every scheme, so that nothing is lost if a later one ends the run."""
+        key = f"{a.model} on {result['device']}"
+        results = before | {key: model_record.combined(before.get(key), result)}
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(results, indent=1) + "\n")
+        a.out.with_suffix(".md").write_text(model_record.markdown(results))
+        profile.write_text(model_record.profiles(results))
+
+    profile = a.out.with_name(a.out.name + "_profile").with_suffix(".md")
     result = bench.run(
         a.model,
         architecture(a.model),
@@ -47,16 +61,9 @@ def main() -> None:
         extra=a.extra,
         seconds=a.seconds,
         report=lambda row: print(bench.line(row), flush=True),
+        keep=write,
     )
-    record = a.out.with_suffix(".json")
-    results = json.loads(record.read_text()) if record.is_file() else {}
-    key = f"{a.model} on {result['device']}"
-    results[key] = model_record.combined(results.get(key), result)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(results, indent=1) + "\n")
-    a.out.with_suffix(".md").write_text(model_record.markdown(results))
-    profile = a.out.with_name(a.out.name + "_profile").with_suffix(".md")
-    profile.write_text(model_record.profiles(results))
+    write(result)  # With what was left out behind the last scheme.
     print(f"wrote {record}, {a.out}.md and {profile}")
 
 

@@ -71,7 +71,9 @@ def test_activations_use_the_codes(monkeypatch):
 
 
 def test_rows_and_ratios():
-    result = bench.run("tiny", TINY, ("w4a8", "bf16"), (bench.Case("prefill", 2, 16), bench.Case("decode", 2, 16)))
+    cases, kept = (bench.Case("prefill", 2, 16), bench.Case("decode", 2, 16)), []
+    result = bench.run("tiny", TINY, ("w4a8", "bf16"), cases, keep=lambda result: kept.append(len(result["rows"])))
+    assert kept == [2, 4]
     rows = {(row["scheme"], row["phase"]): row for row in result["rows"]}
     assert list(rows) == [(s, p) for s in ("bf16", "w4a8") for p in ("prefill", "decode")]
     for (_, phase), row in rows.items():

@@ -125,6 +125,7 @@ def run(
     extra: float = 0.05,
     seconds: float = float("inf"),
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Measures every scheme on every case.
 
@@ -136,6 +137,7 @@ def run(
       extra: share of extra channels of schemes that flatten.
       seconds: after so many no further scheme is begun.
       report: called with every row of the result as it comes.
+      keep: called with the result so far behind every scheme.
 
     Returns:
       ``device``, ``versions``, ``date``, ``ceilings`` and ``rows``, as the command's ``--json`` writes them, and ``skipped``:
@@ -179,6 +181,7 @@ def run(
             result["rows"].append(row)
             report(row)
         del model
+        keep(result)
     return result
 
 
