@@ -237,13 +237,20 @@ def _piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
 
 
 class _Part(NamedTuple):
-    """Some of a row's channels: where they are in x, and their gate's other half; where codes go; what is done to them."""
+    """Some of a row's channels: where they are in x, and where what they gate; where codes go; what is done to them."""
 
     at: Any
     beside: Any
     to: Any
     multiplier: Array
     shift: Array | None
+
+
+class _Read(NamedTuple):
+    """What such channels hold, float32: what is to be normalised, activated or quantized, and what it gates, if anything."""
+
+    x: Array
+    beside: Array | None
 
 
 def _kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]], interpret: bool, *refs: Any) -> None:
@@ -259,49 +266,51 @@ def _kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]]
             multiplier = given * weight_ref[at].astype(jnp.float32)
         return _Part(at, beside, to, multiplier, None if bias_ref is None else given * bias_ref[at].astype(jnp.float32))
 
-    def read(row: Any, at: Any) -> Array:
-        """What is to be normalised, activated or quantized, float32."""
+    def read(row: Any, part: _Part) -> _Read:
         if kind.parts is not None:
-            return kind.parts.read(x_ref, sums_ref, row, at)
-        x = x_ref[row, at].astype(jnp.float32)
-        return x if residual_ref is None else x + residual_ref[row, at].astype(jnp.float32)
+            return _Read(kind.parts.read(x_ref, sums_ref, row, part.at), None)
+        x = x_ref[row, part.at].astype(jnp.float32)
+        if residual_ref is not None:
+            x = x + residual_ref[row, part.at].astype(jnp.float32)
+        return _Read(x, x_ref[row, part.beside].astype(jnp.float32) if kind.gated else None)
 
-    def scaled(row: Any, part: _Part, x: Array, mean: Any, factor: Any) -> Array:
+    def scaled(part: _Part, held: _Read, mean: Any, factor: Any) -> Array:
         """What is rounded, or divided by its row's scale and rounded."""
+        x, beside = held
         if kind.epsilon is not None:
             y = (x - mean if kind.center else x) * factor * part.multiplier
             return y if part.shift is None else y + part.shift
         if kind.activation is not None:
             x = ACTIVATIONS[kind.activation](x)
-        return x * part.multiplier * x_ref[row, part.beside].astype(jnp.float32) if kind.gated else x * part.multiplier
+        return x * part.multiplier if beside is None else x * part.multiplier * beside
 
     def channels(start: Any, n: int) -> _Part:
         return part(pl.ds(start, n), pl.ds(k + start, n), pl.ds(start, n))
 
     def added(start: Any, n: int) -> tuple[_Part, Array]:
         """Extra channels, and what those before them hold."""
-        source, before = (ref[pl.ds(start, n)] for ref in flattening)
-        held = jnp.minimum(before, reference.LARGEST_CODE).astype(jnp.float32) * kind.qmax
-        return part(source, k + source, pl.ds(k + start, n)), held
+        source, full = (ref[pl.ds(start, n)] for ref in flattening)
+        before = jnp.minimum(full, reference.LARGEST_CODE).astype(jnp.float32) * kind.qmax
+        return part(source, k + source, pl.ds(k + start, n)), before
 
     def code(y: Array) -> Array:
         return rounded(y, kind.qmax, interpret).astype(jnp.int8)
 
-    def code_beyond(y: Array, held: Array) -> Array:
+    def code_beyond(y: Array, before: Array) -> Array:
         c = rounded(y, reference.LARGEST_CODE, interpret)
-        beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - held, 0.0), float(kind.qmax))
+        beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - before, 0.0), float(kind.qmax))
         return jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
 
-    def known(row: Any, parts: Sequence[_Part], entered: Sequence[Array]) -> tuple[Any, Any, list[Array], Any]:
+    def known(parts: Sequence[_Part], entered: Sequence[_Read]) -> tuple[Any, Any, list[Array], Any]:
         """A row's mean, what it is multiplied with, its channels then, and its scale, each None where there is none."""
         mean = factor = scale = None
         if kind.epsilon is not None:
-            centered = entered
+            centered = [held.x for held in entered]
             if kind.center:
-                mean = sum(jnp.sum(x) for x in entered) * (1 / k)
-                centered = [x - mean for x in entered]
+                mean = sum(jnp.sum(x) for x in centered) * (1 / k)
+                centered = [x - mean for x in centered]
             factor = lax.rsqrt(sum(jnp.sum(x * x) for x in centered) * (1 / k) + kind.epsilon)
-        values = [scaled(row, part, x, mean, factor) for part, x in zip(parts, entered, strict=True)]
+        values = [scaled(part, held, mean, factor) for part, held in zip(parts, entered, strict=True)]
         if kind.per_token:
             scale = jnp.maximum(functools.reduce(jnp.maximum, (jnp.max(jnp.abs(y)) for y in values)), 1e-8) / kind.qmax
         return mean, factor, values, scale
@@ -309,27 +318,38 @@ def _kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]]
     def piece(row: Any, place: Any) -> None:
         """Some of a row's channels; what depends on all of them is found once more for each piece."""
         (n, count), (extra_n, extra_count) = pieces
-        mean = factor = scale = None
+
+        def first() -> tuple[_Part, _Read]:
+            part = channels(jnp.minimum(place, count - 1) * n, n)
+            return part, read(row, part)
+
+        def further() -> tuple[_Part, Array, _Read]:
+            part, before = added(jnp.maximum(place - count, 0) * extra_n, extra_n)
+            return part, before, read(row, part)
+
+        flattened = extra_count and not kind.per_token  # Otherwise extra channels are padding.
+        early = late = mean = factor = scale = None
         if kind.whole:
             parts = [channels(*at) for at in _runs(k)]
-            mean, factor, _, scale = known(row, parts, [read(row, part.at) for part in parts])
+            entered = [read(row, part) for part in parts]
+            # What is read twice is read before the row is added up: the sum need not be waited for.
+            early, late = first(), further() if flattened else None
+            mean, factor, _, scale = known(parts, entered)
 
         @pl.when(place < count)
         def own() -> None:
-            part = channels(place * n, n)
-            x = read(row, part.at)
+            part, held = early or first()
             if kind.residual:
-                others[-1][row, part.at] = x.astype(x_ref.dtype)
-            y = scaled(row, part, x, mean, factor)
+                others[-1][row, part.at] = held.x.astype(x_ref.dtype)
+            y = scaled(part, held, mean, factor)
             codes_ref[row, part.to] = code(y if scale is None else y / scale)
 
         def beyond() -> None:
-            start = (place - count) * extra_n
-            if kind.per_token:  # Extra channels are padding.
-                codes_ref[row, pl.ds(k + start, extra_n)] = jnp.zeros(extra_n, jnp.int8)
+            if not flattened:
+                codes_ref[row, pl.ds(k + (place - count) * extra_n, extra_n)] = jnp.zeros(extra_n, jnp.int8)
                 return
-            part, held = added(start, extra_n)
-            codes_ref[row, part.to] = code_beyond(scaled(row, part, read(row, part.at), mean, factor), held)
+            part, before, held = late or further()
+            codes_ref[row, part.to] = code_beyond(scaled(part, held, mean, factor), before)
 
         def the_scale() -> None:
             others[0][row] = scale
@@ -340,13 +360,13 @@ def _kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]]
             pl.when(place == 0)(the_scale)
 
     def one(row: Any) -> None:
-        entered = [read(row, part.at) for part in parts]
+        entered = [read(row, part) for part in parts]
         # What is read twice is read before the row is added up: the sum need not be waited for.
-        again = [read(row, part.at) for part, _ in extras]
-        mean, factor, values, scale = known(row, parts, entered)
+        again = [read(row, part) for part, _ in extras]
+        mean, factor, values, scale = known(parts, entered)
         if kind.residual:
-            for part, x in zip(parts, entered, strict=True):
-                others[-1][row, part.at] = x.astype(x_ref.dtype)
+            for part, held in zip(parts, entered, strict=True):
+                others[-1][row, part.at] = held.x.astype(x_ref.dtype)
         if scale is not None:
             others[0][row] = scale
             values = [y / scale for y in values]
@@ -354,8 +374,8 @@ def _kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]]
             codes_ref[row, part.to] = code(y)
         for start, n in padding:
             codes_ref[row, pl.ds(k + start, n)] = jnp.zeros(n, jnp.int8)
-        for (part, held), x in zip(extras, again, strict=True):
-            codes_ref[row, part.to] = code_beyond(scaled(row, part, x, mean, factor), held)
+        for (part, before), held in zip(extras, again, strict=True):
+            codes_ref[row, part.to] = code_beyond(scaled(part, held, mean, factor), before)
 
     number = pl.program_id(0)
     if pieces:
