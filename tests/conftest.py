@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fqjax.demo.run import CHECKPOINT
+from fqjax.errors import InputError
 from tests.models import variants
 
 COMPILED_BYTES = 3 * 2**30
@@ -53,6 +54,13 @@ def text(tmp_path) -> Path:
     path = tmp_path / "calibration.txt"
     path.write_text(" ".join(words))
     return path
+
+
+def refused(message, call, *args) -> None:
+    """Expects an error of one line that a user can read."""
+    with pytest.raises(InputError, match=message) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
 
 
 def make_checkpoint(directory: Path, name: str = "llama-grouped") -> Path:
