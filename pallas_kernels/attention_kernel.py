@@ -8,7 +8,9 @@ key-value head, so that a small batch fills the GPU too and none of them looks a
 takes its softmax online, the first of them beginning with the new token, and what they found is put together by the
 logarithms of their sums (Flash-Decoding).  The query heads that share a key-value head are the rows of one matrix product.
 
-INT8 codes are multiplied as they are: the key's scale goes onto the score, and the value's onto the weight.
+INT8 codes are not dequantized: the key's scale goes onto the score, and the value's onto the weight.  Where there are many
+sequences, converting codes takes longer than reading them; then queries become integers too, which keys are multiplied with
+as they are.
 """
 
 import dataclasses
@@ -27,14 +29,49 @@ from pallas_kernels.dispatch import has_triton
 from pallas_kernels.reference import quantize_per_token, rotated
 from pallas_kernels.rows import rounded
 
-BLOCK = 64
-"""Positions that a program reads at once."""
 PROGRAMS = 132
 """Programs that are wanted on a GPU at least: one for each multiprocessor of an H100 or H200."""
+MANY = 3 * PROGRAMS
+"""From so many key-value heads of all sequences on, what counts is what is done to a code, and not how long a block takes."""
+LOW = 128
+"""What the upper of a query's two codes counts, each of which fits into int8."""
 LOWEST = -1e30
 """Below every score, and still finite."""
 LEAST_ROWS = 16
 """Of a matrix product on tensor cores; fewer query heads are filled up."""
+LEAST_CODES = 32
+"""That a matrix product of integers adds up on tensor cores."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How the work is cut up.
+
+    Attributes:
+      splits: programs for each key-value head of a sequence; None for so many that the GPU is filled.
+      block: positions that a program reads at once.
+      warps, stages: of a program, and blocks that it has on their way.
+      integers: whether queries are multiplied with a cache's INT8 codes as integers, of 15 bits in two parts.
+    """
+
+    splits: int | None = None
+    block: int = 64
+    warps: int = 4
+    stages: int = 3
+    integers: bool = False
+
+
+def best_cut(heads: int, group: int, dim: int, codes: bool) -> Cut:
+    """The fastest of those tried on an H200 in November 2026.
+
+    Args:
+      heads: key-value heads of all sequences together.
+      group: query heads that share one.
+      dim: of a head.
+      codes: whether the cache is INT8.
+    """
+    many = codes and heads >= MANY and group <= LEAST_ROWS and dim >= LEAST_CODES
+    return Cut(block=32, warps=2, integers=True) if many else Cut()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +90,7 @@ class _Problem:
     scale: float
     window: int | None
     splits: int
+    cut: Cut
 
     @property
     def rows(self) -> int:
@@ -122,7 +160,7 @@ def run(
     scale: float,
     window: int | None,
     finish: Callable[[Array, Array | None], Any],
-    splits: int | None = None,
+    cut: Cut | None = None,
     interpret: bool = False,
 ) -> tuple[Any, tuple[Array, ...]]:
     """The kernel, and what puts together the parts.
@@ -134,15 +172,16 @@ def run(
       window: as there.
       finish: what is made of the parts, (batch, kv_heads, parts, group, dim), and the logarithms of their sums, None if there
         is one part.
-      splits: programs for each key-value head of a sequence; by default so many that the GPU is filled.
+      cut: how the work is cut up; by default :func:`best_cut`.
       interpret: whether to run on the CPU.
     """
     (batch, heads, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
     heads -= 2 * kv_heads
-    wanted = min(-(-PROGRAMS // (batch * kv_heads)), -(-capacity // BLOCK)) if splits is None else splits
+    cut = cut or best_cut(batch * kv_heads, heads // kv_heads, dim, len(cache) > 2)
+    splits = cut.splits or min(-(-PROGRAMS // (batch * kv_heads)), -(-capacity // cut.block))
     sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "group": heads // kv_heads, "dim": dim}
     kinds = {"dtype": qkv.dtype, "cache_dtype": cache[0].dtype, "codes": len(cache) > 2, "rotates": bool(rotation)}
-    p = _Problem(**sizes, **kinds, scale=scale, window=window, splits=wanted)
+    p = _Problem(**sizes, **kinds, scale=scale, window=window, splits=splits, cut=cut)
     *written, out, log_sum = _call(p, interpret)(lengths, qkv, qkv, qkv, *rotation, *cache)
     return finish(out, log_sum if p.splits > 1 else None), tuple(written)
 
@@ -182,7 +221,7 @@ def _call(p: _Problem, interpret: bool) -> Any:
             jax.ShapeDtypeStruct(parts, jnp.float32),
         ],
         input_output_aliases={first + i: i for i in range(len(arrays))},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=p.cut.warps, num_stages=p.cut.stages),
         interpret=interpret,
         name="decode_attention",
     )
@@ -195,7 +234,8 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
     (keys, values, *scale_refs), written, (out_ref, log_sum_ref) = rest[:arrays], rest[arrays:-2], rest[-2:]
     length = lengths[pl.program_id(0)]
     oldest = jnp.int32(0) if p.window is None else jnp.maximum(length + 1 - p.window, 0)
-    begin, end = oldest // BLOCK, (length + (BLOCK - 1)) // BLOCK
+    block, integers = p.cut.block, p.codes and p.cut.integers
+    begin, end = oldest // block, (length + (block - 1)) // block
     share = (end - begin + (p.splits - 1)) // p.splits
     start = begin + pl.program_id(2) * share
     channel = jnp.arange(p.dim)
@@ -209,6 +249,11 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
         q = q * cos[None, :] + q_ref[row[:, None], other[None, :]].astype(jnp.float32) * sin[None, :]
         k = k * cos + k_ref[other].astype(jnp.float32) * sin
     q = q.astype(p.dtype)
+    if integers:
+        q_size = jnp.maximum(jnp.max(jnp.abs(q.astype(jnp.float32)), axis=1), 1e-8) / (127 * LOW)
+        fine = rounded(q.astype(jnp.float32) / q_size[:, None], 127 * LOW, interpret)
+        upper = rounded(fine * (1 / LOW), 127, interpret)
+        parts = upper.astype(jnp.int8), (fine - LOW * upper).astype(jnp.int8)
     k, v = k.astype(p.dtype).astype(jnp.float32), v.astype(p.dtype).astype(jnp.float32)
     new: list[Any] = [k, v]
     if p.codes:
@@ -227,9 +272,14 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
 
     def body(i: Any, carry: Sequence[Array]) -> Sequence[Array]:
         best, total, out = carry
-        position = i * BLOCK + jnp.arange(BLOCK)
+        position = i * block + jnp.arange(block)
         at = jnp.maximum(jnp.minimum(position, length - 1), 0)
-        scores = _dot(q, keys[at, :].astype(p.dtype).T) * p.scale
+        if integers:
+            codes = keys[at, :].T
+            high, low = (_dot(part, codes, jnp.int32) for part in parts)
+            scores = (high * LOW + low).astype(jnp.float32) * (q_size * p.scale)[:, None]
+        else:
+            scores = _dot(q, keys[at, :].astype(p.dtype).T) * p.scale
         if p.codes:
             scores = scores * scale_refs[0][at][None, :]
         visible = (position < length) & (position >= oldest)
@@ -254,5 +304,5 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
     log_sum_ref[row] = jnp.where(total > 0, best + jnp.log(total), -jnp.inf)
 
 
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+def _dot(a: Array, b: Array, dtype: Any = jnp.float32) -> Array:
+    return jnp.dot(a, b, preferred_element_type=dtype)

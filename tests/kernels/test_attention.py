@@ -9,11 +9,12 @@ import pytest
 
 from pallas_kernels import attention, attention_kernel
 from pallas_kernels.attention import decode_attention, quantized_decode_attention
-from pallas_kernels.attention_kernel import BLOCK, cannot_use, reference
+from pallas_kernels.attention_kernel import MANY, Cut, best_cut, cannot_use, reference
 from pallas_kernels.dispatch import NO_GPU, capability
 from pallas_kernels.rows import Quantization, quantize
 from tests.kernels import ahead_of_time
 
+BLOCK = Cut().block
 CAPACITY = 3 * BLOCK + 5
 LENGTHS = (0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, CAPACITY - 2, CAPACITY - 1)
 
@@ -107,10 +108,10 @@ def decode(operands, **kinds):
 
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, BLOCK, BLOCK + 3, 1000])
-@pytest.mark.parametrize("splits", [1, 3, 7])
-def test_the_kernel_sees_what_is_filled_and_nothing_else(codes, window, splits):
+@pytest.mark.parametrize("cut", [Cut(splits=1), Cut(splits=3), Cut(splits=7), Cut(splits=3, block=32, integers=True)])
+def test_the_kernel_sees_what_is_filled_and_nothing_else(codes, window, cut):
     arguments, kinds = operands(codes), {"scale": 0.3, "window": window}
-    check(run(*arguments, splits=splits, interpret=True, **kinds), arguments, **kinds)
+    check(run(*arguments, cut=cut, interpret=True, **kinds), arguments, **kinds)
     check(reference(*finite(arguments), **kinds), arguments, **kinds)
 
 
@@ -126,6 +127,23 @@ def test_heads_in_groups_without_rotation(heads, kv_heads):
 def test_xla_is_exact_in_float32(codes):
     arguments = operands(codes, dtype=jnp.float32)
     check(decode(finite(arguments), window=5), arguments, scale=0.25, window=5, tolerance=1e-5)
+
+
+def test_integer_queries_lose_nothing_that_shows():
+    """Scores by two codes of a query are those of float32 but for the query's 15 bits."""
+    arguments, kinds = operands(True, dtype=jnp.float16), {"scale": 0.3, "window": None}
+    check(run(*arguments, cut=Cut(integers=True), interpret=True, **kinds), arguments, **kinds, tolerance=2e-3)
+
+
+def test_many_sequences_take_integers():
+    assert best_cut(MANY, 4, 128, True).integers and best_cut(MANY, 16, 32, True).integers
+    for heads, group, dim, codes in (
+        (MANY - 1, 4, 128, True),
+        (MANY, 17, 128, True),
+        (MANY, 4, 16, True),
+        (MANY, 4, 128, False),
+    ):
+        assert best_cut(heads, group, dim, codes) == Cut()
 
 
 def test_a_capacity_below_a_block():
@@ -221,8 +239,8 @@ def test_quantized_output_stands_for_the_output(codes, per_token, splits):
     finish = functools.partial(attention._quantized, kind, how, None)
     found, cache = quantized(finite(arguments), how, per_token, scale=0.3)
     check((found.reshape(-1, 16, 16), cache), arguments, **kinds, tolerance=0.04)
-    by_parts, _ = run(*arguments, **kinds, splits=splits, interpret=True, finish=finish)
-    whole, _ = run(*arguments, **kinds, splits=splits, interpret=True)
+    by_parts, _ = run(*arguments, **kinds, cut=Cut(splits=splits), interpret=True, finish=finish)
+    whole, _ = run(*arguments, **kinds, cut=Cut(splits=splits), interpret=True)
     wanted = quantize(kind, "xla")(whole.reshape(len(whole), -1), *how)
     check_codes(by_parts, wanted)
 
@@ -230,7 +248,7 @@ def test_quantized_output_stands_for_the_output(codes, per_token, splits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("batch", [1, 5, 70])
+@pytest.mark.parametrize("batch", [1, 5, 49, 70])
 def test_the_compiled_kernels_quantize_their_output(codes, per_token, batch):
     if capability() < (8, 0):
         pytest.skip(NO_GPU)
@@ -263,7 +281,7 @@ def test_the_compiled_kernel_is_right(codes, window, heads, kv_heads, dim, rotat
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "dim", "window"),
-    [(1, 32, 8, 128, None), (64, 32, 32, 64, 4096), (8, 16, 1, 256, None)],
+    [(1, 32, 8, 128, None), (64, 32, 8, 128, None), (64, 32, 32, 64, 4096), (400, 16, 1, 256, None)],
 )
 def test_it_compiles_for_a_hopper_gpu(codes, batch, heads, kv_heads, dim, window):
     def shaped(*shape, dtype):
