@@ -234,7 +234,7 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
     (keys, values, *scale_refs), written, (out_ref, log_sum_ref) = rest[:arrays], rest[arrays:-2], rest[-2:]
     length = lengths[pl.program_id(0)]
     oldest = jnp.int32(0) if p.window is None else jnp.maximum(length + 1 - p.window, 0)
-    block, integers = p.cut.block, p.codes and p.cut.integers
+    block = p.cut.block
     begin, end = oldest // block, (length + (block - 1)) // block
     share = (end - begin + (p.splits - 1)) // p.splits
     start = begin + pl.program_id(2) * share
@@ -249,11 +249,7 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
         q = q * cos[None, :] + q_ref[row[:, None], other[None, :]].astype(jnp.float32) * sin[None, :]
         k = k * cos + k_ref[other].astype(jnp.float32) * sin
     q = q.astype(p.dtype)
-    if integers:
-        q_size = jnp.maximum(jnp.max(jnp.abs(q.astype(jnp.float32)), axis=1), 1e-8) / (127 * LOW)
-        fine = rounded(q.astype(jnp.float32) / q_size[:, None], 127 * LOW, interpret)
-        upper = rounded(fine * (1 / LOW), 127, interpret)
-        parts = upper.astype(jnp.int8), (fine - LOW * upper).astype(jnp.int8)
+    query = _two_codes(q, interpret) if p.codes and p.cut.integers else None
     k, v = k.astype(p.dtype).astype(jnp.float32), v.astype(p.dtype).astype(jnp.float32)
     new: list[Any] = [k, v]
     if p.codes:
@@ -274,10 +270,11 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
         best, total, out = carry
         position = i * block + jnp.arange(block)
         at = jnp.maximum(jnp.minimum(position, length - 1), 0)
-        if integers:
+        if query is not None:
+            upper, lower, size = query
             codes = keys[at, :].T
-            high, low = (_dot(part, codes, jnp.int32) for part in parts)
-            scores = (high * LOW + low).astype(jnp.float32) * (q_size * p.scale)[:, None]
+            scores = _dot(upper, codes, jnp.int32) * LOW + _dot(lower, codes, jnp.int32)
+            scores = scores.astype(jnp.float32) * (size * p.scale)[:, None]
         else:
             scores = _dot(q, keys[at, :].astype(p.dtype).T) * p.scale
         if p.codes:
@@ -302,6 +299,15 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
     # Rows that repeat the last one write it again.
     out_ref[row, :] = (out / jnp.where(total > 0, total, 1)[:, None]).astype(out_ref.dtype)
     log_sum_ref[row] = jnp.where(total > 0, best + jnp.log(total), -jnp.inf)
+
+
+def _two_codes(x: Array, interpret: bool) -> tuple[Array, Array, Array]:
+    """Rows as ``(LOW * upper + lower) * size``: two int8 codes for each element, and a size for each row."""
+    x = x.astype(jnp.float32)
+    size = jnp.maximum(jnp.max(jnp.abs(x), axis=1), 1e-8) / (127 * LOW)
+    whole = rounded(x / size[:, None], 127 * LOW, interpret)
+    upper = rounded(whole * (1 / LOW), 127, interpret)
+    return upper.astype(jnp.int8), (whole - LOW * upper).astype(jnp.int8), size
 
 
 def _dot(a: Array, b: Array, dtype: Any = jnp.float32) -> Array:

@@ -171,6 +171,7 @@ def cannot_use(kind: Quantization, x: Any, multiplier: Any, source: Any, part: A
 def call(
     kind: Quantization,
     *operands: Array,
+    piece: tuple[int, int] | None = None,
     warps: int | None = None,
     programs: int | None = None,
     interpret: bool = False,
@@ -180,6 +181,7 @@ def call(
     Args:
       kind: what it is to do.
       operands: as :meth:`Quantization.split` takes them.
+      piece: channels of a row at most that a program writes, 0 for whole rows, and its warps; by default :func:`best_piece`.
       warps: that share a row; by default more for few rows, and for long ones, as gated rows are.
       programs: that share the rows, where no row is shared by several; by default no program has several rows where these
         are few, or long, as gated ones are.
@@ -187,7 +189,7 @@ def call(
     """
     x, sums, residual, weight, bias, recipe = kind.split(operands)
     rows, (k, extra) = len(x), (recipe[0].shape[0], recipe[1].shape[0])
-    size, warps_of_piece = _piece(kind, rows, k)
+    size, warps_of_piece = best_piece(kind, rows, k) if piece is None else piece
     pieces = [(n := math.gcd(channels, size), channels // n) for channels in (k, extra)] if size else ()
     if pieces:
         warps, programs = warps or warps_of_piece, rows * sum(count for _, count in pieces)
@@ -223,7 +225,7 @@ def _warps(much: bool, few: bool) -> int:
     return (32 if few else 16) if much else (16 if few else 8)
 
 
-def _piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
+def best_piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
     """Channels of a piece at most, 0 for whole rows, and warps: what was best of those tried on an H100 in November 2026."""
     if not kind.whole:
         if rows > ROWS_IN_PIECES:

@@ -1,0 +1,201 @@
+"""Times how a decoding step's attention and its quantizing kernels can be cut up, and writes it as JSON and as a table.
+
+Examples:
+    python scripts/tune_decoding.py                                  # Llama-3-8B's shapes; needs an NVIDIA GPU
+    python scripts/tune_decoding.py --batches 64 --what attention    # some of it
+
+What is best is written by hand into ``pallas_kernels.attention_kernel.best_cut`` and ``pallas_kernels.rows.best_piece``.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fqjax.bench.environment import describe, environment
+from pallas_kernels import attention, attention_kernel, rows
+from pallas_kernels.attention_kernel import Cut, best_cut
+from pallas_kernels.dispatch import capability
+from pallas_kernels.parts import Parts
+from pallas_kernels.timing import copies_beyond_cache, kernel_times
+
+HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, EXTRA = 32, 8, 128, 4096, 14336, 256
+"""Of Llama-3-8B, and so many flattened channels more."""
+LISTED = 5
+"""Rows of the table for each case."""
+
+
+@dataclasses.dataclass
+class Case:
+    """What is timed.
+
+    Attributes:
+      name: of the case.
+      cut: how its work is cut up, in words.
+      run: gives some result and what becomes of its last operand, which is donated.
+      operands: to go through in turns; cases that are compared share them.
+    """
+
+    name: str
+    cut: str
+    run: Callable[..., tuple[Any, Any]]
+    operands: list[list[Any]]
+
+
+def recipe(channels: int, per_token: bool) -> tuple[jax.Array, ...]:
+    """What :func:`pallas_kernels.quantize_normalized` takes: multiplier, source and part."""
+    extra = 0 if per_token else EXTRA
+    return jnp.full(channels, 20.0), jnp.arange(extra, dtype=jnp.int32), jnp.ones(extra, jnp.int32)
+
+
+def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
+    """Attention with the kernel that quantizes what its programs found."""
+    capacity = context + 64
+    keys = jax.random.split(jax.random.key(0), 4)
+    qkv = jax.random.normal(keys[0], (batch, HEADS + 2 * KV_HEADS, DIM), jnp.bfloat16)
+    lengths, angles = jnp.full(batch, context, jnp.int32), jax.random.normal(keys[1], (batch, DIM // 2))
+    rotation, how = (jnp.cos(angles), jnp.sin(angles)), recipe(HEADS * DIM, False)
+    kind = rows.Quantization(name="quantize_attended", qmax=127, per_token=False)
+
+    def cache(i: int) -> tuple[jax.Array, ...]:
+        shape = batch, capacity, KV_HEADS, DIM
+        drawn = jax.random.split(jax.random.key(i + 1), 4)
+        if not codes:
+            return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in drawn[:2])
+        arrays = [jax.random.randint(key, shape, -127, 128, jnp.int8) for key in drawn[:2]]
+        return *arrays, *(jax.random.uniform(key, shape[:3], minval=0.005, maxval=0.02) for key in drawn[2:])
+
+    copies = copies_beyond_cache(batch * capacity * KV_HEADS * DIM * (2 if codes else 4), 4, 40)
+    operands = [[qkv, lengths, rotation, how, cache(i)] for i in range(copies)]
+    usual = best_cut(batch * KV_HEADS, HEADS // KV_HEADS, DIM, codes)
+    cuts = [usual]
+    for block, warps, stages in itertools.product((32, 64, 128), (2, 4), (2, 3)):
+        full = min(math.ceil(attention_kernel.PROGRAMS / (batch * KV_HEADS)), math.ceil(capacity / block))
+        for splits, integers in itertools.product(
+            sorted({full, 2 * full, max(1, full // 2)}), (False, True)[: 1 + codes]
+        ):
+            cuts.append(Cut(splits=splits, block=block, warps=warps, stages=stages, integers=integers))
+    for cut in dict.fromkeys(cuts):
+
+        def run(qkv: Any, lengths: Any, rotation: Any, how: Any, cache: Any, cut: Cut = cut) -> Any:
+            finish = functools.partial(attention._quantized, kind, how, "triton")
+            kinds: Any = {"scale": DIM**-0.5, "window": None, "finish": finish, "cut": cut}
+            return attention_kernel.run(qkv, lengths, rotation, cache, **kinds)
+
+        name = f"attention over {'INT8' if codes else 'bfloat16'}, {batch} x {context}"
+        yield Case(name, ("now: " if cut == usual else "") + _said(cut), run, operands)
+
+
+def of_rows(batch: int, name: str, per_token: bool) -> Iterator[Case]:
+    """A kernel that quantizes rows."""
+    x = {"norm": HIDDEN, "gated": 2 * INTERMEDIATE, "attended": HIDDEN * 9}[name]
+    channels = INTERMEDIATE if name == "gated" else HIDDEN
+    kind = {
+        "norm": rows.Quantization(name="norm", qmax=127, per_token=per_token, residual=True, epsilon=1e-5, weight=True),
+        "gated": rows.Quantization(name="gated", qmax=127, per_token=per_token, activation="silu", gated=True),
+        "attended": rows.Quantization(
+            name="attended", qmax=127, per_token=per_token, parts=Parts(9, HEADS // KV_HEADS, DIM)
+        ),
+    }[name]
+    dtype = jnp.float32 if name == "attended" else jnp.bfloat16
+    operands: list[jax.Array] = [jax.random.normal(jax.random.key(0), (batch, x), dtype)]
+    if name == "attended":
+        operands.append(jax.random.normal(jax.random.key(1), (batch, x // DIM)))
+    if name == "norm":
+        operands += [operands[0] / 2, jnp.ones(HIDDEN, jnp.bfloat16)]
+    operands += recipe(channels, per_token)
+    usual = rows.best_piece(kind, batch, channels)
+    sizes = (256, 512, 1024, 2048, 4096)
+    pieces = [usual, (0, 0)]
+    if kind.parts is None or not kind.whole:  # Otherwise a row is put together by one program.
+        pieces += itertools.product(sizes, (4, 8, 16, 32))
+    for piece in dict.fromkeys(pieces):
+        label = f"{piece[0]} channels, {piece[1]} warps" if piece[0] else "whole rows"
+        title = f"{name}, {'a scale a row' if per_token else 'fixed scales'}, {batch} rows"
+
+        def run(given: Any, unused: Any, piece: tuple[int, int] = piece) -> Any:
+            return rows.call(kind, *given, piece=piece), unused
+
+        yield Case(title, ("now: " if piece == usual else "") + label, run, [[operands, jnp.zeros(())]] * 8)
+
+
+def _said(cut: Cut) -> str:
+    return ", ".join(f"{field} {value}" for field, value in dataclasses.asdict(cut).items() if value is not None)
+
+
+def timed(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
+    """Microseconds of each case: of all its kernels, the median over operands and repeats."""
+    lowered = [jax.jit(case.run, donate_argnums=len(case.operands[0]) - 1).lower(*case.operands[0]) for case in cases]
+    with ThreadPoolExecutor(12) as pool:
+        compiled = list(pool.map(lambda stage: stage.compile(), lowered))
+    found = []
+    for case, f in zip(cases, compiled, strict=True):
+
+        def once(f: Any = f, operands: Any = case.operands) -> None:
+            for given in operands * repeats:
+                _, given[-1] = f(*given)
+            jax.block_until_ready(operands)
+
+        once()
+        by_name: dict[str, list[float]] = {}
+        for name, us in kernel_times(once):
+            by_name.setdefault(name, []).append(us)
+        kernels = {name: statistics.median(each) for name, each in by_name.items()}
+        found.append({"case": case.name, "cut": case.cut, "microseconds": sum(kernels.values()), "kernels": kernels})
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The best of every case, and what is used now."""
+    lines = ["# How a decoding step is cut up", "", f"Written by `scripts/tune_decoding.py`. {describe(result)}.", ""]
+    lines += [
+        "Microseconds of the kernels; keys and values come from memory, rows from the cache. The best of each case, and what"
+    ]
+    lines += ["is used now.", ""]
+    lines += ["| case | cut | us |", "|---|---|---:|"]
+    for case, group in itertools.groupby(result["rows"], key=lambda row: row["case"]):
+        entries = sorted(group, key=lambda row: row["microseconds"])
+        shown = entries[:LISTED] + [row for row in entries[LISTED:] if row["cut"].startswith("now")]
+        lines += [f"| {case} | {row['cut']} | {row['microseconds']:.2f} |" for row in shown]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--what", nargs="*", choices=["attention", "rows"], default=["attention", "rows"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/decoding"), help="written with .json and .md")
+    a = parser.parse_args()
+    if capability() < (8, 0):
+        sys.exit("tune_decoding: needs an NVIDIA GPU")
+    result = environment() | {"rows": []}
+    for batch in a.batches:
+        groups: list[list[Case]] = []
+        if "attention" in a.what:
+            groups += [list(of_attention(batch, a.context, codes)) for codes in (True, False)]
+        if "rows" in a.what:
+            kinds = itertools.product(("norm", "gated", "attended"), (False, True))
+            groups += [list(of_rows(batch, name, per_token)) for name, per_token in kinds]
+        for group in groups:
+            result["rows"] += timed(group, a.repeats)
+            a.out.parent.mkdir(parents=True, exist_ok=True)
+            a.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+            a.out.with_suffix(".md").write_text(table(result))
+            print(group[0].name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
