@@ -33,8 +33,9 @@ def choose(p: Problem, device: str) -> Config | None:
     """How to compute a problem; None where XLA is faster.
 
     Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, or for half as many at least, and so
-    do shapes that have as many output channels and nearly as many input channels, as flattened layers have; others take what
-    the rule says, and so do all problems with experts.
+    do shapes that have as many output channels and nearly as many input channels, as flattened layers have; where the device
+    has no measure of a shape, another Hopper GPU's counts.  Other shapes take what the rule says, and so do all problems with
+    experts.
     """
     measured = {} if p.experts else _measured(p, device)
     nearest = min((m for m in measured if m >= p.m), default=max(measured, default=0))
@@ -46,8 +47,12 @@ def choose(p: Problem, device: str) -> Config | None:
 
 
 def _measured(p: Problem, device: str) -> dict[int, Config | None]:
+    """Rows to configuration of the problem's shape, by the device's own table or the first of the others that has it."""
+    return next((rows for name in (device, *_devices()) if (rows := _in_table(p, _table(name)))), {})
+
+
+def _in_table(p: Problem, table: dict[Any, dict[int, Config | None]]) -> dict[int, Config | None]:
     """Rows to configuration of the measured shape that is the problem's, or, kernels alone, of the nearest to it."""
-    table = _table(device)
     if (p.bits, p.kind, p.n, p.k) in table:
         return table[p.bits, p.kind, p.n, p.k]
     alike = [k for bits, kind, n, k in table if (bits, kind, n) == (p.bits, p.kind, p.n) and abs(k - p.k) <= NEAR * k]
@@ -58,6 +63,12 @@ def _measured(p: Problem, device: str) -> dict[int, Config | None]:
 def table_file(device: str) -> Path:
     """Where the measured configurations of a device are, whether or not there are any."""
     return Path(__file__).parent / "tables" / (device.lower().replace(" ", "_") + ".json")
+
+
+@functools.cache
+def _devices() -> list[str]:
+    """Those that have a table, as their files are named."""
+    return sorted(file.stem for file in table_file("").parent.glob("*.json"))
 
 
 @functools.cache

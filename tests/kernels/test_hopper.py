@@ -272,9 +272,29 @@ def test_nearly_as_many_channels_use_what_was_measured(monkeypatch):
     assert tuning.choose(problem(64, 4096, 4096, 4), "a GPU") is None
 
 
-def test_an_unknown_device_uses_the_rule():
+def test_a_shape_that_no_device_has_measured_uses_the_rule():
+    p = problem(16, 320, 1280, 4)
+    assert tuning.choose(p, "a GPU of the future") == tuning.choose(p, "NVIDIA H200") == tuning.rule(p)
+
+
+def test_a_device_without_a_measure_takes_anothers(monkeypatch):
+    own, others = DecodeConfig(splits=2), DecodeConfig(splits=3)
+    tables = {
+        "a GPU": {(4, None, 4096, 4096): {16: own}},
+        "b": {},
+        "c": {(4, None, 4096, k): {16: others} for k in (4096, 8192)},
+    }
+    monkeypatch.setattr(tuning, "_table", lambda device: tables.get(device, {}))
+    monkeypatch.setattr(tuning, "_devices", lambda: ["b", "c"])
     p = problem(16, 4096, 4096, 4)
-    assert tuning.choose(p, "a GPU of the future") == tuning.rule(p)
+    assert tuning.choose(p, "a GPU") == own and tuning.choose(p, "another") == others
+    assert tuning.choose(dataclasses.replace(p, k=8192), "a GPU") == others
+    assert tuning.choose(dataclasses.replace(p, n=8192), "a GPU") == tuning.rule(dataclasses.replace(p, n=8192))
+
+
+def test_every_table_is_found_by_its_device():
+    assert tuning._devices() == ["nvidia_h100_80gb_hbm3", "nvidia_h200"]
+    assert all(tuning._table(name) for name in tuning._devices())
 
 
 needs_hopper = pytest.mark.skipif(hopper_device() is None, reason="needs an NVIDIA GPU of compute capability 9.0")
