@@ -9,8 +9,8 @@ takes its softmax online, the first of them beginning with the new token, and wh
 logarithms of their sums (Flash-Decoding).  The query heads that share a key-value head are the rows of one matrix product.
 
 INT8 codes are not dequantized: the key's scale goes onto the score, and the value's onto the weight.  Where there are many
-sequences, converting codes takes longer than reading them; then queries become integers too, which keys are multiplied with
-as they are.
+sequences, what is done to a code takes longer than reading it; then queries become integers too, and keys are multiplied as
+they are.
 """
 
 import dataclasses
