@@ -9,8 +9,7 @@ takes its softmax online, the first of them beginning with the new token, and wh
 logarithms of their sums (Flash-Decoding).  The query heads that share a key-value head are the rows of one matrix product.
 
 INT8 codes are not dequantized: the key's scale goes onto the score, and the value's onto the weight.  Where there are many
-sequences, what is done to a code takes longer than reading it; then queries become integers too, and keys are multiplied as
-they are.
+sequences, queries become integers too, and keys need not be converted to be multiplied.
 """
 
 import dataclasses
@@ -27,12 +26,12 @@ from jaxtyping import Array
 
 from pallas_kernels.dispatch import has_triton
 from pallas_kernels.reference import quantize_per_token, rotated
-from pallas_kernels.rows import rounded
+from pallas_kernels.rows_kernel import rounded
 
 PROGRAMS = 132
 """Programs that are wanted on a GPU at least: one for each multiprocessor of an H100 or H200."""
 MANY = 3 * PROGRAMS
-"""From so many key-value heads of all sequences on, what counts is what is done to a code, and not how long a block takes."""
+"""Key-value heads of all sequences from which on every multiprocessor has several programs at once."""
 LOW = 128
 """What the upper of a query's two codes counts, each of which fits into int8."""
 LOWEST = -1e30
@@ -60,9 +59,13 @@ class Cut:
     stages: int = 3
     integers: bool = False
 
+    def programs(self, heads: int, capacity: int) -> int:
+        """For each of so many key-value heads of all sequences together, with a cache of that capacity."""
+        return self.splits or min(-(-PROGRAMS // heads), -(-capacity // self.block))
+
 
 def best_cut(heads: int, group: int, dim: int, codes: bool) -> Cut:
-    """The fastest of those tried on an H200 in November 2026.
+    """The fastest of those tried on an H200 in November 2026; ``scripts/tune_decoding.py`` tries them again.
 
     Args:
       heads: key-value heads of all sequences together.
@@ -89,8 +92,11 @@ class _Problem:
     rotates: bool
     scale: float
     window: int | None
-    splits: int
     cut: Cut
+
+    @property
+    def splits(self) -> int:
+        return self.cut.programs(self.batch * self.kv_heads, self.capacity)
 
     @property
     def rows(self) -> int:
@@ -178,10 +184,9 @@ def run(
     (batch, heads, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
     heads -= 2 * kv_heads
     cut = cut or best_cut(batch * kv_heads, heads // kv_heads, dim, len(cache) > 2)
-    splits = cut.splits or min(-(-PROGRAMS // (batch * kv_heads)), -(-capacity // cut.block))
     sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "group": heads // kv_heads, "dim": dim}
     kinds = {"dtype": qkv.dtype, "cache_dtype": cache[0].dtype, "codes": len(cache) > 2, "rotates": bool(rotation)}
-    p = _Problem(**sizes, **kinds, scale=scale, window=window, splits=splits, cut=cut)
+    p = _Problem(**sizes, **kinds, scale=scale, window=window, cut=cut)
     *written, out, log_sum = _call(p, interpret)(lengths, qkv, qkv, qkv, *rotation, *cache)
     return finish(out, log_sum if p.splits > 1 else None), tuple(written)
 

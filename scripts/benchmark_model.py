@@ -40,7 +40,7 @@ def main() -> None:
     if a.prefill is not None or a.decode is not None:
         cases = [bench.parse_case("prefill", text) for text in a.prefill or ()]
         cases += [bench.parse_case("decode", text) for text in a.decode or ()]
-    record = a.out.with_suffix(".json")
+    record, profile = a.out.with_suffix(".json"), a.out.with_name(a.out.name + "_profile").with_suffix(".md")
     before = json.loads(record.read_text()) if record.is_file() else {}
 
     def write(result: dict[str, Any]) -> None:
@@ -52,7 +52,6 @@ def main() -> None:
         a.out.with_suffix(".md").write_text(model_record.markdown(results))
         profile.write_text(model_record.profiles(results))
 
-    profile = a.out.with_name(a.out.name + "_profile").with_suffix(".md")
     result = bench.run(
         a.model,
         architecture(a.model),

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +31,8 @@ from pallas_kernels.timing import copies_beyond_cache, kernel_times
 
 HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, EXTRA = 32, 8, 128, 4096, 14336, 256
 """Of Llama-3-8B, and so many flattened channels more."""
+NEW = 64
+"""Tokens that the cache has room for behind the context."""
 LISTED = 5
 """Rows of the table for each case."""
 
@@ -61,7 +62,7 @@ def recipe(channels: int, per_token: bool) -> tuple[jax.Array, ...]:
 
 def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
     """Attention with the kernel that quantizes what its programs found."""
-    capacity = context + 64
+    capacity = context + NEW
     keys = jax.random.split(jax.random.key(0), 4)
     qkv = jax.random.normal(keys[0], (batch, HEADS + 2 * KV_HEADS, DIM), jnp.bfloat16)
     lengths, angles = jnp.full(batch, context, jnp.int32), jax.random.normal(keys[1], (batch, DIM // 2))
@@ -81,7 +82,7 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
     usual = best_cut(batch * KV_HEADS, HEADS // KV_HEADS, DIM, codes)
     cuts = [usual]
     for block, warps, stages in itertools.product((32, 64, 128), (2, 4), (2, 3)):
-        full = min(math.ceil(attention_kernel.PROGRAMS / (batch * KV_HEADS)), math.ceil(capacity / block))
+        full = Cut(block=block).programs(batch * KV_HEADS, capacity)
         for splits, integers in itertools.product(
             sorted({full, 2 * full, max(1, full // 2)}), (False, True)[: 1 + codes]
         ):
@@ -97,15 +98,16 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
         yield Case(name, ("now: " if cut == usual else "") + _said(cut), run, operands)
 
 
-def of_rows(batch: int, name: str, per_token: bool) -> Iterator[Case]:
-    """A kernel that quantizes rows."""
-    x = {"norm": HIDDEN, "gated": 2 * INTERMEDIATE, "attended": HIDDEN * 9}[name]
+def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Case]:
+    """A kernel that quantizes rows, which of attention come in as many parts as its programs find."""
+    parts = best_cut(batch * KV_HEADS, HEADS // KV_HEADS, DIM, True).programs(batch * KV_HEADS, context + NEW)
+    x = {"norm": HIDDEN, "gated": 2 * INTERMEDIATE, "attended": HIDDEN * parts}[name]
     channels = INTERMEDIATE if name == "gated" else HIDDEN
     kind = {
         "norm": rows.Quantization(name="norm", qmax=127, per_token=per_token, residual=True, epsilon=1e-5, weight=True),
         "gated": rows.Quantization(name="gated", qmax=127, per_token=per_token, activation="silu", gated=True),
         "attended": rows.Quantization(
-            name="attended", qmax=127, per_token=per_token, parts=Parts(9, HEADS // KV_HEADS, DIM)
+            name="attended", qmax=127, per_token=per_token, parts=Parts(parts, HEADS // KV_HEADS, DIM)
         ),
     }[name]
     dtype = jnp.float32 if name == "attended" else jnp.bfloat16
@@ -160,9 +162,9 @@ def table(result: dict[str, Any]) -> str:
     """The best of every case, and what is used now."""
     lines = ["# How a decoding step is cut up", "", f"Written by `scripts/tune_decoding.py`. {describe(result)}.", ""]
     lines += [
-        "Microseconds of the kernels; keys and values come from memory, rows from the cache. The best of each case, and what"
+        "Microseconds of the kernels; keys and values come from memory, rows from the cache. The best of each case, and"
     ]
-    lines += ["is used now.", ""]
+    lines += ["what is used now.", ""]
     lines += ["| case | cut | us |", "|---|---|---:|"]
     for case, group in itertools.groupby(result["rows"], key=lambda row: row["case"]):
         entries = sorted(group, key=lambda row: row["microseconds"])
@@ -188,7 +190,7 @@ def main() -> None:
             groups += [list(of_attention(batch, a.context, codes)) for codes in (True, False)]
         if "rows" in a.what:
             kinds = itertools.product(("norm", "gated", "attended"), (False, True))
-            groups += [list(of_rows(batch, name, per_token)) for name, per_token in kinds]
+            groups += [list(of_rows(batch, a.context, name, per_token)) for name, per_token in kinds]
         for group in groups:
             result["rows"] += timed(group, a.repeats)
             a.out.parent.mkdir(parents=True, exist_ok=True)
