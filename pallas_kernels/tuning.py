@@ -32,10 +32,10 @@ STAGES = (12, 8, 5)
 def choose(p: Problem, device: str) -> Config | None:
     """How to compute a problem; None where XLA is faster.
 
-    Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, or for half as many at least, and so
-    do shapes that have as many output channels and nearly as many input channels, as flattened layers have; where the device
-    has no measure of a shape, another Hopper GPU's counts.  Other shapes take what the rule says, and so do all problems with
-    experts.
+    Measured shapes take what was fastest for the nearest number of rows from ``p.m`` on, or for half as many at least.  Where
+    so many rows were not measured, the shape with as many output channels and nearly as many input channels counts, as
+    flattened layers have, and where the device itself was not measured, another Hopper GPU.  Other shapes take what the rule
+    says, and so do all problems with experts.
     """
     measured = {} if p.experts else _measured(p, device)
     nearest = min((m for m in measured if m >= p.m), default=max(measured, default=0))
@@ -47,17 +47,21 @@ def choose(p: Problem, device: str) -> Config | None:
 
 
 def _measured(p: Problem, device: str) -> dict[int, Config | None]:
-    """Rows to configuration of the problem's shape, by the device's own table or the first of the others that has it."""
-    return next((rows for name in (device, *_devices()) if (rows := _in_table(p, _table(name)))), {})
+    """Rows to configuration of the problem's shape, by the device's own table and, for rows that it lacks, by the others."""
+    found: dict[int, Config | None] = {}
+    for name in (device, *_devices()):
+        found = _in_table(p, _table(name)) | found
+    return found
 
 
 def _in_table(p: Problem, table: dict[Any, dict[int, Config | None]]) -> dict[int, Config | None]:
-    """Rows to configuration of the measured shape that is the problem's, or, kernels alone, of the nearest to it."""
-    if (p.bits, p.kind, p.n, p.k) in table:
-        return table[p.bits, p.kind, p.n, p.k]
-    alike = [k for bits, kind, n, k in table if (bits, kind, n) == (p.bits, p.kind, p.n) and abs(k - p.k) <= NEAR * k]
-    nearest = table[p.bits, p.kind, p.n, min(alike, key=lambda k: abs(k - p.k))] if alike else {}
-    return {m: config for m, config in nearest.items() if config is not None and fits(p, config)}
+    """Rows to configuration of the measured shape that is the problem's, and, kernels alone, of those near it."""
+    found = dict(table.get((p.bits, p.kind, p.n, p.k), {}))
+    near = [k for bits, kind, n, k in table if (bits, kind, n) == (p.bits, p.kind, p.n) and abs(k - p.k) <= NEAR * k]
+    for k in sorted(near, key=lambda k: abs(k - p.k)):
+        rows = table[p.bits, p.kind, p.n, k]
+        found = {m: config for m, config in rows.items() if config is not None and fits(p, config)} | found
+    return found
 
 
 def table_file(device: str) -> Path:

@@ -292,6 +292,16 @@ def test_a_device_without_a_measure_takes_anothers(monkeypatch):
     assert tuning.choose(dataclasses.replace(p, n=8192), "a GPU") == tuning.rule(dataclasses.replace(p, n=8192))
 
 
+def test_rows_that_a_table_lacks_are_those_of_a_shape_near_it_or_of_another_device(monkeypatch):
+    few, near, others = DecodeConfig(splits=2), GemmConfig(tokens=128), GemmConfig(tokens=192)
+    own = {(4, None, 4096, 4352): {16: few}, (4, None, 4096, 4096): {16: DecodeConfig(), 256: near}}
+    tables = {"a GPU": own, "b": {(4, None, 4096, 4352): {16: DecodeConfig(), 256: GemmConfig(tokens=64), 4096: others}}}
+    monkeypatch.setattr(tuning, "_table", lambda device: tables[device])
+    monkeypatch.setattr(tuning, "_devices", lambda: ["b"])
+    chosen = [tuning.choose(problem(m, 4096, 4352, 4), "a GPU") for m in (16, 256, 4096)]
+    assert chosen == [few, near, others]
+
+
 def test_devices_with_a_table_are_known():
     for device in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
         assert tuning.table_file(device).stem in tuning._devices()
