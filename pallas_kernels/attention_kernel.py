@@ -38,6 +38,8 @@ LOWEST = -1e30
 """Below every score, and still finite."""
 LEAST_ROWS = 16
 """Of a matrix product on tensor cores; fewer query heads are filled up."""
+LIGHT_DIM = 128
+"""Of a head whose output for the least rows fits into the registers of one warp, at most."""
 LEAST_CODES = 32
 """That a matrix product of integers adds up on tensor cores."""
 
@@ -73,8 +75,11 @@ def best_cut(heads: int, group: int, dim: int, codes: bool) -> Cut:
       dim: of a head.
       codes: whether the cache is INT8.
     """
-    many = codes and heads >= MANY and group <= LEAST_ROWS and dim >= LEAST_CODES
-    return Cut(block=32, warps=2, integers=True) if many else Cut()
+    if group > LEAST_ROWS or dim > LIGHT_DIM:  # One warp or two cannot hold the output.
+        return Cut()
+    if heads >= MANY:
+        return Cut(block=32, warps=1, integers=codes and dim >= LEAST_CODES)
+    return Cut() if codes or heads < PROGRAMS // 2 else Cut(warps=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

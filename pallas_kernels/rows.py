@@ -40,6 +40,8 @@ ROWS_IN_PIECES = 64
 """Up to so many rows are shared by several programs each, where no channel needs to know of others."""
 WHOLE_ROWS_IN_PIECES = 16
 """The same where channels do, so that every program reads the row whole."""
+FEWEST_ROWS = 8
+"""Up to so many rows, pieces are smaller still."""
 MOST_PIECES = 32
 """Of such a row."""
 
@@ -221,13 +223,22 @@ def _warps(much: bool, few: bool) -> int:
 
 
 def best_piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
-    """Channels of a piece at most, 0 for whole rows, and warps: what was best of those tried on an H100 in November 2026."""
+    """Channels of a piece at most, 0 for whole rows, and warps.
+
+    What was best of those tried on an H200 in November 2026; ``scripts/tune_decoding.py`` tries them again.
+    """
+    if rows > ROWS_IN_PIECES:
+        return 0, 0
+    few = rows <= WHOLE_ROWS_IN_PIECES
     if not kind.whole:
-        if rows > ROWS_IN_PIECES:
-            return 0, 0
-        if kind.parts is None:
-            return 1024, 8
-        return max(kind.parts.dim, STEP if rows <= 8 else 256), 4
-    size, warps = (1024, 8) if k * (1 + kind.gated) <= 8192 else (4096, 32)
-    many = rows > WHOLE_ROWS_IN_PIECES or k // math.gcd(k, size) > MOST_PIECES
-    return (0, 0) if many or kind.parts is not None else (size, warps)
+        if kind.parts is not None:
+            size = STEP if rows <= FEWEST_ROWS else 512
+            return max(kind.parts.dim, size), 8 if few and size > STEP else 4
+        return 512, 8 if few else 4
+    if kind.parts is not None:
+        return 0, 0
+    much = k * (1 + kind.gated) > 8192
+    if not few:  # Extra channels alone have a program of their own.
+        return (0, 0) if much or kind.per_token else (4096, 16)
+    best = ((512, 8) if rows <= FEWEST_ROWS else (4096, 32)) if much else (256 if rows <= FEWEST_ROWS else 1024, 8)
+    return best if k // math.gcd(k, best[0]) <= MOST_PIECES else (0, 0)

@@ -26,7 +26,7 @@ from fqjax.bench.environment import describe, environment
 from pallas_kernels import attention, attention_kernel, rows
 from pallas_kernels.attention_kernel import Cut, best_cut
 from pallas_kernels.dispatch import capability
-from pallas_kernels.parts import Parts
+from pallas_kernels.parts import MOST_PARTS, Parts
 from pallas_kernels.timing import copies_beyond_cache, kernel_times
 
 HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, EXTRA = 32, 8, 128, 4096, 14336, 256
@@ -81,11 +81,12 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
     operands = [[qkv, lengths, rotation, how, cache(i)] for i in range(copies)]
     usual = best_cut(batch * KV_HEADS, HEADS // KV_HEADS, DIM, codes)
     cuts = [usual]
-    for block, warps, stages in itertools.product((32, 64, 128), (2, 4), (2, 3)):
+    for block, warps, stages in itertools.product((32, 64, 128), (1, 2, 4), (2, 3)):
         full = Cut(block=block).programs(batch * KV_HEADS, capacity)
-        for splits, integers in itertools.product(
-            sorted({full, 2 * full, max(1, full // 2)}), (False, True)[: 1 + codes]
-        ):
+        counts = sorted({full, 2 * full, max(1, full // 2)})
+        for splits, integers in itertools.product(counts, (False, True)[: 1 + codes]):
+            if splits > MOST_PARTS:  # They could not be put together by one kernel.
+                continue
             cuts.append(Cut(splits=splits, block=block, warps=warps, stages=stages, integers=integers))
     for cut in dict.fromkeys(cuts):
 
