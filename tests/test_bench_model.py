@@ -179,7 +179,7 @@ def test_decoding_begins_behind_a_full_cache(monkeypatch):
     monkeypatch.setattr(type(model), "extend", noted)
     bench.decode.clear_cache()
     bench.measure(model, bench.Case("decode", 2, 16))
-    assert len(seen) == bench.STEPS * (bench.REPEATS + 1)
+    assert len(seen) == (bench.STEPS + bench.LEAD) * (bench.REPEATS + 1)
     assert sorted(set(map(tuple, seen))) == [(16 + i, 16 + i) for i in range(bench.STEPS)]
 
 

@@ -35,6 +35,8 @@ PLAIN = "bf16"
 """The scheme that the others are compared with."""
 STEPS = 32
 """Tokens that are decoded in one call."""
+LEAD = 4
+"""Tokens of a shorter call, by which a token is told from what every call takes: launching it, and its first token."""
 REPEATS = 5
 LISTED = 12
 """Kernels of a step that are listed, of those that take the longest."""
@@ -217,38 +219,49 @@ def floor(
 
 
 def measure(model: Any, case: Case, kv_cache: Literal["int8"] | None = None) -> dict[str, Any]:
-    """``milliseconds`` a prefill or a decoded token, tokens a second, the device's part, and seconds to compile."""
+    """``milliseconds`` a prefill or a decoded token, tokens a second, the device's part, and seconds to compile.
+
+    A token is what a call of more tokens takes longer; ``call_milliseconds`` is what a call takes besides its tokens.
+    """
     graphdef, state = nnx.split(model)
     vocabulary, key = model.config.vocab_size, jax.random.key(7)
     dtype = jnp.int8 if kv_cache else None
     if case.phase == "prefill":
-        cache, steps = model.make_cache(case.batch, case.length, dtype), 1
+        cache = model.make_cache(case.batch, case.length, dtype)
         tokens = jax.random.randint(key, (case.batch, case.length), 0, vocabulary)
         before, behind = (tokens,), (jnp.full(case.batch, case.length, jnp.int32),)
-        lower = functools.partial(prefill.lower, graphdef, state, *before, cache, *behind)
+        lowered = [(1, prefill.lower(graphdef, state, *before, cache, *behind))]
     else:
-        cache, steps = model.make_cache(case.batch, case.length + STEPS, dtype), STEPS
+        cache = model.make_cache(case.batch, case.length + STEPS, dtype)
         before, behind = (), (jax.random.normal(key, (case.batch, vocabulary)), None, None)
-        lower = functools.partial(decode.lower, graphdef, state, cache, *behind, STEPS + 1, ())  # The logits give one.
+        given = graphdef, state, cache, *behind
+        lowered = [(steps, decode.lower(*given, steps + 1, ())) for steps in (STEPS, LEAD)]  # The logits give one token.
     start = time.perf_counter()
-    compiled = lower().compile()
-    compiling = time.perf_counter() - start
+    programs = [(steps, stage.compile()) for steps, stage in lowered]
+    compiling = (time.perf_counter() - start) / len(programs)
 
-    def once() -> float:
+    def once(program: Any) -> float:
         """Seconds of one call, from the same lengths each time."""
         nonlocal cache
         held = jnp.full(case.batch, case.length if case.phase == "decode" else 0, jnp.int32)
         cache = jax.block_until_ready(KeyValueCache(cache.layers, held))
         start = time.perf_counter()
-        _, cache = jax.block_until_ready(compiled(state, *before, cache, *behind))
+        _, cache = jax.block_until_ready(program(state, *before, cache, *behind))
         return time.perf_counter() - start
 
-    once()
-    milliseconds = 1e3 * min(once() for _ in range(REPEATS)) / steps
+    calls: list[float] = []
+    for _, program in programs:
+        once(program)
+        calls.append(1e3 * min(once(program) for _ in range(REPEATS)))
+    steps, program = programs[0]
+    row: dict[str, Any] = {"milliseconds": calls[0]}
+    if len(programs) > 1:
+        row["milliseconds"] = (calls[0] - calls[1]) / (STEPS - LEAD)
+        row["call_milliseconds"] = calls[0] - STEPS * row["milliseconds"]
     new = case.batch * (case.length if case.phase == "prefill" else 1)
-    row: dict[str, Any] = {"milliseconds": milliseconds, "tokens_per_second": 1e3 * new / milliseconds}
+    row["tokens_per_second"] = 1e3 * new / row["milliseconds"]
     if jax.default_backend() == "gpu":
-        times = kernel_times(once)
+        times = kernel_times(functools.partial(once, program))
         row["device_milliseconds"] = sum(us for _, us in times) / 1e3 / steps
         row["kernels"] = profile(times, steps)
     return row | {"compile_seconds": compiling}
