@@ -240,5 +240,5 @@ def best_piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
     much = k * (1 + kind.gated) > 8192
     if not few:  # Extra channels alone have a program of their own.
         return (0, 0) if much or kind.per_token else (4096, 16)
-    best = ((512, 8) if rows <= FEWEST_ROWS else (4096, 32)) if much else (256 if rows <= FEWEST_ROWS else 1024, 8)
+    best = ((512, 8) if rows <= FEWEST_ROWS else (4096, 8)) if much else (256 if rows <= FEWEST_ROWS else 1024, 8)
     return best if k // math.gcd(k, best[0]) <= MOST_PIECES else (0, 0)

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fqjax.bench.environment import describe
-from fqjax.bench.model import LISTED, PLAIN, Case
+from fqjax.bench.model import LEAD, LISTED, PLAIN, STEPS, Case
+
+WHOLE_CALL = "†"
+"""What stands behind times of decoding that were measured before tokens were told from the call."""
 
 
 def combined(before: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +39,9 @@ def markdown(results: Mapping[str, dict[str, Any]]) -> str:
         "",
         "Written by `scripts/benchmark_model.py`. Milliseconds a prefill (sequences x tokens) or a decoded token (sequences",
         "x tokens in the cache), of the clock on the wall; in brackets the speed-up over bfloat16 in the same run. Weights",
-        "are random. Bytes are what the device's allocator gave out for the model.",
+        "are random. Bytes are what the device's allocator gave out for the model. A decoded token is what a call of",
+        f"{STEPS} tokens takes longer than one of {LEAD}, for each token more; where marked with {WHOLE_CALL}, a call of",
+        f"{STEPS} divided by their number, launching it included.",
     ]
     for heading, result in results.items():
         rows = result["rows"]
@@ -114,4 +119,5 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
     ratio = f" ({row['ratio_to_bf16']:.2f} x)" if row["ratio_to_bf16"] and row["scheme"] != PLAIN else ""
-    return f"{row['milliseconds']:.2f}{ratio}"
+    mark = WHOLE_CALL if row["phase"] == "decode" and "call_milliseconds" not in row else ""
+    return f"{row['milliseconds']:.2f}{mark}{ratio}"

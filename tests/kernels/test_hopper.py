@@ -295,7 +295,10 @@ def test_a_device_without_a_measure_takes_anothers(monkeypatch):
 def test_rows_that_a_table_lacks_are_those_of_a_shape_near_it_or_of_another_device(monkeypatch):
     few, near, others = DecodeConfig(splits=2), GemmConfig(tokens=128), GemmConfig(tokens=192)
     own = {(4, None, 4096, 4352): {16: few}, (4, None, 4096, 4096): {16: DecodeConfig(), 256: near}}
-    tables = {"a GPU": own, "b": {(4, None, 4096, 4352): {16: DecodeConfig(), 256: GemmConfig(tokens=64), 4096: others}}}
+    tables = {
+        "a GPU": own,
+        "b": {(4, None, 4096, 4352): {16: DecodeConfig(), 256: GemmConfig(tokens=64), 4096: others}},
+    }
     monkeypatch.setattr(tuning, "_table", lambda device: tables[device])
     monkeypatch.setattr(tuning, "_devices", lambda: ["b"])
     chosen = [tuning.choose(problem(m, 4096, 4352, 4), "a GPU") for m in (16, 256, 4096)]
