@@ -42,8 +42,8 @@ WHOLE_ROWS_IN_PIECES = 16
 """The same where channels do, so that every program reads the row whole."""
 FEWEST_ROWS = 8
 """Up to so many rows, pieces are smaller still."""
-MOST_PIECES = 32
-"""Of such a row."""
+MOST_PIECES, LARGEST_PIECE = 32, 4096
+"""Of such a row; channels of one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,9 @@ def best_piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
     if kind.parts is not None:
         return 0, 0
     much = k * (1 + kind.gated) > 8192
-    if not few:  # Extra channels alone have a program of their own.
-        return (0, 0) if much or kind.per_token else (4096, 16)
-    best = ((512, 8) if rows <= FEWEST_ROWS else (4096, 8)) if much else (256 if rows <= FEWEST_ROWS else 1024, 8)
-    return best if k // math.gcd(k, best[0]) <= MOST_PIECES else (0, 0)
+    if not few:  # Rows are programs enough; but extra channels have some of their own.
+        wanted = not (much or kind.per_token) and k // math.gcd(k, LARGEST_PIECE) <= MOST_PIECES // 4
+        return (LARGEST_PIECE, 16) if wanted else (0, 0)
+    size = (512 if rows <= FEWEST_ROWS else LARGEST_PIECE) if much else 256 if rows <= FEWEST_ROWS else 1024
+    sizes = (size << i for i in range(LARGEST_PIECE.bit_length()) if size << i <= LARGEST_PIECE)
+    return next(((size, 8) for size in sizes if k // math.gcd(k, size) <= MOST_PIECES), (0, 0))

@@ -112,6 +112,19 @@ def test_the_kernel_in_interpret_mode(front, per_token, sizes):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("front", FRONTS)
+def test_a_row_is_never_cut_into_more_pieces_than_pay(front, per_token):
+    """Each of which reads it whole, where that is needed."""
+    of = kind(front, per_token)
+    for k, count in itertools.product([*range(128, 8192, 128), 12288, 14336, 28672], (1, 8, 9, 16, 17, 64)):
+        size, warps = rows.best_piece(of, count, k)
+        assert (size == 0) == (warps == 0)
+        if size and of.whole:
+            assert k // math.gcd(k, size) <= (rows.MOST_PIECES if count <= rows.WHOLE_ROWS_IN_PIECES else 8)
+    assert rows.best_piece(of, rows.ROWS_IN_PIECES + 1, 4096) == (0, 0)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("count", [3, 9])
 def test_heads_that_are_larger_than_a_piece(per_token, count):
     p = dataclasses.replace(kind("attention", per_token), parts=Parts(2, 2, 256))
