@@ -3,9 +3,11 @@
 Exit codes: 0 done; 2 bad usage or bad input, with one line on stderr; 130 interrupted.
 """
 
+import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -236,7 +238,11 @@ def bench(
         for option, value in given[other].items():
             if value:
                 raise InputError(f"bench {what}: {option} is an option of bench {other}")
-    result = _bench_kernels(shapes, rows) if what == "kernels" else _bench_model(model, scheme, prefill, decode)
+    result = (
+        _bench_kernels(shapes, rows)
+        if what == "kernels"
+        else _bench_model(model, scheme, prefill, decode, keep=functools.partial(_write_json, json_file))
+    )
     _write_json(json_file, result)
 
 
@@ -253,7 +259,11 @@ def _bench_kernels(shapes: list[str] | None, rows: list[int] | None) -> dict[str
 
 
 def _bench_model(
-    model: str | None, schemes: list[str] | None, prefill: list[str] | None, decode: list[str] | None
+    model: str | None,
+    schemes: list[str] | None,
+    prefill: list[str] | None,
+    decode: list[str] | None,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     import jax
 
@@ -271,6 +281,7 @@ def _bench_model(
         chosen,
         cases or None,
         report=lambda row: console.print(line(row), highlight=False, soft_wrap=True),
+        keep=keep,
     )
     console.print(summary(result), highlight=False)
     return result

@@ -192,6 +192,22 @@ def test_the_command(tmp_path):
     assert (row["model"], row["batch"], row["length"], row["ratio_to_bf16"]) == ("tiny", 1, 8, 1.0)
 
 
+def test_the_command_writes_behind_every_scheme(tmp_path, monkeypatch):
+    """What was measured before it is interrupted is not lost."""
+    measure, out = bench.measure, tmp_path / "out.json"
+
+    def interrupted(model, case, kv_cache):
+        if out.exists():
+            raise KeyboardInterrupt
+        return measure(model, case, kv_cache)
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    arguments = ["bench", "model", "--scheme", "bf16", "--scheme", "w4a8", "--decode", "2x8", "--json", str(out)]
+    assert main(arguments) != 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["scheme"] == "bf16" and row["call_milliseconds"] + bench.STEPS * row["milliseconds"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
