@@ -238,12 +238,8 @@ def bench(
         for option, value in given[other].items():
             if value:
                 raise InputError(f"bench {what}: {option} is an option of bench {other}")
-    result = (
-        _bench_kernels(shapes, rows)
-        if what == "kernels"
-        else _bench_model(model, scheme, prefill, decode, keep=functools.partial(_write_json, json_file))
-    )
-    _write_json(json_file, result)
+    keep = functools.partial(_write_json, json_file)
+    keep(_bench_kernels(shapes, rows) if what == "kernels" else _bench_model(model, scheme, prefill, decode, keep))
 
 
 def _bench_kernels(shapes: list[str] | None, rows: list[int] | None) -> dict[str, Any]:

@@ -235,9 +235,8 @@ def measure(model: Any, case: Case, kv_cache: Literal["int8"] | None = None) -> 
         cache = model.make_cache(case.batch, case.length + STEPS, dtype)
         before, behind = (), (jax.random.normal(key, (case.batch, vocabulary)), None, None)
         given = graphdef, state, cache, *behind
-        lowered = [
-            (steps, decode.lower(*given, steps + 1, ())) for steps in (STEPS, LEAD)
-        ]  # The logits give one token.
+        # One token more, which the logits give.
+        lowered = [(steps, decode.lower(*given, steps + 1, ())) for steps in (STEPS, LEAD)]
     start = time.perf_counter()
     programs = [(steps, stage.compile()) for steps, stage in lowered]
     compiling = (time.perf_counter() - start) / len(programs)
