@@ -163,6 +163,12 @@ def test_a_profile_adds_up_what_is_of_one_kind():
     assert "### `w4a8`: decode 1 x 8" in page and "| loop_fusion | 2 | 3 | 37.5% |" in page
 
 
+def test_decoding_measured_by_whole_calls_is_marked():
+    row = {"scheme": "w4a8", "phase": "decode", "milliseconds": 2.0, "ratio_to_bf16": 2.0}
+    assert model_record._cell(row) == "2.00† (2.00 x)"
+    assert model_record._cell(row | {"call_milliseconds": 3.0}) == "2.00 (2.00 x)"
+
+
 def test_no_scheme_is_begun_late():
     result = bench.run("tiny", TINY, ("bf16", "w4a8"), (bench.Case("prefill", 1, 8),), seconds=0)
     assert not result["rows"] and [row["why"] for row in result["skipped"]] == ["out of time"] * 2
