@@ -61,6 +61,8 @@ class Quantization:
       activation: function that x goes through; None for none.
       gated: whether the second half of x is multiplied with the activated first.
       parts: what x comes in; None if it is whole.
+      largest: whether the largest magnitudes of x times its multiplier, of as many channels each as there may be, are known
+        already, so that a scale for every row needs no more than them.
     """
 
     name: str
@@ -74,26 +76,30 @@ class Quantization:
     activation: str | None = None
     gated: bool = False
     parts: Parts | None = None
+    largest: bool = False
 
     @property
     def whole(self) -> bool:
         """Whether a row is needed whole before any of its codes is known."""
-        return self.per_token or self.epsilon is not None
+        return (self.per_token and not self.largest) or self.epsilon is not None
 
     @property
     def of_rows(self) -> int:
         """How many of the operands have a row for every row of x, itself one of them."""
-        return 1 + (self.parts is not None) + self.residual
+        return 1 + (self.parts is not None) + self.largest + self.residual
 
     def split(self, operands: Sequence[Any]) -> tuple[Any, ...]:
-        """x, its parts' sums, residual, weight and bias, each None if not there; and multiplier, source, part."""
-        there = (True, self.parts is not None, self.residual, self.weight, self.bias)
+        """x, its parts' sums, largest magnitudes, residual, weight and bias, each None if not there; and the recipe.
+
+        That is the multiplier, the sources and the parts.
+        """
+        there = (True, self.parts is not None, self.largest, self.residual, self.weight, self.bias)
         given = iter(operands)
         return *(next(given) if is_there else None for is_there in there), tuple(given)
 
     def xla(self, *operands: Array) -> tuple[Array, ...]:
         """The reference: codes, then the scales and what was normalised, as far as they are asked for."""
-        x, sums, residual, weight, bias, recipe = self.split(operands)
+        x, sums, _, residual, weight, bias, recipe = self.split(operands)
         y = x.astype(jnp.float32)
         if self.parts is not None:
             y = self.parts.together(y, sums)
@@ -185,7 +191,7 @@ def call(
       piece: channels of a row at most that a program writes, 0 for whole rows, and its warps; by default :func:`best_piece`.
       interpret: whether to run on the CPU.
     """
-    x, sums, residual, weight, bias, recipe = kind.split(operands)
+    x, sums, largest, residual, weight, bias, recipe = kind.split(operands)
     rows, (k, extra) = len(x), (recipe[0].shape[0], recipe[1].shape[0])
     size, warps = best_piece(kind, rows, k) if piece is None else piece
     pieces = [(n := math.gcd(channels, size), channels // n) for channels in (k, extra)] if size else ()
@@ -199,7 +205,7 @@ def call(
         outputs.append(jax.ShapeDtypeStruct((rows,), jnp.float32))
     if kind.residual:
         outputs.append(jax.ShapeDtypeStruct((rows, k), x.dtype))
-    used = (x, sums, residual, weight, bias, *(recipe if extra and not kind.per_token else recipe[:1]))
+    used = (x, sums, largest, residual, weight, bias, *(recipe if extra and not kind.per_token else recipe[:1]))
     settings: dict[str, Any] = {}
     if not interpret:
         from jax.experimental.pallas import triton as plgpu
@@ -230,6 +236,8 @@ def best_piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
     if rows > ROWS_IN_PIECES:
         return 0, 0
     few = rows <= WHOLE_ROWS_IN_PIECES
+    if kind.largest:  # Every program reads all magnitudes of its row.
+        return 512 if rows <= FEWEST_ROWS else 1024, 8 if few else 4
     if not kind.whole:
         if kind.parts is not None:
             size = STEP if rows <= FEWEST_ROWS else 512

@@ -38,7 +38,8 @@ class _Read(NamedTuple):
 def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]], interpret: bool, *refs: Any) -> None:
     """One program: every so many-th row, or a piece of one.  What is the same for all rows is read once."""
     results = 1 + kind.per_token + kind.residual
-    x_ref, sums_ref, residual_ref, weight_ref, bias_ref, (multiplier_ref, *flattening) = kind.split(refs[:-results])
+    operands = kind.split(refs[:-results])
+    x_ref, sums_ref, largest_ref, residual_ref, weight_ref, bias_ref, (multiplier_ref, *flattening) = operands
     codes_ref, *others = refs[-results:]
     (rows, width), k = codes_ref.shape, multiplier_ref.shape[0]
 
@@ -83,6 +84,15 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
         beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - before, 0.0), float(kind.qmax))
         return jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
 
+    def scale_of(largest: Sequence[Array]) -> Array:
+        return jnp.maximum(functools.reduce(jnp.maximum, map(jnp.max, largest)), 1e-8) / kind.qmax
+
+    def given(row: Any) -> Array | None:
+        """A row's scale, where its largest magnitudes are known."""
+        if largest_ref is None:
+            return None
+        return scale_of([largest_ref[row, pl.ds(*at)] for at in runs(largest_ref.shape[1])])
+
     def known(parts: Sequence[_Part], entered: Sequence[_Read]) -> tuple[Any, Any, list[Array], Any]:
         """A row's mean, what it is multiplied with, its channels then, and its scale, each None where there is none."""
         mean = factor = scale = None
@@ -93,8 +103,8 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
                 centered = [x - mean for x in centered]
             factor = lax.rsqrt(sum(jnp.sum(x * x) for x in centered) * (1 / k) + kind.epsilon)
         values = [scaled(part, held, mean, factor) for part, held in zip(parts, entered, strict=True)]
-        if kind.per_token:
-            scale = jnp.maximum(functools.reduce(jnp.maximum, (jnp.max(jnp.abs(y)) for y in values)), 1e-8) / kind.qmax
+        if kind.per_token and not kind.largest:
+            scale = scale_of([jnp.abs(y) for y in values])
         return mean, factor, values, scale
 
     def piece(row: Any, place: Any) -> None:
@@ -110,9 +120,10 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
             return part, before, read(row, part)
 
         flattened = extra_count and not kind.per_token  # Otherwise extra channels are padding.
-        early = late = mean = factor = scale = None
+        early = late = mean = factor = None
+        scale = given(row)
         if kind.whole:
-            parts = [channels(*at) for at in _runs(k)]
+            parts = [channels(*at) for at in runs(k)]
             entered = [read(row, part) for part in parts]
             # What is read twice is read before the row is added up: the sum need not be waited for.
             early, late = first(), further() if flattened else None
@@ -146,6 +157,7 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
         # What is read twice is read before the row is added up: the sum need not be waited for.
         again = [read(row, part) for part, _ in extras]
         mean, factor, values, scale = known(parts, entered)
+        scale = given(row) if kind.largest else scale
         if kind.residual:
             for part, held in zip(parts, entered, strict=True):
                 others[-1][row, part.at] = held.x.astype(x_ref.dtype)
@@ -163,9 +175,9 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
     if pieces:
         each = sum(count for _, count in pieces)
         return piece(number // each, number % each)
-    parts = [channels(*at) for at in _runs(k)]
-    extras = [] if kind.per_token else [added(*at) for at in _runs(width - k)]
-    padding = _runs(width - k) if kind.per_token else []
+    parts = [channels(*at) for at in runs(k)]
+    extras = [] if kind.per_token else [added(*at) for at in runs(width - k)]
+    padding = runs(width - k) if kind.per_token else []
     if rows == programs:
         one(number)
     else:
@@ -173,7 +185,7 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
         lax.fori_loop(0, turns, lambda i, _: one(number + i * programs), None)
 
 
-def _runs(channels: int) -> list[tuple[int, int]]:
+def runs(channels: int) -> list[tuple[int, int]]:
     """(start, size) of runs that are powers of two and together the channels, the largest first."""
     runs, start = [], 0
     for bit in reversed(range(channels.bit_length())):

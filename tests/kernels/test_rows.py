@@ -66,7 +66,7 @@ def operands(kind, count_of_rows, k, extra, dtype=jnp.bfloat16, seed=0):
 
 def check(kind, found, given):
     """Equal to NumPy in float64, but for values that are within float32's rounding of a half."""
-    x, sums, residual, weight, bias, (multiplier, source, part) = kind.split(given)
+    x, sums, _, residual, weight, bias, (multiplier, source, part) = kind.split(given)
     k, extra = multiplier.shape[0], source.shape[0]
     codes, *rest = map(np.asarray, found)
     y = np.asarray(x, np.float64)
@@ -109,6 +109,17 @@ def test_the_kernel_in_interpret_mode(front, per_token, sizes):
     p = kind(front, per_token)
     given = operands(p, *sizes)
     check(p, rows.call(p, *given, interpret=True), given)
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, MANY])
+def test_magnitudes_that_are_known_are_not_looked_for(sizes):
+    """The row itself would give another scale."""
+    known = dataclasses.replace(kind("plain", True), largest=True)
+    x, *how = operands(kind("plain", True), *sizes)
+    largest = np.abs(np.asarray(x, np.float32) * np.asarray(how[0])).reshape(len(x), -1, 16).max(-1)
+    check(kind("plain", True), rows.call(known, x, jnp.asarray(largest), *how, interpret=True), [x, *how])
+    _, scale = rows.call(known, x, jnp.asarray(2 * largest), *how, interpret=True)
+    np.testing.assert_allclose(scale, 2 * largest.max(-1) / 127, rtol=1e-6)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
