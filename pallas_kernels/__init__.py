@@ -12,6 +12,7 @@ from pallas_kernels.api import (
     weight_only_int4_matmul,
 )
 from pallas_kernels.attention import decode_attention, quantized_decode_attention
+from pallas_kernels.gated import gated_matmul
 from pallas_kernels.packing import pack_int4, unpack_int4
 from pallas_kernels.quantization import (
     quantize_activated,
@@ -23,6 +24,7 @@ from pallas_kernels.quantization import (
 __all__ = [
     "can_use_mosaic",
     "decode_attention",
+    "gated_matmul",
     "grouped_int4_matmul",
     "grouped_int8_matmul",
     "int4_matmul",

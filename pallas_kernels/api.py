@@ -66,7 +66,6 @@ def int4_matmul(
 
     ``packed`` has shape (n, k / 2) with k a multiple of 256; everything else is as in :func:`int8_matmul`.
     """
-    _check_packed("int4_matmul", packed)
     kind = Matmul(bits=4, out_dtype=jnp.dtype(out_dtype))
     return _matmul(kind, x, packed, x_scale, weight_scale, None, bias, implementation)
 
@@ -125,7 +124,6 @@ def grouped_int4_matmul(
     implementation: Implementation | None = None,
 ) -> Array:
     """:func:`grouped_int8_matmul` with 4-bit weight codes, two to a byte as :func:`pallas_kernels.pack_int4` packs them."""
-    _check_packed("grouped_int4_matmul", packed)
     kind = Matmul(bits=4, grouped=True, folded=folded, out_dtype=jnp.dtype(out_dtype))
     return _matmul(kind, x, packed, x_scale, weight_scale, group_scale, bias, implementation)
 
@@ -158,7 +156,6 @@ def weight_only_int4_matmul(
       ValueError: if shapes do not fit together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    _check_packed("weight_only_int4_matmul", packed)
     kind = Matmul(bits=4, grouped=True, weight_only=True, out_dtype=jnp.dtype(out_dtype))
     return _matmul(kind, x, packed, jnp.float32(1), weight_scale, group_scale, bias, implementation)
 
@@ -197,14 +194,36 @@ def _matmul(
     bias: Array | None,
     implementation: Implementation | None,
 ) -> Array:
+    operands = checked_operands(kind, x, weight, x_scale, weight_scale, group_scale, bias, implementation)
+    return matmul(kind, implementation)(*operands)
+
+
+def checked_operands(
+    kind: Matmul,
+    x: Array,
+    weight: Array,
+    x_scale: Array,
+    weight_scale: Array | float,
+    group_scale: Array | None,
+    bias: Array | None,
+    implementation: Implementation | None,
+) -> list[Array]:
+    """What :func:`pallas_kernels.dispatch.matmul` takes.
+
+    Raises:
+      ValueError: if shapes do not fit together.
+      NotImplementedError: if there is no such implementation.
+    """
     x_scale, weight_scale = (jnp.asarray(scale, jnp.float32) for scale in (x_scale, weight_scale))
+    if kind.bits == 4:
+        _check_packed(kind.name, weight)
     k = weight.shape[-1] * (8 // kind.bits)
     _check(kind, x, weight, k, x_scale, weight_scale, bias)
     if group_scale is not None:
         _check_groups(kind, weight.shape[0], k, group_scale)
     _check_implementation(implementation, "mosaic", "xla")
     rest = [operand for operand in (group_scale, bias) if operand is not None]
-    return matmul(kind, implementation)(x, weight, x_scale, weight_scale, *rest)
+    return [x, weight, x_scale, weight_scale, *rest]
 
 
 def _check_groups(kind: Matmul, n: int, k: int, scales: Array) -> None:

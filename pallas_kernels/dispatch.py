@@ -56,6 +56,7 @@ def problem(
     folded: bool = False,
     weight_only: bool = False,
     experts: int = 0,
+    gate: Any = None,
 ) -> Any:
     """A :class:`pallas_kernels.hopper.problem.Problem`; Mosaic GPU is imported only where it may be used."""
     from pallas_kernels.hopper.problem import Problem
@@ -67,6 +68,7 @@ def problem(
         "folded": folded,
         "weight_only": weight_only,
         "experts": experts,
+        "gate": gate,
     }
     groups = None if group_dtype is None else jnp.dtype(group_dtype)
     return Problem(m=m, n=n, k=k, bits=bits, out_dtype=jnp.dtype(out_dtype), group_dtype=groups, **kinds)

@@ -168,13 +168,25 @@ def quantize_activated(
       ValueError: if there is no such activation, or shapes do not fit together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(
-            f"quantize_activated: activation {activation!r} is not one of: {', '.join(reference.ACTIVATIONS)}"
-        )
-    _check("quantize_activated", x.shape, x.shape[-1] // (1 + gated), multiplier, source, part)
-    kind = Quantization(name="quantize_activated", qmax=qmax, per_token=per_token, activation=activation, gated=gated)
+    how = checked_activation("quantize_activated", x.shape, multiplier, source, part, activation, gated=gated)
+    kind = Quantization(name="quantize_activated", qmax=qmax, per_token=per_token, **how)
     return Quantized(*_quantize(kind, implementation, x, multiplier, source, part))
+
+
+def checked_activation(
+    name: str, shape: tuple[int, ...], multiplier: Array, source: Array, part: Array, activation: str, *, gated: bool
+) -> dict[str, Any]:
+    """What of a :class:`pallas_kernels.rows.Quantization` says that x, of that shape, is activated.
+
+    Raises:
+      ValueError: if there is no such activation, or shapes do not fit together.
+    """
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"{name}: activation {activation!r} is not one of: {', '.join(reference.ACTIVATIONS)}")
+    if gated and shape[-1] % 2:
+        raise ValueError(f"{name}: {shape[-1]} channels are no two halves, one of which could gate the other")
+    _check(name, shape, shape[-1] // (1 + gated), multiplier, source, part)
+    return {"activation": activation, "gated": gated}
 
 
 def _quantize(kind: Quantization, implementation: Implementation | None, *operands: Array | None) -> tuple[Array, ...]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels.hopper import decode, experts, gemm
 from pallas_kernels.hopper.decode import DecodeConfig
 from pallas_kernels.hopper.gemm import GemmConfig
-from pallas_kernels.hopper.problem import Problem
+from pallas_kernels.hopper.problem import MOST_TOKENS, Problem
 
 Config = GemmConfig | DecodeConfig
 WEIGHT_ONLY_ROWS = 2048
@@ -25,6 +25,10 @@ it does not, and 4096 rows by what ``scripts/tune_kernels.py`` printed on an H10
 MULTIPROCESSORS = 132
 NEAR = 1 / 8
 """How much more or fewer input channels a shape may have that takes the configuration of another."""
+GATED = DecodeConfig(splits=1, warpgroups=2)
+"""What is fastest with a gate by ``scripts/tune_decoding.py`` on an H200, with as many slots as :func:`_with_gate` says."""
+SAVED_BY_GATE = 1.5
+"""Microseconds that it saves at least to have a kernel less, by the same measure."""
 STAGES = (12, 8, 5)
 """Slots of the ring of the kernel for few rows that are tried: on an H100, 12 were often slower than 8."""
 
@@ -36,14 +40,31 @@ def choose(p: Problem, device: str) -> Config | None:
     so many rows were not measured, the shape with as many output channels and nearly as many input channels counts, as
     flattened layers have, and where the device itself was not measured, another Hopper GPU.  Other shapes take what the rule
     says, and so do all problems with experts.
+
+    With a gate, K cannot be split.  Where that would cost more than the kernel that a gate saves, two are faster: None.
     """
+    if p.gate is not None:
+        return _with_gate(p, device)
     measured = {} if p.experts else _measured(p, device)
     nearest = min((m for m in measured if m >= p.m), default=max(measured, default=0))
     if 2 * nearest >= p.m:
         config = measured[nearest]
-        if not isinstance(config, DecodeConfig) or p.m <= decode.MOST_TOKENS:
+        if not isinstance(config, DecodeConfig) or p.m <= MOST_TOKENS:
             return config
     return None if p.weight_only and p.m >= WEIGHT_ONLY_ROWS and not p.experts else rule(p)
+
+
+def _with_gate(p: Problem, device: str) -> DecodeConfig | None:
+    plain = dataclasses.replace(p, gate=None)
+    without = choose(plain, device)
+    if not isinstance(without, DecodeConfig):
+        return None
+    stages = 12 if decode.token_tile(p.m) > 16 else 5 if p.bits == 4 else 8
+    config = dataclasses.replace(GATED, stages=stages, fold=without.fold)
+    if not fits(p, config):
+        return None
+    fills = p.n // (64 * config.warpgroups) >= MULTIPROCESSORS
+    return config if fills or estimate(p, config) <= estimate(plain, without) + SAVED_BY_GATE else None
 
 
 def _measured(p: Problem, device: str) -> dict[int, Config | None]:
@@ -97,7 +118,7 @@ def rule(p: Problem) -> Config:
 def candidates(p: Problem) -> list[Config]:
     """Configurations worth considering."""
     found: list[Config] = []
-    if p.rows_at_once <= decode.MOST_TOKENS:
+    if p.rows_at_once <= MOST_TOKENS:
         for warpgroups, splits, groups in itertools.product(range(1, 6), (1, 2, 3, 4, 5, 8), (1, 2)):
             if splits == groups == 1 or (splits * groups <= p.steps // 2 and warpgroups * groups <= 5):
                 for fold, stages in itertools.product((False, True)[: 1 + p.folded], STAGES):

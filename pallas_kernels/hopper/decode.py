@@ -7,7 +7,8 @@ cluster exchange their partial sums (:class:`pallas_kernels.hopper.exchange.Exch
 rows, and no second kernel is needed.
 
 With one CTA a cluster there is nothing to exchange, and CTAs may walk over several blocks of channels.  So it is with
-experts, where a block is one of channels for a tile of rows.
+experts, where a block is one of channels for a tile of rows, and with a gate (:mod:`pallas_kernels.hopper.gate`), where it
+is as many channels of either half.
 """
 
 import dataclasses
@@ -20,11 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import kernel, load, plgpu
-from pallas_kernels.hopper import experts, grouped, registers, tiles, unpack
+from pallas_kernels.hopper import experts, gate, grouped, registers, tiles, unpack
 from pallas_kernels.hopper.exchange import Exchange
-from pallas_kernels.hopper.problem import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
-
-MOST_TOKENS = 64
+from pallas_kernels.hopper.problem import COLUMN, MOST_TOKENS, SHARED_MEMORY, STEP, Problem, finish, row_factors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,10 @@ def slots(p: Problem, config: DecodeConfig) -> int:
     channels, tokens = 64 * config.warpgroups, token_tile(p.rows_at_once)
     exchange = Exchange(splits, groups, config.warpgroups, tokens, p.total_dtype)
     slot_bytes = (channels + p.halves * tokens * p.x_dtype.itemsize) * STEP + grouped.slot_bytes(p, channels)
-    room = (SHARED_MEMORY - 2048 - exchange.nbytes()) // slot_bytes
+    if p.gate is not None and splits * groups > 1:
+        raise NotImplementedError(f"{config}: with a gate K is not split")
+    at_end = exchange.nbytes() if p.gate is None else gate.Gating(p, config.warpgroups, tokens).nbytes()
+    room = (SHARED_MEMORY - 2048 - at_end) // slot_bytes
     blocks = pl.cdiv(p.n, channels) * (experts.most_tiles(p, tokens) if p.experts else 1)
     columns = blocks if splits > 1 else min(config.ctas, blocks)
     visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
@@ -90,6 +92,9 @@ def slots(p: Problem, config: DecodeConfig) -> int:
 def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups, bias, and tiles of experts, if any).
 
+    With a gate its multiplier follows, and, if it has extra channels, their sources and parts, (extra / 128, 128); the
+    results, a tuple, are those of :meth:`pallas_kernels.hopper.gate.Gating.out`.
+
     Operands are as in :func:`pallas_kernels.hopper.gemm.build`.
 
     ``x`` has m rows, less than 8 or a multiple of 8, at most 64 but with experts; a per-token ``x_scale`` is as long as the
@@ -107,10 +112,14 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     columns = most if splits > 1 else min(config.ctas, most)
     packed = p.bits == 4
     exchange = Exchange(splits, groups, warpgroups, tokens, p.total_dtype)
+    gating = None if p.gate is None else gate.Gating(p, warpgroups, tokens)
+    flattens = p.gate is not None and p.gate.extra > 0
+    spans = gate.spans(p, channels)
 
     def matmul_of_few_rows(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None
-        group_g, bias_g, visits_g, o_g = tiles.optional(rest, p.grouped, p.bias, p.experts > 0)
+        there = p.grouped, p.bias, p.experts > 0, gating is not None, flattens, flattens
+        group_g, bias_g, visits_g, multiplier_g, source_g, part_g, *outputs = tiles.optional(rest, *there)
         w_s, x_s, groups_s, staged = (scratch.get(name, missing) for name in ("w", "x", "groups", "staged"))
         full, empty = scratch["full"], scratch["empty"]
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
@@ -124,7 +133,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
             """The rows of a block, and its first channel."""
             if not p.experts:
                 # A traced zero: the tile may have more rows than x, and the copy engine fills them with zeros.
-                return experts.Rows(0, cta * 0, p.m), block * channels
+                return experts.Rows(0, cta * 0, p.m), block * spans[0][-1]
             tile = lax.div(block, jnp.int32(each))
             return experts.rows(p, visits_g, tile, tokens), (block - tile * each) * channels
 
@@ -137,10 +146,12 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
             def copy(i: Any, of: experts.Rows, first: Any, k: Any) -> None:
                 s = tiles.slot(i, stages)
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty.at[s]))
-                source = w_g.at[pl.ds(of.expert * p.n + first, channels), pl.ds(k * STEP, STEP)]
-                plgpu.copy_gmem_to_smem(source, w_s.at[s], full.at[s])
-                if p.grouped:
-                    grouped.copy(p, group_g, first, of.expert * p.steps + k, groups_s.at[s], full.at[s])
+                for span, (at, beyond, count) in enumerate(spans):
+                    source = w_g.at[pl.ds(of.expert * p.n + first + beyond, count), pl.ds(k * STEP, STEP)]
+                    plgpu.copy_gmem_to_smem(source, w_s.at[s, pl.ds(at, count)], full.at[s])
+                    if p.grouped:
+                        scales = groups_s.at[s * len(spans) + span]
+                        grouped.copy(p, group_g, first + beyond, of.expert * p.steps + k, scales, full.at[s])
                 for half in range(p.halves):
                     part = x_g.at[pl.ds(of.begin, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
                     plgpu.copy_gmem_to_smem(part, x_s.at[s, half], full.at[s])
@@ -152,6 +163,8 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 place = where(cta + t * columns)
                 lax.fori_loop(0, steps, lambda k, _: copy(t * steps + k, *place, k), None)
 
+            if gating is not None and not interpret:
+                gating.start(source_g, part_g, scratch)
             count = mine * steps
             if p.experts:
                 lax.fori_loop(0, mine, tile, None)
@@ -165,6 +178,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
         def consume() -> None:
             group, row = lax.div(warpgroup, jnp.int32(warpgroups)), lax.rem(warpgroup, jnp.int32(warpgroups))
             rows = pl.ds(row * 64, 64)
+            span, place = (f(row, jnp.int32(spans[0][-1] // 64)) for f in (lax.div, lax.rem))
             turns = lax.div(steps - group + groups - 1, jnp.int32(groups))  # steps of this group
 
             unpacked = functools.partial(
@@ -182,7 +196,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                     plgpu.wgmma_wait(0)  # The last step's wgmmas read its slot and the operand registers until now.
                     pl.when(turn > 0)(lambda: plgpu.barrier_arrive(empty.at[tiles.slot(i - groups, stages)]))
                     bytes_ = load(w_s.at[s, rows], registers.OPERAND) if packed else None
-                    scales = grouped.rows(p, groups_s, s, rows)
+                    scales = grouped.rows(p, groups_s, s * len(spans) + span, pl.ds(place * 64, 64))
                     for half in range(p.halves):
                         w = unpacked(bytes_, half, scales[half]) if packed else w_s.at[s, rows]
                         plgpu.wgmma(acc, w, x_s.at[s, half].T)
@@ -206,7 +220,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
                     return grouped.flush(
                         totals,
-                        grouped.rows(p, groups_s, s, rows),
+                        grouped.rows(p, groups_s, s * len(spans) + span, pl.ds(place * 64, 64)),
                         functools.partial(unpacked, bytes_),
                         lambda half, part: x_s.at[s, half, pl.ds(part * chunk, chunk)],
                         lambda half: None,
@@ -223,7 +237,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
             def block(t: Any, _: Any) -> None:
                 number = cta + t * columns
                 of, first = where(number)
-                first = first + row * 64
+                first = first + place * 64 + spans[-1][1] * span
                 factors = row_factors(p, ws_g, bias_g, first, of.expert)
                 token_scale = None
                 if not p.raw:
@@ -234,30 +248,39 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 else:
                     acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
                 if interpret:
-                    o_g[rank * groups + group, pl.ds(number * channels + row * 64, 64)] = acc
+                    outputs[0][rank * groups + group, pl.ds(number * channels + row * 64, 64)] = acc
                     return
                 if exchanges:
                     acc = exchange(plgpu.layout_cast(acc, registers.ACC), scratch["arrivals"], scratch["arrived"])
                 y = finish(p, acc, factors, token_scale)
+                if gating is not None:
+                    gating.leave(y, t, scratch)
+                    return
                 token, behind = (of.begin, of.end) if p.experts else (jnp.int32(0), None)
-                registers.store(y, o_g, token, first, end=behind, exchange=exchange if exchanges else None)
+                registers.store(y, outputs[0], token, first, end=behind, exchange=exchange if exchanges else None)
 
             if exchanges:
                 exchange.ready()
             lax.fori_loop(0, mine, block, None)
 
-    out = jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype)
+        if gating is not None and not interpret:
+            finish_gated = functools.partial(gating.finish, mine, lambda t: where(cta + t * columns)[1])
+            pl.when(warpgroup == warpgroups + 1)(lambda: finish_gated(multiplier_g, outputs, scratch))
+
+    out: Any = jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype) if gating is None else gating.out()
     if interpret:
         out = jax.ShapeDtypeStruct((splits * groups, most * channels, tokens), p.total_dtype)
-    scratch: dict[str, Any] = grouped.scratch(p, stages, channels) | {
+    scratch: dict[str, Any] = grouped.scratch(p, stages * len(spans), spans[0][-1]) | {
         "w": plgpu.SMEM((stages, channels, STEP), jnp.int8, transforms=tiles.operand()),
         "x": plgpu.SMEM((stages, p.halves, tokens, STEP), p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize)),
-        "full": plgpu.Barrier(num_arrivals=1 + p.halves + p.grouped, num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=len(spans) * (1 + p.grouped) + p.halves, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if interpret and packed:
         shape = (warpgroups * groups, p.halves, 64, STEP)
         scratch["staged"] = plgpu.SMEM(shape, p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize))
+    if gating is not None and not interpret:
+        scratch |= gating.scratch()
     if splits > 1:
         scratch["arrivals"], scratch["arrived"] = exchange.scratch()
     settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
@@ -269,7 +292,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
         scratch_types=scratch,
         grid=(columns,),
         grid_names=("cta",),
-        num_threads=warpgroups * groups + 1,
+        num_threads=warpgroups * groups + 1 + (gating is not None and not interpret),
         thread_name="warpgroup",
         **settings,
     )

@@ -66,6 +66,8 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
     experts the arrays of their weights and scales stand one below the other, and a per-token ``x_scale`` is ``tokens`` longer
     than x.
     """
+    if p.gate is not None:
+        raise NotImplementedError(f"{config} is of the kernel for many rows, which has no gates")
     channels, tokens = 64 * config.warpgroups, config.tokens
     n_tiles = pl.cdiv(p.n, channels * config.cluster)
     most = (experts.most_tiles(p, tokens) if p.experts else pl.cdiv(p.m, tokens)) * n_tiles

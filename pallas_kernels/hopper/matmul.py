@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.hopper import decode, experts, grouped, unpack
+from pallas_kernels.hopper import decode, experts, gate, grouped, unpack
 from pallas_kernels.hopper.problem import Problem
 
 OUT_DTYPES = ("bfloat16", "float16", "float32", "int32")
@@ -28,7 +29,7 @@ def cannot_use(p: Problem) -> str | None:
         return f"the output dtype {jnp.dtype(p.out_dtype).name} is not one of {', '.join(OUT_DTYPES)}"
     if p.m < 1:
         return "there are no rows"
-    reason = experts.cannot_use(p) if p.experts else None
+    reason = gate.cannot_use(p) or (experts.cannot_use(p) if p.experts else None)
     return reason or (grouped.cannot_use(p) if p.grouped else None)
 
 
@@ -41,8 +42,13 @@ def matmul(
     weight_scale: jax.Array,
     group_scale: jax.Array | None,
     bias: jax.Array | None,
-) -> jax.Array:
-    """``p`` with a configuration; operands as in :func:`pallas_kernels.grouped_int4_matmul`, x of shape (m, k)."""
+    recipe: Sequence[jax.Array] = (),
+) -> Any:
+    """``p`` with a configuration; operands as in :func:`pallas_kernels.grouped_int4_matmul`, x of shape (m, k).
+
+    With a gate ``recipe`` is its multiplier and, if it has extra channels, their sources and parts, and the results are a
+    tuple (:meth:`pallas_kernels.hopper.gate.Gating.out`).
+    """
     few = isinstance(config, decode.DecodeConfig)
     rows = p.m if p.m % 8 == 0 or (few and p.m < 8) else -(-p.m // 8) * 8
     tile = decode.token_tile(p.m) if few else config.tokens
@@ -58,7 +64,11 @@ def matmul(
         operands.append(group_scale)
     if bias is not None:
         operands.append(bias.astype(jnp.float32))
-    return _kernel(p, config, rows)(*operands)[: p.m]
+    multiplier, *flattening = recipe or (None,)
+    if multiplier is not None:
+        operands += [multiplier, *(array.reshape(-1, gate.LANES) for array in flattening)]
+    found = _kernel(p, config, rows)(*operands)
+    return jax.tree.map(lambda array: array[: p.m], found)
 
 
 def expert_matmul(

@@ -6,6 +6,9 @@
                   sum_g group_scale[g, n] * int32(sum_{k in g} x[m, k] * w[n, k])    with groups of 128 input channels
                   the same with float32(...)                                      where x is bfloat16 (weight-only)
 
+With a gate, the first half of the output channels goes through an activation function and is multiplied with the second,
+and what comes out of the kernel are codes for the next matmul (:mod:`pallas_kernels.hopper.gate`).
+
 A code of 4 bits is left in the upper half of its byte, where it counts 16 times; the factor goes into the scale.  Only
 where the group's scale is multiplied into the code (folded) are both at their true size.
 """
@@ -22,8 +25,28 @@ from pallas_kernels.compat import load, plgpu
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 SHARED_MEMORY = 227 * 1024
+MOST_TOKENS = 64
+"""Rows that the kernel for few of them holds at once."""
 STEP = 128
 """Codes of K that one wgmma group takes; also the size of a group of input channels with a scale of its own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What is made of a product whose output channels are two halves: ``activation(first) * second``, quantized.
+
+    Attributes:
+      activation: a function that :mod:`pallas_kernels.rows` knows.
+      qmax: largest code.
+      extra: channels beyond the half that large ones are flattened over.
+      per_token: whether every row will have a scale of its own.  Then the results are no codes but what is to be quantized,
+        float32 (m, n / 2), and the largest magnitudes of it times the multiplier in every 16 channels, (m, n / 32).
+    """
+
+    activation: str
+    qmax: int
+    extra: int = 0
+    per_token: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +65,7 @@ class Problem:
         :func:`pallas_kernels.hopper.unpack.reorder`; then groups have float scales, and x has none.
       experts: how many weights of n channels stand one below the other, each with scales of its own, for rows that are sorted
         by expert (:mod:`pallas_kernels.hopper.experts`); 0 where there is one weight for all rows.
+      gate: what is made of the product, then of ``out_dtype``, in the same kernel; None if nothing is.
     """
 
     m: int
@@ -56,6 +80,7 @@ class Problem:
     folded: bool = False
     weight_only: bool = False
     experts: int = 0
+    gate: Gate | None = None
 
     @property
     def rows_at_once(self) -> int:

@@ -33,7 +33,7 @@ def compile_for_h200(f, *arguments):
     target = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=TARGET, topology="1x1x1")
     mesh = topologies.make_mesh(target, (1,), ("x",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere) for a in arguments]
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(f).lower(*abstract).compile()
 
