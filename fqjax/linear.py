@@ -13,6 +13,7 @@ from fqjax.core.overflow import accumulator_bound, check_accumulator, row_sums
 from fqjax.qtensor import InputQuantizer, QTensor, bytes_of
 from fqjax.scheme import Scheme
 from pallas_kernels import (
+    gated_matmul,
     grouped_int4_matmul,
     grouped_int8_matmul,
     int4_matmul,
@@ -102,7 +103,7 @@ class QuantizedLinear(nnx.Module):
         weight, quantizer = self.weight.get_value(), self.input.get_value()
         scale = quantizer.scale if scale is None else scale
         bias = None if self.bias is None else self.bias[...]
-        dtype = self.dtype or jnp.result_type(dtype, self.param_dtype)
+        dtype = self.result_dtype(dtype)
         if quantizer.bits == 16:
             groups = weight.group_scale
             return weight_only_int4_matmul(codes, weight.codes, groups, weight.scale, bias, out_dtype=dtype)
@@ -118,6 +119,45 @@ class QuantizedLinear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return QuantizedLinear(self.weight.get_value(), self.input.get_value(), bias, summary=summary, **kinds)
+
+    def gate(
+        self,
+        codes: Int8[Array, "*rows width"],
+        scale: Float32[Array, "..."] | None,
+        dtype: DTypeLike,
+        quantizer: InputQuantizer,
+        activation: str,
+    ) -> tuple[Int8[Array, "*rows next"], Float32[Array, "..."] | None]:
+        """What :meth:`multiply` gives, its first half gating the second, as the next layer takes it.
+
+        Args:
+          codes, scale, dtype: as for :meth:`multiply`; this layer's activations are codes.
+          quantizer: of the next layer.
+          activation: what the first half goes through, one of :data:`pallas_kernels.reference.ACTIVATIONS`.
+        """
+        weight = self.weight.get_value()
+        found = gated_matmul(
+            codes,
+            weight.codes,
+            self.input.get_value().scale if scale is None else scale,
+            weight.scale,
+            quantizer.multiplier,
+            quantizer.source,
+            quantizer.part,
+            bits=4 if weight.format.packed else 8,
+            activation=activation,
+            qmax=quantizer.qmax,
+            group_scale=weight.group_scale,
+            bias=None if self.bias is None else self.bias[...],
+            folded=weight.format.folded,
+            per_token=quantizer.scale is None,
+            out_dtype=self.result_dtype(dtype),
+        )
+        return found.codes, found.scale
+
+    def result_dtype(self, dtype: DTypeLike) -> jnp.dtype:
+        """Of the output, for an input that had some dtype before it was quantized."""
+        return jnp.dtype(self.dtype or jnp.result_type(dtype, self.param_dtype))
 
     @property
     def bits(self) -> int:

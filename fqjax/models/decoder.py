@@ -16,7 +16,7 @@ from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM
 from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.experts import mixture
-from fqjax.models.fused import after_activation, after_attention, after_norm
+from fqjax.models.fused import after_attention, after_norm, gated
 from fqjax.models.head import unembed
 from fqjax.models.rotary import Rotation, rotation
 
@@ -66,8 +66,7 @@ class MLP(nnx.Module):
         self, norm: nnx.RMSNorm, x: Float[Array, "... hidden"], pending: Float[Array, "... hidden"] | None
     ) -> tuple[Float[Array, "... hidden"], Float[Array, "... hidden"]]:
         """What is added to the stream ``x + pending`` that the norm reads, and that stream."""
-        gate_up, x = after_norm(self.gate_up_proj, norm, x, pending)
-        return after_activation(self.down_proj, gate_up, "silu", gated=True), x
+        return gated(self.gate_up_proj, self.down_proj, norm, x, pending, "silu")
 
 
 class Layer(Block):

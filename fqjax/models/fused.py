@@ -33,26 +33,34 @@ def after_norm(
       x: what the layers before have added up to, but for the last one.
       residual: what that one adds; None if nothing is left to be added.
     """
-    if residual is not None and (residual.dtype != x.dtype or not _quantizes(linear)):
-        x, residual = x + residual, None
+    x, residual = _pending(linear, x, residual)
     if not _quantizes(linear):
         return linear(norm(x)), x
-    quantizer = linear.input.get_value()
-    bias = getattr(norm, "bias", None)
-    codes, scale, total = quantize_normalized(
-        x,
-        quantizer.multiplier,
-        quantizer.source,
-        quantizer.part,
-        epsilon=norm.epsilon,
-        qmax=quantizer.qmax,
-        weight=None if norm.scale is None else norm.scale[...],
-        bias=None if bias is None else bias[...],
-        center=isinstance(norm, nnx.LayerNorm),
-        residual=residual,
-        per_token=quantizer.scale is None,
-    )
-    return linear.multiply(codes, scale, x.dtype), x if total is None else total
+    codes, scale, x = _normalized(linear, norm, x, residual)
+    return linear.multiply(codes, scale, x.dtype), x
+
+
+def gated(
+    gate_up: Any,
+    down: Any,
+    norm: nnx.RMSNorm | nnx.LayerNorm,
+    x: Float[Array, "*rows k"],
+    residual: Float[Array, "*rows k"] | None,
+    activation: str,
+) -> tuple[Float[Array, "*rows out"], Float[Array, "*rows k"]]:
+    """``down(activation(gate) * up)`` with ``gate, up = split(gate_up(norm(x + residual)))``, and ``x + residual``.
+
+    Args:
+      gate_up, down: modules that are called with (..., K) and (..., half of what gate_up gives).
+      norm, x, residual: as for :func:`after_norm`.
+      activation: one of :data:`pallas_kernels.reference.ACTIVATIONS`.
+    """
+    if not (_quantizes(gate_up) and _quantizes(down)):
+        y, x = after_norm(gate_up, norm, x, residual)
+        return after_activation(down, y, activation, gated=True), x
+    codes, scale, x = _normalized(gate_up, norm, *_pending(gate_up, x, residual))
+    found = gate_up.gate(codes, scale, x.dtype, down.input.get_value(), activation)
+    return down.multiply(*found, gate_up.result_dtype(x.dtype)), x
 
 
 def after_activation(
@@ -102,6 +110,35 @@ def after_attention(
     *found, arrays = decode_step(attention, qkv, cache, lengths, *recipe, **kinds)
     codes, scale = (None if array is None else array[:, None] for array in found)
     return linear.multiply(codes, scale, qkv.dtype), LayerCache(*arrays)
+
+
+def _pending(linear: Any, x: Array, residual: Array | None) -> tuple[Array, Array | None]:
+    """What a norm reads and what is yet to be added to it: nothing, unless ``linear`` quantizes and dtypes are the same."""
+    if residual is None or (residual.dtype == x.dtype and _quantizes(linear)):
+        return x, residual
+    return x + residual, None
+
+
+def _normalized(
+    linear: QuantizedLinear, norm: nnx.RMSNorm | nnx.LayerNorm, x: Array, residual: Array | None
+) -> tuple[Array, Array | None, Array]:
+    """Codes of ``norm(x + residual)`` for a layer, their scales if they have any of their own, and ``x + residual``."""
+    quantizer = linear.input.get_value()
+    bias = getattr(norm, "bias", None)
+    codes, scale, total = quantize_normalized(
+        x,
+        quantizer.multiplier,
+        quantizer.source,
+        quantizer.part,
+        epsilon=norm.epsilon,
+        qmax=quantizer.qmax,
+        weight=None if norm.scale is None else norm.scale[...],
+        bias=None if bias is None else bias[...],
+        center=isinstance(norm, nnx.LayerNorm),
+        residual=residual,
+        per_token=quantizer.scale is None,
+    )
+    return codes, scale, x if total is None else total
 
 
 def _quantizes(linear: Any) -> bool:
