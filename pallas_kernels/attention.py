@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from pallas_kernels.attention_kernel import cannot_use, reference, run
+from pallas_kernels.attention_kernel import Recipe, cannot_use, reference, run
 from pallas_kernels.dispatch import NO_GPU, capability, say
 from pallas_kernels.parts import Parts
 from pallas_kernels.reference import together
-from pallas_kernels.rows import Implementation, Quantization, quantize
+from pallas_kernels.rows import STEP, Implementation, Quantization, quantize
 
 
 def decode_attention(
@@ -80,6 +80,8 @@ def quantized_decode_attention(
 ) -> tuple[Int8[Array, "batch width"], Float32[Array, " batch"] | None, tuple[Array, ...]]:
     """:func:`decode_attention`, and its output quantized for the layer behind it, in the pass that puts the parts together.
 
+    With fixed scales there need not be such a pass: what one program has found whole, it quantizes itself.
+
     Args:
       multiplier, source, part, qmax, per_token: as :func:`pallas_kernels.quantize_normalized` takes them; channels are those
         of all heads, one after the other.
@@ -99,8 +101,9 @@ def quantized_decode_attention(
         )
     kind = Quantization(name="quantize_attended", qmax=qmax, per_token=per_token)
     finish = functools.partial(_quantized, kind, (multiplier, source, part), implementation)
+    recipe = None if per_token or len(source) % STEP else Recipe(qmax, multiplier, source, part)
     held = keys, values, lengths, key_scales, value_scales
-    (codes, *scales), written = _attend(finish, implementation, qkv, *held, rotation, scale, window)
+    (codes, *scales), written = _attend(finish, implementation, qkv, *held, rotation, scale, window, recipe)
     return codes, scales[0] if scales else None, written
 
 
@@ -116,6 +119,7 @@ def _attend(
     rotation: tuple[Array, Array] | None,
     scale: float | None,
     window: int | None,
+    recipe: Recipe | None = None,
 ) -> Any:
     """What ``finish`` makes of the parts and their sums, and the cache, by the implementation asked for or the fastest."""
     _check(qkv, keys, values, lengths, key_scales, value_scales, rotation)
@@ -139,7 +143,7 @@ def _attend(
     say("decode_attention", (*qkv.shape, keys.shape[1]), "xla" if reason else "triton", reason or "")
     if reason:
         return xla(*operands)
-    triton = functools.partial(run, **kinds, finish=finish)
+    triton = functools.partial(run, **kinds, finish=finish, recipe=recipe)
     return triton(*operands) if implementation else lax.platform_dependent(*operands, cuda=triton, default=xla)
 
 

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from pallas_kernels.dispatch import has_triton
-from pallas_kernels.reference import quantize_per_token, rotated
-from pallas_kernels.rows_kernel import rounded
+from pallas_kernels.reference import LARGEST_CODE, quantize_per_token, rotated
+from pallas_kernels.rows_kernel import rounded, runs
 
 PROGRAMS = 132
 """Programs that are wanted on a GPU at least: one for each multiprocessor of an H100 or H200."""
@@ -40,6 +40,8 @@ LEAST_ROWS = 16
 """Of a matrix product on tensor cores; fewer query heads are filled up."""
 LIGHT_DIM = 128
 """Of a head whose output for the least rows fits into the registers of one warp, at most."""
+FEWEST_WHOLE, SHORT = 112, 1024
+"""Key-value heads from which on, and the capacity up to which, one program for each finds its output whole."""
 LEAST_CODES = 32
 """That a matrix product of integers adds up on tensor cores."""
 
@@ -66,7 +68,7 @@ class Cut:
         return self.splits or min(-(-PROGRAMS // heads), -(-capacity // self.block))
 
 
-def best_cut(heads: int, group: int, dim: int, codes: bool) -> Cut:
+def best_cut(heads: int, group: int, dim: int, codes: bool, *, whole: bool = False) -> Cut:
     """The fastest of those tried on an H200 in November 2026; ``scripts/tune_decoding.py`` tries them again.
 
     Args:
@@ -74,17 +76,34 @@ def best_cut(heads: int, group: int, dim: int, codes: bool) -> Cut:
       group: query heads that share one.
       dim: of a head.
       codes: whether the cache is INT8.
+      whole: whether what comes out is to be quantized with fixed scales, which one program for each key-value head can do
+        itself, and the cache is so short that one is enough.
     """
     if group > LEAST_ROWS or dim > LIGHT_DIM:  # One warp or two cannot hold the output.
         return Cut()
     if heads >= MANY:
         return Cut(block=32, warps=1, integers=codes and dim >= LEAST_CODES)
+    if whole and FEWEST_WHOLE <= heads:
+        return Cut(splits=1, block=128, integers=codes and dim >= LEAST_CODES)
     return Cut() if codes or heads < PROGRAMS // 2 else Cut(warps=2)
+
+
+class Recipe(NamedTuple):
+    """How the output is quantized, with fixed scales; see :func:`pallas_kernels.quantize_activations`."""
+
+    qmax: int
+    multiplier: Array
+    source: Array
+    part: Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Problem:
-    """What a kernel is made for: sizes, and what scores are multiplied with."""
+    """What a kernel is made for: sizes, and what scores are multiplied with.
+
+    Where one program finds all of a head's output, it can quantize it: then ``qmax`` is the largest code, and ``extra`` how
+    many channels there are for large ones to continue in.
+    """
 
     batch: int
     capacity: int
@@ -98,6 +117,8 @@ class _Problem:
     scale: float
     window: int | None
     cut: Cut
+    qmax: int = 0
+    extra: int = 0
 
     @property
     def splits(self) -> int:
@@ -171,6 +192,7 @@ def run(
     scale: float,
     window: int | None,
     finish: Callable[[Array, Array | None], Any],
+    recipe: Recipe | None = None,
     cut: Cut | None = None,
     interpret: bool = False,
 ) -> tuple[Any, tuple[Array, ...]]:
@@ -183,15 +205,22 @@ def run(
       window: as there.
       finish: what is made of the parts, (batch, kv_heads, parts, group, dim), and the logarithms of their sums, None if there
         is one part.
+      recipe: if there is one part, the kernel itself quantizes it so, and the result is the codes, in a tuple.
       cut: how the work is cut up; by default :func:`best_cut`.
       interpret: whether to run on the CPU.
     """
     (batch, heads, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
     heads -= 2 * kv_heads
-    cut = cut or best_cut(batch * kv_heads, heads // kv_heads, dim, len(cache) > 2)
+    whole = recipe is not None and capacity <= SHORT
+    cut = cut or best_cut(batch * kv_heads, heads // kv_heads, dim, len(cache) > 2, whole=whole)
     sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "group": heads // kv_heads, "dim": dim}
     kinds = {"dtype": qkv.dtype, "cache_dtype": cache[0].dtype, "codes": len(cache) > 2, "rotates": bool(rotation)}
     p = _Problem(**sizes, **kinds, scale=scale, window=window, cut=cut)
+    if recipe is not None and p.splits == 1:
+        p = dataclasses.replace(p, qmax=recipe.qmax, extra=len(recipe.source))
+        how = recipe[1:] if p.extra else recipe[1:2]
+        *written, _, _, codes = _call(p, interpret)(lengths, qkv, qkv, qkv, *rotation, *cache, *how)
+        return (codes,), tuple(written)
     *written, out, log_sum = _call(p, interpret)(lengths, qkv, qkv, qkv, *rotation, *cache)
     return finish(out, log_sum if p.splits > 1 else None), tuple(written)
 
@@ -209,6 +238,10 @@ def _call(p: _Problem, interpret: bool) -> Any:
         arrays += [jax.ShapeDtypeStruct(shape[:3], jnp.float32)] * 2
     parts = (p.batch, p.kv_heads, p.splits, p.group)
     first = 4 + 2 * p.rotates  # of the cache among the operands
+    channels = heads * p.dim
+    recipe = [channels, *([p.extra] * 2 if p.extra else [])] if p.qmax else []
+    row = pl.BlockSpec((None, channels + p.extra), lambda b, h, s: (b, 0))
+    codes = [row] if p.qmax else []
     return pl.pallas_call(
         functools.partial(_kernel, p, interpret),
         grid=(p.batch, p.kv_heads, p.splits),
@@ -219,16 +252,19 @@ def _call(p: _Problem, interpret: bool) -> Any:
             pl.BlockSpec((None, None, p.dim), lambda b, h, s: (b, heads + p.kv_heads + h, 0)),
             *([half, half] if p.rotates else []),
             *cache,
+            *(pl.BlockSpec((n,), lambda b, h, s: (0,)) for n in recipe),
         ],
         out_specs=[
             *cache,
             pl.BlockSpec((None, None, None, p.group, p.dim), lambda b, h, s: (b, h, s, 0, 0)),
             pl.BlockSpec((None, None, None, p.group), lambda b, h, s: (b, h, s, 0)),
+            *codes,
         ],
         out_shape=[
             *arrays,
             jax.ShapeDtypeStruct((*parts, p.dim), jnp.float32 if p.splits > 1 else p.dtype),
             jax.ShapeDtypeStruct(parts, jnp.float32),
+            *(jax.ShapeDtypeStruct((p.batch, channels + p.extra), jnp.int8) for _ in codes),
         ],
         input_output_aliases={first + i: i for i in range(len(arrays))},
         compiler_params=plgpu.CompilerParams(num_warps=p.cut.warps, num_stages=p.cut.stages),
@@ -241,7 +277,10 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
     """One program: a share of one sequence's filled positions, for the heads that share one key-value head."""
     arrays = 4 if p.codes else 2
     rotation, rest = rest[: 2 * p.rotates], rest[2 * p.rotates :]
-    (keys, values, *scale_refs), written, (out_ref, log_sum_ref) = rest[:arrays], rest[arrays:-2], rest[-2:]
+    (keys, values, *scale_refs), rest = rest[:arrays], rest[arrays:]
+    count = (3 if p.extra else 1) if p.qmax else 0
+    recipe, rest = rest[:count], rest[count:]
+    written, (out_ref, log_sum_ref, *codes_ref) = rest[:arrays], rest[arrays:]
     length = lengths[pl.program_id(0)]
     oldest = jnp.int32(0) if p.window is None else jnp.maximum(length + 1 - p.window, 0)
     block = p.cut.block
@@ -309,6 +348,37 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
     # Rows that repeat the last one write it again.
     out_ref[row, :] = (out / jnp.where(total > 0, total, 1)[:, None]).astype(out_ref.dtype)
     log_sum_ref[row] = jnp.where(total > 0, best + jnp.log(total), -jnp.inf)
+    if recipe:
+        _quantize(p, interpret, out_ref, recipe, codes_ref[0])
+
+
+def _quantize(p: _Problem, interpret: bool, out_ref: Any, recipe: Sequence[Any], codes_ref: Any) -> None:
+    """Writes the codes of this program's heads, and of the extra channels that continue theirs.
+
+    What has been written is read again, from the cache: without the rows that repeat the last, and in any order.
+    """
+    from jax.experimental.pallas import triton as plgpu
+
+    if not interpret:
+        plgpu.debug_barrier()  # Other threads wrote it.
+    multiplier_ref, *flattening = recipe
+    heads = p.group * p.dim
+    first = pl.program_id(1) * heads
+
+    def value(at: Any, channel: Any) -> Array:
+        return out_ref[at // p.dim, at % p.dim].astype(jnp.float32) * multiplier_ref[channel]
+
+    for start, n in runs(heads):
+        at = start + jnp.arange(n)
+        codes_ref[pl.ds(first + start, n)] = rounded(value(at, first + at), p.qmax, interpret).astype(jnp.int8)
+    for start, n in runs(p.extra):
+        source, part = (ref[pl.ds(start, n)] for ref in flattening)
+        own = (source >= first) & (source < first + heads)
+        c = rounded(value(jnp.where(own, source - first, 0), source), LARGEST_CODE, interpret)
+        before = jnp.minimum(part, LARGEST_CODE).astype(jnp.float32) * p.qmax
+        beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - before, 0.0), float(p.qmax))
+        code = jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
+        plgpu.store(codes_ref.at[pl.ds(p.kv_heads * heads + start, n)], code, mask=own)
 
 
 def _two_codes(x: Array, interpret: bool) -> tuple[Array, Array, Array]:

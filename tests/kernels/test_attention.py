@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import attention, attention_kernel
 from pallas_kernels.attention import decode_attention, quantized_decode_attention
-from pallas_kernels.attention_kernel import MANY, Cut, best_cut, cannot_use, reference
+from pallas_kernels.attention_kernel import FEWEST_WHOLE, MANY, Cut, Recipe, best_cut, cannot_use, reference
 from pallas_kernels.dispatch import NO_GPU, capability
 from pallas_kernels.rows import Quantization, quantize
 from tests.kernels import ahead_of_time
@@ -140,6 +140,12 @@ def test_many_sequences_take_one_warp_each():
     assert best_cut(MANY, 4, 128, True) == Cut(block=32, warps=1, integers=True)
     assert best_cut(MANY, 4, 16, True) == best_cut(MANY, 4, 128, False) == Cut(block=32, warps=1)
     assert best_cut(MANY - 1, 4, 128, False) == Cut(warps=2)
+    whole = functools.partial(best_cut, group=4, dim=128, codes=True, whole=True)
+    assert (
+        whole(FEWEST_WHOLE).splits == 1
+        and whole(FEWEST_WHOLE - 1) == Cut()
+        and whole(MANY) == best_cut(MANY, 4, 128, True)
+    )
     for heads, group, dim, codes in ((MANY - 1, 4, 128, True), (MANY, 17, 128, True), (MANY, 4, 256, False)):
         assert best_cut(heads, group, dim, codes) == Cut()
 
@@ -237,21 +243,39 @@ def test_quantized_output_stands_for_the_output(codes, per_token, splits):
     finish = functools.partial(attention._quantized, kind, how, None)
     found, cache = quantized(finite(arguments), how, per_token, scale=0.3)
     check((found.reshape(-1, 16, 16), cache), arguments, **kinds, tolerance=0.04)
-    by_parts, _ = run(*arguments, **kinds, cut=Cut(splits=splits), interpret=True, finish=finish)
+    given = None if per_token else Recipe(127, *how)
+    by_parts, _ = run(*arguments, **kinds, cut=Cut(splits=splits), interpret=True, finish=finish, recipe=given)
     whole, _ = run(*arguments, **kinds, cut=Cut(splits=splits), interpret=True)
     wanted = quantize(kind, "xla")(whole.reshape(len(whole), -1), *how)
     check_codes(by_parts, wanted)
+    assert per_token or not codes or np.abs(np.asarray(wanted[0][:, 256:])).max() > 1
+
+
+@pytest.mark.parametrize(("capacity", "splits"), [(1024, 1), (1152, 2)])
+def test_one_program_quantizes_what_it_finds_whole_in_a_short_cache(monkeypatch, capacity, splits):
+    arguments = operands(True, heads=32, kv_heads=8, dim=16, lengths=(3,) * 14, capacity=capacity)
+    seen = []
+    monkeypatch.setattr(attention_kernel, "_call", lambda p, interpret: seen.append(p) or _stop())
+    for how in (None, Recipe(127, *recipe(512, False))):
+        with pytest.raises(StopIteration):
+            run(*arguments, scale=0.3, window=None, finish=None, recipe=how)
+    assert [p.splits for p in seen] == [2, splits] and [p.qmax for p in seen] == [0, 127 if splits == 1 else 0]
+
+
+def _stop():
+    raise StopIteration
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("batch", [1, 5, 49, 70])
-def test_the_compiled_kernels_quantize_their_output(codes, per_token, batch):
+@pytest.mark.parametrize(("batch", "capacity"), [(1, 2048), (5, 2048), (16, 576), (49, 2048), (70, 2048)])
+def test_the_compiled_kernels_quantize_their_output(codes, per_token, batch, capacity):
+    """Of some sequences the new token is the first: what comes out is its value, large enough for extra channels."""
     if capability() < (8, 0):
         pytest.skip(NO_GPU)
-    lengths = tuple(np.random.default_rng(0).integers(0, 2048, batch))
-    arguments, how = operands(codes, 32, 8, 128, lengths=lengths, capacity=2048), recipe(4096, per_token)
+    lengths = tuple(np.random.default_rng(0).integers(0, capacity, batch) * (np.arange(batch) % 3 > 0))
+    arguments, how = operands(codes, 32, 8, 128, lengths=lengths, capacity=capacity), recipe(4096, per_token)
     f = jax.jit(functools.partial(quantized_decode_attention, qmax=127, per_token=per_token, implementation="triton"))
     qkv, held, rotation, (keys, values, *scales) = arguments
     found = f(qkv, keys, values, held, *(scales or (None, None)), *how, rotation=rotation)
@@ -259,6 +283,7 @@ def test_the_compiled_kernels_quantize_their_output(codes, per_token, batch):
     kind = Quantization(name="quantize_attended", qmax=127, per_token=per_token)
     wanted = quantize(kind, "xla")(out.reshape(batch, -1), *how)
     check_codes(found[: 1 + per_token], wanted)
+    assert per_token or np.abs(np.asarray(wanted[0][:, 4096:])).max() > 1
 
 
 @pytest.mark.gpu
