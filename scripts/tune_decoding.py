@@ -1,10 +1,11 @@
-"""Times how a decoding step's attention and its quantizing kernels can be cut up, and writes it as JSON and as a table.
+"""Times how a decoding step's attention, gated matmul and quantizing kernels can be cut up; writes it as JSON and as a table.
 
 Examples:
     python scripts/tune_decoding.py                                  # Llama-3-8B's shapes; needs an NVIDIA GPU
     python scripts/tune_decoding.py --batches 64 --what attention    # some of it
 
-What is best is written by hand into ``pallas_kernels.attention_kernel.best_cut`` and ``pallas_kernels.rows.best_piece``.
+What is best is written by hand into ``pallas_kernels.attention_kernel.best_cut``, ``pallas_kernels.rows.best_piece`` and
+``pallas_kernels.tuning``.
 """
 
 import argparse
@@ -23,9 +24,18 @@ import jax
 import jax.numpy as jnp
 
 from fqjax.bench.environment import describe, environment
-from pallas_kernels import attention, attention_kernel, rows
+from pallas_kernels import (
+    attention,
+    attention_kernel,
+    grouped_int4_matmul,
+    int4_matmul,
+    int8_matmul,
+    quantize_activated,
+    rows,
+    tuning,
+)
 from pallas_kernels.attention_kernel import Cut, best_cut
-from pallas_kernels.dispatch import capability
+from pallas_kernels.dispatch import capability, problem
 from pallas_kernels.parts import MOST_PARTS, Parts
 from pallas_kernels.timing import copies_beyond_cache, kernel_times
 
@@ -33,6 +43,7 @@ HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, EXTRA = 32, 8, 128, 4096, 14336, 256
 """Of Llama-3-8B, and so many flattened channels more."""
 NEW = 64
 """Tokens that the cache has room for behind the context."""
+WHAT = ("attention", "gates", "rows")
 LISTED = 5
 """Rows of the table for each case."""
 
@@ -95,28 +106,78 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
         def run(qkv: Any, lengths: Any, rotation: Any, how: Any, cache: Any, cut: Cut = cut) -> Any:
             finish = functools.partial(attention._quantized, kind, how, "triton")
             kinds: Any = {"scale": DIM**-0.5, "window": None, "finish": finish, "cut": cut}
+            kinds["recipe"] = attention_kernel.Recipe(127, *how)
             return attention_kernel.run(qkv, lengths, rotation, cache, **kinds)
 
         name = f"attention over {'INT8' if codes else 'bfloat16'}, {batch} x {context}"
         yield Case(name, _said(cut), cut == usual, run, operands)
 
 
+def of_gates(batch: int, bits: Any, groups: bool) -> Iterator[Case]:
+    """The matmul of a gate and what it gates, with what quantizes the result, as one kernel and as two.
+
+    With groups, whose scales are integers, activations have a scale for every row, and the one kernel leaves the quantization
+    to a second, which does less than otherwise.
+    """
+    from pallas_kernels.hopper import matmul
+    from pallas_kernels.hopper.problem import Gate
+
+    n, k = 2 * INTERMEDIATE, HIDDEN if groups else HIDDEN + EXTRA
+    how = recipe(INTERMEDIATE, groups)
+    gate = Gate(activation="silu", qmax=127, extra=len(how[1]), per_token=groups)
+    x = jax.random.randint(jax.random.key(0), (batch, k), -127, 128, jnp.int8)
+    x_scale = jnp.ones(batch) if groups and batch > 1 else jnp.float32(1)
+    each, scales = jnp.full(n, 1e-4), jnp.ones((k // 128, n), jnp.int16) if groups else None
+    nbytes = n * k * bits // 8
+    weights = [
+        jax.random.randint(jax.random.key(i), (n, k * bits // 8), -128, 128, jnp.int8)
+        for i in range(copies_beyond_cache(nbytes, 3, 4))
+    ]
+    kinds: Any = {"per_token": bool(x_scale.ndim), "per_channel": True, "group_dtype": jnp.int16 if groups else None}
+    p = problem(bits, batch, n, k, jnp.bfloat16, gate=gate, **kinds)
+    usual = tuning.choose(p, jax.devices()[0].device_kind)
+    known = rows.Quantization(name="quantize_gated", qmax=127, per_token=True, largest=True)
+
+    def in_two(weight: Any, unused: Any) -> Any:
+        if scales is not None:
+            y = grouped_int4_matmul(x, weight, x_scale, scales, each)
+        else:
+            y = (int4_matmul if bits == 4 else int8_matmul)(x, weight, x_scale, each)
+        return quantize_activated(y, *how, activation="silu", gated=True, qmax=127, per_token=groups), unused
+
+    def in_one(weight: Any, unused: Any, config: Any) -> Any:
+        given = how if gate.extra else how[:1]
+        found = matmul.matmul(p, config, x, weight, x_scale, each, scales, None, given)
+        return rows.call(known, *found, *how) if groups else found, unused
+
+    kind = "INT4 in groups, a scale a row" if groups else f"INT{bits}, fixed scales"
+    operands = [[weight, jnp.zeros(())] for weight in weights]
+    name = f"gated matmul, {kind}, {batch} rows"
+    yield Case(name, "matmul and quantization", usual is None, in_two, operands)
+    for config in tuning.candidates(p):
+        label = ", ".join(f"{field} {getattr(config, field)}" for field in ("warpgroups", "stages", "fold"))
+        yield Case(name, label, config == usual, functools.partial(in_one, config=config), operands)
+
+
 def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Case]:
     """A kernel that quantizes rows, which of attention come in as many parts as its programs find."""
     parts = best_cut(batch * KV_HEADS, HEADS // KV_HEADS, DIM, True).programs(batch * KV_HEADS, context + NEW)
-    x = {"norm": HIDDEN, "gated": 2 * INTERMEDIATE, "attended": HIDDEN * parts}[name]
-    channels = INTERMEDIATE if name == "gated" else HIDDEN
+    x = {"norm": HIDDEN, "gated": 2 * INTERMEDIATE, "known": INTERMEDIATE, "attended": HIDDEN * parts}[name]
+    channels = INTERMEDIATE if name in ("gated", "known") else HIDDEN
     kind = {
         "norm": rows.Quantization(name="norm", qmax=127, per_token=per_token, residual=True, epsilon=1e-5, weight=True),
         "gated": rows.Quantization(name="gated", qmax=127, per_token=per_token, activation="silu", gated=True),
+        "known": rows.Quantization(name="known", qmax=127, per_token=True, largest=True),
         "attended": rows.Quantization(
             name="attended", qmax=127, per_token=per_token, parts=Parts(parts, HEADS // KV_HEADS, DIM)
         ),
     }[name]
-    dtype = jnp.float32 if name == "attended" else jnp.bfloat16
+    dtype = jnp.float32 if name in ("attended", "known") else jnp.bfloat16
     operands: list[jax.Array] = [jax.random.normal(jax.random.key(0), (batch, x), dtype)]
     if name == "attended":
         operands.append(jax.random.normal(jax.random.key(1), (batch, x // DIM)))
+    if name == "known":
+        operands.append(jnp.abs(operands[0][:, ::16]))
     if name == "norm":
         operands += [operands[0] / 2, jnp.ones(HIDDEN, jnp.bfloat16)]
     operands += recipe(channels, per_token)
@@ -181,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--what", nargs="*", choices=["attention", "rows"], default=["attention", "rows"])
+    parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/decoding"), help="written with .json and .md")
     a = parser.parse_args()
@@ -192,8 +253,10 @@ def main() -> None:
         groups: list[list[Case]] = []
         if "attention" in a.what:
             groups += [list(of_attention(batch, a.context, codes)) for codes in (True, False)]
+        if "gates" in a.what and capability() == (9, 0):
+            groups += [list(of_gates(batch, bits, grouped)) for bits, grouped in ((4, False), (8, False), (4, True))]
         if "rows" in a.what:
-            kinds = itertools.product(("norm", "gated", "attended"), (False, True))
+            kinds = [*itertools.product(("norm", "gated", "attended"), (False, True)), ("known", True)]
             groups += [list(of_rows(batch, a.context, name, per_token)) for name, per_token in kinds]
         for group in groups:
             result["rows"] += timed(group, a.repeats)
