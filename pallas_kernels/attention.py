@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from pallas_kernels.attention_kernel import Recipe, cannot_use, reference, run
+from pallas_kernels.attention_codes import Recipe
+from pallas_kernels.attention_kernel import cannot_use, reference, run
 from pallas_kernels.dispatch import NO_GPU, capability, say
 from pallas_kernels.parts import Parts
 from pallas_kernels.reference import together

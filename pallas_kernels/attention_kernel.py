@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from pallas_kernels import attention_codes
+from pallas_kernels.attention_codes import Recipe
 from pallas_kernels.dispatch import has_triton
-from pallas_kernels.reference import LARGEST_CODE, quantize_per_token, rotated
-from pallas_kernels.rows_kernel import rounded, runs
+from pallas_kernels.reference import quantize_per_token, rotated
+from pallas_kernels.rows_kernel import rounded
 
 PROGRAMS = 132
 """Programs that are wanted on a GPU at least: one for each multiprocessor of an H100 or H200."""
@@ -86,15 +88,6 @@ def best_cut(heads: int, group: int, dim: int, codes: bool, *, whole: bool = Fal
     if whole and FEWEST_WHOLE <= heads:
         return Cut(splits=1, block=128, integers=codes and dim >= LEAST_CODES)
     return Cut() if codes or heads < PROGRAMS // 2 else Cut(warps=2)
-
-
-class Recipe(NamedTuple):
-    """How the output is quantized, with fixed scales; see :func:`pallas_kernels.quantize_activations`."""
-
-    qmax: int
-    multiplier: Array
-    source: Array
-    part: Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,6 +331,9 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
         out = out * kept[:, None] + _dot(weights.astype(p.dtype), values[at, :].astype(p.dtype))
         return higher, total, out
 
+    channels = (
+        attention_codes.channels(p, recipe) if recipe else []
+    )  # Read before the loop: behind it, it would have to be waited for.
     # The first program begins with the new token, the others with nothing.
     leads = pl.program_id(2) == 0
     score = jnp.sum(q.astype(jnp.float32) * k[None, :], axis=1) * p.scale
@@ -349,36 +345,7 @@ def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, 
     out_ref[row, :] = (out / jnp.where(total > 0, total, 1)[:, None]).astype(out_ref.dtype)
     log_sum_ref[row] = jnp.where(total > 0, best + jnp.log(total), -jnp.inf)
     if recipe:
-        _quantize(p, interpret, out_ref, recipe, codes_ref[0])
-
-
-def _quantize(p: _Problem, interpret: bool, out_ref: Any, recipe: Sequence[Any], codes_ref: Any) -> None:
-    """Writes the codes of this program's heads, and of the extra channels that continue theirs.
-
-    What has been written is read again, from the cache: without the rows that repeat the last, and in any order.
-    """
-    from jax.experimental.pallas import triton as plgpu
-
-    if not interpret:
-        plgpu.debug_barrier()  # Other threads wrote it.
-    multiplier_ref, *flattening = recipe
-    heads = p.group * p.dim
-    first = pl.program_id(1) * heads
-
-    def value(at: Any, channel: Any) -> Array:
-        return out_ref[at // p.dim, at % p.dim].astype(jnp.float32) * multiplier_ref[channel]
-
-    for start, n in runs(heads):
-        at = start + jnp.arange(n)
-        codes_ref[pl.ds(first + start, n)] = rounded(value(at, first + at), p.qmax, interpret).astype(jnp.int8)
-    for start, n in runs(p.extra):
-        source, part = (ref[pl.ds(start, n)] for ref in flattening)
-        own = (source >= first) & (source < first + heads)
-        c = rounded(value(jnp.where(own, source - first, 0), source), LARGEST_CODE, interpret)
-        before = jnp.minimum(part, LARGEST_CODE).astype(jnp.float32) * p.qmax
-        beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - before, 0.0), float(p.qmax))
-        code = jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
-        plgpu.store(codes_ref.at[pl.ds(p.kv_heads * heads + start, n)], code, mask=own)
+        attention_codes.write(p, interpret, out_ref, channels, codes_ref[0])
 
 
 def _two_codes(x: Array, interpret: bool) -> tuple[Array, Array, Array]:

@@ -34,6 +34,7 @@ from pallas_kernels import (
     rows,
     tuning,
 )
+from pallas_kernels.attention_codes import Recipe
 from pallas_kernels.attention_kernel import Cut, best_cut
 from pallas_kernels.dispatch import capability, problem
 from pallas_kernels.parts import MOST_PARTS, Parts
@@ -106,7 +107,7 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
         def run(qkv: Any, lengths: Any, rotation: Any, how: Any, cache: Any, cut: Cut = cut) -> Any:
             finish = functools.partial(attention._quantized, kind, how, "triton")
             kinds: Any = {"scale": DIM**-0.5, "window": None, "finish": finish, "cut": cut}
-            kinds["recipe"] = attention_kernel.Recipe(127, *how)
+            kinds["recipe"] = Recipe(127, *how)
             return attention_kernel.run(qkv, lengths, rotation, cache, **kinds)
 
         name = f"attention over {'INT8' if codes else 'bfloat16'}, {batch} x {context}"

@@ -9,7 +9,8 @@ import pytest
 
 from pallas_kernels import attention, attention_kernel
 from pallas_kernels.attention import decode_attention, quantized_decode_attention
-from pallas_kernels.attention_kernel import FEWEST_WHOLE, MANY, Cut, Recipe, best_cut, cannot_use, reference
+from pallas_kernels.attention_codes import Recipe
+from pallas_kernels.attention_kernel import FEWEST_WHOLE, MANY, Cut, best_cut, cannot_use, reference
 from pallas_kernels.dispatch import NO_GPU, capability
 from pallas_kernels.rows import Quantization, quantize
 from tests.kernels import ahead_of_time
