@@ -15,7 +15,6 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
 from pallas_kernels import rows
-from pallas_kernels.api import checked_operands
 from pallas_kernels.dispatch import (
     Implementation,
     Matmul,
@@ -25,6 +24,7 @@ from pallas_kernels.dispatch import (
     problem,
     without_gradient,
 )
+from pallas_kernels.operands import checked_operands
 from pallas_kernels.quantization import Quantized, checked_activation
 from pallas_kernels.rows import Quantization
 
@@ -51,6 +51,7 @@ def gated_matmul(
     """Multiplies codes; the first half of the output channels gates the second, and what comes of it is quantized.
 
     With ``y`` the product, rounded to ``out_dtype``, that is :func:`pallas_kernels.quantize_activated` of ``y``, gated.
+    Implementations differ as there: a value within rounding of a half can get the one code or the other.
 
     Args:
       x, weight, x_scale, weight_scale, bias: as for :func:`pallas_kernels.int8_matmul`, or, with 4 bits,
