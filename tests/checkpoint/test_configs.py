@@ -29,10 +29,10 @@ def refused(directory, capsys, *parts, **changes):
     config = variants.VARIANTS[directory.name.rstrip("0123456789")] | changes
     content = {key: value for key, value in config.items() if value is not ABSENT}
     (directory / "config.json").write_text(json.dumps(content))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(InputError) as caught:
         load_hf(directory)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 20
     message = str(caught.value)
     assert "\n" not in message and "config.json" in message
     assert all(part in message for part in parts), message
