@@ -63,8 +63,10 @@ def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
 def test_activations_use_the_codes(monkeypatch):
     model = random_model(*TINY, fqjax.PRESETS["flattenquant-w8a8"])
     seen = []
-    multiply = fqjax.QuantizedLinear.multiply
-    monkeypatch.setattr(fqjax.QuantizedLinear, "multiply", lambda s, x, *a: (seen.append(x), multiply(s, x, *a))[1])
+    for name in ("multiply", "gate"):  # The second of gate and up projections.
+        real = getattr(fqjax.QuantizedLinear, name)
+        noted = lambda s, x, *a, real=real: (seen.append(x), real(s, x, *a))[1]  # noqa: E731
+        monkeypatch.setattr(fqjax.QuantizedLinear, name, noted)
     model(jax.random.randint(jax.random.key(0), (1, 32), 0, 1024))
     spreads = [float(jnp.std(codes.astype(jnp.float32))) for codes in seen]
     assert len(spreads) == 8 and all(2 < spread < 90 for spread in spreads), spreads
