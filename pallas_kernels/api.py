@@ -11,7 +11,7 @@ that one and raises ``NotImplementedError`` if it cannot take the case.  All imp
 Codes are integers, so no function here has a gradient; differentiating raises ``NotImplementedError``.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8
@@ -184,15 +184,7 @@ def can_use_mosaic(
     return (device or hopper_device()) is not None and cannot_use(p) is None
 
 
-def _matmul(
-    kind: Matmul,
-    x: Array,
-    weight: Array,
-    x_scale: Array,
-    weight_scale: Array | float,
-    group_scale: Array | None,
-    bias: Array | None,
-    implementation: Implementation | None,
-) -> Array:
-    operands = checked_operands(kind, x, weight, x_scale, weight_scale, group_scale, bias, implementation)
-    return matmul(kind, implementation)(*operands)
+def _matmul(kind: Matmul, *given: Any) -> Array:
+    """``given`` is what is checked behind the kind (:func:`pallas_kernels.operands.checked_operands`)."""
+    *_, implementation = given
+    return matmul(kind, implementation)(*checked_operands(kind, *given))

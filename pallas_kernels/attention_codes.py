@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_kernels.reference import LARGEST_CODE
-from pallas_kernels.rows_kernel import rounded, runs
+from pallas_kernels.rows_kernel import code_beyond, held_before, rounded, runs
 
 
 class Recipe(NamedTuple):
@@ -57,9 +56,10 @@ def channels(p: Any, recipe: Sequence[Any]) -> list[Channels]:
     for start, n in runs(p.extra):
         source, part = (ref[pl.ds(start, n)] for ref in flattening)
         own = (source >= first) & (source < first + heads)
-        before = jnp.minimum(part, LARGEST_CODE).astype(jnp.float32) * p.qmax
         to = pl.ds(p.kv_heads * heads + start, n)
-        found.append(Channels(jnp.where(own, source - first, 0), multiplier_ref[source], to, (before, own)))
+        found.append(
+            Channels(jnp.where(own, source - first, 0), multiplier_ref[source], to, (held_before(part, p.qmax), own))
+        )
     return found
 
 
@@ -75,6 +75,4 @@ def write(p: Any, interpret: bool, out_ref: Any, channels: Sequence[Channels], c
             codes_ref[to] = rounded(y, p.qmax, interpret).astype(jnp.int8)
             continue
         full, own = before
-        c = rounded(y, LARGEST_CODE, interpret)
-        beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - full, 0.0), float(p.qmax))
-        plgpu.store(codes_ref.at[to], jnp.where(c < 0, -beyond, beyond).astype(jnp.int8), mask=own)
+        plgpu.store(codes_ref.at[to], code_beyond(y, full, p.qmax, interpret), mask=own)

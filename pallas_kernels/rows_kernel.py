@@ -73,16 +73,10 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
     def added(start: Any, n: int) -> tuple[_Part, Array]:
         """Extra channels, and what those before them hold."""
         source, full = (ref[pl.ds(start, n)] for ref in flattening)
-        before = jnp.minimum(full, reference.LARGEST_CODE).astype(jnp.float32) * kind.qmax
-        return part(source, k + source, pl.ds(k + start, n)), before
+        return part(source, k + source, pl.ds(k + start, n)), held_before(full, kind.qmax)
 
     def code(y: Array) -> Array:
         return rounded(y, kind.qmax, interpret).astype(jnp.int8)
-
-    def code_beyond(y: Array, before: Array) -> Array:
-        c = rounded(y, reference.LARGEST_CODE, interpret)
-        beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - before, 0.0), float(kind.qmax))
-        return jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
 
     def scale_of(largest: Sequence[Array]) -> Array:
         return jnp.maximum(functools.reduce(jnp.maximum, map(jnp.max, largest)), 1e-8) / kind.qmax
@@ -142,7 +136,7 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
                 codes_ref[row, pl.ds(k + (place - count) * extra_n, extra_n)] = jnp.zeros(extra_n, jnp.int8)
                 return
             part, before, held = late or further()
-            codes_ref[row, part.to] = code_beyond(scaled(part, held, mean, factor), before)
+            codes_ref[row, part.to] = code_beyond(scaled(part, held, mean, factor), before, kind.qmax, interpret)
 
         def the_scale() -> None:
             others[0][row] = scale
@@ -169,7 +163,7 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
         for start, n in padding:
             codes_ref[row, pl.ds(k + start, n)] = jnp.zeros(n, jnp.int8)
         for (part, before), held in zip(extras, again, strict=True):
-            codes_ref[row, part.to] = code_beyond(scaled(part, held, mean, factor), before)
+            codes_ref[row, part.to] = code_beyond(scaled(part, held, mean, factor), before, kind.qmax, interpret)
 
     number = pl.program_id(0)
     if pieces:
@@ -202,6 +196,18 @@ def rounded(y: Array, limit: int, interpret: bool) -> Array:
         return jnp.round(y)
     shift = 1.5 * 2**23  # From here on floats are one apart.  Triton knows no rounding, and leaves such sums alone.
     return (y + shift) - shift
+
+
+def held_before(part: Array, qmax: int) -> Array:
+    """What the channels before extra ones hold, float32, from their parts."""
+    return jnp.minimum(part, reference.LARGEST_CODE).astype(jnp.float32) * qmax
+
+
+def code_beyond(y: Array, before: Array, qmax: int, interpret: bool) -> Array:
+    """Codes of extra channels: what those before them, which hold ``before``, have left."""
+    c = rounded(y, reference.LARGEST_CODE, interpret)
+    beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - before, 0.0), float(qmax))
+    return jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

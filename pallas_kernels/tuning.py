@@ -26,9 +26,10 @@ MULTIPROCESSORS = 132
 NEAR = 1 / 8
 """How much more or fewer input channels a shape may have that takes the configuration of another."""
 GATED = DecodeConfig(splits=1, warpgroups=2)
-"""What is fastest with a gate by ``scripts/tune_decoding.py`` on an H200, with as many slots as :func:`_with_gate` says."""
+"""The fastest with a gate of those tried on an H200 in November 2026, with as many slots as :func:`_with_gate` says;
+``scripts/tune_decoding.py`` tries them again."""
 SAVED_BY_GATE = 1.5
-"""Microseconds that it saves at least to have a kernel less, by the same measure."""
+"""About how many microseconds it saved there, in a model, to have a kernel less."""
 STAGES = (12, 8, 5)
 """Slots of the ring of the kernel for few rows that are tried: on an H100, 12 were often slower than 8."""
 
