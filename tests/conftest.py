@@ -1,5 +1,7 @@
 """Fixtures that several test files use."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -9,6 +11,13 @@ from pathlib import Path
 # Before JAX starts: an interpreted GPU kernel holds one of XLA's threads for each of its warpgroups, and waits for ever if
 # there are not as many.
 os.environ.setdefault("NPROC", "16")
+
+# Most of the time goes into compiling programs that run once or twice, so they are hardly optimized, unless they are a GPU's.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 has them optimized.
+if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones do not know the flag.
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np
