@@ -23,8 +23,9 @@ OPTIONS = ("--samples", "2", "--window", "32", "--set", "sample_rows=64")
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    # Threads that tests of GPU kernels ask for, each with memory of its own.
-    monkeypatch.delenv("NPROC", raising=False)
+    # How other tests are compiled, and threads that those of GPU kernels ask for, each with memory of its own.
+    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS", "NPROC"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 
 
