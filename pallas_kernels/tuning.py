@@ -216,7 +216,7 @@ def estimate(p: Problem, config: Config) -> float:
         tokens, units = decode.token_tile(p.rows_at_once), config.splits * config.groups
         blocks *= experts.tiles_expected(p, tokens)
         ctas = blocks * config.splits
-        room = MULTIPROCESSORS if config.splits <= 2 else 112  # Large clusters do not fit everywhere.
+        room = MULTIPROCESSORS if config.splits * config.peers <= 2 else 112  # Large clusters do not fit everywhere.
         at_once = min(ctas, room)
         code_bytes = p.bits / 8 + (jnp.dtype(p.group_dtype).itemsize / 128 if p.grouped else 0)
         weights = 64 * config.warpgroups * p.k * code_bytes / config.splits  # bytes that one CTA reads
