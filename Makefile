@@ -22,7 +22,7 @@ demo: $(VENV)/.run
 	$(BIN)/fqjax demo --out fqjax-demo
 
 test: $(VENV)/.$(EXTRAS)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff check .

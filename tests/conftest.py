@@ -32,6 +32,21 @@ COMPILED_BYTES = 3 * 2**30
 """Memory of a test process, mostly compiled programs, beyond which they are dropped."""
 
 
+LONGEST = (
+    "test_shared_checkpoints.py",
+    "test_convert_faults.py",
+    "test_streaming.py",
+    "test_demo.py",
+    "test_experts.py",
+)
+"""Files of tests that take minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the longest files: at the end one process would be left alone with them."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory() -> Iterator[None]:
     """Drops compiled programs once a process has gathered many: several hundred tests compile for shapes of their own."""
