@@ -103,18 +103,6 @@ def slots(p: Problem, config: DecodeConfig) -> int:
     return stages
 
 
-def most_registers(consumers: int, finishes: bool) -> tuple[int, tuple[int, int]]:
-    """Of each thread of a consumer, and of the producer and the warpgroup that finishes, once they are reallocated.
-
-    What these give back, consumers take; more than that, and they would wait for ever.
-    """
-    warpgroups = consumers + 1 + finishes
-    at_launch = min(232, 2**16 // (128 * warpgroups) // 8 * 8)
-    fewer = 40, min(at_launch, 120)
-    left = at_launch * warpgroups - sum(fewer[: 1 + finishes])
-    return min(232, left // consumers // 8 * 8), fewer
-
-
 def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups, bias, and tiles of experts, if any).
 
@@ -143,7 +131,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     flattens = p.gate is not None and p.gate.extra > 0
     spans = gate.spans(p, channels)
     finishes = gating is not None and not interpret  # a warpgroup of its own
-    more, fewer = most_registers(warpgroups * groups, finishes)
+    more, fewer = registers.reallocated(warpgroups * groups, finishes)
 
     def matmul_of_few_rows(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None

@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import compat, pack_int4, tuning
 from pallas_kernels.dispatch import Matmul, hopper_device
-from pallas_kernels.hopper import decode, gemm, matmul, tiles, unpack
+from pallas_kernels.hopper import decode, gemm, matmul, registers, tiles, unpack
 from pallas_kernels.hopper.decode import DecodeConfig
 from pallas_kernels.hopper.gemm import GemmConfig
 from pallas_kernels.hopper.problem import Problem
@@ -230,11 +230,11 @@ def test_what_was_not_measured_is_tried_by_the_tuner_alone():
 @pytest.mark.parametrize("consumers", range(1, 8))
 @pytest.mark.parametrize("finishes", [False, True])
 def test_no_more_registers_are_taken_than_there_are(consumers, finishes):
-    more, fewer = decode.most_registers(consumers, finishes)
+    more, fewer = registers.reallocated(consumers, finishes)
     warpgroups = consumers + 1 + finishes
     at_launch = min(232, 2**16 // (128 * warpgroups) // 8 * 8)
-    given_back = [at_launch - registers for registers in fewer[: 1 + finishes]]
-    assert all(registers % 8 == 0 for registers in (more, *fewer)) and min(given_back) >= 0 and more >= at_launch
+    given_back = [at_launch - count for count in fewer[: 1 + finishes]]
+    assert all(count % 8 == 0 for count in (more, *fewer)) and min(given_back) >= 0 and more >= at_launch
     assert consumers * (more - at_launch) <= sum(given_back)
 
 
