@@ -112,17 +112,8 @@ def _table(device: str) -> dict[tuple[int, str | None, int, int], dict[int, Conf
 
 @functools.cache
 def rule(p: Problem) -> Config:
-    """The configuration that a simple model of the time calls fastest.
-
-    What peers and reallocated registers are worth no measurement has told the model, so it leaves them out.
-    """
-    plain = [config for config in candidates(p) if not _untimed(config)]
-    return min(plain, key=lambda config: (estimate(p, config), crowding(p, config)))
-
-
-def _untimed(config: Config) -> bool:
-    """Whether it is of a kind that no table has."""
-    return isinstance(config, DecodeConfig) and (config.peers > 1 or config.reallocate)
+    """The configuration that a simple model of the time calls fastest."""
+    return min(candidates(p), key=lambda config: (estimate(p, config), crowding(p, config)))
 
 
 def candidates(p: Problem) -> list[Config]:
@@ -134,7 +125,6 @@ def candidates(p: Problem) -> list[Config]:
                 for fold, stages in itertools.product((False, True)[: 1 + p.folded], STAGES):
                     kinds = {"splits": splits, "warpgroups": warpgroups, "groups": groups, "fold": fold}
                     found.append(DecodeConfig(stages=stages, **kinds))
-        found += _untimed_candidates(p, found)
     else:
         for warpgroups, tokens in EFFICIENCY:
             for cluster in (1, 2):
@@ -144,21 +134,6 @@ def candidates(p: Problem) -> list[Config]:
         if fits(p, config):
             unlike.setdefault(_with_its_ring(p, config), config)
     return list(unlike.values())
-
-
-def _untimed_candidates(p: Problem, plain: list[Config]) -> list[Config]:
-    """Of configurations for few rows those with peers, with registers reallocated, and with both."""
-    tokens = decode.token_tile(p.rows_at_once)
-    found: list[Config] = []
-    for config in plain:
-        if isinstance(config, DecodeConfig):
-            warpgroups = config.warpgroups * config.groups + 1 + (p.gate is not None)
-            # Of fewer rows activations are few bytes, and registers are enough.
-            peers = (1, 2) if tokens > 16 and 2 * config.splits <= 8 else (1,)
-            reallocate = (False, True) if tokens == MOST_TOKENS and warpgroups >= 4 else (False,)
-            kinds = itertools.product(peers, reallocate)
-            found += [dataclasses.replace(config, peers=peers, reallocate=more) for peers, more in kinds]
-    return [config for config in found if _untimed(config)]
 
 
 def _with_its_ring(p: Problem, config: Config) -> Config:
@@ -216,12 +191,12 @@ def estimate(p: Problem, config: Config) -> float:
         tokens, units = decode.token_tile(p.rows_at_once), config.splits * config.groups
         blocks *= experts.tiles_expected(p, tokens)
         ctas = blocks * config.splits
-        room = MULTIPROCESSORS if config.splits * config.peers <= 2 else 112  # Large clusters do not fit everywhere.
+        room = MULTIPROCESSORS if config.splits <= 2 else 112  # Large clusters do not fit everywhere.
         at_once = min(ctas, room)
         code_bytes = p.bits / 8 + (jnp.dtype(p.group_dtype).itemsize / 128 if p.grouped else 0)
         weights = 64 * config.warpgroups * p.k * code_bytes / config.splits  # bytes that one CTA reads
         from_memory = weights * at_once / 4.46e6
-        from_cache = (weights + tokens * p.k / config.splits / config.peers) / min(7.6e6 / at_once, 7.5e4)
+        from_cache = (weights + tokens * p.k / config.splits) / min(7.6e6 / at_once, 7.5e4)
         sent = 256 * config.warpgroups * config.groups * tokens * (1 - 1 / units)
         exchange = 0.15 + sent / 1.35e4 - 0.35 * (config.groups > 1) if config.splits > 1 else 0.0
         folding = 1.05 if config.fold and tokens <= 16 else 1

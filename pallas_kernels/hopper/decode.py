@@ -6,10 +6,6 @@ CTA a slice of K, streamed through a deep ring together with the activations tha
 cluster exchange their partial sums (:class:`pallas_kernels.hopper.exchange.Exchange`), each finishes some of the
 rows, and no second kernel is needed.
 
-Every CTA needs all activations of its slice, which of many rows are as many bytes as the weights, or more.  CTAs with the
-same slice and neighbouring channels can be peers: each reads a part of the activations from the second-level cache, and the
-copy engine writes it into all of them.
-
 With one CTA a cluster there is nothing to exchange, and CTAs may walk over several blocks of channels.  So it is with
 experts, where a block is one of channels for a tile of rows, and with a gate (:mod:`pallas_kernels.hopper.gate`), where it
 is as many channels of either half.
@@ -35,30 +31,24 @@ class DecodeConfig:
     """How a matmul is cut up.
 
     Attributes:
-      splits: CTAs of a cluster, over which K is split; splits * peers is at most 8.
-      peers: neighbouring blocks of channels that share the activations they read, a CTA or ``splits`` of them each.
+      splits: CTAs of a cluster, over which K is split; at most 8.
       warpgroups: consumers of each CTA side by side, 64 channels a warpgroup.
       groups: how many such sets of consumers take the steps of a CTA in turns; warpgroups * groups is at most 7.
       stages: slots of the ring, at most as many as shared memory holds.
       ctas: with one split, how many CTAs walk over the blocks of channels at most.
       fold: whether scales of groups that can be folded into the codes are; otherwise every group is flushed.
-      reallocate: whether consumers take registers from the other warpgroups; otherwise all have as many.
     """
 
     splits: int = 4
-    peers: int = 1
     warpgroups: int = 2
     groups: int = 1
     stages: int = 12
     ctas: int = 132
     fold: bool = False
-    reallocate: bool = False
 
     def __post_init__(self) -> None:
-        ctas, consumers = self.splits * self.peers, self.warpgroups * self.groups
-        if min(self.splits, self.peers, self.warpgroups, self.groups) < 1 or ctas > 8 or consumers > 7:
-            limits = "splits * peers must be from 1 to 8, warpgroups * groups from 1 to 7"
-            raise ValueError(f"DecodeConfig: {limits}, got {self}")
+        if not 1 <= self.splits <= 8 or not 1 <= self.warpgroups * self.groups <= 7:
+            raise ValueError(f"DecodeConfig: splits must be from 1 to 8, warpgroups * groups from 1 to 7, got {self}")
 
 
 def token_tile(m: int) -> int:
@@ -83,11 +73,7 @@ def slots(p: Problem, config: DecodeConfig) -> int:
     at_end = exchange.nbytes() if p.gate is None else gate.Gating(p, config.warpgroups, tokens).nbytes()
     room = (SHARED_MEMORY - 2048 - at_end) // slot_bytes
     blocks = pl.cdiv(p.n, channels) * (experts.most_tiles(p, tokens) if p.experts else 1)
-    columns = blocks if splits > 1 else min(config.ctas, blocks) // config.peers * config.peers
-    if config.peers > 1 and (p.experts or blocks % config.peers or tokens // config.peers % 8 or not columns):
-        raise NotImplementedError(
-            f"{config}: {blocks} blocks for {tokens} rows have no {config.peers} peers that share them"
-        )
+    columns = blocks if splits > 1 else min(config.ctas, blocks)
     visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
     stages = min(config.stages, room, visits)
     if p.experts and splits > 1:
@@ -123,15 +109,12 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     channels, tokens = 64 * warpgroups, token_tile(p.rows_at_once)
     each = pl.cdiv(p.n, channels)  # blocks of a tile
     most = each * (experts.most_tiles(p, tokens) if p.experts else 1)
-    # Clusters walk over the blocks, a block for each peer.
-    peers, clusters = config.peers, (most if splits > 1 else min(config.ctas, most)) // config.peers
+    columns = most if splits > 1 else min(config.ctas, most)
     packed = p.bits == 4
     exchange = Exchange(splits, groups, warpgroups, tokens, p.total_dtype)
     gating = None if p.gate is None else gate.Gating(p, warpgroups, tokens)
     flattens = p.gate is not None and p.gate.extra > 0
     spans = gate.spans(p, channels)
-    finishes = gating is not None and not interpret  # a warpgroup of its own
-    more, fewer = registers.reallocated(warpgroups * groups, finishes)
 
     def matmul_of_few_rows(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None
@@ -141,15 +124,10 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
         full, empty = scratch["full"], scratch["empty"]
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index("split") if splits > 1 else jnp.int32(0)
-        peer = lax.axis_index("peer") if peers > 1 else 0
-        shared: dict[str, Any] = {"collective_axes": "peer"} if peers > 1 else {}
         begin, end = (lax.div(r * p.steps, jnp.int32(splits)) for r in (rank, rank + 1))
         steps = end - begin
-        blocks = each * visits_g[0] if p.experts else each // peers  # of each peer
-        mine = lax.div(blocks - cta + clusters - 1, jnp.int32(clusters))
-
-        def block_of(turn: Any) -> Any:
-            return (cta + turn * clusters) * peers + peer
+        blocks = each * visits_g[0] if p.experts else each
+        mine = lax.div(blocks - cta + columns - 1, jnp.int32(columns))
 
         def where(block: Any) -> tuple[experts.Rows, Any]:
             """The rows of a block, and its first channel."""
@@ -165,9 +143,6 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
         @pl.when(warpgroup == warpgroups * groups)
         def produce() -> None:
-            if config.reallocate:
-                plgpu.set_max_registers(fewer[0], action="decrease")
-
             def copy(i: Any, of: experts.Rows, first: Any, k: Any) -> None:
                 s = tiles.slot(i, stages)
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty.at[s]))
@@ -179,16 +154,16 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                         grouped.copy(p, group_g, first + beyond, of.expert * p.steps + k, scales, full.at[s])
                 for half in range(p.halves):
                     part = x_g.at[pl.ds(of.begin, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
-                    plgpu.copy_gmem_to_smem(part, x_s.at[s, half], full.at[s], **shared)
+                    plgpu.copy_gmem_to_smem(part, x_s.at[s, half], full.at[s])
 
             def step(i: Any, _: Any) -> None:
-                copy(i, *where(block_of(lax.div(i, steps))), begin + lax.rem(i, steps))
+                copy(i, *where(cta + lax.div(i, steps) * columns), begin + lax.rem(i, steps))
 
             def tile(t: Any, _: Any) -> None:
-                place = where(block_of(t))
+                place = where(cta + t * columns)
                 lax.fori_loop(0, steps, lambda k, _: copy(t * steps + k, *place, k), None)
 
-            if gating is not None and finishes:
+            if gating is not None and not interpret:
                 gating.start(source_g, part_g, scratch)
             count = mine * steps
             if p.experts:
@@ -201,8 +176,6 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
         @pl.when(warpgroup < warpgroups * groups)
         def consume() -> None:
-            if config.reallocate:
-                plgpu.set_max_registers(more, action="increase")
             group, row = lax.div(warpgroup, jnp.int32(warpgroups)), lax.rem(warpgroup, jnp.int32(warpgroups))
             rows = pl.ds(row * 64, 64)
             span, place = (f(row, jnp.int32(spans[0][-1] // 64)) for f in (lax.div, lax.rem))
@@ -262,7 +235,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 return registers.concatenate(totals, bool(interpret))
 
             def block(t: Any, _: Any) -> None:
-                number = block_of(t)
+                number = cta + t * columns
                 of, first = where(number)
                 first = first + place * 64 + spans[-1][1] * span
                 factors = row_factors(p, ws_g, bias_g, first, of.expert)
@@ -290,45 +263,36 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 exchange.ready()
             lax.fori_loop(0, mine, block, None)
 
-        if gating is not None and finishes:
-            complete = functools.partial(gating.finish, mine, lambda t: where(block_of(t))[1])
-
-            @pl.when(warpgroup == warpgroups + 1)
-            def finish_gated() -> None:
-                if config.reallocate:
-                    plgpu.set_max_registers(fewer[1], action="decrease")
-                complete(multiplier_g, outputs, scratch)
+        if gating is not None and not interpret:
+            finish_gated = functools.partial(gating.finish, mine, lambda t: where(cta + t * columns)[1])
+            pl.when(warpgroup == warpgroups + 1)(lambda: finish_gated(multiplier_g, outputs, scratch))
 
     out: Any = jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype) if gating is None else gating.out()
     if interpret:
         out = jax.ShapeDtypeStruct((splits * groups, most * channels, tokens), p.total_dtype)
-    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
-    barrier = plgpu.Barrier
-    if splits * peers > 1:  # The exchange counts the CTAs that split K with the shorter stride.
-        axes = [("peer", peers)] * (peers > 1) + [("split", splits)] * (splits > 1)
-        settings["cluster_names"], settings["cluster"] = zip(*axes, strict=True)
-    if peers > 1:  # A slot is free when nobody reads its activations any more.
-        barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",))
     scratch: dict[str, Any] = grouped.scratch(p, stages * len(spans), spans[0][-1]) | {
         "w": plgpu.SMEM((stages, channels, STEP), jnp.int8, transforms=tiles.operand()),
         "x": plgpu.SMEM((stages, p.halves, tokens, STEP), p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize)),
         "full": plgpu.Barrier(num_arrivals=len(spans) * (1 + p.grouped) + p.halves, num_barriers=stages),
-        "empty": barrier(num_arrivals=warpgroups, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if interpret and packed:
         shape = (warpgroups * groups, p.halves, 64, STEP)
         scratch["staged"] = plgpu.SMEM(shape, p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize))
-    if gating is not None and finishes:
+    if gating is not None and not interpret:
         scratch |= gating.scratch()
     if splits > 1:
         scratch["arrivals"], scratch["arrived"] = exchange.scratch()
+    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
+    if splits > 1:
+        settings |= {"cluster": (splits,), "cluster_names": ("split",)}
     return kernel(
         matmul_of_few_rows,
         out_type=out,
         scratch_types=scratch,
-        grid=(clusters,),
+        grid=(columns,),
         grid_names=("cta",),
-        num_threads=warpgroups * groups + 1 + finishes,
+        num_threads=warpgroups * groups + 1 + (gating is not None and not interpret),
         thread_name="warpgroup",
         **settings,
     )

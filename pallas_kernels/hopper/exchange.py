@@ -36,7 +36,7 @@ class Exchange:
     ``warpgroups`` rows; each finishes an equal share of them.
 
     Args:
-      splits: CTAs that K is split over; the cluster may have several such sets, one behind the other.
+      splits: CTAs in the cluster.
       groups: groups in a CTA.
       warpgroups: warpgroups in a group, 64 rows each.
       tokens: columns of each warpgroup's (64, tokens) partial sums.
@@ -44,7 +44,7 @@ class Exchange:
     """
 
     def __init__(self, splits: int, groups: int, warpgroups: int, tokens: int, dtype: Any = jnp.int32):
-        self.splits, self.units = splits, splits * groups
+        self.units = splits * groups
         if 4 * warpgroups % self.units:
             raise ValueError(f"the rows of {4 * warpgroups} warps cannot be dealt out to {self.units} groups")
         self.groups, self.tokens, self.dtype = groups, tokens, dtype
@@ -52,16 +52,10 @@ class Exchange:
         self.warps = self.group_warps // self.units  # of each unit, whose rows one unit finishes
         self.chunks = tokens // 2 // CHUNK
 
-    def rank(self) -> tuple[Any, Any]:
-        """Of this CTA, both i32: its rank among those that K is split over, and the first one's in the cluster."""
-        place = arith.index_cast(ir.IntegerType.get_signless(32), mgpu.utils.cluster_idx())
-        rank = arith.remui(place, i32(self.splits))
-        return rank, arith.subi(place, rank)
-
     def place(self) -> tuple[Any, Any, Any, Any]:
         """Of this warp, all i32: its unit, the unit that finishes its rows, its number among those, and its lane."""
         warp, lane = _thread()
-        rank, _ = self.rank()
+        rank = arith.index_cast(ir.IntegerType.get_signless(32), mgpu.utils.cluster_idx())
         group, row = arith.divui(warp, i32(self.group_warps)), arith.remui(warp, i32(self.group_warps))
         unit = arith.addi(arith.muli(rank, i32(self.groups)), group)
         return unit, arith.divui(row, i32(self.warps)), arith.remui(row, i32(self.warps)), lane
@@ -127,7 +121,6 @@ class Exchange:
             word, floats = ir.IntegerType.get_signless(32), self.dtype == jnp.float32
             add = arith.addf if floats else arith.addi
             cta, group = arith.divui(target, i32(self.groups)), arith.remui(target, i32(self.groups))
-            cta = arith.addi(self.rank()[1], cta)
 
             def offset(group: Any, distance: Any, chunk: int) -> Any:  # in bytes: 16 a lane, 512 a chunk
                 box = arith.addi(arith.muli(group, i32(self.units - 1)), distance)

@@ -96,7 +96,10 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         raise NotImplementedError(f"{config} leaves no room for a pipeline")
     if p.flushed and (tokens > grouped.most_tokens(p) or config.warpgroups > 2):
         raise NotImplementedError(f"{config} leaves no registers for the totals of groups")
-    consumer_registers, (producer_registers, _) = registers.reallocated(config.warpgroups)
+    at_launch = min(232, 2**16 // (STEP * (config.warpgroups + 1)) // 8 * 8)  # registers of every thread
+    producer_registers = 40  # What the producer gives back is dealt out to the consumers; more than that would hang.
+    left = at_launch * (config.warpgroups + 1) - producer_registers
+    consumer_registers = min(232, left // config.warpgroups // 8 * 8)
 
     def matmul_of_many_rows(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
         missing: Any = None

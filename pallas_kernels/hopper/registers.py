@@ -16,18 +16,6 @@ OPERAND_ROW = OPERAND.reduce(1)
 """Layout of a value for every row of an operand."""
 
 
-def reallocated(consumers: int, finishes: bool = False) -> tuple[int, tuple[int, int]]:
-    """Of each thread of a consumer, and of the producer and the warpgroup that finishes, once they are reallocated.
-
-    What these give back, consumers take; more than that, and they would wait for ever.
-    """
-    warpgroups = consumers + 1 + finishes
-    at_launch = min(232, 2**16 // (128 * warpgroups) // 8 * 8)
-    fewer = 40, min(at_launch, 120)
-    left = at_launch * warpgroups - sum(fewer[: 1 + finishes])
-    return min(232, left // consumers // 8 * 8), fewer
-
-
 def i32(value: int) -> Any:
     """A constant 32-bit word."""
     return arith.constant(ir.IntegerType.get_signless(32), value - (1 << 32) if value >= 1 << 31 else value)

@@ -1,14 +1,11 @@
 """Every kernel that would be taken for the shapes of the benchmark, compiled to machine code for an H200."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.hopper import matmul
-from pallas_kernels.hopper.decode import DecodeConfig
 from pallas_kernels.hopper.problem import Gate
 from pallas_kernels.shapes import ROWS, SHAPES
 from tests.kernels import ahead_of_time
@@ -55,16 +52,13 @@ def test_registers_suffice(kind, m, capfd, monkeypatch):
     "gate", [Gate(activation="silu", qmax=127, extra=768), Gate(activation="silu", qmax=7, per_token=True)]
 )
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "weight_only"])
-@pytest.mark.parametrize(("m", "reallocate"), [(16, False), (64, False), (64, True)])
-def test_registers_suffice_for_a_gate(kind, m, reallocate, gate, capfd, monkeypatch):
+@pytest.mark.parametrize("m", [16, 64])
+def test_registers_suffice_for_a_gate(kind, m, gate, capfd, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     bits, scales = KINDS[kind]
     n, k = SHAPES["Llama-3-8B"]["gate_up"]
     p = problem(m, n, k, bits, out_dtype=jnp.dtype("bfloat16"), gate=gate, **scales)
     config = tuning.choose(p, "NVIDIA H200")
-    assert isinstance(config, DecodeConfig)
-    if reallocate:
-        config = dataclasses.replace(config, reallocate=True, peers=2)
     recipe = [jax.ShapeDtypeStruct((n // 2,), jnp.float32), *[jax.ShapeDtypeStruct((gate.extra,), jnp.int32)] * 2]
 
     def f(x, weight, x_scale, weight_scale, recipe, groups=None):
@@ -74,5 +68,4 @@ def test_registers_suffice_for_a_gate(kind, m, reallocate, gate, capfd, monkeypa
     given = tuple(recipe if gate.extra else recipe[:1])
     ahead_of_time.compile_for_h200(f, x, weight, x_scale, weight_scale, given, *groups)
     spilled = ahead_of_time.spilled_bytes(capfd.readouterr().out)
-    most = 0 if reallocate else MOST_SPILLED_WITH_GATE if p.flushed else MOST_SPILLED
-    assert spilled and max(map(max, spilled)) <= most
+    assert spilled and max(map(max, spilled)) <= (MOST_SPILLED_WITH_GATE if p.flushed else MOST_SPILLED)

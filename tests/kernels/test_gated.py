@@ -76,7 +76,6 @@ def close(found, wanted):
         (problem(16, 256, 768, 4, **INTEGER), DecodeConfig(splits=1)),
         (problem(16, 512, 768, 4, **FLOAT), DecodeConfig(splits=1)),
         (problem(16, 256, 768, 4, **FOLDED), DecodeConfig(splits=1, fold=True)),
-        (problem(40, 512, 512, 4, **INTEGER), DecodeConfig(splits=1, peers=2, ctas=2)),
     ],
 )
 def test_the_sums_of_both_halves_in_interpret_mode(p, config):
