@@ -1,13 +1,14 @@
 """Entry points for attention of one new token a sequence over a cache of keys and values.
 
-The kernel, and what the cache looks like: :mod:`pallas_kernels.attention_kernel`.
+The kernel, and what the cache looks like: :mod:`pallas_kernels.attention_kernel`; Hopper GPUs have another for INT8 caches,
+:mod:`pallas_kernels.hopper.attention`.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,10 +16,12 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from pallas_kernels.attention_codes import Recipe
 from pallas_kernels.attention_kernel import cannot_use, reference, run
-from pallas_kernels.dispatch import NO_GPU, capability, say
+from pallas_kernels.dispatch import NO_GPU, capability, hopper_device, say
 from pallas_kernels.parts import Parts
 from pallas_kernels.reference import together
-from pallas_kernels.rows import STEP, Implementation, Quantization, quantize
+from pallas_kernels.rows import STEP, Quantization, quantize
+
+Implementation = Literal["mosaic", "triton", "xla"]
 
 
 def decode_attention(
@@ -46,8 +49,8 @@ def decode_attention(
         (arXiv 2104.09864).
       scale: 1 / sqrt(dim) by default.
       window: only so many of the last positions; None for all.
-      implementation: None takes the kernel on an NVIDIA GPU of compute capability 8.0 or more where it can be used, and XLA,
-        which looks at the whole capacity, elsewhere.
+      implementation: None takes a kernel where there is one: "mosaic", which is for Hopper GPUs, or "triton", for NVIDIA GPUs
+        of compute capability 8.0 or more; and elsewhere "xla", which looks at the whole capacity.
 
     Returns:
       What the queries see, and the arrays of the cache in the order in which they are given.  Queries see the new key and
@@ -124,8 +127,8 @@ def _attend(
 ) -> Any:
     """What ``finish`` makes of the parts and their sums, and the cache, by the implementation asked for or the fastest."""
     _check(qkv, keys, values, lengths, key_scales, value_scales, rotation)
-    if implementation not in (None, "triton", "xla"):
-        raise NotImplementedError(f"implementation {implementation!r} is not one of: triton, xla")
+    if implementation not in (None, "mosaic", "triton", "xla"):
+        raise NotImplementedError(f"implementation {implementation!r} is not one of: mosaic, triton, xla")
     cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
     operands = qkv, lengths, rotation or (), cache
     kinds: Any = {"scale": 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale), "window": window}
@@ -136,16 +139,36 @@ def _attend(
 
     if implementation == "xla":
         return xla(*operands)
-    reason = NO_GPU if capability() < (8, 0) else cannot_use(qkv, keys, values)
-    if reason and implementation == "triton":
+    reasons = {
+        "mosaic": _not_on_hopper(qkv, keys, values),
+        "triton": NO_GPU if capability() < (8, 0) else cannot_use(qkv, keys, values),
+    }
+    used = implementation or next((name for name, why in reasons.items() if why is None), "xla")
+    if why := reasons[used] if implementation else None:
         raise NotImplementedError(
-            f"decode_attention: implementation 'triton' cannot take qkv {qkv.shape} {qkv.dtype}: {reason}"
+            f"decode_attention: implementation {used!r} cannot take qkv {qkv.shape} {qkv.dtype}: {why}"
         )
-    say("decode_attention", (*qkv.shape, keys.shape[1]), "xla" if reason else "triton", reason or "")
-    if reason:
+    missed = {"triton": "mosaic", "xla": "triton"}  # What would have been faster.
+    say("decode_attention", (*qkv.shape, keys.shape[1]), used, reasons[missed[used]] or "" if used in missed else "")
+    if used == "xla":
         return xla(*operands)
-    triton = functools.partial(run, **kinds, finish=finish, recipe=recipe)
-    return triton(*operands) if implementation else lax.platform_dependent(*operands, cuda=triton, default=xla)
+    kernel = functools.partial(_on_hopper if used == "mosaic" else run, **kinds, finish=finish, recipe=recipe)
+    return kernel(*operands) if implementation else lax.platform_dependent(*operands, cuda=kernel, default=xla)
+
+
+def _not_on_hopper(qkv: Array, keys: Array, values: Array) -> str | None:
+    """Why the kernel for Hopper GPUs cannot run here."""
+    if hopper_device() is None:
+        return "this is no Hopper GPU"
+    from pallas_kernels.hopper import attention
+
+    return attention.cannot_use(qkv, keys, values)
+
+
+def _on_hopper(*operands: Any, **kinds: Any) -> Any:
+    from pallas_kernels.hopper import attention
+
+    return attention.run(*operands, **kinds)
 
 
 def _whole(dtype: Any, out: Array, sums: Array | None) -> Array:
@@ -158,10 +181,11 @@ def _quantized(
     kind: Quantization, recipe: Sequence[Array], implementation: Any, out: Array, sums: Array | None
 ) -> tuple[Array, ...]:
     """Codes of that, (batch, channels), and their scales."""
+    by = None if implementation == "mosaic" else implementation  # It is another kernel's.
     if sums is None:
-        return quantize(kind, implementation)(out.reshape(len(out), -1), *recipe)
+        return quantize(kind, by)(out.reshape(len(out), -1), *recipe)
     kind = dataclasses.replace(kind, parts=Parts(*out.shape[2:]))
-    return quantize(kind, implementation)(out.reshape(len(out), -1), sums.reshape(len(out), -1), *recipe)
+    return quantize(kind, by)(out.reshape(len(out), -1), sums.reshape(len(out), -1), *recipe)
 
 
 def _check(

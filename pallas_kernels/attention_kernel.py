@@ -91,8 +91,8 @@ def best_cut(heads: int, group: int, dim: int, codes: bool, *, whole: bool = Fal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Problem:
-    """What a kernel is made for: sizes, and what scores are multiplied with.
+class Problem:
+    """What a kernel is made for: sizes, what scores are multiplied with, and how the work is cut up.
 
     Where one program finds all of a head's output, it can quantize it: then ``qmax`` is the largest code, and ``extra`` how
     many channels there are for large ones to continue in.
@@ -109,9 +109,23 @@ class _Problem:
     rotates: bool
     scale: float
     window: int | None
-    cut: Cut
+    cut: Any
     qmax: int = 0
     extra: int = 0
+
+    @classmethod
+    def of(
+        cls, qkv: Any, rotation: Sequence[Any], cache: Sequence[Any], scale: float, window: int | None, cut: Any
+    ) -> "Problem":
+        """For such operands."""
+        (batch, heads, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
+        sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "group": heads // kv_heads - 2, "dim": dim}
+        kinds = {"dtype": qkv.dtype, "cache_dtype": cache[0].dtype, "codes": len(cache) > 2, "rotates": bool(rotation)}
+        return cls(**sizes, **kinds, scale=scale, window=window, cut=cut)
+
+    def quantizing(self, recipe: Recipe) -> "Problem":
+        """The same for a kernel that quantizes what it finds."""
+        return dataclasses.replace(self, qmax=recipe.qmax, extra=len(recipe.source))
 
     @property
     def splits(self) -> int:
@@ -206,11 +220,9 @@ def run(
     heads -= 2 * kv_heads
     whole = recipe is not None and capacity <= SHORT
     cut = cut or best_cut(batch * kv_heads, heads // kv_heads, dim, len(cache) > 2, whole=whole)
-    sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "group": heads // kv_heads, "dim": dim}
-    kinds = {"dtype": qkv.dtype, "cache_dtype": cache[0].dtype, "codes": len(cache) > 2, "rotates": bool(rotation)}
-    p = _Problem(**sizes, **kinds, scale=scale, window=window, cut=cut)
+    p = Problem.of(qkv, rotation, cache, scale, window, cut)
     if recipe is not None and p.splits == 1:
-        p = dataclasses.replace(p, qmax=recipe.qmax, extra=len(recipe.source))
+        p = p.quantizing(recipe)
         how = recipe[1:] if p.extra else recipe[1:2]
         *written, _, _, codes = _call(p, interpret)(lengths, qkv, qkv, qkv, *rotation, *cache, *how)
         return (codes,), tuple(written)
@@ -218,7 +230,7 @@ def run(
     return finish(out, log_sum if p.splits > 1 else None), tuple(written)
 
 
-def _call(p: _Problem, interpret: bool) -> Any:
+def _call(p: Problem, interpret: bool) -> Any:
     from jax.experimental.pallas import triton as plgpu
 
     heads = p.kv_heads * p.group
@@ -266,7 +278,7 @@ def _call(p: _Problem, interpret: bool) -> Any:
     )
 
 
-def _kernel(p: _Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, *rest: Any) -> None:
+def _kernel(p: Problem, interpret: bool, lengths: Any, q_ref: Any, k_ref: Any, v_ref: Any, *rest: Any) -> None:
     """One program: a share of one sequence's filled positions, for the heads that share one key-value head."""
     arrays = 4 if p.codes else 2
     rotation, rest = rest[: 2 * p.rotates], rest[2 * p.rotates :]

@@ -4,10 +4,12 @@ Mosaic GPU changes from one JAX release to the next: a default here, a renamed a
 they use of it from this file, so that a new release is looked at in one place.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as _plgpu
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as _mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
@@ -17,6 +19,7 @@ __all__ = [
     "interpret_params",
     "ir",
     "kernel",
+    "kernel_in_place",
     "llvm",
     "load",
     "memref",
@@ -61,11 +64,38 @@ def interpret_params() -> Any:
 
 def kernel(body: Any, *, out_type: Any, scratch_types: Any, **settings: Any) -> Any:
     """``plgpu.kernel`` with lane-level lowering and without automatic barriers: the kernels place their own."""
-    params = plgpu.CompilerParams(
+    return plgpu.kernel(body, out_type=out_type, scratch_types=scratch_types, compiler_params=_params(), **settings)
+
+
+def _params() -> Any:
+    return plgpu.CompilerParams(
         lowering_semantics=plgpu.LoweringSemantics.Lane,  # 0.11 changed the default to warpgroups.
         unsafe_no_auto_barriers=True,
     )
-    return plgpu.kernel(body, out_type=out_type, scratch_types=scratch_types, compiler_params=params, **settings)
+
+
+def kernel_in_place(
+    body: Any, *, out_type: Any, aliases: dict[int, int], scratch_types: Any, num_threads: int, **mesh: Any
+) -> Any:
+    """The same, where some operands become results, which ``plgpu.kernel`` does not offer.
+
+    Args:
+      body: takes operands, results and scratch memory.
+      out_type: a list.
+      aliases: number of an operand to number of the result that it becomes.
+      scratch_types: a dict.
+      num_threads: warpgroups of a CTA.
+      mesh: its grid and what the axes are called.
+    """
+    from jax._src.pallas import mpmd
+
+    grid = plgpu.Mesh(**mesh, num_threads=num_threads, thread_name="warpgroup")
+
+    def scoped(*refs: Any) -> None:
+        pl.run_scoped(functools.partial(body, *refs), collective_axes="warpgroup", **scratch_types)
+
+    settings: dict[str, Any] = {"input_output_aliases": aliases, "compiler_params": _params(), "name": body.__name__}
+    return mpmd._mpmd_map([(grid, scoped)], out_type, **settings)
 
 
 def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> Any:
@@ -104,12 +134,12 @@ def ptx(code: str, *operands: Any, results: int = 0, convergent: bool = False) -
 
     Args:
       code: refers to ``results`` 32-bit results as $0, $1, ... and to the operands after them.
-      operands: i32 or i1 values.
+      operands: i32, i64 or i1 values.
       results: how many.
       convergent: whether threads wait for each other in it.
     """
     word = ir.IntegerType.get_signless(32)
-    kinds = ["b" if ir.IntegerType(operand.type).width == 1 else "r" for operand in operands]
+    kinds = [{1: "b", 32: "r", 64: "l"}[ir.IntegerType(operand.type).width] for operand in operands]
     settings: dict[str, Any] = {"has_side_effects": True}
     if hasattr(llvm.InlineAsmOp, "convergent"):
         settings["convergent"] = convergent

@@ -4,8 +4,8 @@ Examples:
     python scripts/tune_decoding.py                                  # Llama-3-8B's shapes; needs an NVIDIA GPU
     python scripts/tune_decoding.py --batches 64 --what attention    # some of it
 
-What is best is written by hand into ``pallas_kernels.attention_kernel.best_cut``, ``pallas_kernels.rows.best_piece`` and
-``pallas_kernels.tuning``.
+What is best is written by hand into ``best_cut`` of ``pallas_kernels.attention_kernel`` and of
+``pallas_kernels.hopper.attention``, ``pallas_kernels.rows.best_piece`` and ``pallas_kernels.tuning``.
 """
 
 import argparse
@@ -45,6 +45,8 @@ HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, EXTRA = 32, 8, 128, 4096, 14336, 256
 NEW = 64
 """Tokens that the cache has room for behind the context."""
 WHAT = ("attention", "gates", "rows")
+FEWEST_WARPS, MOST_WARPS = 132, 16 * 132 * 2
+"""Of the whole GPU, in attention for Hopper GPUs."""
 LISTED = 5
 """Rows of the table for each case."""
 
@@ -93,8 +95,20 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
 
     copies = copies_beyond_cache(batch * capacity * KV_HEADS * DIM * (2 if codes else 4), 4, 40)
     operands = [[qkv, lengths, rotation, how, cache(i)] for i in range(copies)]
-    usual = best_cut(batch * KV_HEADS, HEADS // KV_HEADS, DIM, codes)
-    cuts = [usual]
+    from pallas_kernels.hopper import attention as hopper
+
+    by_hopper = codes and capability() == (9, 0)
+    heads = batch * KV_HEADS
+    usual = hopper.best_cut(heads, capacity) if by_hopper else best_cut(heads, HEADS // KV_HEADS, DIM, codes)
+    cuts: list[Any] = [usual]
+    if by_hopper:
+        for count, warps, units in itertools.product((1, 2, 3, 5, 9, 16), (4, 8, 16), (1, 2, 4)):
+            if (
+                warps * units <= 16
+                and heads * count % units == 0
+                and MOST_WARPS >= heads * count * warps >= FEWEST_WARPS
+            ):
+                cuts.append(hopper.Cut(splits=count, warps=warps, units=units))
     for block, warps, stages in itertools.product((32, 64, 128), (1, 2, 4), (2, 3)):
         full = Cut(block=block).programs(batch * KV_HEADS, capacity)
         counts = sorted({full, 2 * full, max(1, full // 2)})
@@ -108,7 +122,8 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
             finish = functools.partial(attention._quantized, kind, how, "triton")
             kinds: Any = {"scale": DIM**-0.5, "window": None, "finish": finish, "cut": cut}
             kinds["recipe"] = Recipe(127, *how)
-            return attention_kernel.run(qkv, lengths, rotation, cache, **kinds)
+            kernel = attention_kernel if isinstance(cut, Cut) else hopper
+            return kernel.run(qkv, lengths, rotation, cache, **kinds)
 
         name = f"attention over {'INT8' if codes else 'bfloat16'}, {batch} x {context}"
         yield Case(name, _said(cut), cut == usual, run, operands)
@@ -162,7 +177,12 @@ def of_gates(batch: int, bits: Any, groups: bool) -> Iterator[Case]:
 
 def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Case]:
     """A kernel that quantizes rows, which of attention come in as many parts as its programs find."""
-    parts = best_cut(batch * KV_HEADS, HEADS // KV_HEADS, DIM, True).programs(batch * KV_HEADS, context + NEW)
+    heads = batch * KV_HEADS
+    parts = best_cut(heads, HEADS // KV_HEADS, DIM, True).programs(heads, context + NEW)
+    if capability() == (9, 0):
+        from pallas_kernels.hopper import attention as hopper
+
+        parts = hopper.best_cut(heads, context + NEW).splits
     x = {"norm": HIDDEN, "gated": 2 * INTERMEDIATE, "known": INTERMEDIATE, "attended": HIDDEN * parts}[name]
     channels = INTERMEDIATE if name in ("gated", "known") else HIDDEN
     kind = {

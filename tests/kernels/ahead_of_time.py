@@ -28,14 +28,14 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_
 """
 
 
-def compile_for_h200(f, *arguments):
-    """Compiles ``f`` for arrays like ``arguments`` as far as machine code."""
+def compile_for_h200(f, *arguments, donate=()):
+    """Compiles ``f`` for arrays like ``arguments`` as far as machine code; the numbers of those that are donated follow."""
     target = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=TARGET, topology="1x1x1")
     mesh = topologies.make_mesh(target, (1,), ("x",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(f).lower(*abstract).compile()
+        return jax.jit(f, donate_argnums=donate).lower(*abstract).compile()
 
 
 def spilled_bytes(log):
