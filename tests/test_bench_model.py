@@ -36,6 +36,12 @@ MIXTRAL = CONFIGS["mixtral-8x7b"] | {
 }
 
 
+@pytest.fixture(autouse=True)
+def few_repeats(monkeypatch):
+    """How long something takes is not what is tested."""
+    monkeypatch.setattr(bench, "REPEATS", 2)
+
+
 @pytest.mark.parametrize("scheme", bench.SCHEMES)
 @pytest.mark.parametrize("hf", [CONFIGS["tiny"], OPT, MIXTRAL], ids=["llama", "opt", "mixtral"])
 def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
@@ -119,16 +125,19 @@ def test_names_of_variants(text, head, cache):
         bench.parse_variant("w4a8+fp8")
 
 
-def test_rows_that_are_not_measured_again_are_kept():
+def test_rows_that_are_not_measured_again_are_kept_and_all_stay_in_their_order():
     def result(date, device="d", **rows):
         made = [{"scheme": s, "phase": "decode", "batch": 1, "length": 8, "milliseconds": ms} for s, ms in rows.items()]
         return {"date": date, "device": device, "versions": {}, "extra_channels": 0.05, "rows": made, "skipped": []}
 
-    before = model_record.combined(None, result("monday", bf16=2.0, w4a8=1.0) | {"skipped": [{"scheme": "w4a16"}]})
+    before = model_record.combined(
+        None, result("monday", bf16=2.0, w4a8=1.0, w8a8=1.5) | {"skipped": [{"scheme": "w4a16"}]}
+    )
     both = model_record.combined(before, result("tuesday", w4a8=0.5, w4a16=0.7))
     assert [(r["scheme"], r["date"], r["milliseconds"]) for r in both["rows"]] == [
         ("bf16", "monday", 2.0),
         ("w4a8", "tuesday", 0.5),
+        ("w8a8", "monday", 1.5),
         ("w4a16", "tuesday", 0.7),
     ]
     assert both["skipped"] == []

@@ -37,7 +37,7 @@ STEPS = 32
 """Tokens that are decoded in one call."""
 LEAD = 4
 """Tokens of a shorter call, by which a token is told from what every call takes: launching it, and its first token."""
-REPEATS = 5
+REPEATS = 15
 LISTED = 12
 """Kernels of a step that are listed, of those that take the longest."""
 Phase = Literal["prefill", "decode"]
@@ -250,10 +250,11 @@ def measure(model: Any, case: Case, kv_cache: Literal["int8"] | None = None) -> 
         _, cache = jax.block_until_ready(program(state, *before, cache, *behind))
         return time.perf_counter() - start
 
-    calls: list[float] = []
     for _, program in programs:
         once(program)
-        calls.append(1e3 * min(once(program) for _ in range(REPEATS)))
+    # In turns: what changes meanwhile changes all of them.
+    turns = [[once(program) for _, program in programs] for _ in range(REPEATS)]
+    calls = [1e3 * min(seconds) for seconds in zip(*turns, strict=True)]
     steps, program = programs[0]
     row: dict[str, Any] = {"milliseconds": calls[0]}
     if len(programs) > 1:

@@ -26,7 +26,8 @@ def combined(before: dict[str, Any] | None, result: dict[str, Any]) -> dict[str,
 
     new = {which(row) for row in result["rows"]}
     kept = [{"date": before["date"]} | row for row in before["rows"] if which(row) not in new]
-    rows = sorted(kept + result["rows"], key=lambda row: row["scheme"] != PLAIN)
+    schemes = list(dict.fromkeys([PLAIN, *(row["scheme"] for row in before["rows"] + result["rows"])]))
+    rows = sorted(kept + result["rows"], key=lambda row: schemes.index(row["scheme"]))
     measured = {row["scheme"] for row in rows}
     skipped = [s for s in before["skipped"] + result["skipped"] if s["scheme"] not in measured]
     return result | {"rows": rows, "skipped": list({s["scheme"]: s for s in skipped}.values())}
