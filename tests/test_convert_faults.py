@@ -21,7 +21,7 @@ from fqjax.passes import _Passes
 from fqjax.scheme import PRESETS
 from tests.conftest import edit_tensor
 
-KILLS = 20
+KILLS = 12
 
 LIMITED = """
 import resource, sys
