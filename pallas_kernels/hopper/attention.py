@@ -16,16 +16,16 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.attention_codes import Recipe
-from pallas_kernels.attention_kernel import Problem
+from pallas_kernels.attention_kernel import PROGRAMS, Problem
 from pallas_kernels.compat import kernel_in_place, plgpu
-from pallas_kernels.hopper.attention_unit import MOST_GROUP, TILE, Unit, shared_words
+from pallas_kernels.hopper.attention_memory import MOST_GROUP, TILE, shared_words
+from pallas_kernels.hopper.attention_unit import Unit
 from pallas_kernels.hopper.lanes import Lanes
 
 DIMS = (64, 128)
 """Sizes of a head that there are."""
 MOST_EXTRA = 1024
 """Channels that large ones continue in, for which a CTA has shared memory."""
-MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,9 @@ def best_cut(heads: int, capacity: int) -> Cut:
       heads: key-value heads of all sequences together.
       capacity: of the cache.
     """
-    if heads <= MULTIPROCESSORS:
-        return Cut(splits=max(1, min(MULTIPROCESSORS // heads, -(-capacity // (8 * TILE)))), warps=8)
-    if heads <= 3 * MULTIPROCESSORS:  # So many CTAs of 4 warps are on the GPU at once.
+    if heads <= PROGRAMS:
+        return Cut(splits=max(1, min(PROGRAMS // heads, -(-capacity // (8 * TILE)))), warps=8)
+    if heads <= 3 * PROGRAMS:  # So many CTAs of 4 warps are on the GPU at once.
         return Cut(warps=4)
     return Cut(warps=4, units=math.gcd(heads, 4))
 

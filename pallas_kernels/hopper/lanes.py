@@ -55,8 +55,6 @@ class Word:
     def __rsub__(self, other: Any) -> "Word":
         return self._by(arith.subi, arith.subf, other, swapped=True)
 
-    __radd__, __rmul__ = __add__, __mul__
-
     def __and__(self, other: Any) -> "Word":
         return Word(arith.andi(self.value, self._same(other)))
 

@@ -1,6 +1,5 @@
 """Attention for Hopper GPUs: its instructions one by one in NumPy, against NumPy; and machine code."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,7 +11,8 @@ from pallas_kernels import attention, attention_kernel
 from pallas_kernels.attention_kernel import Problem
 from pallas_kernels.hopper import attention as hopper
 from pallas_kernels.hopper.attention import Cut, best_cut, cannot_use
-from pallas_kernels.hopper.attention_unit import TILE, Unit, shared_words
+from pallas_kernels.hopper.attention_memory import TILE, shared_words
+from pallas_kernels.hopper.attention_unit import Unit
 from pallas_kernels.rows import Quantization, quantize
 from tests.kernels import ahead_of_time
 from tests.kernels.numpy_lanes import NumpyLanes
@@ -29,7 +29,7 @@ def in_numpy(arguments, cut, *, scale, window, how=None):
     qkv, lengths, rotation, cache = arguments
     p = Problem.of(qkv, rotation, cache, scale, window, cut)
     if how is not None:
-        p = dataclasses.replace(p, qmax=127, extra=len(how[1]))
+        p = p.quantizing(hopper.Recipe(127, *how))
     arrays = [np.array(array) for array in cache]
     given = [np.array(array) for array in (lengths, qkv, *rotation)]
     recipe = [np.array(array) for array in (how or ())[: 3 if p.extra else 1]]
@@ -182,7 +182,7 @@ def test_it_lowers_for_cuda(cut, quantizes):
     ],
 )
 def test_it_compiles_for_a_hopper_gpu_in_place(monkeypatch, capfd, batch, heads, kv_heads, dim, window, quantizes):
-    """Nearly without spilled registers, and without a copy of the cache."""
+    """Without a spilled register, and without a copy of the cache."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
 
     def shaped(*shape, dtype):
@@ -201,4 +201,5 @@ def test_it_compiles_for_a_hopper_gpu_in_place(monkeypatch, capfd, batch, heads,
     compiled = ahead_of_time.compile_for_h200(f, tuple(cache), qkv, lengths, angles, angles, donate=0).as_text()
     assert "decode_attention" in compiled
     assert not [line for line in compiled.splitlines() if " copy(" in line and f"s8[{batch},4096" in line]
-    assert all(max(spilled) <= 8 for spilled in ahead_of_time.spilled_bytes(capfd.readouterr().err))
+    spilled = ahead_of_time.spilled_bytes(capfd.readouterr().out)
+    assert spilled and not any(map(max, spilled))
