@@ -8,22 +8,22 @@ tokens = fqjax.generate(qmodel, prompt_tokens, max_new_tokens=64)
 ppl = fqjax.perplexity(qmodel, token_ids, window=512)
 """
 
-from fqjax.calibration import Statistics, calibrate
 from fqjax.checkpoint.compressed.write import save_compressed_tensors
 from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.checkpoint.orbax import load, save
 from fqjax.checkpoint.tokenizer import load_tokenizer
-from fqjax.errors import InputError
-from fqjax.evaluate import perplexity
+from fqjax.core.qtensor import InputQuantizer, QFormat, QTensor
+from fqjax.data.text import calibration_batches
+from fqjax.drivers.statistics import Statistics, calibrate
+from fqjax.evaluation.perplexity import perplexity
 from fqjax.inference.generate import generate
-from fqjax.integer_scale import integer_scales
-from fqjax.linear import LayerSummary, QuantizedLinear
-from fqjax.qarray import from_qwix, to_qwix
-from fqjax.qtensor import InputQuantizer, QFormat, QTensor
+from fqjax.interop.qwix import from_qwix, to_qwix
+from fqjax.layers.integer_scales import integer_scales
+from fqjax.layers.linear import LayerSummary, QuantizedLinear
 from fqjax.quantize import quantize
-from fqjax.report import LayerReport, Report, report_of
+from fqjax.report.report import LayerReport, Report, report_of
+from fqjax.runtime.errors import InputError
 from fqjax.scheme import PRESETS, Scheme
-from fqjax.text import calibration_batches
 
 __all__ = [
     "PRESETS",

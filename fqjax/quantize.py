@@ -1,11 +1,11 @@
 """From a float model to one that runs on integers: calibrate, divide the bits among the layers, quantize, replace.
 
-model, scheme, data  ->  statistics of every linear layer   (fqjax.calibration)
-->  4 or 8 bits for each of them       (fqjax.core.selection)
+model, scheme, data  ->  statistics of every linear layer   (fqjax.drivers.statistics)
+->  4 or 8 bits for each of them       (fqjax.core.allocation)
 ->  integer view of each               (fqjax.methods)
-->  expanded layers in a new model     (fqjax.assemble, fqjax.linear, fqjax.surgery)
+->  expanded layers in a new model     (fqjax.drivers.assemble, fqjax.layers.linear, fqjax.layers.surgery)
 
-All but the last goes block by block (fqjax.passes), and does so too when `fqjax convert` streams a checkpoint.
+All but the last goes block by block (fqjax.drivers.pipeline), and does so too when `fqjax convert` streams a checkpoint.
 """
 
 import time
@@ -15,17 +15,17 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from fqjax.blocks import chain
-from fqjax.equalize import equalize
-from fqjax.errors import InputError
-from fqjax.linear import QuantizedLinear
-from fqjax.memo import Memo
-from fqjax.models.head import head_of, with_int8_head
-from fqjax.passes import quantize_blocks
-from fqjax.report import Report, report_of
+from fqjax.drivers.pipeline import quantize_blocks
+from fqjax.drivers.store import Memo
+from fqjax.layers.head import head_of, with_int8_head
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.stacked import stacked
+from fqjax.layers.surgery import replace_modules, select_linears
+from fqjax.models.chain import chain
+from fqjax.report.report import Report, report_of
+from fqjax.rewrites.equalize import equalize
+from fqjax.runtime.errors import InputError
 from fqjax.scheme import Scheme, resolve_scheme
-from fqjax.stacking import stacked
-from fqjax.surgery import replace_modules, select_linears
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -48,8 +48,8 @@ def quantize(
       ignore: regular expressions; a layer stays in float where one of them is found in its dotted path.
 
     Returns:
-      A new model of the same class whose linear layers are :class:`~fqjax.linear.QuantizedLinear`, and a
-      :class:`~fqjax.report.Report`.
+      A new model of the same class whose linear layers are :class:`~fqjax.layers.linear.QuantizedLinear`, and a
+      :class:`~fqjax.report.report.Report`.
 
     Raises:
       InputError: for an unknown scheme, a pattern that matches nothing, a model without linear layers, missing

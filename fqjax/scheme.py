@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 
 Method = Literal["none", "absmax", "smoothquant", "flattenquant", "grouped"]
 Rule = Literal["tukey", "mean", "search"]
@@ -26,7 +26,7 @@ class Scheme:
       method: "none" leaves the model in floating point; "absmax" takes one scale per tensor from the largest value;
         "smoothquant" smooths first; "flattenquant" smooths and flattens, with 4 or 8 bits layer by layer; "grouped" takes a
         scale for every output channel and group of input channels, and activations with a scale for every token.
-      alpha: smoothing strength in [0, 1] (:mod:`fqjax.core.smoothing`); None for no smoothing.
+      alpha: smoothing strength in [0, 1] (:mod:`fqjax.core.transforms.diagonal`); None for no smoothing.
       int4_share: least share of the linear multiply-accumulates in INT4, in [0, 1].
       selection: which layers that are: those whose quantization disturbs the model's output least ("sensitivity"), those
         whose own output's distribution changes least ("kl", as in the paper), or "budget": for every layer the bits and the
@@ -34,17 +34,17 @@ class Scheme:
       compression: with the selection "budget", how many times fewer bytes than in bfloat16 the linear weights take at least;
         0 for any number.  Where that cannot be had, nearly as few as can; where padding takes what INT4 saves, any number.
       int8_layers: regular expression; a layer in whose dotted path it is found is not quantized to INT4.  Empty for none.
-      equalize: rescale output channels along the model's paths first (:mod:`fqjax.core.equalization`).
+      equalize: rescale output channels along the model's paths first (:mod:`fqjax.core.transforms.equalizing`).
       flatten_activations, flatten_weights: which operand may be flattened.
       int4_activation_bits: of the activations of layers with 4-bit weights: 4, or 8; with the method "grouped" also 16, for
         activations that stay in floating point (weight-only quantization).
       weight_scales: "tensor" for one scale a weight, "channel" for one every output channel.
       rounding: of the weights: "nearest", or "gptq", layer by layer, each making up for the errors before it
-        (:mod:`fqjax.core.gptq`).
+        (:mod:`fqjax.core.rounding.gptq`).
       upstream: with "gptq", how much of the error of the blocks in front a layer takes back, from 0 to 1
-        (:mod:`fqjax.compensate`).
+        (:mod:`fqjax.drivers.moments`).
       threshold_rule: how it is decided where channels are cut: a rule (:mod:`fqjax.core.thresholds`), or "search" for the
-        best thresholds and smoothing of each layer in INT4 (:mod:`fqjax.core.search`).
+        best thresholds and smoothing of each layer in INT4 (:mod:`fqjax.core.threshold_search`).
       threshold_strength, threshold_strength_int8: the rule's parameter for layers in INT4, and in INT8, where a coarser
         cut does as well and costs fewer extra channels.
       max_expansion: most that a layer's K'/K may be, at least 1.
@@ -56,7 +56,7 @@ class Scheme:
       amplifier: with integer scales, the most that they are multiplied with before they are rounded, a power of two.
       awq: with the method "grouped", scale input channels by their activations first (:mod:`fqjax.methods.grouped`).
       int8_head: whether the output head is quantized too: INT8, a scale for every token's row and for every hidden state;
-        with it the embeddings where they are tied to it (:mod:`fqjax.models.head`).
+        with it the embeddings where they are tied to it (:mod:`fqjax.layers.head`).
       sample_rows: rows of every layer's input kept by calibration to judge errors on.
     """
 

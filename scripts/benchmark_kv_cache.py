@@ -15,7 +15,7 @@ from flax import nnx
 import fqjax
 from fqjax.bench import quality
 from fqjax.bench.environment import describe
-from fqjax.models.head import head_of, with_int8_head
+from fqjax.layers.head import head_of, with_int8_head
 
 HEADING = [
     "# Perplexity with an INT8 key-value cache, and with an INT8 output head",

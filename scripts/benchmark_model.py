@@ -18,7 +18,7 @@ import jax
 from fqjax.bench import model as bench
 from fqjax.bench import model_record
 from fqjax.bench.random_models import architecture
-from fqjax.compiling import use_compilation_cache
+from fqjax.runtime.compiling import use_compilation_cache
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ Examples:
 
 import sys
 
-from fqjax.cli import main
+from fqjax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

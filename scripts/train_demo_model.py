@@ -4,7 +4,7 @@ Examples:
     python scripts/train_demo_model.py --out fqjax/demo/checkpoint          # the bundled one: half an hour on 2 cores
     python scripts/train_demo_model.py --out /tmp/demo --steps 50           # a quick look
 
-The text is what every Python has: the topics of ``help()`` and the standard library's docstrings (fqjax/corpus.py).
+The text is what every Python has: the topics of ``help()`` and the standard library's docstrings (fqjax/data/python_docs.py).
 The weights kept are those with the lowest loss on the held-out part.
 
 Large language models have a few activation channels that are tens of times larger than the rest, and those are what
@@ -26,8 +26,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fqjax.corpus import held_out_text, training_text
-from fqjax.evaluate import cut_windows
+from fqjax.data.python_docs import held_out_text, training_text
+from fqjax.evaluation.perplexity import cut_windows
 from fqjax.models.llama import Llama, LlamaConfig
 
 BOS, EOS = 1, 2

@@ -25,7 +25,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fqjax.demo.run import CHECKPOINT
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 from tests.models import variants
 
 COMPILED_BYTES = 3 * 2**30

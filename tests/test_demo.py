@@ -8,7 +8,7 @@ from flax import nnx
 from rich.console import Console
 
 import fqjax
-from fqjax.corpus import held_out_text, training_text
+from fqjax.data.python_docs import held_out_text, training_text
 from fqjax.demo.run import CHECKPOINT, ROWS, run_demo
 
 

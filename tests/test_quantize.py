@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 import fqjax
-from fqjax.errors import InputError
-from fqjax.linear import QuantizedLinear
-from fqjax.report import quantized_layers
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.report.report import quantized_layers
+from fqjax.runtime.errors import InputError
 
 
 class MLP(nnx.Module):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 from fqjax.scheme import PRESETS, Scheme, resolve_scheme
 
 METHODS = ("", "-gptq", "-awq")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fqjax import cli
+from fqjax.cli import main as cli
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from jax import lax
 
 from fqjax.bench import activations
 from fqjax.bench.environment import describe, environment
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 from pallas_kernels import (
     grouped_int4_matmul,
     int4_matmul,

@@ -22,13 +22,13 @@ from fqjax.bench.environment import describe, environment
 from fqjax.bench.kernels import ceilings
 from fqjax.bench.random_models import random_model, unit_macs
 from fqjax.checkpoint.hugging_face import abstract_model
-from fqjax.errors import InputError
+from fqjax.drivers.ties import units_of
 from fqjax.inference.generate import decode, prefill
+from fqjax.layers.surgery import select_linears
 from fqjax.models.cache import KeyValueCache
 from fqjax.models.causal_lm import CausalLM
+from fqjax.runtime.errors import InputError
 from fqjax.scheme import Scheme, resolve_scheme
-from fqjax.surgery import select_linears
-from fqjax.units import units_of
 from pallas_kernels.timing import kernel_times
 
 PLAIN = "bf16"

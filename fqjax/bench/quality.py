@@ -1,8 +1,8 @@
 """What quantization costs in perplexity: the measurement, its record and its table, for the scripts that vary schemes.
 
-Perplexity follows the protocol of :mod:`fqjax.evaluate`; ratios are to the same model in bfloat16, in the same run.  What was
-measured before is kept until it is measured again: other models, and of the same model other rows, if they were measured
-with the same versions, on the same texts.
+Perplexity follows the protocol of :mod:`fqjax.evaluation.perplexity`; ratios are to the same model in bfloat16, in the
+same run.  What was measured before is kept until it is measured again: other models, and of the same model other rows,
+if they were measured with the same versions, on the same texts.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import fqjax
 from fqjax.bench.environment import describe, environment
-from fqjax.corpus import held_out_text, reference_text
+from fqjax.data.python_docs import held_out_text, reference_text
+from fqjax.data.text import encode, read_text
 from fqjax.demo.run import CHECKPOINT
 from fqjax.scheme import PRESETS, Scheme
-from fqjax.text import encode, read_text
 
 MUCH = 1.06
 """Ratios above it stand out in :func:`overview`."""

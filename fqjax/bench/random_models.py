@@ -16,19 +16,19 @@ import numpy as np
 from flax import nnx
 
 from fqjax.checkpoint.hugging_face import abstract_model, read_architecture
+from fqjax.core.channels import PADDING, padded_width
 from fqjax.core.codes import qmax
-from fqjax.core.flatten import PADDING, padded_width
-from fqjax.errors import InputError
-from fqjax.experts import Expert, MixtureOfExperts
-from fqjax.linear import LayerSummary, QuantizedLinear
+from fqjax.core.qtensor import InputQuantizer, QTensor
+from fqjax.drivers.ties import units_of
+from fqjax.layers.experts import Expert, MixtureOfExperts
+from fqjax.layers.head import with_int8_head
+from fqjax.layers.linear import LayerSummary, QuantizedLinear
+from fqjax.layers.stacked import stacked_experts
+from fqjax.layers.surgery import replace_modules, select_linears
 from fqjax.models import FAMILIES
 from fqjax.models.causal_lm import CausalLM
-from fqjax.models.head import with_int8_head
-from fqjax.qtensor import InputQuantizer, QTensor
+from fqjax.runtime.errors import InputError
 from fqjax.scheme import Scheme
-from fqjax.stacking import stacked_experts
-from fqjax.surgery import replace_modules, select_linears
-from fqjax.units import units_of
 
 LLAMA_3: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -157,7 +157,7 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
 
 
 def unit_macs(linear: nnx.Linear, layers: int, config: Any) -> int:
-    """Multiply-accumulates for one token of a unit (:mod:`fqjax.units`): of experts it has several layers, and uses some."""
+    """Multiply-accumulates of one token in a unit (:mod:`fqjax.drivers.ties`); a token uses some of its experts."""
     return linear.in_features * linear.out_features * (1 if layers == 1 else config.num_experts_per_tok)
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from fqjax.checkpoint.fields import check_value
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 
 ENTRY, ALGORITHM = "checksums", "crc32"
 

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 
 SIZES = frozenset(
     {

@@ -19,16 +19,16 @@ from jaxtyping import DTypeLike
 from fqjax.checkpoint.compressed.config import Quantization, read_quantization
 from fqjax.checkpoint.compressed.read import StoredLayer, read_layers, stored_layer
 from fqjax.checkpoint.fields import check_counts, check_depth, check_fields, check_value
-from fqjax.checkpoint.files import inside, read_json, reason
 from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.checkpoint.tokenizer import load_tokenizer
-from fqjax.errors import InputError
+from fqjax.layers.stacked import stacked
+from fqjax.layers.surgery import replace_modules
 from fqjax.models import FAMILIES, Family
 from fqjax.models.causal_lm import CausalLM
-from fqjax.progress import track
-from fqjax.stacking import stacked
-from fqjax.surgery import replace_modules
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import inside, read_json, reason
+from fqjax.runtime.progress import track
 
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 """What is downloaded of a hub repository."""

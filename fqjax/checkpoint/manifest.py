@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fqjax.checkpoint.fields import check_depth, check_fields, check_value
-from fqjax.checkpoint.files import inside, read_json
-from fqjax.core.flatten import padded_width
-from fqjax.errors import InputError
-from fqjax.linear import LayerSummary, QuantizedLinear
+from fqjax.core.channels import padded_width
+from fqjax.core.qtensor import InputQuantizer, QFormat, QTensor
+from fqjax.layers.head import Int8Table
+from fqjax.layers.linear import LayerSummary, QuantizedLinear
 from fqjax.models import FAMILIES, architecture_of
-from fqjax.models.head import Int8Table
-from fqjax.qtensor import InputQuantizer, QFormat, QTensor
-from fqjax.report import quantized_layers
+from fqjax.report.report import quantized_layers
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import inside, read_json
 from fqjax.scheme import Scheme
 
 NAME = "fqjax.json"

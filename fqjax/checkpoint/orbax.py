@@ -4,7 +4,7 @@
       state/ ...         the arrays, a nested dictionary (fqjax/checkpoint/tree.py)
       fqjax.json         what they are (fqjax/checkpoint/manifest.py)
       tokenizer/         as transformers saves it, if there is one
-      calibration.safetensors   what was found out on the way, if it is known (fqjax/findings.py); loading does without
+      calibration.safetensors   what was found out on the way, if it is known (fqjax/report/findings.py); loading does without
 
 Loading builds the quantized model from the manifest alone: no float model is made on the way.  Orbax casts silently when
 it is asked for another dtype than it stored, so stored shapes and dtypes are compared with the manifest's first.
@@ -30,7 +30,6 @@ from orbax.checkpoint import v1 as ocp
 
 from fqjax.checkpoint.checksums import checksums, with_checksums, with_sums
 from fqjax.checkpoint.checksums import verify as verify_checksums
-from fqjax.checkpoint.files import CannotWrite, reason
 from fqjax.checkpoint.manifest import (
     NAME,
     abstract_architecture,
@@ -41,14 +40,15 @@ from fqjax.checkpoint.manifest import (
 )
 from fqjax.checkpoint.tokenizer import FOLDER
 from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unnest, with_leaves
-from fqjax.errors import InputError
-from fqjax.findings import Findings
-from fqjax.linear import QuantizedLinear, measured_bound
-from fqjax.models.head import Int8Table
-from fqjax.qtensor import InputQuantizer, QTensor
-from fqjax.report import Report, quantized_layers
-from fqjax.stacking import stacked, unstacked
-from fqjax.surgery import find_linears, replace_modules
+from fqjax.core.qtensor import InputQuantizer, QTensor
+from fqjax.layers.head import Int8Table
+from fqjax.layers.linear import QuantizedLinear, measured_bound
+from fqjax.layers.stacked import stacked, unstacked
+from fqjax.layers.surgery import find_linears, replace_modules
+from fqjax.report.findings import Findings
+from fqjax.report.report import Report, quantized_layers
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import CannotWrite, reason
 
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 """Where arrays go: one sharding for all, or a function of dotted name and shape."""

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from fqjax.checkpoint.files import inside, parse_json, read_json
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import inside, parse_json, read_json
 
 LARGEST = 100_000_000
 """Bytes of a header, as the safetensors package has it."""

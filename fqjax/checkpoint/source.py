@@ -8,7 +8,7 @@ from fqjax.checkpoint.hugging_face import read_architecture, read_model, resolve
 from fqjax.checkpoint.manifest import NAME, read_config, read_manifest
 from fqjax.checkpoint.orbax import load
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 
 
 class Source:

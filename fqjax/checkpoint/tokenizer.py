@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from fqjax.checkpoint.files import inside, reason
 from fqjax.checkpoint.lazy import quiet_transformers
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import inside, reason
 
 FOLDER = "tokenizer"
 """Where an fqjax checkpoint keeps its tokenizer."""

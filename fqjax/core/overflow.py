@@ -7,7 +7,7 @@ addition.  XLA and the tensor cores wrap silently on overflow, so a layer is bui
 import jax.numpy as jnp
 from jaxtyping import Array, Int8, Int32
 
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 
 LIMIT = 2**31 - 1
 

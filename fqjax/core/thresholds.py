@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from fqjax.core.flatten import MAX_PIECES, count_pieces
+from fqjax.core.channels import MAX_PIECES, count_pieces
 
 Rule = Literal["tukey", "mean"]
 

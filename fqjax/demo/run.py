@@ -10,12 +10,12 @@ from rich.text import Text
 
 from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.checkpoint.orbax import load, refuse_existing, save
-from fqjax.corpus import held_out_text, reference_text
-from fqjax.evaluate import perplexity
+from fqjax.data.python_docs import held_out_text, reference_text
+from fqjax.data.text import calibration_batches, decode_new, encode, encode_prompt
+from fqjax.evaluation.perplexity import perplexity
 from fqjax.inference.generate import generate
 from fqjax.quantize import quantize
-from fqjax.report import Report, format_bytes, narrow_table
-from fqjax.text import calibration_batches, decode_new, encode, encode_prompt
+from fqjax.report.report import Report, format_bytes, narrow_table
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 SAVED = "flattenquant"

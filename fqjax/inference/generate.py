@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from fqjax.errors import InputError
-from fqjax.evaluate import check_takes, check_tokens
+from fqjax.evaluation.perplexity import check_takes, check_tokens
 from fqjax.inference.sampling import is_end, sample
 from fqjax.models.cache import Kind, dtype_of
+from fqjax.runtime.errors import InputError
 
 GRAPHS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"

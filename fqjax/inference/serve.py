@@ -31,11 +31,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from fqjax.errors import InputError
-from fqjax.evaluate import check_tokens
+from fqjax.evaluation.perplexity import check_tokens
 from fqjax.inference.generate import GRAPHS, as_prompts, check_settings, empty_cache, eos_of, take_up
 from fqjax.inference.sampling import is_end, sample
 from fqjax.models.cache import Kind
+from fqjax.runtime.errors import InputError
 
 NO_TOKEN = -1
 """What a step gives for a slot that does not decode."""

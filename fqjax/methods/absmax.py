@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fqjax.core.codes import absmax_scale
-from fqjax.core.wide import Grid
-from fqjax.methods.inputs import LayerInputs
+from fqjax.core.formats.uniform import Grid
+from fqjax.core.layer import LayerInputs
 from fqjax.scheme import Scheme
 
 

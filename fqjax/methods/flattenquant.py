@@ -5,9 +5,10 @@ tensor, now set by the threshold instead of the largest value:
 
     x_scale = T_x / qmax,    w_scale = T_w / qmax,    K' = sum_i ceil(max|x_i| / T_x) * ceil(max|w_i| / T_w)
 
-Thresholds follow a rule, as in the paper, or are searched for (:mod:`fqjax.core.search`).  With a scale for every output
-channel, which costs a Hopper GPU nothing, the weights are not flattened.  How bits are divided among layers is
-:mod:`fqjax.core.selection`; what is open in the paper, and how it is settled here, stands in the documentation.
+Thresholds follow a rule, as in the paper, or are searched for (:mod:`fqjax.core.threshold_search`).  With a scale for
+every output channel, which costs a Hopper GPU nothing, the weights are not flattened.  How bits are divided among
+layers is :mod:`fqjax.core.allocation`; what is open in the paper, and how it is settled here, stands in the
+documentation.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,12 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fqjax.core.channels import count_pieces
 from fqjax.core.codes import qmax
-from fqjax.core.flatten import count_pieces
-from fqjax.core.search import ALPHAS, Found, channel_scales, search
+from fqjax.core.formats.uniform import Grid
+from fqjax.core.layer import LayerInputs
+from fqjax.core.threshold_search import ALPHAS, Found, channel_scales, search
 from fqjax.core.thresholds import threshold, within_budget
-from fqjax.core.wide import Grid
-from fqjax.methods.inputs import LayerInputs
 from fqjax.methods.smoothquant import smooth
 from fqjax.scheme import Scheme
 

@@ -16,9 +16,9 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from fqjax.core.codes import qmax
+from fqjax.core.formats.uniform import Grid, output
 from fqjax.core.integer_scale import fold_scales
-from fqjax.core.wide import Grid, output
-from fqjax.methods.inputs import LayerInputs
+from fqjax.core.layer import LayerInputs
 from fqjax.scheme import Scheme
 
 EXPONENTS = tuple(i / 20 for i in range(20))

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fqjax.core.smoothing import smoothing_factors
-from fqjax.core.wide import Grid
+from fqjax.core.formats.uniform import Grid
+from fqjax.core.layer import LayerInputs
+from fqjax.core.transforms.diagonal import smoothing_factors
 from fqjax.methods.absmax import absmax_grid
-from fqjax.methods.inputs import LayerInputs
 from fqjax.scheme import Scheme
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 from pallas_kernels import quantize_per_token
 
 Kind = Literal["int8"]

@@ -29,7 +29,7 @@ class CausalLM(nnx.Module):
 
     @property
     def head_name(self) -> str:
-        """The module that :meth:`head` multiplies with, which :func:`fqjax.models.head.with_int8_head` makes INT8."""
+        """The module that :meth:`head` multiplies with, which :func:`fqjax.layers.head.with_int8_head` makes INT8."""
         return "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
 
     @abc.abstractmethod

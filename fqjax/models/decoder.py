@@ -11,14 +11,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 
-from fqjax.equalize import ScalingPath
+from fqjax.layers.head import unembed
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM
 from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.experts import mixture
 from fqjax.models.fused import after_attention, after_norm, gated
-from fqjax.models.head import unembed
 from fqjax.models.rotary import Rotation, rotation
+from fqjax.rewrites.equalize import ScalingPath
 
 
 class Attention(nnx.Module):

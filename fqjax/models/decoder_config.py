@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any, ClassVar, TypeVar
 
-from fqjax.errors import InputError
 from fqjax.models.causal_lm import eos_ids
 from fqjax.models.hf_config import check_choice, check_divides, check_number, sizes
 from fqjax.models.rotary import read_rope
+from fqjax.runtime.errors import InputError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

@@ -6,10 +6,10 @@ from typing import Any
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from fqjax.errors import InputError
-from fqjax.experts import Expert, MixtureOfExperts
+from fqjax.layers.experts import Expert, MixtureOfExperts
 from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.hf_config import sizes
+from fqjax.runtime.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

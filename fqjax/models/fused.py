@@ -11,7 +11,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from fqjax.linear import QuantizedLinear
+from fqjax.layers.linear import QuantizedLinear
 from fqjax.models.attention import attend, decode_step, decodes
 from fqjax.models.cache import LayerCache
 from fqjax.models.rotary import Rotation

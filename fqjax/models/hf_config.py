@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 
 
 def sizes(hf: dict[str, Any], *names: str) -> dict[str, int]:

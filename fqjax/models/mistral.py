@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from fqjax.errors import InputError
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import FULL, SLIDING, DecoderConfig, read_config, read_windows
+from fqjax.runtime.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

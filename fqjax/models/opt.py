@@ -9,12 +9,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 
-from fqjax.equalize import ScalingPath
+from fqjax.layers.head import unembed
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM, eos_ids
 from fqjax.models.fused import after_activation, after_attention, after_norm
-from fqjax.models.head import unembed
 from fqjax.models.hf_config import check_choice, check_divides, sizes
+from fqjax.rewrites.equalize import ScalingPath
 
 POSITION_OFFSET = 2
 """OPT's position table starts with two rows that are not positions."""

@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from fqjax.errors import InputError
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import read_config
 from fqjax.models.experts import ExpertsConfig, read_experts
 from fqjax.models.hf_config import sizes
 from fqjax.models.mistral import one_window
+from fqjax.runtime.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

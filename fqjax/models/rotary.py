@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from fqjax.errors import InputError
 from fqjax.models.hf_config import check_number
+from fqjax.runtime.errors import InputError
 from pallas_kernels.reference import rotated
 
 REQUIRED: dict[str, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ import fqjax
 from fqjax.checkpoint.checksums import array_checksum
 from fqjax.checkpoint.orbax import load, save
 from fqjax.checkpoint.tree import named_leaves
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 from tests.models import variants
 
 LAYER = "layers.0.mlp.down_proj"

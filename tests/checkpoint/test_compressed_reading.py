@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import fqjax
-from fqjax import cli
 from fqjax.checkpoint.compressed.config import LayerScheme, parse_quantization, write_quantization
+from fqjax.cli import main as cli
 from tests.conftest import make_checkpoint, refused
 from tests.models import variants
 

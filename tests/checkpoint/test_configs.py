@@ -7,7 +7,7 @@ import pytest
 
 from fqjax.checkpoint.hugging_face import load_hf, read_architecture
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 from tests.models import variants
 
 HUGE = 10**15

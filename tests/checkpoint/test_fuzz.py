@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fqjax
-from fqjax import cli
 from fqjax.checkpoint.safetensors import INDEX
+from fqjax.cli import main as cli
 from tests.conftest import make_checkpoint
 
 SHARD = "model-00001-of-00002.safetensors"

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 from tests.conftest import edit_tensor, make_checkpoint
 from tests.models import variants
 

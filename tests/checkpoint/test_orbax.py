@@ -14,8 +14,8 @@ import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.checkpoint.orbax import load, save
 from fqjax.checkpoint.tree import named_leaves
-from fqjax.errors import InputError
-from fqjax.surgery import replace_modules
+from fqjax.layers.surgery import replace_modules
+from fqjax.runtime.errors import InputError
 from tests.models import variants
 
 SCHEMES = ["bf16", "w8a8", "flattenquant"]

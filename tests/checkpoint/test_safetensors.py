@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fqjax.checkpoint.safetensors import INDEX, SINGLE, TensorFiles
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 
 
 def entry(dtype="F32", shape=(2,), start=0, end=8):

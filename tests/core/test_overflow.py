@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from fqjax.core.overflow import LIMIT, accumulator_bound, check_accumulator, row_sums
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
 
 
 def test_the_bound_is_reached_by_the_worst_input_and_by_no_other():

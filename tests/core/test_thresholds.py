@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.flatten import MAX_PIECES, count_pieces
+from fqjax.core.channels import MAX_PIECES, count_pieces
 from fqjax.core.thresholds import threshold, within_budget
 
 

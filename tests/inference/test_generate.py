@@ -8,9 +8,9 @@ from flax import nnx
 
 import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
-from fqjax.errors import InputError
 from fqjax.inference.generate import decode, generate
 from fqjax.models.llama import Llama, LlamaConfig
+from fqjax.runtime.errors import InputError
 from tests.kernels import ahead_of_time
 from tests.models import variants
 

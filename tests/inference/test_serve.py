@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from fqjax.checkpoint.hugging_face import load_hf
-from fqjax.errors import InputError
 from fqjax.inference import serve as serving
 from fqjax.inference.generate import generate
 from fqjax.inference.serve import Request, Server, serve
+from fqjax.runtime.errors import InputError
 from tests.inference.test_generate import WithoutPrefill
 from tests.models import variants
 

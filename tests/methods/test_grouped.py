@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.wide import relative_error
+from fqjax.core.formats.uniform import relative_error
 from fqjax.methods import LayerInputs, grouped
 from fqjax.methods.grouped import group_scales
 from fqjax.scheme import PRESETS

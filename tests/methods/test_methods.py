@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.wide import relative_error
+from fqjax.core.formats.uniform import relative_error
 from fqjax.methods import METHODS, LayerInputs
 from fqjax.scheme import PRESETS, Scheme
 

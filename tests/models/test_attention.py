@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.errors import InputError
 from fqjax.models import attention
 from fqjax.models.attention import attend_in_blocks
 from fqjax.models.cache import KeyValueCache, LayerCache
+from fqjax.runtime.errors import InputError
 
 LENGTH, CAPACITY = 11, 16
 

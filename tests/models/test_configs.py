@@ -6,8 +6,8 @@ import json
 import pytest
 
 from fqjax.checkpoint.hugging_face import read_architecture
-from fqjax.errors import InputError
 from fqjax.models import FAMILIES
+from fqjax.runtime.errors import InputError
 from tests.models import variants
 
 FULL, SLIDING = "full_attention", "sliding_attention"

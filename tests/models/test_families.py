@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import fqjax
-from fqjax import cli
 from fqjax.checkpoint.hugging_face import load_hf
+from fqjax.cli import main as cli
 from tests.conftest import make_checkpoint
 from tests.models import variants
 

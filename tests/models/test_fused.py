@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fqjax import linear
 from fqjax.bench.random_models import architecture, random_model
+from fqjax.layers import linear
 from fqjax.models.fused import after_activation, after_norm, gated
 from fqjax.scheme import resolve_scheme
 

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from fqjax.errors import InputError
 from fqjax.models.rotary import frequencies, read_rope, rotation
+from fqjax.runtime.errors import InputError
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

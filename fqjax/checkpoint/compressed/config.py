@@ -21,8 +21,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fqjax.checkpoint.files import inside, read_json
-from fqjax.errors import InputError
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import inside, read_json
 
 METHOD = "compressed-tensors"
 LINEAR = "Linear"

@@ -1,4 +1,4 @@
-"""Tensors of quantized modules into :class:`~fqjax.linear.QuantizedLinear`, code by code and scale by scale.
+"""Tensors of quantized modules into :class:`~fqjax.layers.linear.QuantizedLinear`, code by code and scale by scale.
 
 A module X has X.weight (int8) or X.weight_packed (int32 words) and X.weight_shape; X.weight_scale; and X.input_scale where
 its activations have a static scale.  Modules that read the same input are one layer in fqjax's models: their codes are put
@@ -18,13 +18,13 @@ from jaxtyping import DTypeLike
 from fqjax.checkpoint.compressed.config import LayerScheme, Quantization
 from fqjax.checkpoint.compressed.packing import unpack_int32
 from fqjax.checkpoint.safetensors import FLOATS, TensorFiles
-from fqjax.core.flatten import PADDING, padded_width
-from fqjax.errors import InputError
-from fqjax.linear import LayerSummary, QuantizedLinear, measured_bound
-from fqjax.progress import track
-from fqjax.qtensor import LARGEST_GROUP, InputQuantizer, QTensor
+from fqjax.core.channels import PADDING, padded_width
+from fqjax.core.qtensor import LARGEST_GROUP, InputQuantizer, QTensor
+from fqjax.layers.linear import LayerSummary, QuantizedLinear, measured_bound
+from fqjax.layers.surgery import find_linears
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.progress import track
 from fqjax.scheme import Scheme
-from fqjax.surgery import find_linears
 
 OPTIONAL = ("weight_zero_point", "input_zero_point", "weight_g_idx", "weight_shape")
 """Tensors that a module may have, and that say nothing new where fqjax can express it."""

@@ -7,7 +7,7 @@
 
 Codes are written as they are, scales in float32: of tensors, of output channels, or of groups, in which case integer scales
 are multiplied with the channel's.  What the format has no word for is refused before anything is written, but for smoothing,
-which is folded into what stands in front of the layer (:mod:`fqjax.folding`).
+which is folded into what stands in front of the layer (:mod:`fqjax.rewrites.fold`).
 """
 
 import json
@@ -29,16 +29,16 @@ from fqjax.checkpoint.compressed.packing import pack_int32
 from fqjax.checkpoint.hugging_face import source_of
 from fqjax.checkpoint.orbax import refuse_existing
 from fqjax.checkpoint.safetensors import INDEX, SINGLE
-from fqjax.errors import InputError
-from fqjax.folding import Folding, fold_smoothing
-from fqjax.linear import QuantizedLinear
+from fqjax.layers.head import Int8Table
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.stacked import unstacked
+from fqjax.layers.surgery import find_linears
 from fqjax.models import FAMILIES, architecture_of
-from fqjax.models.head import Int8Table
 from fqjax.models.to_hf import config_to_hf, part_sizes
-from fqjax.progress import track
-from fqjax.report import quantized_layers
-from fqjax.stacking import unstacked
-from fqjax.surgery import find_linears
+from fqjax.report.report import quantized_layers
+from fqjax.rewrites.fold import Folding, fold_smoothing
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.progress import track
 
 SHARD_BYTES = 4 * 10**9
 """Bytes of tensors from which on a file is closed and another begun."""

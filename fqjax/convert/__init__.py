@@ -1,0 +1,1 @@
+"""Conversion of a checkpoint on disk, layer by layer."""

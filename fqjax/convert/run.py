@@ -1,0 +1,96 @@
+"""Conversion of a Hugging Face checkpoint into a quantized Orbax directory, as ``fqjax convert`` does it.
+
+Everything that can be wrong with the input is looked for first: the plan is made from headers and configurations alone,
+before a weight is read (:mod:`fqjax.convert.plan`).  One block of the model at a time is then in memory: read from the
+shards, calibrated on what the block in front gave, quantized, written, dropped.  The work goes on in ``OUT.partial``
+(:mod:`fqjax.convert.staging`), which remembers each finished step; the directory OUT appears at the end, complete, by
+one rename. A conversion may be killed at any moment; ``--resume`` goes on from there.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from fqjax.checkpoint.orbax import Writer, load_abstract, refuse_existing
+from fqjax.convert.plan import Conversion, Plan, plan, plan_table
+from fqjax.convert.staging import claimed, is_complete, publish, remove, staging_directory
+from fqjax.convert.streamed import StreamedModel
+from fqjax.drivers.pipeline import quantize_blocks
+from fqjax.drivers.store import DirectoryMemo
+from fqjax.layers.head import with_int8_head
+from fqjax.layers.surgery import replace_modules
+from fqjax.report.findings import Findings, read_findings
+from fqjax.report.report import Report, report_of
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import CannotWrite
+from fqjax.runtime.progress import track
+
+__all__ = ["Conversion", "Plan", "convert", "plan", "plan_table", "staging_directory"]
+
+
+def convert(made: Plan, *, resume: bool = False) -> Report:
+    """Carries a plan out.
+
+    Args:
+      made: what :func:`plan` returned.
+      resume: go on with a conversion that was interrupted.
+
+    Returns:
+      The report on the converted model; the directory is written.
+
+    Raises:
+      InputError: if a weight or an activation is not finite, a layer could overflow, a shard changes meanwhile, or an
+        unfinished conversion stands in the way; nothing is left behind then, unless ``resume`` was asked for.  Also if
+        something cannot be written, as on a full disk; then the conversion can be resumed.
+    """
+    start, out = time.perf_counter(), made.conversion.out
+    complete = resume and is_complete(out)  # Looked at before anything is written into the staging directory.
+    with claimed(out, made.fingerprint, resume) as staging:
+        try:
+            if complete:
+                model, findings = load_abstract(out), read_findings(out)
+            else:
+                refuse_existing(out)
+                model, findings = _carry_out(made, staging)
+        except CannotWrite as error:
+            raise CannotWrite(f"{error}; what was done so far can be taken up with --resume") from None
+        except InputError:
+            if not resume:
+                remove(staging)
+            raise
+        remove(staging)
+    return report_of(model, time.perf_counter() - start, findings)
+
+
+def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, Findings | None]:
+    """Converts; returns the model with shapes in place of arrays."""
+    scheme = made.conversion.scheme
+    memo, findings = DirectoryMemo(staging, scheme), None
+    source = StreamedModel(made.directory, *made.architecture, equalized=scheme.method != "none" and scheme.equalize)
+    if scheme.method != "none":
+        findings = quantize_blocks(
+            memo, source.chain(), made.selection.linears, scheme, made.batches, memo.keep_finished
+        )
+    finished = staging / "checkpoint"
+    writer = Writer(finished, source.skeleton)
+    blocks = source.chain().blocks
+    for path in track(list(blocks), "writing"):
+        names = [name for name in made.selection.linears if name.startswith(f"{path}.")] if findings else []
+        layers = {name.removeprefix(f"{path}."): memo.finished(name) for name in names}
+        writer.add(path, replace_modules(blocks[path], layers))  # No name holds the block while the next one is read.
+        del layers
+    for name in source.outer:
+        writer.add(name, _outer_module(source, name, int8_head=scheme.int8_head))
+    source.check_unchanged()
+    model = writer.finish(made.tokenizer, findings)
+    publish(finished, made.conversion.out)
+    return model, findings
+
+
+def _outer_module(source: StreamedModel, name: str, *, int8_head: bool) -> nnx.Module:
+    module: Any = source.outer_module(name)
+    if int8_head and name == source.skeleton.head_name:
+        return getattr(with_int8_head(replace_modules(source.skeleton, {name: module})), name)
+    return module

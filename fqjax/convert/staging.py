@@ -1,0 +1,127 @@
+"""The directory in which an unfinished conversion keeps what it has, and who may write to it.
+
+OUT.partial/lock          locked by the process that writes, for as long as it lives
+OUT.partial/plan.json     what is being converted; a conversion that is taken up must be the same
+OUT.partial/checkpoint    the result while it is being written
+OUT.partial/complete      is there from right before the result becomes OUT
+OUT.partial/...           what quantization has found out (fqjax/drivers/store.py)
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fqjax.checkpoint.manifest import NAME
+from fqjax.checkpoint.orbax import refuse_existing
+from fqjax.drivers.store import ACTIVATIONS
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import read_json, write_whole, writing
+
+try:
+    import fcntl
+except ImportError:  # Not on Windows, where two conversions into one directory go unnoticed.
+    fcntl = None
+
+LOCK, RECORD, COMPLETE = "lock", "plan.json", "complete"
+
+
+def staging_directory(out: Path) -> Path:
+    """Where an unfinished conversion keeps what it has."""
+    return out.with_name(out.name + ".partial")
+
+
+def is_complete(out: Path) -> bool:
+    """Whether a conversion ended but for the removal of its staging directory."""
+    staging = staging_directory(out)
+    if not (out / NAME).is_file() or not staging.is_dir():
+        return False
+    return (staging / COMPLETE).is_file() or not any(staging.iterdir())
+
+
+def publish(finished: Path, out: Path) -> None:
+    """Gives a finished directory its name, by one rename.
+
+    Raises:
+      InputError: if something has that name by now, or the name cannot be given.
+    """
+    refuse_existing(out)
+    write_whole(staging_directory(out) / COMPLETE, b"")
+    with writing(out):
+        finished.rename(out)
+
+
+def remove(staging: Path) -> None:
+    """Removes a staging directory so that what is left of it if that is interrupted can still be taken up, or is removed.
+
+    Activations vanish at once, as a pass that found some of them would go on from there.
+    """
+    with contextlib.suppress(OSError):
+        (staging / ACTIVATIONS).rename(staging / f"{ACTIVATIONS}.unfinished")
+    for path in [*staging.glob("*")] if staging.is_dir() else []:
+        if path.name not in (LOCK, COMPLETE, RECORD):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for name in (RECORD, LOCK, COMPLETE):
+        (staging / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        staging.rmdir()
+
+
+@contextlib.contextmanager
+def claimed(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Path]:
+    """Holds a conversion's staging directory for this process, begun anew or taken up where it was left.
+
+    Args:
+      out: what is to become of the conversion.
+      fingerprint: identifies the conversion.
+      resume: whether an unfinished one may be taken up.
+
+    Raises:
+      InputError: if another process holds it, an unfinished conversion stands in the way or was begun with another
+        fingerprint, or the directory cannot be written.
+    """
+    staging = staging_directory(out)
+    record = staging / RECORD
+    with writing(staging):
+        staging.mkdir(parents=True, exist_ok=True)
+    with _locked(staging):
+        if record.is_file() and not resume:
+            raise InputError(f"{staging}: an unfinished conversion; pass --resume to go on with it, or remove it")
+        if not record.is_file():
+            strangers = sorted(
+                p.name for p in staging.iterdir() if p.name not in (LOCK, COMPLETE) and p.suffix != ".unfinished"
+            )
+            if strangers:
+                raise InputError(
+                    f"{staging}: holds {strangers[0]!r} and no {RECORD}; expected an unfinished conversion, or nothing"
+                )
+            write_whole(record, json.dumps(fingerprint, indent=1).encode())
+        begun = read_json(record, "record of a conversion")
+        differing = [key for key in fingerprint if begun.get(key) != fingerprint[key]]
+        if differing:
+            raise InputError(f"{staging}: begun with other {differing[0]}; remove it, or convert as it was begun")
+        yield staging
+
+
+@contextlib.contextmanager
+def _locked(staging: Path) -> Iterator[None]:
+    with writing(staging):
+        lock = open(staging / LOCK, "w")
+    with lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{staging}: another conversion is writing to it") from None
+        if not _is_same(staging / LOCK, lock):  # The other conversion ended, and took the directory with it.
+            raise InputError(f"{staging}: another conversion was writing to it until just now; try again")
+        yield
+
+
+def _is_same(path: Path, file: Any) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False

@@ -1,0 +1,156 @@
+"""A Hugging Face checkpoint's model read part by part, so that no more than one block of it is in memory.
+
+What stands in front of the blocks and behind them, embeddings and head, is a part too: it is read when the first batch
+enters or the first result leaves, and dropped when the next block is looked up.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import DTypeLike
+
+from fqjax.checkpoint.compressed.config import read_quantization
+from fqjax.checkpoint.compressed.read import read_layer
+from fqjax.checkpoint.hugging_face import abstract_model, check_layers, check_tensors, read_source
+from fqjax.checkpoint.safetensors import TensorFiles
+from fqjax.layers.surgery import dotted, find_linears, replace_modules
+from fqjax.models import FAMILIES
+from fqjax.models.chain import Chain, call_layer, end, inference_view
+from fqjax.rewrites.equalize import rescale
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.memory import give_back
+
+EMBEDDINGS = ("embed_tokens", "embed_positions")
+"""Modules that turn tokens into the first block's input."""
+
+LAYERS = "layers"
+
+
+class StreamedModel:
+    """A model whose arrays stay in the checkpoint's files until they are asked for.
+
+    Args:
+      directory: of the checkpoint.
+      name: of the architecture.
+      config: the family's configuration.
+      dtype: of parameters and activations.
+      equalized: whether blocks are equalized (:mod:`fqjax.rewrites.equalize`) as they are read.
+      files: the checkpoint's files as they are to be; by default as they are.
+
+    Raises:
+      InputError: here as :func:`fqjax.load_hf` does; later, if a tensor is not finite, or a file has changed.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        config: Any,
+        dtype: DTypeLike = jnp.bfloat16,
+        *,
+        equalized: bool = False,
+        files: TensorFiles | None = None,
+    ):
+        self.dtype, self.equalized = dtype, equalized
+        self.files = TensorFiles(directory) if files is None else files
+        self.signature = self.files.signature()
+        self.skeleton: Any = inference_view(abstract_model(name, config, dtype))
+        parameters = dict(nnx.to_flat_state(nnx.state(self.skeleton)))
+        self.stored = check_layers(self.files, FAMILIES[name], parameters, read_quantization(directory))
+        self.sources = check_tensors(self.files, FAMILIES[name], parameters, self.stored)
+        self.outer = list(dict.fromkeys(str(path[0]) for path in parameters if path[0] != LAYERS))
+        self._ends: tuple[str, Any] = ("", None)
+
+    def chain(self) -> Chain:
+        """The model as blocks, each of which is read when it is looked up."""
+        return Chain(_Blocks(self), self._begin, call_layer, self._end)
+
+    def block(self, index: int) -> nnx.Module:
+        """Reads one block."""
+        self._ends = ("", None)
+        give_back()
+        self.check_unchanged()
+        start = (LAYERS, index)
+        block = self._filled(self.skeleton.layers[index], start)
+        prefix = f"{dotted(start)}."
+        linears = find_linears(block)
+        stored = {name.removeprefix(prefix): layer for name, layer in self.stored.items() if name.startswith(prefix)}
+        if stored:
+            biases = {short: linears[short].bias for short in stored}
+            made = {
+                short: read_layer(self.files, layer, None if (b := biases[short]) is None else b[...], self.dtype)
+                for short, layer in stored.items()
+            }
+            block = replace_modules(block, made)
+        elif self.equalized:
+            paths = [path for path in self.skeleton.scaling_paths() if path.producer.startswith(prefix)]
+            local = [p._replace(producer=p.producer[len(prefix) :], consumer=p.consumer[len(prefix) :]) for p in paths]
+            rescale(linears, local)
+        return block
+
+    def outer_module(self, name: str) -> nnx.Module:
+        """Reads one of the modules outside the blocks."""
+        self._ends = ("", None)
+        give_back()
+        self.check_unchanged()
+        return self._filled(getattr(self.skeleton, name), (name,))
+
+    def _filled(self, module: Any, start: tuple[Any, ...]) -> Any:
+        graphdef, state = nnx.split(module)
+        flat = dict(nnx.to_flat_state(state))
+        for path, variable in flat.items():
+            source = self.sources.get((*start, *path))  # None for weights that are quantized in the checkpoint.
+            if source is not None:
+                flat[path] = variable.replace(read_source(self.files, source, self.dtype))
+        return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+    def _begin(self, tokens: Any) -> tuple[Any, Any]:
+        head = self.skeleton.head_name
+        return self._model("begin", () if head in EMBEDDINGS else (head,)).begin(tokens)
+
+    def _end(self, hidden: Any) -> Any:
+        unused = () if self.skeleton.head_name in EMBEDDINGS else EMBEDDINGS
+        graphdef, state = nnx.split(self._model("end", unused))
+        return end(graphdef, state, hidden)
+
+    def _model(self, use: str, unused: tuple[str, ...]) -> Any:
+        """The model without blocks, and with modules left empty that have no part in some use of it."""
+        if self._ends[0] != use:
+            self._ends = ("", None)
+            made = {name: self.outer_module(name) for name in self.outer if name not in unused}
+            made |= {name: _emptied(getattr(self.skeleton, name)) for name in self.outer if name in unused}
+            self._ends = use, replace_modules(self.skeleton, made | {LAYERS: nnx.List([])})
+        return self._ends[1]
+
+    def check_unchanged(self) -> None:
+        """Raises an InputError if a file is not what it was when the model was made."""
+        now = self.files.signature()
+        for name, seen in self.signature.items():
+            if now[name] != seen:
+                raise InputError(f"{self.files.directory / name}: has changed since the conversion began; begin anew")
+
+
+class _Blocks(Mapping[str, nnx.Module]):
+    """The blocks by dotted path, read anew at every look-up."""
+
+    def __init__(self, model: StreamedModel):
+        self.model = model
+        self.indices = {dotted((LAYERS, i)): i for i in range(len(model.skeleton.layers))}
+
+    def __getitem__(self, path: str) -> nnx.Module:
+        return self.model.block(self.indices[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def _emptied(module: nnx.Module) -> nnx.Module:
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.zeros((0,) * leaf.ndim, leaf.dtype), state))

@@ -1,0 +1,1 @@
+"""Formats of weights: grid, codes and stored arrays; one format a file."""

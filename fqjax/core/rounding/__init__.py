@@ -1,0 +1,1 @@
+"""Ways to round a weight to a grid."""

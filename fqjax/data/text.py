@@ -1,0 +1,94 @@
+"""From text files to the token batches that calibration and evaluation take."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from fqjax.evaluation.perplexity import check_tokens, cut_windows
+from fqjax.runtime.errors import InputError
+
+BATCH = 2
+"""Windows in a calibration batch; sensitivities are measured on the first batch."""
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 text file.
+
+    Raises:
+      InputError: if it is missing, unreadable, not UTF-8, or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if not text.strip():
+        raise InputError(f"{path}: empty; expected text")
+    return text
+
+
+def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " tokens"]:
+    """Token ids of a text, without special tokens.
+
+    Raises:
+      InputError: if the tokenizer cannot encode it.
+    """
+    try:
+        # verbose=False: a whole file is longer than the model's context, which is no reason to warn.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    except Exception as error:  # The tokenizers package raises nothing more precise, for instance of a missing [UNK].
+        raise InputError(f"the tokenizer cannot encode the text ({error})") from None
+    return np.asarray(ids, np.int64)
+
+
+def calibration_batches(
+    token_ids: Int[np.ndarray, " tokens"], config: Any, *, samples: int, window: int
+) -> list[Int32[np.ndarray, "batch window"]]:
+    """Cuts windows evenly spread over a text.
+
+    Args:
+      token_ids: the whole text.
+      config: the model's configuration, for its BOS token and its limits.
+      samples: windows to take; fewer if the text has fewer.
+      window: tokens in a window, BOS among them.
+
+    Raises:
+      InputError: if the text does not fill one window, or tokens or window do not fit the model.
+    """
+    if samples < 1:
+        raise InputError(f"--samples {samples}: expected at least 1")
+    bos = config.bos_token_id
+    if bos is None:
+        raise InputError("the model's configuration has no BOS token, which every calibration window begins with")
+    windows = cut_windows(token_ids, window, bos)
+    check_tokens(windows, config, window)
+    chosen = np.unique(np.linspace(0, len(windows) - 1, min(samples, len(windows))).round().astype(int))
+    return [windows[chosen[i : i + BATCH]] for i in range(0, len(chosen), BATCH)]
+
+
+def encode_prompt(tokenizer: Any, config: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt, with the BOS token in front if the model has one.
+
+    Raises:
+      InputError: if nothing would remain.
+    """
+    ids = encode(tokenizer, prompt).tolist()
+    bos = config.bos_token_id
+    ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    if not ids:
+        raise InputError("prompt: empty; expected text")
+    return ids
+
+
+def decode_new(tokenizer: Any, config: Any, prompt_ids: list[int], new: Int32[np.ndarray, " new"]) -> str:
+    """The text that new tokens add to a prompt, up to the first that ends it."""
+    ends = np.flatnonzero(np.isin(new, config.eos_token_id))
+    kept = new[: ends[0]].tolist() if len(ends) else new.tolist()
+    # Decoding the whole keeps a space, or a character split over tokens, that decoding the new part alone would lose.
+    before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    return tokenizer.decode([*prompt_ids, *kept], skip_special_tokens=True)[len(before) :]

@@ -1,0 +1,1 @@
+"""Quantization as passes over the blocks of a model."""

@@ -1,0 +1,285 @@
+"""The ways a layer can be quantized, what each costs, and which is taken."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float32, Int32
+
+from fqjax.core.allocation import choose, histogram_divergence, select_low_bits
+from fqjax.core.channels import padded_width
+from fqjax.core.codes import qmax
+from fqjax.core.formats.uniform import Grid, output, relative_error
+from fqjax.drivers.statistics import Statistics
+from fqjax.layers.linear import layer_bytes
+from fqjax.methods import METHODS, LayerInputs
+from fqjax.runtime.compiling import jit
+from fqjax.scheme import Scheme
+
+ROOM = 1.05
+"""How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
+WORTH = 0.85
+"""INT4's bytes as a share of INT8's, above which no compression is asked for: where padding takes what INT4 saves, the few
+layers that do get smaller would have to be INT4 whatever that costs."""
+
+
+OutlineT = TypeVar("OutlineT", bound="Outline")
+
+ARRAYS = tuple(field.name for field in dataclasses.fields(Grid) if not field.metadata.get("static"))
+"""The fields of a grid that are arrays."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What is known of one way to quantize a layer, in numbers alone: a choice needs no more.
+
+    Attributes:
+      bits: of the weight.
+      error: relative squared error of the layer's output on the calibration sample, weights rounded to the nearest.
+      divergence: of the output's histogram, in nats (:func:`fqjax.core.allocation.histogram_divergence`).
+      width: K' with its padding.
+      bytes: of the layer on the device.
+    """
+
+    bits: int
+    error: float
+    divergence: float
+    width: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option(Outline):
+    """One way to quantize a layer.
+
+    Attributes:
+      grid: what its activations and weights may become.
+    """
+
+    grid: Grid
+
+    def outline(self) -> Outline:
+        """The option without its arrays."""
+        return Outline(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Outline)})
+
+
+def layer_inputs(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) -> LayerInputs:
+    """What a method is told of a layer."""
+    weight = linear.kernel[...].T.astype(jnp.float32)
+    absmax, samples = jnp.asarray(statistics.absmax), jnp.asarray(statistics.samples)
+    if scheme.activation_percentile < 100:
+        usual = jnp.percentile(jnp.abs(samples), scheme.activation_percentile, axis=0)
+        absmax = jnp.where(usual > 0, usual, absmax)  # A channel that is mostly zero keeps its largest value.
+    return LayerInputs(weight, absmax, samples)
+
+
+def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *, int4: bool = True) -> list[Option]:
+    """The options of a layer that a scheme considers: those in INT8 first, then those in INT4 if it may have any, by rising
+    width.
+
+    With the selection "budget" a layer may be flattened by as much as fills 0, 1, 2, ... blocks of the padding; else there
+    is one option for each number of bits.
+    """
+    return _options(layer_inputs(linear, statistics, scheme), linear, scheme, int4)
+
+
+def looks_at_all(scheme: Scheme) -> bool:
+    """Whether a scheme has to see all layers that read the same input to quantize it alike for them.
+
+    With groups and no smoothing, every token has a scale of its own, whichever layer reads it.
+    """
+    return scheme.method != "grouped" or scheme.awq
+
+
+def shared_options(
+    linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Statistics], scheme: Scheme, *, int4: bool = True
+) -> dict[str, list[Option]]:
+    """The options of layers that read the same input, experts of one mixture: as many for each, and all of the same number
+    quantize the input alike.
+
+    They are those of one layer with the outputs of all, judged on some samples of each; then every layer gets its part of the
+    scales, and its own error.
+    """
+    if not looks_at_all(scheme):
+        return {name: layer_options(linears[name], statistics[name], scheme, int4=int4) for name in linears}
+    parts = {name: layer_inputs(linears[name], statistics[name], scheme) for name in linears}
+    each = -(-scheme.sample_rows // len(parts))
+    whole = LayerInputs(
+        jnp.concatenate([part.weight for part in parts.values()]),
+        jnp.max(jnp.stack([part.x_max for part in parts.values()]), axis=0),
+        jnp.concatenate([part.samples[:each] for part in parts.values()]),
+    )
+    found: dict[str, list[Option]] = {name: [] for name in linears}
+    for option in _options(whole, next(iter(linears.values())), scheme, int4):
+        for i, (name, linear) in enumerate(linears.items()):
+            rows = slice(i * linear.out_features, (i + 1) * linear.out_features)
+            grid = _part(option.grid, rows, whole.weight)
+            error, divergence = map(float, _judged(grid, parts[name]))
+            size = _bytes(linear, grid, option.width)
+            found[name].append(dataclasses.replace(option, grid=grid, error=error, divergence=divergence, bytes=size))
+    return found
+
+
+def _part(grid: Grid, rows: slice, weight: Float32[Array, "n k"]) -> Grid:
+    """The grid of some of a layer's outputs, with a finer step for a whole tensor where their weights leave room for it."""
+    groups = None if grid.group_scale is None else grid.group_scale[:, rows]
+    if grid.w_scale.ndim:
+        return dataclasses.replace(grid, w_scale=grid.w_scale[rows], group_scale=groups)
+    if groups is not None:
+        return dataclasses.replace(grid, group_scale=groups)
+    largest = jnp.max(jnp.abs(weight[rows] * grid.smoothing), axis=0) / grid.w_pieces
+    needed = jnp.maximum(jnp.max(largest) / qmax(grid.bits), jnp.finfo(jnp.float32).tiny)
+    return dataclasses.replace(grid, w_scale=jnp.minimum(grid.w_scale, needed))
+
+
+@jit
+def _judged(grid: Grid, inputs: LayerInputs) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """The error and the divergence of a layer's output."""
+    layer = grid.round(inputs.weight)
+    exact = inputs.samples @ inputs.weight.T
+    return (
+        relative_error(layer, inputs.samples, inputs.weight),
+        histogram_divergence(exact, output(layer, inputs.samples)),
+    )
+
+
+def _options(inputs: LayerInputs, linear: nnx.Linear, scheme: Scheme, int4: bool) -> list[Option]:
+    """:func:`layer_options`; ``linear`` says how large the layer is."""
+    k = linear.in_features
+    options = []
+    allowed = {8: not int4 or scheme.int4_share < 1, 4: int4 and scheme.int4_share > 0}
+    for bits in (bits for bits in allowed if allowed[bits]):
+        budgets = [scheme.max_expansion]
+        if scheme.selection == "budget":
+            block, first = padded_width(1, bits), padded_width(k, bits)
+            most = max(first, int(scheme.max_expansion * k))
+            budgets = [min(width / k, scheme.max_expansion) for width in range(first, most + block, block)]
+        found = _measured(inputs, scheme, bits, jnp.asarray(list(dict.fromkeys(budgets)), jnp.float32))
+        widths: list[int] = []
+        for i, channels in enumerate(np.asarray(found.channels)):
+            width = padded_width(int(channels), bits)
+            if width in widths:
+                continue
+            widths.append(width)
+            arrays: dict[str, Any] = {name: leaf if leaf is None else leaf[i] for name, leaf in found.arrays.items()}
+            group_size = 0 if arrays["group_scale"] is None else scheme.group_size
+            grid = Grid(**arrays, x_bits=int(found.x_bits[i]), bits=bits, group_size=group_size)
+            size = _bytes(linear, grid, width)
+            error, divergence = float(found.error[i]), float(found.divergence[i])
+            options.append(Option(bits=bits, error=error, divergence=divergence, width=width, bytes=size, grid=grid))
+    return options
+
+
+def _bytes(linear: nnx.Linear, grid: Grid, width: int) -> int:
+    integers = grid.group_scale is not None and jnp.issubdtype(grid.group_scale.dtype, jnp.integer)
+    return layer_bytes(
+        linear,
+        grid.bits,
+        width,
+        weight_scales=grid.w_scale.size,
+        static=grid.x_scale is not None,
+        group_size=grid.group_size,
+        group_scale_bytes=2 if integers else 4,
+    )
+
+
+class _Measured(NamedTuple):
+    """The grids of a layer for some budgets, along the leading axis of every array.
+
+    Attributes:
+      arrays: the fields of the grids that are arrays, by name.
+      x_bits: bits of the activations.
+      channels: K', before padding.
+      error, divergence: as :class:`Option` has them.
+    """
+
+    arrays: dict[str, Any]
+    x_bits: Int32[Array, " b"]
+    channels: Int32[Array, " b"]
+    error: Float32[Array, " b"]
+    divergence: Float32[Array, " b"]
+
+
+@functools.partial(jit, static_argnames=("scheme", "bits"))
+def _measured(inputs: LayerInputs, scheme: Scheme, bits: int, budgets: Float32[Array, " b"]) -> _Measured:
+    """Every grid of a layer, with the error of its output and the divergence of its histogram."""
+    exact = inputs.samples @ inputs.weight.T
+    grid_of = METHODS[scheme.method](inputs, scheme, bits, budgets)
+
+    def measure(i: Array) -> _Measured:
+        grid = grid_of(i)
+        layer = grid.round(inputs.weight)
+        arrays = {name: getattr(grid, name) for name in ARRAYS}
+        channels = jnp.sum(grid.x_pieces * grid.w_pieces)
+        divergence = histogram_divergence(exact, output(layer, inputs.samples))
+        error = relative_error(layer, inputs.samples, inputs.weight)
+        return _Measured(arrays, jnp.int32(grid.x_bits), channels, error, divergence)
+
+    return lax.map(measure, jnp.arange(len(budgets)))
+
+
+def select(
+    options: Mapping[str, list[OutlineT]],
+    macs: Mapping[str, int],
+    plain_bytes: int,
+    scheme: Scheme,
+    sensitivities: Callable[[], Mapping[str, float]],
+) -> dict[str, OutlineT]:
+    """Chooses one option for every layer, by the scheme's selection.
+
+    Args:
+      options: of every layer.
+      macs: multiply-accumulates of every layer.
+      plain_bytes: of all of them in bfloat16.
+      scheme: its ``selection``, ``int4_share`` and ``compression``.
+      sensitivities: what each layer's last option costs the model; called only if it is needed.
+    """
+    if all(len(found) == 1 for found in options.values()):
+        return {name: found[0] for name, found in options.items()}
+    if scheme.selection != "budget":
+        high, low = ({name: found[i] for name, found in options.items()} for i in (0, -1))
+        if scheme.selection == "kl":
+            errors = {name: low[name].divergence / max(high[name].divergence, 1e-10) for name in options}
+        else:
+            errors = sensitivities()
+        chosen = select_low_bits([errors[name] for name in options], [macs[n] for n in options], scheme.int4_share)
+        return {name: low[name] if is_low else high[name] for name, is_low in zip(options, chosen, strict=True)}
+    measured = sensitivities()
+    tables = [
+        (_costs(found, measured[n]),
+         [macs[n] * (o.bits == 4) for o in found],
+         [o.bytes for o in found])
+        for n, found in options.items()
+    ]  # fmt: skip
+    errors, low_macs, sizes = map(list, zip(*tables, strict=True))
+    smallest = sum(min(row) for row in sizes)
+    padded = scheme.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes)
+    asked = scheme.compression and not padded
+    most = max(plain_bytes / scheme.compression, ROOM * smallest) if asked else float("inf")
+    least = scheme.int4_share * sum(macs[name] for name in options)
+    picked = choose(errors, low_macs, sizes, least_macs=least, most_bytes=most)
+    return {name: found[i] for (name, found), i in zip(options.items(), picked, strict=True)}
+
+
+def costs_by_bits(
+    options: Mapping[str, list[Outline]], chosen: Mapping[str, Outline], sensitivities: Mapping[str, float]
+) -> dict[str, dict[int, float]]:
+    """What each layer costs the model, by the bits of its weight: as chosen, or with the other bits as little as can be."""
+    found: dict[str, dict[int, float]] = {}
+    for name, choices in options.items():
+        costs: dict[int, list[float]] = {}
+        for option, cost in zip(choices, _costs(choices, sensitivities[name]), strict=True):
+            if option is chosen[name] or option.bits != chosen[name].bits:
+                costs.setdefault(option.bits, []).append(cost)
+        found[name] = {bits: min(some) for bits, some in costs.items()}
+    return found
+
+
+def _costs(options: Sequence[Outline], last: float) -> list[float]:
+    """What each option costs the model: what the last one does, times how much smaller or larger its own error is."""
+    return [last * option.error / max(options[-1].error, 1e-30) for option in options]

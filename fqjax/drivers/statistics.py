@@ -1,0 +1,171 @@
+"""Calibration: run data through the model once and keep what quantization needs to know of every linear layer's input.
+
+For each layer that is the largest magnitude of every input channel, and a fixed number of input rows drawn uniformly
+from all that passed, on which errors are judged.  The rows are drawn by *bottom-k sampling*: each row gets a random
+number, and those with the k largest numbers are kept; merging two such samples gives a sample of the union, so one pass
+over data of unknown length suffices.
+
+A model that says what its blocks are goes through it block by block, so that one block is needed at a time; the outputs of
+each for all batches are held for the next.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from fqjax.layers.surgery import dotted, replace_modules
+from fqjax.layers.taps import Watcher
+from fqjax.models.chain import Chain, Feed, chain, places, sweep
+from fqjax.runtime.compiling import jit
+from fqjax.runtime.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What calibration saw of one linear layer's input.
+
+    Attributes:
+      absmax: largest magnitude of each channel, float32 (K,).
+      samples: some of the rows, float32 (S, K), in no particular order.
+      rows: how many rows counted (:mod:`fqjax.layers.taps`).
+      passed: how many rows passed; as many, but for experts, of whose rows those count that are sent to them.
+
+    Of an expert that got fewer rows than are kept as samples, the other tokens' rows fill the sample up, and ``absmax`` is
+    that of all of them: what it would meet if they were sent to it.
+    """
+
+    absmax: np.ndarray
+    samples: np.ndarray
+    rows: int
+    passed: int
+
+
+class Span(NamedTuple):
+    """What is small of :class:`Statistics`; the fields are the same."""
+
+    absmax: np.ndarray
+    rows: int
+    passed: int
+
+
+class _Statistic(nnx.Variable):
+    """State that calibration accumulates; split from everything else a model holds."""
+
+
+class Observer(Watcher):
+    """Computes what its linear layer computes, and takes note of the input."""
+
+    def __init__(self, linear: nnx.Linear, sample_rows: int):
+        k = linear.in_features
+        self.linear = linear
+        self.absmax, self.absmax_of_all = (_Statistic(jnp.zeros(k, jnp.float32)) for _ in range(2))
+        self.samples = _Statistic(jnp.zeros((sample_rows, k), jnp.float32))
+        self.lots = _Statistic(jnp.full(sample_rows, -1.0, jnp.float32))
+        self.rows, self.passed = (_Statistic(jnp.zeros((), jnp.uint32)) for _ in range(2))
+
+    def __call__(
+        self, x: Float[Array, "... k"], *args: Any, shares: Float32[Array, " rows"] | None = None, **kwargs: Any
+    ) -> Array:
+        self._note(x.reshape(-1, x.shape[-1]).astype(jnp.float32), shares)
+        return self.linear(x, *args, **kwargs)
+
+    def _note(self, x: Float32[Array, "rows k"], shares: Float32[Array, " rows"] | None) -> None:
+        kept = self.lots[...].shape[0]
+        counts = jnp.ones(len(x), bool) if shares is None else shares > 0
+        lots = jax.random.uniform(jax.random.fold_in(jax.random.key(0), self.passed[...]), x.shape[:1])
+        lots = lots if shares is None else lots + counts  # Rows that count come first.
+        # nnx Variables are written through [...]; the merged sample is the `kept` rows with the largest lots.
+        self.lots[...], order = jax.lax.top_k(jnp.concatenate([self.lots[...], lots]), kept)
+        old = jnp.take(self.samples[...], jnp.minimum(order, kept - 1), axis=0)
+        new = jnp.take(x, jnp.maximum(order - kept, 0), axis=0)
+        self.samples[...] = jnp.where((order < kept)[:, None], old, new)
+        for found, which in ((self.absmax, counts), (self.absmax_of_all, jnp.ones_like(counts))):
+            found[...] = jnp.maximum(found[...], jnp.max(jnp.abs(x), axis=0, initial=0, where=which[:, None]))
+        self.rows[...] = self.rows[...] + jnp.sum(counts, dtype=jnp.uint32)
+        self.passed[...] = self.passed[...] + x.shape[0]
+
+
+def calibrate(
+    model: nnx.Module, batches: Iterable[Any], names: Iterable[str], *, sample_rows: int = 512
+) -> dict[str, Statistics]:
+    """Runs the batches through the model and returns the statistics of the named linear layers.
+
+    Args:
+      model: any NNX module; it is not changed.  Dropout is off and batch norms use their running averages.
+      batches: any iterable of model inputs: an array becomes ``model(array)``, a tuple ``model(*tuple)``, a mapping
+        ``model(**mapping)``.  For a language model, int32 tokens [batch, length].
+      names: dotted paths of linear layers.
+      sample_rows: rows of each layer's input to keep.
+
+    Returns:
+      Statistics by name.
+
+    Raises:
+      InputError: if there is no batch, if a layer is never called, or if an activation is not finite.
+    """
+    parts, found = chain(model, names := list(names)), {}
+    inside, feed = places(parts.blocks, names), Feed(parts, batches)
+
+    def step(path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
+        found.update((yield from watch(parts, block, inside[path], feed.paired(inputs), sample_rows)))
+
+    sweep(parts.blocks, feed.first, step, "calibrating")
+    return {name: found[name] for name in names}
+
+
+def watch(
+    parts: Chain, block: nnx.Module, names: Mapping[str, str], inputs: Iterable[tuple[Any, Any]], sample_rows: int
+) -> Generator[Any, None, dict[str, Statistics]]:
+    """Runs a block and yields its outputs; what is left at the end are the statistics of its linear layers.
+
+    Args:
+      parts: what the block belongs to.
+      block: one of its blocks.
+      names: of the linear layers to watch, by dotted path in the block.
+      inputs: of the block, each with what it is called with besides.
+      sample_rows: rows of each layer's input to keep.
+
+    Raises:
+      InputError: as :func:`calibrate` does.
+    """
+    observed = replace_modules(block, lambda path, node: Observer(node, sample_rows) if path in names else node)
+    graphdef, statistics, rest = nnx.split(observed, _Statistic, ...)
+    wanted, count = len(parts.blocks) > 1, 0
+    for x, others in inputs:
+        statistics, y = jax.block_until_ready(_observe(parts.call, graphdef, wanted, statistics, rest, x, others))
+        count += 1
+        yield y
+    if not count:
+        raise InputError("calibration: the data holds no batch")
+    found = {dotted(path): node for path, node in nnx.iter_graph(nnx.merge(graphdef, statistics, rest))}
+    return {name: _statistics(name, found[path]) for path, name in names.items()}
+
+
+@functools.partial(jit, static_argnums=(0, 1, 2))
+def _observe(
+    call: Callable[..., Any], graphdef: Any, wanted: bool, statistics: Any, rest: Any, x: Any, others: Any
+) -> tuple[Any, Any]:
+    """The statistics with those of one batch in them, and the block's output if it is wanted."""
+    running = nnx.merge(graphdef, statistics, rest)
+    y = call(running, x, others)
+    return nnx.state(running, _Statistic), y if wanted else None
+
+
+def _statistics(name: str, observer: Observer) -> Statistics:
+    rows, passed = int(observer.rows[...]), int(observer.passed[...])
+    if not passed:
+        raise InputError(f"{name}: calibration never called this layer; call it, or ignore it")
+    lots = np.asarray(observer.lots[...])
+    absmax = np.asarray((observer.absmax_of_all if rows < min(len(lots), passed) else observer.absmax)[...])
+    if not np.isfinite(absmax).all():
+        raise InputError(
+            f"{name}: calibration met a non-finite activation in channel {int(np.argmin(np.isfinite(absmax)))}"
+        )
+    return Statistics(absmax, np.asarray(observer.samples[...])[lots >= 0], rows, passed)

@@ -1,0 +1,1 @@
+"""Exchange of quantized weights with other libraries."""

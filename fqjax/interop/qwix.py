@@ -1,0 +1,97 @@
+"""Quantized weights to and from qwix, whose arrays of codes and scales are called ``QArray`` (https://github.com/google/qwix).
+
+A ``QArray`` has its input channels first, as ``nnx.Linear`` has them in its kernel, and a scale for every tile: the shape of
+the scales divides that of the codes.  There is one scale a tile, so a channel's scale and a group's are multiplied, and there
+is no padding.
+"""
+
+import importlib
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fqjax.core.channels import padded_width
+from fqjax.core.qtensor import LARGEST_GROUP, QTensor
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.runtime.errors import InputError
+
+
+def to_qwix(layer: QuantizedLinear) -> Any:
+    """The weight of a layer as a ``qwix.QArray``.
+
+    Args:
+      layer: without flattened channels.  Its smoothing, if it has any, stays in the weight: the array is what
+        multiplies the smoothed input.
+
+    Returns:
+      An array of shape (in, out) with codes in int8, or int4 for 4 bits, and float32 scales (1, 1), (1, out) or
+      (groups, out); ``qwix.dequantize`` of it equals the transposed ``layer.weight.dequantize()`` without padding.
+
+    Raises:
+      InputError: if qwix is not installed, or the layer has flattened channels.
+    """
+    qwix = _qwix()
+    weight, quantizer = layer.weight.get_value(), layer.input.get_value()
+    if quantizer.used:
+        raise InputError(f"to_qwix: {quantizer.used} flattened channels cannot be expressed in a QArray; expected none")
+    k = quantizer.multiplier.shape[0]
+    codes = weight.unpacked()[:, :k].T.astype(jnp.int4 if weight.format.bits == 4 else jnp.int8)
+    if weight.group_scale is None:
+        return qwix.QArray(codes, weight.scale.reshape(1, -1))
+    # Where groups do not divide the input, smaller ones with the same scale do.
+    size = math.gcd(weight.format.group_size, k)
+    return qwix.QArray(codes, weight.steps()[:, :k:size].T)
+
+
+def from_qwix(array: Any) -> QTensor:
+    """The weight that a ``qwix.QArray`` holds.
+
+    Args:
+      array: shape (in, out), codes in int4 or int8, symmetric; scales for the whole, for every output channel, or for every
+        output channel and group of input channels.
+
+    Returns:
+      A tensor of shape (out, K') with the same codes and scales; K' is ``in`` padded to a multiple of 128, or of 256 with 4
+      bits.  Groups are cut to 128 channels at most.
+
+    Raises:
+      InputError: naming what cannot be expressed: no matrix, another dtype of codes, a zero point, scales that several
+        output channels share but not all, groups that are no multiple of 16 channels.
+    """
+    shape = tuple(np.shape(array.qvalue))
+    if len(shape) != 2:
+        raise InputError(f"from_qwix: an array of shape {shape}; expected a matrix (in, out)")
+    kinds = {jnp.dtype(jnp.int4): 4, jnp.dtype(jnp.int8): 8}
+    bits = kinds.get(jnp.dtype(array.qtype))
+    if bits is None or jnp.dtype(array.qvalue.dtype) not in kinds:
+        raise InputError(f"from_qwix: codes of {jnp.dtype(array.qtype).name}; expected int4 or int8")
+    if array.zero_point is not None and bool(jnp.any(array.zero_point)):
+        raise InputError("from_qwix: a zero point that is not 0 cannot be expressed; expected symmetric codes")
+    (k, n), scale = shape, jnp.asarray(array.scale, jnp.float32)
+    if not bool(jnp.all(jnp.isfinite(scale) & (scale > 0))):
+        raise InputError("from_qwix: a scale that is not a finite number above 0")
+    groups, columns = scale.shape
+    if columns not in (1, n) or k % groups:
+        raise InputError(
+            f"from_qwix: scales {scale.shape} of an array {shape}; expected (groups, {n}), (1, {n}) or (1, 1)"
+        )
+    width = padded_width(k, bits)
+    codes = jnp.pad(jnp.asarray(array.qvalue).astype(jnp.int8).T, ((0, 0), (0, width - k)))
+    if groups == 1:
+        return QTensor.from_codes(codes, scale[0, 0] if columns == 1 else scale[0], bits)
+    whole = k // groups
+    if whole % 16:
+        raise InputError(f"from_qwix: groups of {whole} channels; expected a multiple of 16")
+    size = math.gcd(LARGEST_GROUP, whole)
+    every = jnp.repeat(jnp.broadcast_to(scale, (groups, n)), whole // size, axis=0)
+    padded = jnp.pad(every, ((0, width // size - len(every)), (0, 0)), constant_values=1)
+    return QTensor.from_codes(codes, jnp.float32(1), bits, padded)
+
+
+def _qwix() -> Any:
+    try:
+        return importlib.import_module("qwix")
+    except ImportError:
+        raise InputError("to_qwix: qwix is not installed; pip install qwix") from None

@@ -1,0 +1,222 @@
+"""A model as blocks one after the other, and layers that behave as quantized ones without their expanded channels.
+
+Both are there for compile time: the blocks of a language model have the same shapes, and so have the layers of this module
+whatever the bits and the extra channels of those they stand for.  What is jitted for one block serves all.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int16, Int32
+
+from fqjax.core.codes import steps
+from fqjax.core.formats.uniform import represented
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.runtime.compiling import jit
+from fqjax.runtime.progress import track
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+Step = Callable[[str, nnx.Module, Iterable[Any]], Iterable[Any]]
+"""What a pass does with a block: (path, block, its inputs) -> its outputs, in the same order.  Iterating over the outputs is
+what does the work."""
+
+
+class Chain(NamedTuple):
+    """A model as blocks one after the other.
+
+    Attributes:
+      blocks: module of each, by dotted path; the path of a whole model is empty.  Looking one up may read it from a file, so
+        whoever goes through them holds one at a time.
+      begin: from a batch to the first block's input, and what every block is called with besides.
+      call: runs a block, (block, input, what else) -> output.
+      end: from the last block's output to that of the model.
+    """
+
+    blocks: Mapping[str, nnx.Module]
+    begin: Callable[[Any], tuple[Any, Any]]
+    call: Callable[[Any, Any, Any], Any]
+    end: Callable[[Any], Any]
+
+
+def chain(model: nnx.Module, names: Iterable[str]) -> Chain:
+    """The blocks of a model, as it runs in inference.
+
+    A model that does not say what its blocks are is one, and so is one with any of the layers named outside its blocks.
+    """
+    running: Any = inference_view(nnx.clone(model))
+    blocks = {f"layers.{i}": layer for i, layer in enumerate(running.layers)} if hasattr(running, "begin") else {}
+    if not all(name.startswith(tuple(f"{path}." for path in blocks)) for name in names):
+        return Chain({"": running}, as_arguments, call_model, lambda output: output)
+    graphdef, state = nnx.split(running)
+    return Chain(blocks, running.begin, call_layer, lambda hidden: end(graphdef, state, hidden))
+
+
+def call_layer(layer: Any, x: Any, args: Any) -> Any:
+    """Runs one of a language model's layers without a cache; ``Chain.call`` of such a model."""
+    return layer(x, None, None, *args)[0]
+
+
+class Feed:
+    """Batches on their way through a chain: the first block's inputs, and what every block is called with besides."""
+
+    def __init__(self, chain: Chain, batches: Iterable[Any]):
+        self.chain, self.batches = chain, batches
+        self.others: list[Any] = []
+
+    def first(self) -> Iterator[Any]:
+        """What the first block gets, batch by batch."""
+        self.others = []
+        for batch in self.batches:
+            x, rest = self.chain.begin(batch)
+            self.others.append(rest)
+            yield x
+
+    def paired(self, inputs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Every batch's input to some block together with what the block is called with besides."""
+        for i, x in enumerate(inputs):
+            if i == len(self.others):  # A pass that was taken up in the middle began no batch.
+                for _ in self.first():
+                    pass
+            yield x, self.others[i]
+
+
+def sweep(
+    blocks: Mapping[str, nnx.Module],
+    first: Callable[[], Iterable[Any]],
+    step: Step,
+    what: str,
+    *,
+    keep_last: bool = False,
+) -> Iterable[Any]:
+    """Goes through the blocks once, with the outputs of each as the inputs of the next.
+
+    Args:
+      blocks: by dotted path; see :class:`Chain`.
+      first: the first block's inputs.
+      step: what is done with a block.
+      what: the pass, for the progress bar.
+      keep_last: whether the last block's outputs are wanted.
+
+    Returns:
+      The last block's outputs; nothing if they are not wanted.
+    """
+    inputs, paths = first(), list(blocks)
+    if len(paths) == 1 and not isinstance(inputs, list):
+        inputs = track(inputs, what)
+    for path in track(paths, what) if len(paths) > 1 else paths:
+        outputs = step(path, blocks[path], inputs)
+        inputs = list(outputs) if path != paths[-1] or keep_last else drain(outputs)
+    return inputs
+
+
+def drain(outputs: Iterable[Any]) -> list[Any]:
+    """Does the work behind some outputs that nobody wants; returns none."""
+    for _ in outputs:
+        pass
+    return []
+
+
+def places(blocks: Iterable[str], names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """For every block the layers in it: dotted path in the model by dotted path in the block."""
+    names = list(names)
+    starts = {path: f"{path}." if path else "" for path in blocks}
+    return {
+        path: {name.removeprefix(start): name for name in names if name.startswith(start)}
+        for path, start in starts.items()
+    }
+
+
+def inference_view(model: ModelT) -> ModelT:
+    """The model with dropout off and batch norms on their running averages."""
+    return nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
+
+
+def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments that a batch stands for."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, list):
+        batch = np.asarray(batch)
+    return (batch if isinstance(batch, tuple) else (batch,)), {}
+
+
+def run(chain: Chain, block: tuple[Any, Any], x: Any, others: Any) -> Any:
+    """The output of a block, which is given as ``nnx.split`` gives it, jitted."""
+    return _run(chain.call, *block, x, others)
+
+
+def call_model(model: Any, args: Any, kwargs: Any) -> Any:
+    """Runs a whole model; ``Chain.call`` of one that is a single block."""
+    return model(*args, **kwargs)
+
+
+@functools.partial(jit, static_argnums=(0, 1))
+def _run(call: Callable[..., Any], graphdef: Any, state: Any, x: Any, others: Any) -> Any:
+    return call(nnx.merge(graphdef, state), x, others)
+
+
+@functools.partial(jit, static_argnums=0)
+def end(graphdef: Any, state: Any, hidden: Any) -> Any:
+    """A model's output, of what its last block gives."""
+    return nnx.merge(graphdef, state).end(hidden)
+
+
+class Simulated(nnx.Module):
+    """Computes what a quantized layer computes, in float32 on the channels as they were before they were expanded."""
+
+    def __init__(self, layer: QuantizedLinear):
+        quantizer, weight = layer.input.get_value(), layer.weight.get_value()
+        codes, limit = fold(layer)
+        self.multiplier, self.limit = nnx.Variable(quantizer.multiplier), nnx.Variable(limit)
+        self.codes, self.scale = nnx.Variable(codes), nnx.Variable(weight.scale)
+        self.group_scale = None if weight.group_scale is None else nnx.Variable(weight.group_scale)
+        self.group_size = weight.format.group_size
+        self.x_scale = None if quantizer.scale is None else nnx.Variable(quantizer.scale)
+        self.bias = None if layer.bias is None else nnx.Variable(layer.bias[...])
+        self.dtype, self.param_dtype = layer.dtype, layer.param_dtype
+
+    def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
+        y = self.product(x)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
+
+    def product(self, x: Float[Array, "*rows k"]) -> Float32[Array, "*rows out"]:
+        """The output without the bias, as float32."""
+        x_scale = None if self.x_scale is None else self.x_scale[...]
+        return represented(x, self.multiplier[...], self.limit[...], x_scale) @ self._weight().T
+
+    def _weight(self) -> Float32[Array, "out k"]:
+        """Made anew for every call: the codes take half of its bytes."""
+        codes, groups = self.codes[...], None if self.group_scale is None else self.group_scale[...]
+        each = steps(self.scale[...], groups, self.group_size)
+        return codes * (each if groups is None else each[:, : codes.shape[1]])
+
+
+def fold(layer: QuantizedLinear) -> tuple[Int16[Array, "out k"], Float32[Array, " k"]]:
+    """Takes flattening back.
+
+    Returns:
+      The weight's codes on the layer's K input channels, and the largest code of each channel's activations.
+    """
+    quantizer = layer.input.get_value()
+    return _fold(layer.weight.get_value().unpacked(), quantizer.source, quantizer.part, quantizer.used, quantizer.qmax)
+
+
+@jax.jit
+def _fold(
+    codes: Array, source: Int32[Array, " e"], part: Int32[Array, " e"], used: int, largest: int
+) -> tuple[Int16[Array, "out k"], Float32[Array, " k"]]:
+    k = codes.shape[1] - source.shape[0]
+    real = jnp.arange(source.shape[0]) < used
+    # Of the pairs (a, b) of an activation's and a weight's pieces, those with a = 0 hold every b once.
+    extra = jnp.where(real & (part == 0), codes[:, k:].astype(jnp.int16), 0)
+    whole = codes[:, :k].astype(jnp.int16).at[:, source].add(extra)
+    pieces = jnp.ones(k, jnp.int32).at[source].max(jnp.where(real, part + 1, 1))
+    return whole, (pieces * largest).astype(jnp.float32)

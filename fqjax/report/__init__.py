@@ -1,0 +1,1 @@
+"""Reports on quantized models: tables, records of calibration, plots."""

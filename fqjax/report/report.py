@@ -1,0 +1,258 @@
+"""What quantization did, layer by layer: bits, K'/K, error, bytes, overflow margin."""
+
+import dataclasses
+import math
+from typing import Any
+
+from flax import nnx
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from fqjax.core.overflow import LIMIT
+from fqjax.core.qtensor import QTensor, bytes_of
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.stacked import unstacked
+from fqjax.layers.surgery import dotted, select_linears
+from fqjax.report.findings import Findings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One linear layer.
+
+    Attributes:
+      name: dotted path in the model.
+      bits: 4 or 8, or 16 for a layer in bfloat16 and 32 in float32.
+      expansion: K'/K, flattened channels over original ones, before padding.
+      relative_error: mean squared error of the output over its mean square, on calibration data; 0 in floating point, and
+        for layers read from another program's checkpoint, of which it is not known.
+      bytes: on the device: codes (with their padding), scales, the input's recipe, bias.
+      bytes_bf16: weight and bias in bfloat16.
+      macs: multiply-accumulates of the unquantized layer for one token.
+      accumulator_bound: largest magnitude the int32 accumulator can reach; 0 in floating point.
+      scales: what has a scale of its own: "tensor", "channel", or "group of 128", "group of 128, integer", "group of 128,
+        folded"; "" in floating point.
+    """
+
+    name: str
+    bits: int
+    expansion: float
+    relative_error: float
+    bytes: int
+    bytes_bf16: int
+    macs: int
+    accumulator_bound: int
+    scales: str = ""
+
+    @property
+    def overflow_margin_bits(self) -> float:
+        """Bits between the accumulator's bound and 2**31; infinite in floating point."""
+        return math.log2(LIMIT / self.accumulator_bound) if self.accumulator_bound else math.inf
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """A model's linear layers, and totals over them.
+
+    Attributes:
+      scheme: name of the scheme; "none" for a model in floating point.
+      layers: one :class:`LayerReport` a linear layer, in the model's order.
+      skipped: linear layers left in floating point, each with the reason.
+      model_bytes: all arrays of the model, on the device.
+      seconds: time that calibration and quantization took; 0 where nothing was timed.
+      findings: what calibration found out; None where it is not known.
+    """
+
+    scheme: str
+    layers: tuple[LayerReport, ...]
+    skipped: dict[str, str]
+    model_bytes: int
+    seconds: float = 0.0
+    findings: Findings | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def int4_mac_share(self) -> float:
+        """Share of the linear layers' multiply-accumulates computed on 4-bit weights."""
+        return _ratio(sum(row.macs for row in self.layers if row.bits == 4), sum(row.macs for row in self.layers))
+
+    @property
+    def int4_layer_share(self) -> float:
+        """Share of the linear layers whose weights have 4 bits."""
+        return _ratio(sum(row.bits == 4 for row in self.layers), len(self.layers))
+
+    @property
+    def expansion(self) -> float:
+        """K'/K, averaged over multiply-accumulates."""
+        return _ratio(sum(row.expansion * row.macs for row in self.layers), sum(row.macs for row in self.layers))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the linear layers on the device."""
+        return sum(row.bytes for row in self.layers)
+
+    @property
+    def bytes_bf16(self) -> int:
+        """Bytes of the same layers in bfloat16."""
+        return sum(row.bytes_bf16 for row in self.layers)
+
+    @property
+    def model_bytes_bf16(self) -> int:
+        """Bytes of the whole model with its linear layers in bfloat16."""
+        return self.model_bytes - self.bytes + self.bytes_bf16
+
+    @property
+    def trade_off(self) -> list[tuple[float, float]]:
+        """(share of INT4, sum of the layers' costs) as INT4 is given to one layer after the other; see :class:`Findings`."""
+        if self.findings is None:
+            return []
+        return self.findings.trade_off({row.name: row.macs for row in self.layers})
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``fqjax inspect --json`` writes."""
+        return {
+            "scheme": self.scheme,
+            "layers": [
+                dataclasses.asdict(row) | {"overflow_margin_bits": round(row.overflow_margin_bits, 2)}
+                if row.accumulator_bound
+                else dataclasses.asdict(row) | {"overflow_margin_bits": None}
+                for row in self.layers
+            ],
+            "skipped": self.skipped,
+            "int4_mac_share": self.int4_mac_share,
+            "int4_layer_share": self.int4_layer_share,
+            "expansion": self.expansion,
+            "bytes": self.bytes,
+            "bytes_bf16": self.bytes_bf16,
+            "model_bytes": self.model_bytes,
+            "model_bytes_bf16": self.model_bytes_bf16,
+            "trade_off": self.trade_off,
+        }
+
+    def table(self) -> Table:
+        """The report as a table for the terminal."""
+        table = narrow_table(f"scheme: {self.scheme}", self.totals())
+        table.add_column("layer", no_wrap=True)
+        grouped = any(row.scales.startswith("group") for row in self.layers)
+        for heading in ("bits", "scales" if grouped else "K'/K", "error", "bytes", "of bf16", "margin"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self.layers:
+            table.add_row(
+                row.name,
+                str(row.bits),
+                _short(row.scales) if grouped else f"{row.expansion:.3f}",
+                f"{row.relative_error:.2%}" if row.relative_error else "-",
+                format_bytes(row.bytes),
+                f"{row.bytes / row.bytes_bf16:.0%}",
+                f"{row.overflow_margin_bits:.1f}" if row.accumulator_bound else "-",
+            )
+        for name in self.skipped:
+            table.add_row(name, "float", *["-"] * 5, style="dim")
+        return table
+
+    def totals(self) -> str:
+        """Three lines on the whole."""
+        grouped = [row for row in self.layers if row.scales.startswith("group")]
+        floats = sum("," not in row.scales for row in grouped)
+        second = f"K'/K: {self.expansion:.3f} on average."
+        if grouped:
+            second = f"Float group scales: {floats} of {len(grouped)} layers."
+        return (
+            f"INT4: {self.int4_mac_share:.2%} of the multiply-accumulates.  {second}\n"
+            f"Linear layers: {format_bytes(self.bytes)}, {_ratio(self.bytes_bf16, self.bytes):.2f} x less than in bf16.  "
+            f"Whole model: {format_bytes(self.model_bytes)}.\n"
+            "error: mean square, of the layer's output.  margin: bits before int32 overflows."
+        )
+
+
+def report_of(model: nnx.Module, seconds: float = 0.0, findings: Findings | None = None) -> Report:
+    """Reports on a model's linear layers as they are, quantized or not."""
+    model = unstacked(nnx.eval_shape(lambda: model))
+    quantized = quantized_layers(model)
+    rows = [_quantized_row(name, layer) for name, layer in quantized.items()]
+    selection = select_linears(model, required=False)
+    rows += [_float_row(name, linear) for name, linear in selection.linears.items()]
+    order = {dotted(path): i for i, (path, _) in enumerate(nnx.iter_graph(model))}
+    rows.sort(key=lambda row: order[row.name])
+    return Report(
+        scheme=", ".join(dict.fromkeys(layer.summary.scheme.name for layer in quantized.values())) or "none",
+        layers=tuple(rows),
+        skipped=selection.skipped,
+        model_bytes=bytes_of(nnx.state(model)),
+        seconds=seconds,
+        findings=findings,
+    )
+
+
+def quantized_layers(model: nnx.Module) -> dict[str, QuantizedLinear]:
+    """The model's quantized layers by dotted path, those of experts each by itself."""
+    nodes = nnx.iter_graph(unstacked(model))
+    return {dotted(path): node for path, node in nodes if isinstance(node, QuantizedLinear)}
+
+
+def narrow_table(title: str, caption: str) -> Table:
+    """A table without a frame, which leaves the most of 80 columns to its content."""
+    return Table(
+        title=title,
+        caption=caption,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        collapse_padding=True,
+    )
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in the unit a person would use (1 MB = 10**6 bytes)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _quantized_row(name: str, layer: QuantizedLinear) -> LayerReport:
+    n, k = layer.weight.get_value().shape[0], layer.input.get_value().multiplier.shape[0]
+    return LayerReport(
+        name=name,
+        bits=layer.bits,
+        expansion=layer.expansion,
+        relative_error=layer.summary.relative_error,
+        bytes=layer.nbytes,
+        bytes_bf16=2 * (n * k + (n if layer.bias is not None else 0)),
+        macs=layer.summary.macs,
+        accumulator_bound=layer.summary.accumulator_bound,
+        scales=_describe_scales(layer.weight.get_value()),
+    )
+
+
+def _short(scales: str) -> str:
+    """``LayerReport.scales`` in few letters."""
+    return scales.removeprefix("group of ").replace(", integer", " int").replace(", folded", " fold")
+
+
+def _describe_scales(weight: QTensor) -> str:
+    form = weight.format
+    if not form.group_size:
+        return form.granularity
+    kind = ", folded" if form.folded else ", integer" if form.integer_scales else ""
+    return f"group of {form.group_size}{kind}"
+
+
+def _float_row(name: str, linear: nnx.Linear) -> LayerReport:
+    kernel = linear.kernel.get_value()
+    size = kernel.size + (linear.bias.get_value().size if linear.bias is not None else 0)
+    return LayerReport(
+        name=name,
+        bits=8 * kernel.dtype.itemsize,
+        expansion=1.0,
+        relative_error=0.0,
+        bytes=size * kernel.dtype.itemsize,
+        bytes_bf16=2 * size,
+        macs=linear.in_features * linear.out_features,
+        accumulator_bound=0,
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

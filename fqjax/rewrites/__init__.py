@@ -1,0 +1,1 @@
+"""Changes to a whole model that leave its function as it was."""

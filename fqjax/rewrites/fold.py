@@ -1,0 +1,92 @@
+"""Smoothing folded into what stands in front of a layer, for formats that know of no smoothing.
+
+A layer that divides its input by s before it is quantized can leave that to whoever makes the input:
+
+  a norm       whose weight and bias are divided by s: exact but for one rounding of them to their dtype;
+  a layer      whose output channels reach the input channel by channel (values through attention, up through its gate, the
+               first layer of an MLP through ReLU): its scales and bias are divided by s, and its codes stay as they are.
+               Where several input channels read the same output channel, as query heads that share a value head do, they
+               need the same s.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.runtime.errors import InputError
+
+TOLERANCE = 1e-6
+"""How far factors may differ that count as the same: some roundings in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Folding:
+    """What modules have to be divided by, by dotted path: norms channel by channel, layers by output channels."""
+
+    norms: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+
+
+def smoothing_of(layer: QuantizedLinear) -> np.ndarray:
+    """What a layer divides its input by, channel by channel, float64 (K,); ones without smoothing."""
+    quantizer = layer.input.get_value()
+    scale = 1.0 if quantizer.scale is None else np.float64(quantizer.scale)
+    factors = 1 / (np.asarray(quantizer.multiplier, np.float64) * scale)
+    return np.ones_like(factors) if np.abs(factors - 1).max() <= TOLERANCE else factors
+
+
+def fold_smoothing(model: Any, layers: dict[str, QuantizedLinear]) -> Folding:
+    """Finds for every smoothed layer what can take its smoothing over.
+
+    Args:
+      model: one of fqjax's.
+      layers: its quantized layers, by dotted path.
+
+    Raises:
+      InputError: naming the layer, and why its smoothing cannot be folded.
+    """
+    folding = Folding({}, {})
+    norms = model.norm_paths() if hasattr(model, "norm_paths") else {}
+    paths = {path.consumer: path for path in model.scaling_paths()} if hasattr(model, "scaling_paths") else {}
+    for name, layer in layers.items():
+        factors = smoothing_of(layer)
+        if (factors == 1).all():
+            continue
+        if name in norms:
+            folding.norms[norms[name]] = factors
+        elif name in paths:
+            path = paths[name]
+            folding.outputs[path.producer] = _by_row(name, path.rows, factors, _outputs(model, path.producer))
+        else:
+            raise InputError(
+                f"{name}: its smoothing cannot be folded into what stands in front of it; expected a norm that it alone "
+                "reads, a layer that scales through, or no smoothing (--set alpha=none, --set awq=false)"
+            )
+    return folding
+
+
+def _by_row(name: str, rows: np.ndarray, factors: np.ndarray, outputs: int) -> np.ndarray:
+    """The factor of every output channel of the producer."""
+    found = np.ones(outputs)
+    found[rows] = factors
+    if np.abs(found[rows] / factors - 1).max() > TOLERANCE:
+        raise InputError(
+            f"{name}: its smoothing differs between input channels that read the same channel in front (heads that share a "
+            "value head), and cannot be folded; quantize without smoothing (--set alpha=none, --set awq=false), or leave "
+            f"the layer in floating point (--ignore {name.split('.')[-1]})"
+        )
+    return found
+
+
+def _outputs(model: Any, name: str) -> int:
+    module = module_at(model, name)
+    return module.weight.get_value().shape[0] if isinstance(module, QuantizedLinear) else module.out_features
+
+
+def module_at(model: Any, name: str) -> Any:
+    """The module with a dotted path."""
+    for part in name.split("."):
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model

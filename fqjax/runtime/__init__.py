@@ -1,0 +1,1 @@
+"""Services below everything else: errors, files, compilation, memory, progress."""

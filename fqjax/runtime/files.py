@@ -1,0 +1,128 @@
+"""Files of a checkpoint's directory: found, read as JSON, and written, with one line for whatever is wrong with them."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fqjax.runtime.errors import InputError
+
+LARGEST = 2**28
+"""Bytes of a JSON file beyond which it is not read."""
+
+LONGEST = 300
+"""Characters of an error's message that are shown."""
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file in a directory.
+
+    A symbolic link may lead elsewhere in the directory and, in a snapshot of the Hugging Face cache
+    (``snapshots/REVISION/NAME -> ../../blobs/HASH``), to the blobs beside the snapshots; nowhere else.
+
+    Raises:
+      InputError: if there is no such file, or it is a link that leads out.
+    """
+    path = directory / name
+    if not path.is_file():
+        what = "a directory" if path.is_dir() else "not a regular file" if os.path.lexists(path) else "no such file"
+        raise InputError(f"{path}: {what}; expected a file")
+    root, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(os.path.realpath(allowed)) for allowed in roots):
+        raise InputError(f"{path}: a link to {target}, outside its directory; expected a file or a link inside")
+    return path
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+      path: the file.
+      what: what it should hold, for the message.
+
+    Raises:
+      InputError: if the file cannot be read, is not JSON, not an object, or names an entry twice.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"larger than {LARGEST >> 20} MiB")
+        content = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, got {type(content).__name__}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON {what} ({error})") from None
+    return content
+
+
+def reason(error: BaseException) -> str:
+    """An error's message in one line, cut where it becomes a list of everything there is; its type if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON in which no object has an entry twice.
+
+    Raises:
+      ValueError: if it is not JSON, too deeply nested, or has an entry twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"entry {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return entries
+
+
+class CannotWrite(InputError):
+    """A file could not be written; what was written before it is as good as it was."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the operating system has against writing into one line.
+
+    Raises:
+      CannotWrite: naming the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or reason(error)})") from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either complete or absent."""
+    with whole(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Any]:
+    """A binary file to write that gets its name when it is complete and on the disk.
+
+    Raises:
+      CannotWrite: if it cannot be written.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    with writing(path):
+        try:
+            with open(unfinished, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,254 @@
+"""Conversions that are killed, run out of disk, are shut out, or have their source changed under them."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fqjax
+from fqjax.checkpoint.orbax import Writer
+from fqjax.cli import main as cli
+from fqjax.convert import run as conversion
+from fqjax.drivers.pipeline import _Passes
+from fqjax.runtime import files
+from fqjax.runtime.errors import InputError
+from fqjax.scheme import PRESETS
+from tests.conftest import edit_tensor
+
+KILLS = 12
+
+LIMITED = """
+import resource, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from fqjax.cli.main import run
+run()
+"""
+
+
+@pytest.fixture
+def asked(checkpoint, text, tmp_path):
+    return conversion.Conversion(
+        source=str(checkpoint),
+        out=tmp_path / "out",
+        scheme=PRESETS["smoothquant"],
+        calibration=text,
+        samples=4,
+        window=32,
+    )
+
+
+def command(asked, *options):
+    arguments = ["convert", asked.source, asked.out, "--calibration", asked.calibration, "--scheme", asked.scheme.name]
+    return [str(a) for a in (*arguments, "--samples", 4, "--window", 32, *options)]
+
+
+def complains(capsys, asked, *parts, options=()):
+    assert cli.main(command(asked, *options)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fqjax: error: ") and err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def test_conversions_killed_at_random_points_resume_to_the_same_bits(checkpoint, text, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    script = Path(__file__).with_name("kill_conversion.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(checkpoint), str(text), str(work), str(KILLS)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["kills"]) == KILLS and found["total"] > 100 and found["chains"] > 1
+    # Once the result is about to get its name, and only then, it may be there.
+    assert all(kill["published"] or not kill["existed"] for kill in found["kills"])
+    whole = work / "whole"
+    for i in range(found["chains"]):
+        out = work / f"killed-{i}"
+        assert not conversion.staging_directory(out).exists()
+        assert (out / "fqjax.json").read_text() == (whole / "fqjax.json").read_text()  # It has all arrays' checksums,
+        fqjax.load(out)  # with which they are compared here.
+        for file in ("calibration.safetensors", "tokenizer/tokenizer.json"):
+            assert (out / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_conversion_that_only_had_to_be_cleaned_up_after(asked, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("fqjax.convert.run.remove", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.convert(conversion.plan(asked))
+    assert asked.out.is_dir() and conversion.staging_directory(asked.out).is_dir()
+    complains(capsys, asked, "out.partial: an unfinished conversion; pass --resume")
+    report = conversion.convert(conversion.plan(asked), resume=True)
+    assert not conversion.staging_directory(asked.out).exists()
+    assert report.layers == fqjax.report_of(fqjax.load(asked.out)).layers
+    assert report.model_bytes == fqjax.report_of(fqjax.load(asked.out)).model_bytes
+    complains(capsys, asked, "out: exists already", options=["--resume"])
+
+
+def test_a_conversion_of_which_only_an_empty_staging_directory_was_left(asked, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.convert(conversion.plan(asked))
+    staging = conversion.staging_directory(asked.out)
+    assert not list(staging.iterdir())
+    report = conversion.convert(conversion.plan(asked), resume=True)
+    assert not staging.exists() and report.layers == fqjax.report_of(fqjax.load(asked.out)).layers
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_full_disk(asked, monkeypatch, capsys, share):
+    whole = replace(asked, out=asked.out.with_name("whole"))
+    written = []
+    original = os.fsync
+
+    def fsync(descriptor):
+        written.append(descriptor)
+        original(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync)
+        conversion.convert(conversion.plan(whole))
+    left = int(share * len(written))
+
+    def full(descriptor):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        complains(capsys, asked, "out.partial/", "cannot be written (No space left on device)", "--resume")
+    assert not asked.out.exists()
+    assert cli.main(command(asked, "--resume")) == 0
+    assert (asked.out / "fqjax.json").read_text() == (whole.out / "fqjax.json").read_text()
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 60_000])
+def test_a_disk_that_is_full_for_everyone(asked, limit):
+    """Files may not become longer than some bytes, neither those of Python nor those of TensorStore."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *command(asked)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "out.partial" in done.stderr and "cannot be written" in done.stderr
+    assert ("--resume" in done.stderr) == (limit > 1000)  # With less there is nothing yet that could be taken up.
+    assert not asked.out.exists()
+    assert cli.main(command(asked, "--resume")) == 0 and fqjax.load(asked.out)
+
+
+def test_a_result_that_cannot_be_written(asked, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing local file")
+
+    monkeypatch.setattr("fqjax.checkpoint.orbax.ocp.partial.save", fail)
+    complains(capsys, asked, "out.partial/checkpoint: cannot be written (RESOURCE_EXHAUSTED", "--resume")
+
+
+def test_a_target_that_is_read_only(asked, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    complains(capsys, asked, "out.partial: cannot be written (Read-only file system)")
+
+
+def test_two_conversions_at_once(asked, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    staging = conversion.staging_directory(asked.out)
+    staging.mkdir()
+    with open(staging / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for options in ([], ["--resume"]):
+            complains(capsys, asked, "out.partial: another conversion is writing to it", options=options)
+    assert cli.main(command(asked)) == 0
+
+
+def test_a_directory_of_something_else_is_left_alone(asked, capsys):
+    staging = conversion.staging_directory(asked.out)
+    staging.mkdir()
+    (staging / "thesis.tex").write_text("years of work")
+    for options in ([], ["--resume"]):
+        complains(capsys, asked, "out.partial: holds 'thesis.tex' and no plan.json", options=options)
+    assert (staging / "thesis.tex").is_file()
+
+
+@pytest.mark.parametrize("how", ["truncated", "changed", "gone"])
+def test_a_shard_that_changes_between_runs(asked, checkpoint, monkeypatch, capsys, how):
+    with monkeypatch.context() as patch:
+        patch.setattr("fqjax.convert.run.Writer", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.convert(conversion.plan(asked))
+    shard = checkpoint / "model-00001-of-00002.safetensors"
+    if how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-50])
+    elif how == "gone":
+        shard.unlink()
+    else:
+        index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+        inside = next(name for name, file in index["weight_map"].items() if file == shard.name)
+        edit_tensor(checkpoint, inside, lambda t: -t)
+    named = {"truncated": f"{shard}: truncated", "changed": "begun with other files", "gone": f"{shard}: missing shard"}
+    complains(capsys, asked, named[how], options=["--resume"])
+    assert conversion.staging_directory(asked.out).is_dir()
+
+
+@pytest.mark.parametrize(("kind", "method", "path"), [(_Passes, "_round", "layers.0"), (Writer, "add", "norm")])
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_shard_that_changes_during_a_run(asked, checkpoint, monkeypatch, how, kind, method, path):
+    """In the middle, or when everything has been read."""
+    shard = checkpoint / "model-00001-of-00002.safetensors"
+    original = getattr(kind, method)
+
+    def spoil(self, *args):
+        if path in args:
+            shard.unlink() if how == "gone" else os.utime(shard, (1, 1))
+        return original(self, *args)
+
+    monkeypatch.setattr(kind, method, spoil)
+    with pytest.raises(InputError, match="00001-of-00002.safetensors: (has changed|cannot be read)"):
+        conversion.convert(conversion.plan(asked))
+    assert not asked.out.exists() and not conversion.staging_directory(asked.out).exists()
+
+
+def test_activations_are_never_taken_up_in_part(asked, monkeypatch):
+    """Removal that is interrupted leaves nothing from which a pass would go on with some of its batches."""
+    with monkeypatch.context() as patch:
+        patch.setattr("fqjax.convert.run.Writer", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.convert(conversion.plan(asked))
+    staging = conversion.staging_directory(asked.out)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.remove(staging)
+    assert not (staging / "activations").exists() and (staging / "plan.json").is_file()
+    conversion.convert(conversion.plan(asked), resume=True)
+    assert fqjax.load(asked.out)

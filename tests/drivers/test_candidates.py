@@ -1,0 +1,89 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fqjax.drivers.assemble import assemble
+from fqjax.drivers.candidates import Outline, costs_by_bits, layer_inputs, layer_options, select
+from fqjax.drivers.statistics import Statistics
+from fqjax.runtime.errors import InputError
+from fqjax.scheme import PRESETS
+
+SCHEME = PRESETS["flattenquant"]
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return nnx.Linear(300, 64, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def seen():
+    samples = np.random.default_rng(0).normal(size=(500, 300)).astype(np.float32)
+    samples[7, 3] = 1000  # one extreme token
+    samples[1:, 5] = 0  # a channel that is zero but once
+    return Statistics(2 * np.abs(samples).max(axis=0), samples, 5000, 5000)
+
+
+def test_a_percentile_leaves_out_single_extreme_tokens(linear, seen):
+    whole = layer_inputs(linear, seen, SCHEME)
+    np.testing.assert_array_equal(whole.x_max, seen.absmax)
+    usual = layer_inputs(linear, seen, dataclasses.replace(SCHEME, activation_percentile=99)).x_max
+    np.testing.assert_allclose(usual[10:], np.percentile(np.abs(seen.samples), 99, axis=0)[10:], rtol=1e-5)
+    assert usual[3] < 4 and usual[5] == seen.absmax[5]
+
+
+@pytest.mark.parametrize("percentile", [49, 100.5, "most"])
+def test_a_percentile_that_is_none_is_refused(percentile):
+    with pytest.raises(InputError, match="activation_percentile"):
+        dataclasses.replace(SCHEME, activation_percentile=percentile)
+
+
+def test_options_are_of_rising_width_and_falling_error(linear, seen):
+    options = layer_options(linear, seen, dataclasses.replace(SCHEME, max_expansion=3.0))
+    by_bits = {bits: [option for option in options if option.grid.bits == bits] for bits in (8, 4)}
+    assert [option.grid.bits for option in options] == [8] * len(by_bits[8]) + [4] * len(by_bits[4])
+    for bits, block in ((8, 128), (4, 256)):
+        widths = [option.width for option in by_bits[bits]]
+        assert widths == sorted(set(widths)) and all(width % block == 0 for width in widths)
+        assert [option.bytes for option in by_bits[bits]] == sorted(option.bytes for option in by_bits[bits])
+    assert len(by_bits[4]) > 1
+    errors = [option.error for option in by_bits[4]]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_a_layer_costs_as_chosen_or_as_little_as_the_other_bits_can(linear, seen):
+    options = layer_options(linear, seen, dataclasses.replace(SCHEME, max_expansion=3.0))
+    low = [option for option in options if option.grid.bits == 4]
+    costs = costs_by_bits({"a": options}, {"a": low[0]}, {"a": 2.0})["a"]
+    assert costs[4] == pytest.approx(2 * low[0].error / low[-1].error)
+    assert costs[8] == pytest.approx(2 * min(o.error for o in options if o.grid.bits == 8) / low[-1].error)
+    assert costs_by_bits({"a": options}, {"a": options[0]}, {"a": 2.0})["a"][4] == pytest.approx(2.0)
+    assert jnp.isfinite(jnp.asarray(list(costs.values()))).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scheme", ["flattenquant", "flattenquant-hopper", "w4a8", "w4a8-integer-scale-folded"])
+def test_an_option_takes_the_bytes_of_the_layer_made_of_it(seen, scheme, bias):
+    scheme = dataclasses.replace(PRESETS[scheme], max_expansion=3.0)
+    linear = nnx.Linear(300, 64, use_bias=bias, rngs=nnx.Rngs(0))
+    inputs = layer_inputs(linear, seen, scheme)
+    for option in layer_options(linear, seen, scheme):
+        layer = assemble("a", linear, option.grid.round(inputs.weight), inputs, scheme, macs=1)
+        assert layer.nbytes == option.bytes
+
+
+@pytest.mark.parametrize(("saved", "chosen"), [(0.5, 4), (0.1, 8)])
+def test_bytes_are_asked_for_where_int4_saves_some(saved, chosen):
+    """One layer has all of the arithmetic that has to be INT4, the other bytes that INT4 saves, or hardly."""
+
+    def outlines(smaller):
+        kinds = {"divergence": 0.0, "width": 256}
+        return [Outline(bits=8, error=0.1, bytes=100, **kinds), Outline(bits=4, error=0.9, bytes=smaller, **kinds)]
+
+    options = {"arithmetic": outlines(100), "bytes": outlines(round(100 - 200 * saved))}
+    macs, costs = {"arithmetic": 10, "bytes": 1}, {"arithmetic": 0.1, "bytes": 5.0}
+    picked = select(options, macs, 400, SCHEME, lambda: costs)
+    assert (picked["arithmetic"].bits, picked["bytes"].bits) == (4, chosen)
