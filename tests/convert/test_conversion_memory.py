@@ -13,9 +13,10 @@ import pytest
 
 from scripts.measure_conversion_memory import CONFIG, convert, make_checkpoint, peak_memory_of
 
-pytestmark = pytest.mark.skipif(
+pytestmark = [pytest.mark.thorough, pytest.mark.skipif(
     os.environ.get("FQJAX_MEASURE_MEMORY") != "yes",
-    reason="takes minutes of an idle machine; FQJAX_MEASURE_MEMORY=yes measures",
+    reason="takes minutes of an idle machine; FQJAX_MEASURE_MEMORY=yes measures",]
+
 )
 OPTIONS = ("--samples", "2", "--window", "32", "--set", "sample_rows=64")
 

@@ -57,6 +57,7 @@ def complains(capsys, asked, *parts, options=()):
         assert part in err
 
 
+@pytest.mark.thorough
 def test_conversions_killed_at_random_points_resume_to_the_same_bits(checkpoint, text, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
