@@ -13,8 +13,13 @@ from collections.abc import Iterator
 
 import pytest
 
-BUDGET_SECONDS = 20.0
-"""About four times what a fast test should take, so that a slow or busy machine does not fail it."""
+BUDGET_SECONDS = 30.0
+"""Several times what a fast test should take, so that a slow or busy machine does not fail it."""
+
+SHOWN = 5
+"""How many of the tests that took the most are shown."""
+
+PROPERTY = "processor_seconds"
 
 FAST = "not thorough"
 """The expression of markers that selects the fast tier, which pyproject.toml sets."""
@@ -109,9 +114,11 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     """Fails an unmarked test that has passed in more than its budget, together with fixtures that it was the first to use."""
     report = yield
+    if call.when == "call":
+        taken = item.stash[SECONDS] + processor_seconds()
+        report.user_properties.append((PROPERTY, taken))
     if call.when == "call" and report.passed:
         budget = item.config.getoption("test_budget")
-        taken = item.stash[SECONDS] + processor_seconds()
         marked = item.get_closest_marker("thorough") or item.get_closest_marker("gpu")
         if budget and taken > budget and not marked:
             report.outcome = "failed"
@@ -120,3 +127,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
                 "shorter, or mark it 'thorough' and keep a fast test of the same thing (docs/testing.md)"
             )
     return report
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Shows what all tests took, and those that took the most."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if r.when == "call"]
+    taken = sorted(((dict(report.user_properties).get(PROPERTY, 0.0), report.nodeid) for report in reports), reverse=True)
+    if taken:
+        terminalreporter.section(f"{sum(seconds for seconds, _ in taken):.0f} s of the processor, the most of them in")
+        for seconds, name in taken[:SHOWN]:
+            terminalreporter.write_line(f"{seconds:6.1f} s  {name}")

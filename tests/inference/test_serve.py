@@ -51,6 +51,7 @@ def check(model, asked, eos=(), kv_cache=None, **settings):
     return finished
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("slots", "chunk", "burst"), [(3, 4, 1), (1, 32, 1), (4, 7, 3), (16, 5, 2)])
 def test_more_requests_than_slots_each_get_what_they_get_alone(model, slots, chunk, burst):
     finished = check(model, requests(9), slots=slots, chunk=chunk, burst=burst, capacity=32)
