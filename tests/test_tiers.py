@@ -39,7 +39,8 @@ def test_drawn(a, b):
 
 @pytest.fixture
 def run(pytester):
-    pytester.makeini("[pytest]\naddopts = -p tests.tiers -p no:cacheprovider -p no:unraisableexception -p no:hypothesispytest --strict-markers -m 'not thorough'\n")
+    plugins = "-p tests.tiers -p no:cacheprovider -p no:unraisableexception -p no:hypothesispytest"
+    pytester.makeini(f"[pytest]\naddopts = {plugins} --strict-markers -m 'not thorough'\n")
     pytester.makepyfile(test_some=TESTS)
     return pytester.runpytest_inprocess
 

@@ -9,7 +9,7 @@ more seconds of the processor than the budget, ``--test-budget`` or FQJAX_TEST_B
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import pytest
 
@@ -28,6 +28,11 @@ SECONDS = pytest.StashKey[float]()
 SEED = pytest.StashKey[int]()
 
 
+def thorough_but(chosen: Container[str], names: Iterable[str]) -> list:
+    """Names as values of a parameter, of which those that are not chosen belong to thorough tests."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.thorough) for name in names]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tiers of tests")
     group.addoption("--sample-seed", type=int, help="seed of the parameter sets that stand for all in the fast tier")
@@ -40,7 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "thorough: takes long; runs where all tests are asked for (make thorough)")
     config.addinivalue_line("markers", "sample(n): the fast tier takes n of the parameter sets (make test)")
-    config.addinivalue_line("markers", "smoke: one of the few that run with every supported set of versions (make smoke)")
+    config.addinivalue_line(
+        "markers", "smoke: one of the few that run with every supported set of versions (make smoke)"
+    )
     if config.getoption("markexpr") == FAST and any("::" in argument for argument in config.args):
         config.option.markexpr = ""  # A test that is named runs, whatever its tier.
     # Worker processes of pytest-xdist must draw what the process that hands out the tests draws.
@@ -132,7 +139,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 def pytest_terminal_summary(terminalreporter) -> None:
     """Shows what all tests took, and those that took the most."""
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if r.when == "call"]
-    taken = sorted(((dict(report.user_properties).get(PROPERTY, 0.0), report.nodeid) for report in reports), reverse=True)
+    taken = sorted(
+        ((dict(report.user_properties).get(PROPERTY, 0.0), report.nodeid) for report in reports), reverse=True
+    )
     if taken:
         terminalreporter.section(f"{sum(seconds for seconds, _ in taken):.0f} s of the processor, the most of them in")
         for seconds, name in taken[:SHOWN]:

@@ -107,6 +107,7 @@ def decode(operands, **kinds):
     return decode_attention(qkv, keys, values, lengths, *scales, rotation=rotation or None, **kinds)
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, BLOCK, BLOCK + 3, 1000])

@@ -28,6 +28,7 @@ def operands(sizes, largest, k=256, n=96):
     return codes((sum(sizes), k), 127, 0), codes((4, n, k), largest, 1), jnp.asarray(sizes, jnp.int32)
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("bits", [4, 8])

@@ -23,6 +23,7 @@ def multiply(packed, x, weight, *rest, **settings):
     return f(x, w, *rest, **settings)
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -141,6 +142,7 @@ def test_what_is_not_there_is_refused():
         jax.grad(lambda scale: grouped_int8_matmul(*operands[:2], scale, operands[3]).sum().astype(float))(1.0)
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("m", [1, 9, 65, 130])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

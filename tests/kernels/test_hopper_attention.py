@@ -66,6 +66,7 @@ def test_it_sees_what_is_filled_and_nothing_else(window, cut):
     check(whole(arguments, cut, **kinds), arguments, **kinds)
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (8, 1, 128), (7, 1, 64), (6, 2, 128)])
@@ -162,6 +163,7 @@ def test_the_kernel_for_any_gpu_takes_what_this_one_cannot(monkeypatch):
     assert called(64)[0] == "mosaic" and called(256)[0] == "xla"
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("quantizes", [False, True])

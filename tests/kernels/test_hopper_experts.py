@@ -50,6 +50,7 @@ def expected(p, arguments):
     return experts._xla(kind, *(operand for operand in arguments if operand is not None))
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(1)
 @interpreted
 @pytest.mark.parametrize(
@@ -146,6 +147,7 @@ def test_tiles_cover_the_rows_of_every_expert(sizes, size):
     assert found == list(enumerate(np.repeat(np.arange(4), sizes)))
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [88, 184, 4152])

@@ -36,6 +36,7 @@ def multiply(packed, x, weight, *rest, **settings):
     return int4_matmul(x, pack_int4(weight), *rest, **settings) if packed else int8_matmul(x, weight, *rest, **settings)
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(6)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize(("n", "k"), WEIGHTS)

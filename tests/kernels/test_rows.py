@@ -103,6 +103,7 @@ def check(kind, found, given):
     np.testing.assert_array_equal(np.where(unsure, 0, codes), np.where(unsure, 0, wanted))
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(5)
 @pytest.mark.parametrize(("front", "per_token"), IN_TRITON)
 @pytest.mark.parametrize("sizes", [*SIZES, MANY])
@@ -144,6 +145,7 @@ def test_heads_that_are_larger_than_a_piece(per_token, count):
     check(p, rows.call(p, *given, interpret=True), given)
 
 
+@pytest.mark.smoke
 @pytest.mark.sample(12)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("per_token", [False, True])

@@ -308,6 +308,7 @@ def test_a_wider_layer_computes_the_same(scheme):
     assert stack([layer, wider]) is None and stack([wider, wider]) is not None
 
 
+@pytest.mark.thorough
 def test_gptq_rounds_an_expert_for_the_tokens_that_are_sent_to_it(model, monkeypatch):
     """The error on these, by the weight of the expert's output: less than if all tokens counted alike, or none did."""
     rows, routing = inputs_of(model, 0)
@@ -345,6 +346,7 @@ def test_rows_of_experts_begin_at_multiples_of_the_alignment(alignment):
     np.testing.assert_array_equal(np.asarray(pairs.expert)[place], routing.chosen)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scheme", ["w4a8-integer-scale", "flattenquant-w8a8"])
 def test_alignment_changes_no_bit(monkeypatch, model, scheme):
     quantized, _ = fqjax.quantize(model, scheme, BATCHES[:1])
