@@ -42,7 +42,7 @@ def few_repeats(monkeypatch):
     monkeypatch.setattr(bench, "REPEATS", 2)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("scheme", bench.SCHEMES)
 @pytest.mark.parametrize("hf", [CONFIGS["tiny"], OPT, MIXTRAL], ids=["llama", "opt", "mixtral"])
 def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
@@ -211,6 +211,7 @@ def test_the_command(tmp_path):
     assert (row["model"], row["batch"], row["length"], row["ratio_to_bf16"]) == ("tiny", 1, 8, 1.0)
 
 
+@pytest.mark.thorough
 def test_the_command_writes_behind_every_scheme(tmp_path, monkeypatch):
     """What was measured before it is interrupted is not lost."""
     measure, out = bench.measure, tmp_path / "out.json"

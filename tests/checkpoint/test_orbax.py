@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -30,11 +31,17 @@ def quantized(directory, scheme="flattenquant", variant="llama-grouped"):
     return fqjax.quantize(model, scheme, batches())[0]
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A checkpoint that tests take copies of."""
+    folder = tmp_path_factory.mktemp("original")
+    save(folder / "out", quantized(folder))
+    return folder / "out"
+
+
 @pytest.fixture
-def saved(tmp_path):
-    model = quantized(tmp_path)
-    save(tmp_path / "out", model)
-    return tmp_path / "out"
+def saved(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "out")
 
 
 @pytest.mark.sample(2)
