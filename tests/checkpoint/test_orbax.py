@@ -62,6 +62,7 @@ def test_a_round_trip_is_exact(tmp_path, scheme, variant):
     np.testing.assert_array_equal(variants.logits(again), variants.logits(model))
 
 
+@pytest.mark.thorough
 def test_a_fresh_process_computes_the_same_logits(saved, tmp_path):
     np.save(tmp_path / "expected.npy", np.asarray(variants.logits(load(saved))))
     code = (
