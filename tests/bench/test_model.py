@@ -67,6 +67,7 @@ def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
         assert macs == 2 * (128 * 256 + 128 * 128 + 2 * 3 * 128 * 256)
 
 
+@pytest.mark.thorough
 def test_activations_use_the_codes(monkeypatch):
     model = random_model(*TINY, fqjax.PRESETS["flattenquant-w8a8"])
     seen = []

@@ -64,7 +64,7 @@ def test_a_configuration_survives(name, tmp_path):
     assert again.config == model.config and type(again) is FAMILIES[architecture].model
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("variant", "scheme", "most"),
     [

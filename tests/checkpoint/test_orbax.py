@@ -44,7 +44,7 @@ def saved(original, tmp_path):
     return shutil.copytree(original, tmp_path / "out")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.smoke
 @pytest.mark.parametrize("variant", ["llama-grouped", "llama-attention-bias", "opt-350m", "opt-plain-norms"])
 @pytest.mark.parametrize("scheme", SCHEMES)
