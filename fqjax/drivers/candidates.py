@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,12 +13,12 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from fqjax.core.allocation import choose, histogram_divergence, select_low_bits
-from fqjax.core.channels import padded_width
-from fqjax.core.codes import qmax
-from fqjax.core.formats.uniform import Grid, output, relative_error
-from fqjax.drivers.statistics import Statistics
+from fqjax.core.layer import LayerInputs, LayerPlan, channels_used, relative_error
+from fqjax.core.table import bytes_of
+from fqjax.drivers.codec import keepable
+from fqjax.drivers.statistics import Statistics, layer_inputs
 from fqjax.layers.linear import layer_bytes
-from fqjax.methods import METHODS, LayerInputs
+from fqjax.methods import METHODS
 from fqjax.runtime.compiling import jit
 from fqjax.scheme import Scheme
 
@@ -30,10 +31,8 @@ layers that do get smaller would have to be INT4 whatever that costs."""
 
 OutlineT = TypeVar("OutlineT", bound="Outline")
 
-ARRAYS = tuple(field.name for field in dataclasses.fields(Grid) if not field.metadata.get("static"))
-"""The fields of a grid that are arrays."""
 
-
+@keepable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outline:
     """What is known of one way to quantize a layer, in numbers alone: a choice needs no more.
@@ -53,29 +52,20 @@ class Outline:
     bytes: int
 
 
+@keepable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option(Outline):
     """One way to quantize a layer.
 
     Attributes:
-      grid: what its activations and weights may become.
+      plan: of the layer.
     """
 
-    grid: Grid
+    plan: LayerPlan
 
     def outline(self) -> Outline:
         """The option without its arrays."""
         return Outline(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Outline)})
-
-
-def layer_inputs(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) -> LayerInputs:
-    """What a method is told of a layer."""
-    weight = linear.kernel[...].T.astype(jnp.float32)
-    absmax, samples = jnp.asarray(statistics.absmax), jnp.asarray(statistics.samples)
-    if scheme.activation_percentile < 100:
-        usual = jnp.percentile(jnp.abs(samples), scheme.activation_percentile, axis=0)
-        absmax = jnp.where(usual > 0, usual, absmax)  # A channel that is mostly zero keeps its largest value.
-    return LayerInputs(weight, absmax, samples)
 
 
 def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *, int4: bool = True) -> list[Option]:
@@ -85,7 +75,7 @@ def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *,
     With the selection "budget" a layer may be flattened by as much as fills 0, 1, 2, ... blocks of the padding; else there
     is one option for each number of bits.
     """
-    return _options(layer_inputs(linear, statistics, scheme), linear, scheme, int4)
+    return _options(layer_inputs(linear, statistics, scheme.activation_percentile), linear, scheme, int4)
 
 
 def looks_at_all(scheme: Scheme) -> bool:
@@ -107,7 +97,9 @@ def shared_options(
     """
     if not looks_at_all(scheme):
         return {name: layer_options(linears[name], statistics[name], scheme, int4=int4) for name in linears}
-    parts = {name: layer_inputs(linears[name], statistics[name], scheme) for name in linears}
+    parts = {
+        name: layer_inputs(linears[name], statistics[name], scheme.activation_percentile) for name in linears
+    }
     each = -(-scheme.sample_rows // len(parts))
     whole = LayerInputs(
         jnp.concatenate([part.weight for part in parts.values()]),
@@ -118,109 +110,84 @@ def shared_options(
     for option in _options(whole, next(iter(linears.values())), scheme, int4):
         for i, (name, linear) in enumerate(linears.items()):
             rows = slice(i * linear.out_features, (i + 1) * linear.out_features)
-            grid = _part(option.grid, rows, whole.weight)
-            error, divergence = map(float, _judged(grid, parts[name]))
-            size = _bytes(linear, grid, option.width)
-            found[name].append(dataclasses.replace(option, grid=grid, error=error, divergence=divergence, bytes=size))
+            plan = _of_rows(option.plan, rows, whole.weight)
+            error, divergence = map(float, _judged(plan, parts[name]))
+            size = plan_bytes(linear, plan, option.width)
+            found[name].append(dataclasses.replace(option, plan=plan, error=error, divergence=divergence, bytes=size))
     return found
 
 
-def _part(grid: Grid, rows: slice, weight: Float32[Array, "n k"]) -> Grid:
-    """The grid of some of a layer's outputs, with a finer step for a whole tensor where their weights leave room for it."""
-    groups = None if grid.group_scale is None else grid.group_scale[:, rows]
-    if grid.w_scale.ndim:
-        return dataclasses.replace(grid, w_scale=grid.w_scale[rows], group_scale=groups)
-    if groups is not None:
-        return dataclasses.replace(grid, group_scale=groups)
-    largest = jnp.max(jnp.abs(weight[rows] * grid.smoothing), axis=0) / grid.w_pieces
-    needed = jnp.maximum(jnp.max(largest) / qmax(grid.bits), jnp.finfo(jnp.float32).tiny)
-    return dataclasses.replace(grid, w_scale=jnp.minimum(grid.w_scale, needed))
+def _of_rows(plan: LayerPlan, rows: slice, weight: Float32[Array, "n k"]) -> LayerPlan:
+    """The plan for some of a layer's outputs."""
+    return dataclasses.replace(plan, grid=plan.grid.rows(rows, plan.transform.weight(weight[rows])))
 
 
 @jit
-def _judged(grid: Grid, inputs: LayerInputs) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+def _judged(plan: LayerPlan, inputs: LayerInputs) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """The error and the divergence of a layer's output."""
-    layer = grid.round(inputs.weight)
-    exact = inputs.samples @ inputs.weight.T
-    return (
-        relative_error(layer, inputs.samples, inputs.weight),
-        histogram_divergence(exact, output(layer, inputs.samples)),
-    )
+    exact, codes = inputs.samples @ inputs.weight.T, plan.round(inputs.weight)
+    return relative_error(plan, codes, inputs), histogram_divergence(exact, plan.product(inputs.samples, codes))
 
 
 def _options(inputs: LayerInputs, linear: nnx.Linear, scheme: Scheme, int4: bool) -> list[Option]:
     """:func:`layer_options`; ``linear`` says how large the layer is."""
-    k = linear.in_features
     options = []
     allowed = {8: not int4 or scheme.int4_share < 1, 4: int4 and scheme.int4_share > 0}
     for bits in (bits for bits in allowed if allowed[bits]):
-        budgets = [scheme.max_expansion]
-        if scheme.selection == "budget":
-            block, first = padded_width(1, bits), padded_width(k, bits)
-            most = max(first, int(scheme.max_expansion * k))
-            budgets = [min(width / k, scheme.max_expansion) for width in range(first, most + block, block)]
-        found = _measured(inputs, scheme, bits, jnp.asarray(list(dict.fromkeys(budgets)), jnp.float32))
+        found = _measured(inputs, scheme, bits)
         widths: list[int] = []
         for i, channels in enumerate(np.asarray(found.channels)):
-            width = padded_width(int(channels), bits)
+            plan: LayerPlan = jax.tree.map(lambda leaf, i=i: leaf[i], found.plan)
+            width = plan.grid.format.padded(int(channels))
             if width in widths:
                 continue
             widths.append(width)
-            arrays: dict[str, Any] = {name: leaf if leaf is None else leaf[i] for name, leaf in found.arrays.items()}
-            group_size = 0 if arrays["group_scale"] is None else scheme.group_size
-            grid = Grid(**arrays, x_bits=int(found.x_bits[i]), bits=bits, group_size=group_size)
-            size = _bytes(linear, grid, width)
+            size = plan_bytes(linear, plan, width)
             error, divergence = float(found.error[i]), float(found.divergence[i])
-            options.append(Option(bits=bits, error=error, divergence=divergence, width=width, bytes=size, grid=grid))
+            options.append(Option(bits=bits, error=error, divergence=divergence, width=width, bytes=size, plan=plan))
     return options
 
 
-def _bytes(linear: nnx.Linear, grid: Grid, width: int) -> int:
-    integers = grid.group_scale is not None and jnp.issubdtype(grid.group_scale.dtype, jnp.integer)
-    return layer_bytes(
-        linear,
-        grid.bits,
-        width,
-        weight_scales=grid.w_scale.size,
-        static=grid.x_scale is not None,
-        group_size=grid.group_size,
-        group_scale_bytes=2 if integers else 4,
-    )
+def plan_bytes(linear: nnx.Linear, plan: LayerPlan, width: int) -> int:
+    """Bytes on the device of the layer that a linear layer becomes, which may be abstract.
+
+    Args:
+      linear: may be abstract.
+      plan: of the layer; its arrays are not used.
+      width: K' with its padding.
+    """
+    besides = [*plan.branches, plan.finish, None if plan.transform.recipe() is not None else plan.transform]
+    return layer_bytes(linear, plan.grid.format, type(plan.inputs).runs, width) + bytes_of(besides)
 
 
 class _Measured(NamedTuple):
-    """The grids of a layer for some budgets, along the leading axis of every array.
+    """The plans of a layer, along the leading axis of every array.
 
     Attributes:
-      arrays: the fields of the grids that are arrays, by name.
-      x_bits: bits of the activations.
+      plan: of all.
       channels: K', before padding.
       error, divergence: as :class:`Option` has them.
     """
 
-    arrays: dict[str, Any]
-    x_bits: Int32[Array, " b"]
+    plan: LayerPlan
     channels: Int32[Array, " b"]
     error: Float32[Array, " b"]
     divergence: Float32[Array, " b"]
 
 
 @functools.partial(jit, static_argnames=("scheme", "bits"))
-def _measured(inputs: LayerInputs, scheme: Scheme, bits: int, budgets: Float32[Array, " b"]) -> _Measured:
-    """Every grid of a layer, with the error of its output and the divergence of its histogram."""
+def _measured(inputs: LayerInputs, scheme: Scheme, bits: int) -> _Measured:
+    """Every plan of a layer, with the error of its output and the divergence of its histogram."""
     exact = inputs.samples @ inputs.weight.T
-    grid_of = METHODS[scheme.method](inputs, scheme, bits, budgets)
 
-    def measure(i: Array) -> _Measured:
-        grid = grid_of(i)
-        layer = grid.round(inputs.weight)
-        arrays = {name: getattr(grid, name) for name in ARRAYS}
-        channels = jnp.sum(grid.x_pieces * grid.w_pieces)
-        divergence = histogram_divergence(exact, output(layer, inputs.samples))
-        error = relative_error(layer, inputs.samples, inputs.weight)
-        return _Measured(arrays, jnp.int32(grid.x_bits), channels, error, divergence)
+    def measure(plan: LayerPlan) -> _Measured:
+        codes = plan.round(inputs.weight)
+        divergence = histogram_divergence(exact, plan.product(inputs.samples, codes))
+        error = relative_error(plan, codes, inputs)
+        return _Measured(plan, channels_used(plan, inputs.weight.shape[1]), error, divergence)
 
-    return lax.map(measure, jnp.arange(len(budgets)))
+    plans = METHODS[scheme.method](inputs, scheme, bits)
+    return lax.map(measure, jax.tree.map(lambda *leaves: jnp.stack(leaves), *plans))
 
 
 def select(

@@ -27,14 +27,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
-from fqjax.core.formats.uniform import Grid, WideLinear, represented
+from fqjax.core.formats.base import Grid
+from fqjax.core.layer import LayerPlan, fake_input
+from fqjax.core.transforms.base import Transform
 from fqjax.core.rounding.gptq import Prepared, aim_of, gptq_prepared, prepare, solve_ridge
-from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.simulated import Simulated
 from fqjax.layers.surgery import dotted, find_linears, replace_modules
 from fqjax.layers.taps import Watcher
-from fqjax.models.chain import Chain, Feed, Simulated, run
+from fqjax.models.chain import Chain, Feed, run
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.memory import give_back
 
@@ -57,14 +59,8 @@ class Moments(NamedTuple):
 class _Rounding(NamedTuple):
     """What becomes of a layer's input: arrays alone, so that 4 or 8 bits are the same to the compiler."""
 
-    smoothing: Float32[Array, " k"]
-    multiplier: Float32[Array, " k"]
-    limit: Float32[Array, " k"]
-    x_scale: Float32[Array, ""] | None
-
-    @classmethod
-    def of(cls, grid: Grid) -> "_Rounding":
-        return cls(grid.smoothing, grid.multiplier, grid.x_limit, grid.x_scale)
+    transform: Any
+    inputs: Any
 
 
 class _Seen(nnx.Variable):
@@ -94,49 +90,50 @@ def twice(feed: Feed) -> list[tuple[Any, Any]]:
 def compensated(
     parts: Chain,
     block: nnx.Module,
-    rough: Callable[[], Mapping[str, QuantizedLinear]],
-    grids: Mapping[str, Grid],
+    rough: Callable[[], Mapping[str, Simulated]],
+    plans: Mapping[str, LayerPlan],
     feed: Feed,
     inputs: Iterable[tuple[Any, Any]],
-    finish: Mapping[str, Callable[[Callable[[], WideLinear]], QuantizedLinear]],
     upstream: float,
-) -> dict[str, QuantizedLinear]:
-    """Rounds the weights of a block's quantized layers anew; all are named by their dotted path in the block.
+) -> dict[str, Callable[[], Int[Array, "n k"]]]:
+    """Round the weights of a block's quantized layers anew; all are named by their dotted path in the block.
 
     Args:
       parts: what the block belongs to.
       block: of the float model.
       rough: makes its quantized layers, weights rounded to the nearest; called once, if at all.
-      grids: the grid of each.
+      plans: the plan of each.
       feed: the batches.
       inputs: of the block, from the float model and from the quantized blocks in front; gone through once, if at all.
-      finish: makes each layer of a function that works its integer view out.
       upstream: r above.
+
+    Returns:
+      For each layer what rounds its weight to codes; called once each, as the moments are used up.
     """
     linears = find_linears(block)
 
     @functools.cache
     def moments() -> dict[str, Moments]:
-        return _moments(parts.call, block, rough, grids, feed.paired(inputs), upstream)
+        return _moments(parts.call, block, rough, plans, feed.paired(inputs), upstream)
 
-    def view(short: str) -> WideLinear:
+    def codes(short: str) -> Int[Array, "n k"]:
         found = moments().pop(short)
-        rounded = _rounded(linears[short].kernel[...].T, grids[short], found)
+        rounded = _rounded(linears[short].kernel[...].T, plans[short], found)
         give_back()
         return rounded
 
-    return {short: make(functools.partial(view, short)) for short, make in finish.items()}
+    return {short: functools.partial(codes, short) for short in plans}
 
 
 def propagated(
     parts: Chain,
     block: nnx.Module,
-    layers: Mapping[str, QuantizedLinear],
+    layers: Mapping[str, Simulated],
     feed: Feed,
     inputs: Iterable[tuple[Any, Any]],
 ) -> Iterator[tuple[Any, Any]]:
     """What the float block gives, and what it gives with quantized layers, for the inputs that :func:`compensated` takes."""
-    quantized = nnx.split(replace_modules(block, {short: Simulated(layer) for short, layer in layers.items()}))
+    quantized = nnx.split(replace_modules(block, layers))
     plain = nnx.split(block)
     for (exact, approximate), others in feed.paired(inputs):
         yield run(parts, plain, exact, others), run(parts, quantized, approximate, others)
@@ -145,18 +142,19 @@ def propagated(
 def _moments(
     call: Callable[..., Any],
     block: nnx.Module,
-    rough: Callable[[], Mapping[str, QuantizedLinear]],
-    grids: Mapping[str, Grid],
+    rough: Callable[[], Mapping[str, Simulated]],
+    plans: Mapping[str, LayerPlan],
     inputs: Iterable[tuple[tuple[Any, Any], Any]],
     upstream: float,
 ) -> dict[str, Moments]:
     """The moments of all layers of a block, over all batches."""
-    exact_def, exact = nnx.split(replace_modules(block, lambda path, node: _Tap(node) if path in grids else node))
+    exact_def, exact = nnx.split(replace_modules(block, lambda path, node: _Tap(node) if path in plans else node))
     approximate_def, approximate = nnx.split(
-        replace_modules(block, {path: _Tap(Simulated(layer)) for path, layer in rough().items()})
+        replace_modules(block, {path: _Tap(layer) for path, layer in rough().items()})
     )
-    rounding = {path: _Rounding.of(grid) for path, grid in grids.items()}
-    moments = {path: _no_moments(grid) for path, grid in grids.items()}
+    rounding = {path: _Rounding(plan.transform, plan.inputs) for path, plan in plans.items()}
+    linears = find_linears(block)
+    moments = {path: _no_moments(linears[path].in_features, plan) for path, plan in plans.items()}
     for (x, seen), others in inputs:
         found = _inputs(call, exact_def, approximate_def, exact, approximate, rounding, upstream, x, seen, others)
         moments = {path: _with_rows(moments[path], *rows) for path, rows in found.items()}
@@ -165,10 +163,9 @@ def _moments(
     return moments
 
 
-def _no_moments(grid: Grid) -> Moments:
-    shape = (len(grid.smoothing),) * 2
-    gram = jnp.zeros(shape, jnp.float32)
-    return Moments(gram, jnp.zeros(shape, jnp.float32) if grid.x_bits == 4 else None)
+def _no_moments(k: int, plan: LayerPlan) -> Moments:
+    gram = jnp.zeros((k, k), jnp.float32)
+    return Moments(gram, jnp.zeros_like(gram) if plan.inputs.is_coarse() else None)
 
 
 @functools.partial(jit, static_argnums=(0, 1, 2))
@@ -192,8 +189,9 @@ def _inputs(
     found = {}
     for path, rule in rounding.items():
         (x_wanted, _), (x_given, counts) = wanted[path], given[path]
-        rows = represented(x_given, rule.multiplier, rule.limit, rule.x_scale)
-        found[path] = rows * counts[:, None], rows, (x_given + upstream * (x_wanted - x_given)) / rule.smoothing
+        rows = fake_input(rule.transform, rule.inputs, x_given)
+        aim = rule.transform.inputs(x_given + upstream * (x_wanted - x_given))
+        found[path] = rows * counts[:, None], rows, aim
     return found
 
 
@@ -228,19 +226,19 @@ def _taken(module: nnx.Module) -> dict[str, tuple[Float32[Array, "rows k"], Floa
     return {path: (tap.seen.get_value(), tap.counts.get_value()) for path, tap in taps.items()}
 
 
-def _rounded(weight: Float[Array, "n k"], grid: Grid, moments: Moments) -> WideLinear:
+def _rounded(weight: Float[Array, "n k"], plan: LayerPlan, moments: Moments) -> Int[Array, "n k"]:
     """The weight that makes up for the errors in its input, rounded so that it makes up for its own.
 
     The moments are used up.  It goes step by step, so that no more arrays of their size are there at once than must be.
     """
-    target = _smoothed(weight, grid.smoothing)
+    target = _transformed(weight, plan.transform)
     if moments.cross is not None:
         aim = jax.block_until_ready(_aim_of(target, *moments))
         moments.cross.delete()
         target = _solve_ridge(moments.gram, aim)
         del aim
     prepared = jax.block_until_ready(_prepare(moments.gram))
-    return jax.block_until_ready(_round_in_order(target, grid, prepared))
+    return jax.block_until_ready(_round_in_order(target, plan.grid, prepared))
 
 
 _aim_of = jit(functools.partial(aim_of, damping=DAMPING))
@@ -249,17 +247,10 @@ _prepare = jit(functools.partial(prepare, damping=DAMPING, act_order=True), dona
 
 
 @jax.jit
-def _smoothed(weight: Float[Array, "n k"], smoothing: Float32[Array, " k"]) -> Float32[Array, "n k"]:
-    return weight.astype(jnp.float32) * smoothing
+def _transformed(weight: Float[Array, "n k"], transform: Transform) -> Float32[Array, "n k"]:
+    return transform.weight(weight)
 
 
 @jit
-def _round_in_order(target: Float32[Array, "n k"], grid: Grid, prepared: Prepared) -> WideLinear:
-    lowest, largest = grid.code_range
-    steps = jnp.atleast_2d(grid.steps)  # Not as large as the weight unless it has groups.
-
-    def quantize_column(column: Array, i: Array) -> Array:
-        step = steps[:, i] if steps.shape[1] > 1 else steps[:, 0]
-        return jnp.clip(jnp.round(column / step), lowest[i], largest[i]) * step
-
-    return grid.with_smoothed(gptq_prepared(target, prepared, quantize_column))
+def _round_in_order(target: Float32[Array, "n k"], grid: Grid, prepared: Prepared) -> Int[Array, "n k"]:
+    return grid.round(gptq_prepared(target, prepared, grid.column))

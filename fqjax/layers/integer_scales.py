@@ -6,9 +6,9 @@ from typing import TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
+from fqjax.core.formats.grouped import Grouped, GroupedTensor, group_sums_of
 from fqjax.core.integer_scale import AMPLIFIER, amplify, channel_units, narrow, safe_amplifier
-from fqjax.core.qtensor import QTensor
-from fqjax.layers.linear import QuantizedLinear, group_sums_of, measured_bound
+from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.stacked import stacked, unstacked
 from fqjax.layers.surgery import replace_modules
 from fqjax.report.report import Report, quantized_layers, report_of
@@ -36,13 +36,7 @@ def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = T
       InputError: if no layer has float scales for groups.
     """
     model = unstacked(model)
-    layers = {
-        name: layer
-        for name, layer in quantized_layers(model).items()
-        if layer.weight.get_value().format.group_size
-        and not layer.weight.get_value().format.integer_scales
-        and layer.input.get_value().bits < 16
-    }
+    layers = {name: layer for name, layer in quantized_layers(model).items() if has_float_groups(layer)}
     if not layers:
         raise InputError("integer_scales: expected a model with float scales for groups of channels; it has none")
     changed = replace_modules(
@@ -52,9 +46,10 @@ def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = T
 
 
 def with_integer_scales(layer: QuantizedLinear, amplifier: int = AMPLIFIER, units: bool = True) -> QuantizedLinear:
-    """One layer with integer scales; the layer itself if no amplifier is safe."""
+    """One layer with integer scales; the layer itself if no amplifier is safe, or it has no float scales of groups."""
     weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-    assert weight.group_scale is not None
+    if not has_float_groups(layer):
+        return layer
     sums = group_sums_of(weight)
     used = sums > 0  # The scale of a group without codes, such as padding, means nothing.
     unit = channel_units(jnp.where(used, weight.group_scale, 0)) if units else jnp.float32(1)
@@ -63,14 +58,15 @@ def with_integer_scales(layer: QuantizedLinear, amplifier: int = AMPLIFIER, unit
     found = safe_amplifier(scales, sums, x_qmax=quantizer.qmax, bits=layer.bits, most=amplifier)
     if found is None:
         return layer
-    form = dataclasses.replace(weight.format, integer_scales=True)
-    changed = QTensor(weight.codes, weight.scale * unit / found, form, narrow(amplify(scales, found)))
-    bound = measured_bound(changed, quantizer)
-    return QuantizedLinear(
-        changed,
-        quantizer,
-        None if layer.bias is None else layer.bias[...],
-        dtype=layer.dtype,
-        param_dtype=layer.param_dtype,
-        summary=dataclasses.replace(layer.summary, accumulator_bound=bound),
-    )
+    scale = weight.scale * unit / found
+    form = dataclasses.replace(weight.format, scales="integer", granularity="channel" if scale.ndim else "tensor")
+    integers = narrow(amplify(scales, found))
+    changed = GroupedTensor(codes=weight.codes, scale=scale, group_scale=integers, format=form)
+    figures = dataclasses.replace(layer.figures, accumulator_bound=changed.bound(quantizer.qmax))
+    return layer.changed(changed, quantizer, figures)
+
+
+def has_float_groups(layer: QuantizedLinear) -> bool:
+    """Whether a layer has float scales of groups, and integer activations."""
+    form = layer.weight.get_value().format
+    return isinstance(form, Grouped) and form.scales == "float" and layer.input.get_value().qmax is not None

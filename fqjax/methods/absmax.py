@@ -5,32 +5,29 @@
 The baseline.  One channel that is fifty times larger than the rest leaves the rest a fiftieth of the codes.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fqjax.core.codes import absmax_scale
-from fqjax.core.formats.uniform import Grid
-from fqjax.core.layer import LayerInputs
+from fqjax.core.formats.uniform import Uniform, UniformGrid
+from fqjax.core.inputs import Static
+from fqjax.core.layer import LayerInputs, LayerPlan
+from fqjax.core.transforms.diagonal import Diagonal
 from fqjax.scheme import Scheme
 
 
-def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: Float[Array, " b"]) -> Callable[[Array], Grid]:
-    """The same grid for every budget; see :mod:`fqjax.methods` for the arguments."""
-    grid = absmax_grid(layer, jnp.ones(layer.weight.shape[1], jnp.float32), bits)
-    return lambda _: grid
+def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
+    """The one plan of a layer; see :mod:`fqjax.methods` for the arguments."""
+    return [absmax_plan(layer, jnp.ones(layer.weight.shape[1], jnp.float32), bits)]
 
 
-def absmax_grid(layer: LayerInputs, smoothing: Float[Array, " k"], bits: int) -> Grid:
+def absmax_plan(layer: LayerInputs, smoothing: Float[Array, " k"], bits: int) -> LayerPlan:
     """One scale per tensor from the largest value left after smoothing; nothing is flattened."""
     whole = jnp.ones(layer.weight.shape[1], jnp.int32)
-    return Grid(
-        smoothing=smoothing,
-        x_scale=absmax_scale(jnp.max(layer.x_max / smoothing), bits),
-        w_scale=absmax_scale(jnp.max(jnp.abs(layer.weight * smoothing)), bits),
-        x_pieces=whole,
-        w_pieces=whole,
-        x_bits=bits,
-        bits=bits,
+    x_scale = absmax_scale(jnp.max(layer.x_max / smoothing), bits)
+    w_scale = absmax_scale(jnp.max(jnp.abs(layer.weight * smoothing)), bits)
+    return LayerPlan(
+        transform=Diagonal(factors=smoothing),
+        inputs=Static.of(x_scale, whole, bits),
+        grid=UniformGrid(scale=w_scale, pieces=whole, format=Uniform(bits=bits)),  # pyright: ignore[reportArgumentType]
     )

@@ -11,26 +11,49 @@ layers is :mod:`fqjax.core.allocation`; what is open in the paper, and how it is
 documentation.
 """
 
-from collections.abc import Callable
-
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from fqjax.core.channels import count_pieces
 from fqjax.core.codes import qmax
-from fqjax.core.formats.uniform import Grid
-from fqjax.core.layer import LayerInputs
+from fqjax.core.formats.uniform import Uniform, UniformGrid
+from fqjax.core.inputs import Static
+from fqjax.core.layer import LayerInputs, LayerPlan
 from fqjax.core.threshold_search import ALPHAS, Found, channel_scales, search
 from fqjax.core.thresholds import threshold, within_budget
+from fqjax.core.transforms.diagonal import Diagonal
 from fqjax.methods.smoothquant import smooth
 from fqjax.scheme import Scheme
 
 
-def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: Float[Array, " b"]) -> Callable[[Array], Grid]:
-    """The grid of each budget; see :mod:`fqjax.methods` for the arguments."""
+def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
+    """One plan for every budget (:func:`budgets`); see :mod:`fqjax.methods` for the arguments."""
+    bounds = budgets(layer.weight.shape[1], scheme, bits)
+    found = _found(layer, scheme, bits, jnp.asarray(bounds, jnp.float32))
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(len(bounds))]
+
+
+def budgets(k: int, scheme: Scheme, bits: int) -> list[float]:
+    """Bounds on K'/K: the scheme's, or, where the bytes of layers are chosen too, as much as fills 0, 1, 2, ... blocks of
+    padding.
+    """
+    if scheme.selection != "budget":
+        return [scheme.max_expansion]
+    form = Uniform(bits=bits)  # pyright: ignore[reportArgumentType]
+    block, first = form.padded(1), form.padded(k)
+    most = max(first, int(scheme.max_expansion * k))
+    return list(dict.fromkeys(min(width / k, scheme.max_expansion) for width in range(first, most + block, block)))
+
+
+def _found(layer: LayerInputs, scheme: Scheme, bits: int, bounds: Float[Array, " b"]) -> LayerPlan:
+    """The plans of all budgets, with a leading axis."""
     x_bits = scheme.int4_activation_bits if bits == 4 else 8
     if scheme.threshold_rule != "search" or bits == 8:
-        return lambda i: _grid(layer, scheme, x_bits, bits, _by_rule(layer, scheme, x_bits, bits, budgets[i]))
+        return lax.map(
+            lambda bound: _plan(layer, scheme, x_bits, bits, _by_rule(layer, scheme, x_bits, bits, bound)), bounds
+        )
     found = search(
         layer.weight,
         layer.x_max,
@@ -40,24 +63,21 @@ def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: Float[Array, "
         alphas=None if scheme.alpha is None else ALPHAS,
         flatten_activations=scheme.flatten_activations,
         flatten_weights=scheme.flatten_weights and scheme.weight_scales == "tensor",
-        budgets=budgets,
+        budgets=bounds,
     )
-    return lambda i: _grid(layer, scheme, x_bits, bits, Found(*(leaf[i] for leaf in found)))
+    return lax.map(lambda one: _plan(layer, scheme, x_bits, bits, one), found)
 
 
-def _grid(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, found: Found) -> Grid:
+def _plan(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, found: Found) -> LayerPlan:
     w_scale, w_pieces = found.w_threshold / qmax(bits), found.w_pieces
     if scheme.weight_scales == "channel":
         importance = jnp.mean((layer.samples / found.smoothing) ** 2, axis=0)
         w_scale, w_pieces = channel_scales(layer.weight * found.smoothing, importance, bits), jnp.ones_like(w_pieces)
-    return Grid(
-        smoothing=found.smoothing,
-        x_scale=found.x_threshold / qmax(x_bits),
-        w_scale=w_scale,
-        x_pieces=found.x_pieces,
-        w_pieces=w_pieces,
-        x_bits=x_bits,
-        bits=bits,
+    form = Uniform(bits=bits, granularity=scheme.weight_scales)  # pyright: ignore[reportArgumentType]
+    return LayerPlan(
+        transform=Diagonal(factors=found.smoothing),
+        inputs=Static.of(found.x_threshold / qmax(x_bits), found.x_pieces, x_bits),
+        grid=UniformGrid(scale=w_scale, pieces=w_pieces, format=form),
     )
 
 

@@ -9,16 +9,16 @@ weight, which gives them more of the group's codes: ``s = mean|x| ** r``, with t
 best.  AWQ folds s into the layer in front; here quantizing the activations divides by it, so every layer has its own.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from fqjax.core.codes import qmax
-from fqjax.core.formats.uniform import Grid, output
+from fqjax.core.formats.grouped import Grouped, GroupedGrid
+from fqjax.core.inputs import Floating, PerToken
 from fqjax.core.integer_scale import fold_scales
-from fqjax.core.layer import LayerInputs
+from fqjax.core.layer import LayerInputs, LayerPlan
+from fqjax.core.transforms.diagonal import Diagonal
 from fqjax.scheme import Scheme
 
 EXPONENTS = tuple(i / 20 for i in range(20))
@@ -26,16 +26,15 @@ SHRINKS = tuple(1 - i / 20 for i in range(11))
 """What is tried for the largest weight of a group, relative to it."""
 
 
-def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: Float[Array, " b"]) -> Callable[[Array], Grid]:
-    """The same grid for every budget; see :mod:`fqjax.methods` for the arguments."""
+def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
+    """The one plan of a layer; see :mod:`fqjax.methods` for the arguments."""
     smoothing = _awq_smoothing(layer, scheme, bits) if scheme.awq else jnp.ones_like(layer.x_max)
-    grid = _grid(layer, smoothing, scheme, bits, SHRINKS)
-    return lambda _: grid
+    return [_plan(layer, smoothing, scheme, bits, SHRINKS)]
 
 
-def _grid(
+def _plan(
     layer: LayerInputs, smoothing: Float32[Array, " k"], scheme: Scheme, bits: int, shrinks: tuple[float, ...]
-) -> Grid:
+) -> LayerPlan:
     k = len(smoothing)
     padding = ((0, 0), (0, -k % scheme.group_size))  # The last group may have fewer channels.
     weight, samples = jnp.pad(layer.weight * smoothing, padding), jnp.pad(layer.samples / smoothing, padding)
@@ -43,17 +42,18 @@ def _grid(
     unit = jnp.float32(1)
     if scheme.scales == "folded":
         scales, unit = fold_scales(weight, scales, jnp.mean(samples**2, axis=0))
-    whole = jnp.ones(k, jnp.int32)
-    return Grid(
-        smoothing=smoothing,
-        x_scale=None,
-        w_scale=unit,
-        x_pieces=whole,
-        w_pieces=whole,
-        x_bits=scheme.int4_activation_bits if bits == 4 else 8,
-        bits=bits,
-        group_scale=scales,
+    x_bits = scheme.int4_activation_bits if bits == 4 else 8
+    folded = scheme.scales == "folded"
+    form = Grouped(
+        bits=bits,  # pyright: ignore[reportArgumentType]
         group_size=scheme.group_size,
+        scales="folded" if folded else "float",
+        granularity="channel" if folded else "tensor",
+    )
+    return LayerPlan(
+        transform=Diagonal(factors=smoothing),
+        inputs=Floating() if x_bits == 16 else PerToken.of(x_bits),
+        grid=GroupedGrid(scale=unit, group_scale=scales, format=form),
     )
 
 
@@ -67,8 +67,8 @@ def _awq_smoothing(layer: LayerInputs, scheme: Scheme, bits: int) -> Float32[Arr
         return factors / jnp.sqrt(jnp.max(factors) * jnp.min(factors))
 
     def error(exponent: Array) -> Array:
-        quantized = _grid(layer, smoothing(exponent), scheme, bits, (1.0,)).round(layer.weight)
-        return jnp.sum((output(quantized, layer.samples) - exact) ** 2)
+        plan = _plan(layer, smoothing(exponent), scheme, bits, (1.0,))
+        return jnp.sum((plan.product(layer.samples, plan.round(layer.weight)) - exact) ** 2)
 
     exponents = jnp.asarray(EXPONENTS)
     return smoothing(exponents[jnp.argmin(lax.map(error, exponents))])

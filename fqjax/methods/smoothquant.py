@@ -3,22 +3,18 @@
 Static per-tensor scales for both operands, the paper's setting O3.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fqjax.core.formats.uniform import Grid
-from fqjax.core.layer import LayerInputs
+from fqjax.core.layer import LayerInputs, LayerPlan
 from fqjax.core.transforms.diagonal import smoothing_factors
-from fqjax.methods.absmax import absmax_grid
+from fqjax.methods.absmax import absmax_plan
 from fqjax.scheme import Scheme
 
 
-def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: Float[Array, " b"]) -> Callable[[Array], Grid]:
-    """The same grid for every budget; see :mod:`fqjax.methods` for the arguments."""
-    grid = absmax_grid(layer, smooth(layer, scheme), bits)
-    return lambda _: grid
+def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
+    """The one plan of a layer; see :mod:`fqjax.methods` for the arguments."""
+    return [absmax_plan(layer, smooth(layer, scheme), bits)]
 
 
 def smooth(layer: LayerInputs, scheme: Scheme) -> Float[Array, " k"]:

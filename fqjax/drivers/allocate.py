@@ -1,0 +1,58 @@
+"""The choice of one option for every layer, once all of them are known."""
+
+from collections.abc import Iterable
+
+import jax
+from flax import nnx
+
+from fqjax.drivers.assemble import count_macs
+from fqjax.drivers.base import Pass, Run
+from fqjax.drivers.candidates import costs_by_bits, select
+from fqjax.drivers.ties import choices
+
+
+class Allocate(Pass):
+    """Chooses by the scheme's selection, for all layers of a unit alike.
+
+    Keeps ``("macs",)``, ``("chosen",)`` with the number of each layer's option, ``("widths",)`` with K', to which the layers
+    of a unit are padded, and ``("costs",)``: by the bits of its weight, what a layer costs the model.
+    """
+
+    name, title, visits = "allocated", "choosing", False
+
+    def begin(self, run: Run) -> None:
+        store, units = run.store, run.units
+        layer_macs = count_macs(run.linears, {name: run.span(name) for name in run.linears})
+        outlines = {name: store["outlines", name] for name in run.linears}
+        choosing = {
+            unit: choices({name: outlines[name] for name in names}, layer_macs) for unit, names in units.items()
+        }
+        options = {unit: [choice.outline for choice in some] for unit, some in choosing.items()}
+        macs = {unit: sum(layer_macs[name] for name in names) for unit, names in units.items()}
+        costs = store["sensitivities",] if ("sensitivities",) in store else {}
+        picked = select(options, macs, _bytes_in_bf16(run.linears.values()), run.scheme, lambda: costs)
+        chosen: dict[str, int] = {}
+        widths: dict[str, int] = {}
+        for unit, option in picked.items():
+            of_layers = choosing[unit][options[unit].index(option)].options
+            chosen |= of_layers
+            widths |= dict.fromkeys(of_layers, max(outlines[name][i].width for name, i in of_layers.items()))
+        by_unit = costs_by_bits(options, picked, costs) if costs else {}
+        store["macs",], store["chosen",], store["widths",] = layer_macs, chosen, widths
+        store["costs",] = _of_layers(run, by_unit, macs)
+
+
+def _of_layers(run: Run, costs: dict[str, dict[int, float]], macs: dict[str, int]) -> dict[str, dict[int, float]]:
+    """The costs of units as costs of their layers, in proportion to the multiply-accumulates."""
+    layer_macs = count_macs(run.linears, {name: run.span(name) for name in run.linears})
+    found = {}
+    for unit, cost in costs.items():
+        for name in run.units[unit]:
+            share = layer_macs[name] / macs[unit] if macs[unit] else 1 / len(run.units[unit])
+            found[name] = {bits: share * value for bits, value in cost.items()}
+    return found
+
+
+def _bytes_in_bf16(linears: Iterable[nnx.Linear]) -> int:
+    parameters = jax.tree.leaves([nnx.state(linear, nnx.Param) for linear in linears])
+    return 2 * sum(leaf.size for leaf in parameters)
