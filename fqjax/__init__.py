@@ -12,14 +12,14 @@ from fqjax.checkpoint.compressed.write import save_compressed_tensors
 from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.checkpoint.orbax import load, save
 from fqjax.checkpoint.tokenizer import load_tokenizer
-from fqjax.core.qtensor import InputQuantizer, QFormat, QTensor
+from fqjax.core.formats.base import QTensor
 from fqjax.data.text import calibration_batches
 from fqjax.drivers.statistics import Statistics, calibrate
 from fqjax.evaluation.perplexity import perplexity
 from fqjax.inference.generate import generate
 from fqjax.interop.qwix import from_qwix, to_qwix
 from fqjax.layers.integer_scales import integer_scales
-from fqjax.layers.linear import LayerSummary, QuantizedLinear
+from fqjax.layers.linear import QuantizedLinear
 from fqjax.quantize import quantize
 from fqjax.report.report import LayerReport, Report, report_of
 from fqjax.runtime.errors import InputError
@@ -28,10 +28,7 @@ from fqjax.scheme import PRESETS, Scheme
 __all__ = [
     "PRESETS",
     "InputError",
-    "InputQuantizer",
     "LayerReport",
-    "LayerSummary",
-    "QFormat",
     "QTensor",
     "QuantizedLinear",
     "Report",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fqjax.drivers.pipeline import quantize_blocks
-from fqjax.drivers.store import Memo
+from fqjax.drivers.store import Store
 from fqjax.layers.head import head_of, with_int8_head
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.stacked import stacked
@@ -68,12 +68,12 @@ def quantize(
     model = equalize(model) if scheme.equalize else model
     linears = select_linears(model, ignore).linears
     layers: dict[str, QuantizedLinear] = {}
-    findings = quantize_blocks(Memo(), chain(model, linears), linears, scheme, calibration, layers.update)
+    record = quantize_blocks(Store(), chain(model, linears), linears, scheme, calibration, layers.update)
     quantized = replace_modules(model, layers)
     layers.clear()
     stacked(quantized, in_place=True)
     quantized = with_int8_head(quantized) if scheme.int8_head else quantized
-    return quantized, report_of(quantized, time.perf_counter() - start, findings)
+    return quantized, report_of(quantized, time.perf_counter() - start, record)
 
 
 def check_finite(linears: Mapping[str, nnx.Linear]) -> None:

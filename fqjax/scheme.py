@@ -1,6 +1,7 @@
 """Schemes: which method quantizes a model, with which settings.  Presets have names; every field can be overridden."""
 
 import dataclasses
+import json
 import re
 import types
 import typing
@@ -133,6 +134,10 @@ class Scheme:
         if self.int8_layers and not found:
             raise InputError(f"int8_layers={self.int8_layers}: found in the path of no linear layer")
         return found
+
+    def recipe(self) -> str:
+        """The scheme as JSON, which checkpoints keep with what was quantized by it."""
+        return json.dumps(dataclasses.asdict(self))
 
     def override(self, settings: list[str] | tuple[str, ...]) -> "Scheme":
         """Returns the scheme with ``KEY=VALUE`` settings applied, as ``fqjax convert --set`` takes them.

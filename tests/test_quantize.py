@@ -10,7 +10,7 @@ from flax import nnx
 
 import fqjax
 from fqjax.layers.linear import QuantizedLinear
-from fqjax.report.report import quantized_layers
+from fqjax.layers.stacked import quantized_layers
 from fqjax.runtime.errors import InputError
 
 

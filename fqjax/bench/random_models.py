@@ -16,13 +16,16 @@ import numpy as np
 from flax import nnx
 
 from fqjax.checkpoint.hugging_face import abstract_model, read_architecture
-from fqjax.core.channels import PADDING, padded_width
+from fqjax.core.channels import PADDING
 from fqjax.core.codes import qmax
-from fqjax.core.qtensor import InputQuantizer, QTensor
+from fqjax.core.formats.grouped import Grouped
+from fqjax.core.formats.uniform import Uniform
+from fqjax.core.inputs import FloatingInput, PerTokenInput, StaticInput
 from fqjax.drivers.ties import units_of
 from fqjax.layers.experts import Expert, MixtureOfExperts
 from fqjax.layers.head import with_int8_head
-from fqjax.layers.linear import LayerSummary, QuantizedLinear
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.record import Figures
 from fqjax.layers.stacked import stacked_experts
 from fqjax.layers.surgery import replace_modules, select_linears
 from fqjax.models import FAMILIES
@@ -165,27 +168,42 @@ def _layer(key: jax.Array, linear: nnx.Linear, scheme: Scheme, bits: int, extra:
     k, n = linear.in_features, linear.out_features
     grouped = scheme.method == "grouped"
     used = round(extra * k) if scheme.method == "flattenquant" else 0
-    width = padded_width(k + used, bits)
+    granularity = "channel" if grouped or scheme.weight_scales == "channel" else "tensor"
+    form: Any = Uniform(bits=bits, granularity=granularity)  # pyright: ignore[reportArgumentType]
+    if grouped:
+        group = scheme.group_size
+        form = Grouped(bits=bits, group_size=group, scales=scheme.scales, granularity=granularity)  # pyright: ignore
+    width = form.padded(k + used)
     x_bits = scheme.int4_activation_bits if bits == 4 else 8
     codes, group_scale, unit = _codes(
         key, n, width, bits, scheme.group_size if grouped else 0, scheme.scales if grouped else "float"
     )
-    scale = jnp.full((n,) if grouped or scheme.weight_scales == "channel" else (), unit / np.sqrt(k), jnp.float32)
-    weight = QTensor.from_codes(codes, scale, bits, group_scale, folded=grouped and scheme.scales == "folded")
+    scale = jnp.full((n,) if granularity == "channel" else (), unit / np.sqrt(k), jnp.float32)
+    weight = form.store(codes, scale, group_scale) if grouped else form.store(codes, scale)
     token = grouped or x_bits == 16
     x_scale = 4 / qmax(x_bits) if not token else 1.0  # Static scales reach to 4 standard deviations.
     index = np.arange(width - k)
-    quantizer = InputQuantizer(
-        multiplier=jnp.full(k, 1 / x_scale, jnp.float32),
-        source=jnp.asarray(index * k // max(used, 1) % k, jnp.int32),
-        part=jnp.asarray(np.where(index < used, 1, PADDING), jnp.int32),
-        scale=None if token else jnp.float32(x_scale),
-        bits=x_bits,
-        used=used,
-    )
-    summary = LayerSummary(scheme=scheme, relative_error=0.0, accumulator_bound=0, macs=macs)
+    multiplier = jnp.full(k, 1 / x_scale, jnp.float32)
+    source = jnp.asarray(index * k // max(used, 1) % k, jnp.int32)
+    part = jnp.asarray(np.where(index < used, 1, PADDING), jnp.int32)
+    if x_bits == 16:
+        quantizer = FloatingInput(multiplier=multiplier, source=source, part=part)
+    elif token:
+        quantizer = PerTokenInput(multiplier=multiplier, source=source, part=part, bits=x_bits)
+    else:
+        quantizer = StaticInput(
+            multiplier=multiplier, source=source, part=part, scale=jnp.float32(x_scale), bits=x_bits
+        )
     bias = jnp.zeros(n, jnp.bfloat16) if linear.bias is not None else None
-    return QuantizedLinear(weight, quantizer, bias, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, summary=summary)
+    return QuantizedLinear(
+        weight,
+        quantizer,
+        bias,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+        figures=Figures(macs=macs, flattened=used),
+        recipe=scheme.recipe(),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))

@@ -181,13 +181,14 @@ def inspect(
     With --plot also pictures: the channels before and after flattening, the bits of every layer, and what more INT4 would
     cost; the numbers behind them as CSV and JSON.
     """
-    from fqjax.report.findings import read_findings
-    from fqjax.report.report import quantized_layers, report_of
+    from fqjax.checkpoint.calibration_record import read_calibration_record
+    from fqjax.layers.stacked import quantized_layers
+    from fqjax.report.report import report_of
 
     loaded = _load_model(model)
     layers = quantized_layers(loaded)
     kinds = {name: (layer.input.get_value().multiplier.size, layer.bits) for name, layer in layers.items()}
-    report = report_of(loaded, findings=read_findings(Path(model), kinds))
+    report = report_of(loaded, record=read_calibration_record(Path(model), kinds))
     console.print(report.table())
     _write_json(json_file, report.to_json())
     if plot is not None:

@@ -19,19 +19,19 @@ from fqjax.checkpoint.hugging_face import (
     read_architecture,
     resolve_directory,
 )
-from fqjax.checkpoint.manifest import NAME
+from fqjax.checkpoint.manifest import MANIFEST_FILE
 from fqjax.checkpoint.orbax import refuse_existing
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.convert.staging import is_complete
-from fqjax.core.channels import padded_width
-from fqjax.core.qtensor import bytes_of
+from fqjax.core.table import bytes_of
 from fqjax.data.python_docs import reference_text
 from fqjax.data.text import calibration_batches, encode, read_text
 from fqjax.drivers.candidates import looks_at_all
 from fqjax.drivers.ties import reads_the_same, units_of
 from fqjax.layers.linear import layer_bytes
 from fqjax.layers.surgery import Selection, select_linears
+from fqjax.methods import FORMATS
 from fqjax.models import FAMILIES
 from fqjax.report.report import format_bytes, narrow_table
 from fqjax.runtime.errors import InputError
@@ -110,7 +110,7 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     if not is_complete(conversion.out):
         refuse_existing(conversion.out)
     directory = resolve_directory(conversion.source)
-    if (directory / NAME).is_file():
+    if (directory / MANIFEST_FILE).is_file():
         raise InputError(f"{directory}: already an fqjax checkpoint; expected a Hugging Face directory")
     name, config = read_architecture(directory)
     files = TensorFiles(directory, partial=dry_run)
@@ -244,19 +244,8 @@ def estimated_bytes(made: Plan) -> dict[str, float]:
 
 
 def _bytes(linear: nnx.Linear, scheme: Scheme, bits: int) -> int:
-    grouped = scheme.method == "grouped"
-    by_channel = scheme.method == "flattenquant" and scheme.weight_scales == "channel"
-    integers = grouped and scheme.scales != "float"
-    narrow = scheme.scales == "folded" or scheme.amplifier < 2**15  # Where they fit into int16.
-    return layer_bytes(
-        linear,
-        bits,
-        padded_width(linear.in_features, bits),
-        weight_scales=linear.out_features if by_channel or integers else 1,
-        static=not grouped,
-        group_size=scheme.group_size if grouped else 0,
-        group_scale_bytes=2 if integers and narrow else 4,
-    )
+    form, quantizer = FORMATS[scheme.method](scheme, bits)
+    return layer_bytes(linear, form, quantizer, form.padded(linear.in_features))
 
 
 def _calibration(conversion: Conversion, tokenizer: Any, config: Any) -> tuple[str, list[np.ndarray]]:

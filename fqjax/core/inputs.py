@@ -20,6 +20,7 @@ from fqjax.core.channels import PADDING, Channels
 from fqjax.core.codes import qmax
 from fqjax.core.table import Stored, array, static
 from fqjax.core.transforms.base import Recipe
+from fqjax.registry import register
 from pallas_kernels import quantize_activations, quantize_per_token
 from pallas_kernels.experts import quantize_for_experts, quantize_per_token_for_experts
 
@@ -73,9 +74,6 @@ class StoredInput(Stored, abstract=True):
     source: Int32[Array, " e"] = array("extra", dtype="int32", below="in")
     part: Int32[Array, " e"] = array("extra", dtype="int32", natural=True, fill=PADDING)
 
-    bits: ClassVar[Any]
-    """Of a code."""
-
     def __call__(self, x: Float[Array, "*rows k"]) -> Quantized:
         """Quantize rows of activations."""
         raise NotImplementedError
@@ -85,9 +83,14 @@ class StoredInput(Stored, abstract=True):
         raise NotImplementedError
 
     @property
+    def code_bits(self) -> int:
+        """Bits of a code; :data:`FLOATING_BITS` where there are no codes."""
+        raise NotImplementedError
+
+    @property
     def qmax(self) -> int | None:
         """Largest code; None where there are no codes."""
-        return qmax(self.bits)
+        return qmax(self.code_bits)
 
     @property
     def width(self) -> int:
@@ -120,6 +123,7 @@ class StoredInput(Stored, abstract=True):
         return int(np.sum(np.asarray(self.part) != PADDING))
 
 
+@register("inputs")
 class StaticInput(StoredInput):
     """One scale for all rows, from calibration.
 
@@ -132,6 +136,10 @@ class StaticInput(StoredInput):
 
     scale: Float32[Array, ""] = array(dtype="float32", positive=True)
     bits: int = static()
+
+    @property
+    def code_bits(self) -> int:
+        return self.bits
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Quantized:
         codes = quantize_activations(x, self.multiplier, self.source, self.part, qmax=qmax(self.bits))
@@ -146,6 +154,7 @@ class StaticInput(StoredInput):
         return self.scale
 
 
+@register("inputs")
 class PerTokenInput(StoredInput):
     """A scale for every row, from its largest value.  Nothing is flattened.
 
@@ -157,6 +166,10 @@ class PerTokenInput(StoredInput):
 
     bits: int = static()
 
+    @property
+    def code_bits(self) -> int:
+        return self.bits
+
     def __call__(self, x: Float[Array, "*rows k"]) -> Quantized:
         return Quantized(*quantize_per_token(x, self.multiplier, qmax=qmax(self.bits), width=self.width))
 
@@ -165,13 +178,14 @@ class PerTokenInput(StoredInput):
         return Quantized(*quantize_per_token_for_experts(x, expert, self.multiplier, qmax=limit, width=self.width))
 
 
+@register("inputs")
 class FloatingInput(StoredInput):
     """Activations in floating point, smoothed and padded."""
 
     kind = "floating"
 
     @property
-    def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def code_bits(self) -> int:
         return FLOATING_BITS
 
     @property

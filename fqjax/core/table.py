@@ -6,10 +6,10 @@ runs before a layer) derives from :class:`Stored` and declares its arrays with :
     codes: Int8[Array, "out stored"] = array("out", "stored")
     scale: Float32[Array, "..."] = array("channel", dtype="float32", positive=True)
 
-All that a checkpoint, a mesh or a report needs to know follows from the table: shapes without arrays (:meth:`Stored.abstract`),
-soundness of what was read (:meth:`Stored.is_sound`), partition specs, padding, bytes.  An axis is a name; its length follows
-from the sizes of the layer (:class:`Sizes`) and the type's static fields (:meth:`Stored.axes`), and an axis that those say to
-be None does not exist.
+All that a checkpoint, a mesh or a report needs to know follows from the table: shapes without arrays
+(:meth:`Stored.abstract`), soundness of what was read (:meth:`Stored.is_sound`), partition specs, padding, bytes.  An
+axis is a name; its length follows from the sizes of the layer (:class:`Sizes`) and the type's static fields
+(:meth:`Stored.axes`), and an axis that those say to be None does not exist.
 """
 
 import dataclasses
@@ -88,8 +88,8 @@ def static(**kwargs: Any) -> Any:
 class Stored:
     """Base of stored types: frozen dataclasses and pytrees, whose arrays are declared by :func:`array`.
 
-    A subclass gets both by being defined, without decorators; one that others derive from is ``abstract``.  With a leading axis before all declared ones, an instance
-    stands for several layers (:mod:`fqjax.layers.stacked`).
+    A subclass gets both by being defined, without decorators; one that others derive from is ``abstract``.  With a
+    leading axis before all declared ones, an instance stands for several layers (:mod:`fqjax.layers.stacked`).
     """
 
     kind: ClassVar[str]
@@ -187,7 +187,9 @@ class Stored:
         return dataclasses.replace(self, **changed)  # pyright: ignore[reportArgumentType]
 
     @classmethod
-    def partition_specs(cls, sizes: Sizes, mesh_axes: Mapping[str, str | None], **statics: Any) -> dict[str, PartitionSpec]:
+    def partition_specs(
+        cls, sizes: Sizes, mesh_axes: Mapping[str, str | None], **statics: Any
+    ) -> dict[str, PartitionSpec]:
         """How arrays are cut over a mesh.
 
         Args:

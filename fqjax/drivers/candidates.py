@@ -97,9 +97,7 @@ def shared_options(
     """
     if not looks_at_all(scheme):
         return {name: layer_options(linears[name], statistics[name], scheme, int4=int4) for name in linears}
-    parts = {
-        name: layer_inputs(linears[name], statistics[name], scheme.activation_percentile) for name in linears
-    }
+    parts = {name: layer_inputs(linears[name], statistics[name], scheme.activation_percentile) for name in linears}
     each = -(-scheme.sample_rows // len(parts))
     whole = LayerInputs(
         jnp.concatenate([part.weight for part in parts.values()]),

@@ -59,7 +59,7 @@ def read_value(path: Path) -> Any:
     try:
         with safe_open(path, "np") as file:
             structure = json.loads((file.metadata() or {})[STRUCTURE])
-            return _decoded(structure, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            return _decoded(structure, {name: file.get_tensor(name) for name in file.keys()})
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); remove {path.parent}, and begin anew") from None
 
@@ -104,7 +104,9 @@ def _decoded(structure: Any, arrays: Mapping[str, np.ndarray]) -> Any:
             return {_decoded(key, arrays): _decoded(item, arrays) for key, item in pairs}
         case {"stored": kind, "fields": fields}:
             found = {name: _decoded(field, arrays) for name, field in fields.items()}
-            return stored_type(kind)(**{n: jnp.asarray(v) if isinstance(v, np.ndarray) else v for n, v in found.items()})
+            return stored_type(kind)(
+                **{n: jnp.asarray(v) if isinstance(v, np.ndarray) else v for n, v in found.items()}
+            )
         case {"format": described}:
             return from_json("formats", described)
         case {"record": name, "fields": fields}:

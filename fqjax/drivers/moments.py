@@ -31,8 +31,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from fqjax.core.formats.base import Grid
 from fqjax.core.layer import LayerPlan, fake_input
-from fqjax.core.transforms.base import Transform
 from fqjax.core.rounding.gptq import Prepared, aim_of, gptq_prepared, prepare, solve_ridge
+from fqjax.core.transforms.base import Transform
 from fqjax.layers.simulated import Simulated
 from fqjax.layers.surgery import dotted, find_linears, replace_modules
 from fqjax.layers.taps import Watcher

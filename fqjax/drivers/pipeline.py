@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from fqjax.checkpoint.calibration_record import CalibrationRecord
 from fqjax.drivers.allocate import Allocate
 from fqjax.drivers.base import Keep, Pass, Run, execute
 from fqjax.drivers.calibrate import Calibrate
@@ -13,7 +14,6 @@ from fqjax.drivers.rounding import RoundCompensated, RoundNearest
 from fqjax.drivers.store import Store
 from fqjax.drivers.trial import Trial
 from fqjax.models.chain import Chain
-from fqjax.report.findings import Findings
 from fqjax.scheme import Scheme
 
 
@@ -30,7 +30,7 @@ def quantize_blocks(
     scheme: Scheme,
     calibration: Iterable[Any],
     keep: Keep,
-) -> Findings:
+) -> CalibrationRecord:
     """Quantize a model's linear layers.
 
     Args:
@@ -45,4 +45,4 @@ def quantize_blocks(
     # On a GPU, float32 would else be multiplied with 10 bits of mantissa.
     with jax.default_matmul_precision("float32"):
         execute(run, passes)
-    return Findings({name: run.span(name).absmax for name in linears}, store["costs",])
+    return CalibrationRecord({name: run.span(name).absmax for name in linears}, store["costs",])

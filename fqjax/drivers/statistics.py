@@ -20,10 +20,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from fqjax.layers.surgery import dotted, replace_modules
-from fqjax.drivers.codec import keepable
-from fqjax.layers.taps import Watcher
 from fqjax.core.layer import LayerInputs
+from fqjax.drivers.codec import keepable
+from fqjax.layers.surgery import dotted, replace_modules
+from fqjax.layers.taps import Watcher
 from fqjax.models.chain import Chain, Feed, chain, places, sweep
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.errors import InputError

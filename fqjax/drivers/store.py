@@ -2,8 +2,9 @@
 
     store["plan", "layers.0.mlp.down_proj"] = value
 
-A key is a tuple of texts, a value whatever :mod:`fqjax.drivers.codec` takes; so a method brings no code of its own for going on
-where it stopped.  Activations on their way through the blocks are kept by the pass that carries them (:meth:`Store.sweep`).
+A key is a tuple of texts, a value whatever :mod:`fqjax.drivers.codec` takes; so a method brings no code of its own
+for going on where it stopped.  Activations on their way through the blocks are kept by the pass that carries them
+(:meth:`Store.sweep`).
 
 In a directory every value is a file of its own, written under a temporary name and then renamed: whatever the moment a
 conversion is killed at, a file that has its final name is complete.  The activations before a block are a folder, which

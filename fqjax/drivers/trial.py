@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from fqjax.layers.surgery import replace_modules
 from fqjax.core.layer import LayerPlan
 from fqjax.drivers.base import BlockRun, Pass, Run
 from fqjax.layers.simulated import Simulated
+from fqjax.layers.surgery import replace_modules
 from fqjax.models.chain import Chain, Feed, as_arguments, places, run, sweep
 from fqjax.runtime.compiling import jit
 

@@ -9,9 +9,9 @@ from flax import nnx
 from fqjax.core.formats.grouped import Grouped, GroupedTensor, group_sums_of
 from fqjax.core.integer_scale import AMPLIFIER, amplify, channel_units, narrow, safe_amplifier
 from fqjax.layers.linear import QuantizedLinear
-from fqjax.layers.stacked import stacked, unstacked
+from fqjax.layers.stacked import quantized_layers, stacked, unstacked
 from fqjax.layers.surgery import replace_modules
-from fqjax.report.report import Report, quantized_layers, report_of
+from fqjax.report.report import Report, report_of
 from fqjax.runtime.errors import InputError
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)

@@ -172,18 +172,22 @@ class QuantizedLinear(nnx.Module):
 
     def changed(self, weight: QTensor, input: StoredInput, figures: Figures) -> "QuantizedLinear":
         """The same layer with another weight, quantizer of the input, and figures."""
-        return QuantizedLinear(
-            weight,
-            input,
-            None if self.bias is None else self.bias[...],
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            figures=figures,
-            recipe=self.recipe,
-            transform=None if self.transform is None else self.transform.get_value(),
-            branches=[branch.get_value() for branch in self.branches],
-            finish=None if self.finish is None else self.finish.get_value(),
-        )
+        return QuantizedLinear(**self.parts() | {"weight": weight, "input": input, "figures": figures})
+
+    def parts(self) -> dict[str, Any]:
+        """What the layer is built of, by argument."""
+        return {
+            "weight": self.weight.get_value(),
+            "input": self.input.get_value(),
+            "bias": None if self.bias is None else self.bias[...],
+            "dtype": None if self.dtype is None else self.dtype.name,
+            "param_dtype": self.param_dtype.name,
+            "figures": self.figures,
+            "recipe": self.recipe,
+            "transform": None if self.transform is None else self.transform.get_value(),
+            "branches": [branch.get_value() for branch in self.branches],
+            "finish": None if self.finish is None else self.finish.get_value(),
+        }
 
     def widened(self, width: int) -> "QuantizedLinear":
         """The layer with more channels of padding, up to a width."""

@@ -20,7 +20,7 @@ from fqjax.core.table import Stored
 from fqjax.layers.experts import Expert, MixtureOfExperts, Routing, Sorted
 from fqjax.layers.linear import QuantizedLinear, QuantizedVariable
 from fqjax.layers.record import Figures, Record
-from fqjax.layers.surgery import find_linears
+from fqjax.layers.surgery import dotted, find_linears
 from pallas_kernels.experts import expert_matmul, row_alignment
 from pallas_kernels.reference import activated
 
@@ -141,6 +141,12 @@ def unstacked(model: ModelT) -> ModelT:
     for mixture in _mixtures(copy, StackedExperts):
         mixture.experts = mixture.experts.experts()
     return copy
+
+
+def quantized_layers(model: nnx.Module) -> dict[str, QuantizedLinear]:
+    """The model's quantized layers by dotted path, those of experts each by itself."""
+    nodes = nnx.iter_graph(unstacked(model))
+    return {dotted(path): node for path, node in nodes if isinstance(node, QuantizedLinear)}
 
 
 def _stackable(model: nnx.Module) -> list[MixtureOfExperts]:

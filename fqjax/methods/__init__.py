@@ -8,6 +8,8 @@ method.
 
 from collections.abc import Callable
 
+from fqjax.core.formats.base import Format
+from fqjax.core.inputs import StoredInput
 from fqjax.core.layer import LayerInputs, LayerPlan
 from fqjax.methods import absmax, flattenquant, grouped, smoothquant
 from fqjax.scheme import Scheme
@@ -19,3 +21,11 @@ METHODS: dict[str, Callable[[LayerInputs, Scheme, int], list[LayerPlan]]] = {
     "grouped": grouped.plans,
 }
 """Every method but "none", by the name that :class:`~fqjax.scheme.Scheme` gives it."""
+
+FORMATS: dict[str, Callable[[Scheme, int], tuple[Format, type[StoredInput]]]] = {
+    "absmax": absmax.formats,
+    "smoothquant": absmax.formats,
+    "flattenquant": flattenquant.formats,
+    "grouped": grouped.formats,
+}
+"""What each method stores for weights of some bits: the weight's format, and the quantizer of the input."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from fqjax.core.codes import absmax_scale
 from fqjax.core.formats.uniform import Uniform, UniformGrid
-from fqjax.core.inputs import Static
+from fqjax.core.inputs import Static, StaticInput
 from fqjax.core.layer import LayerInputs, LayerPlan
 from fqjax.core.transforms.diagonal import Diagonal
 from fqjax.scheme import Scheme
@@ -19,6 +19,11 @@ from fqjax.scheme import Scheme
 def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
     """The one plan of a layer; see :mod:`fqjax.methods` for the arguments."""
     return [absmax_plan(layer, jnp.ones(layer.weight.shape[1], jnp.float32), bits)]
+
+
+def formats(scheme: Scheme, bits: int) -> tuple[Uniform, type[StaticInput]]:
+    """What is stored of a layer: the weight's format, and the quantizer of its input."""
+    return Uniform(bits=bits), StaticInput  # pyright: ignore[reportArgumentType]
 
 
 def absmax_plan(layer: LayerInputs, smoothing: Float[Array, " k"], bits: int) -> LayerPlan:

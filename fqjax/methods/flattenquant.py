@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from fqjax.core.channels import count_pieces
 from fqjax.core.codes import qmax
 from fqjax.core.formats.uniform import Uniform, UniformGrid
-from fqjax.core.inputs import Static
+from fqjax.core.inputs import Static, StaticInput
 from fqjax.core.layer import LayerInputs, LayerPlan
 from fqjax.core.threshold_search import ALPHAS, Found, channel_scales, search
 from fqjax.core.thresholds import threshold, within_budget
@@ -33,6 +33,11 @@ def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
     bounds = budgets(layer.weight.shape[1], scheme, bits)
     found = _found(layer, scheme, bits, jnp.asarray(bounds, jnp.float32))
     return [jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(len(bounds))]
+
+
+def formats(scheme: Scheme, bits: int) -> tuple[Uniform, type[StaticInput]]:
+    """What is stored of a layer: the weight's format, and the quantizer of its input."""
+    return Uniform(bits=bits, granularity=scheme.weight_scales), StaticInput  # pyright: ignore[reportArgumentType]
 
 
 def budgets(k: int, scheme: Scheme, bits: int) -> list[float]:
@@ -73,7 +78,7 @@ def _plan(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, found: Fou
     if scheme.weight_scales == "channel":
         importance = jnp.mean((layer.samples / found.smoothing) ** 2, axis=0)
         w_scale, w_pieces = channel_scales(layer.weight * found.smoothing, importance, bits), jnp.ones_like(w_pieces)
-    form = Uniform(bits=bits, granularity=scheme.weight_scales)  # pyright: ignore[reportArgumentType]
+    form, _ = formats(scheme, bits)
     return LayerPlan(
         transform=Diagonal(factors=found.smoothing),
         inputs=Static.of(found.x_threshold / qmax(x_bits), found.x_pieces, x_bits),

@@ -9,13 +9,15 @@ weight, which gives them more of the group's codes: ``s = mean|x| ** r``, with t
 best.  AWQ folds s into the layer in front; here quantizing the activations divides by it, so every layer has its own.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
 from fqjax.core.codes import qmax
 from fqjax.core.formats.grouped import Grouped, GroupedGrid
-from fqjax.core.inputs import Floating, PerToken
+from fqjax.core.inputs import Floating, FloatingInput, PerToken, PerTokenInput, StoredInput
 from fqjax.core.integer_scale import fold_scales
 from fqjax.core.layer import LayerInputs, LayerPlan
 from fqjax.core.transforms.diagonal import Diagonal
@@ -32,6 +34,18 @@ def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
     return [_plan(layer, smoothing, scheme, bits, SHRINKS)]
 
 
+def formats(scheme: Scheme, bits: int) -> tuple[Grouped, type[StoredInput]]:
+    """What is stored of a layer: the weight's format, and the quantizer of its input."""
+    integer = scheme.scales != "float"
+    form = Grouped(
+        bits=bits,  # pyright: ignore[reportArgumentType]
+        group_size=scheme.group_size,
+        scales=scheme.scales,
+        granularity="channel" if integer else "tensor",
+    )
+    return form, FloatingInput if bits == 4 and scheme.int4_activation_bits == 16 else PerTokenInput
+
+
 def _plan(
     layer: LayerInputs, smoothing: Float32[Array, " k"], scheme: Scheme, bits: int, shrinks: tuple[float, ...]
 ) -> LayerPlan:
@@ -43,13 +57,9 @@ def _plan(
     if scheme.scales == "folded":
         scales, unit = fold_scales(weight, scales, jnp.mean(samples**2, axis=0))
     x_bits = scheme.int4_activation_bits if bits == 4 else 8
-    folded = scheme.scales == "folded"
-    form = Grouped(
-        bits=bits,  # pyright: ignore[reportArgumentType]
-        group_size=scheme.group_size,
-        scales="folded" if folded else "float",
-        granularity="channel" if folded else "tensor",
-    )
+    form, _ = formats(scheme, bits)
+    if scheme.scales == "integer":  # They become integers once the codes are known.
+        form = dataclasses.replace(form, scales="float", granularity="tensor")
     return LayerPlan(
         transform=Diagonal(factors=smoothing),
         inputs=Floating() if x_bits == 16 else PerToken.of(x_bits),

@@ -1,10 +1,9 @@
-"""A model as blocks one after the other.  Those of a language model have the same shapes: what is jitted for one serves all."""
+"""A model as blocks one after the other.  Those of a language model are alike: what is jitted for one serves all."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 from flax import nnx
 

@@ -11,8 +11,7 @@ from fqjax.bench import model as bench
 from fqjax.bench import model_record
 from fqjax.bench.random_models import CONFIGS, architecture, described, random_model
 from fqjax.cli.main import main
-from fqjax.layers.stacked import StackedExperts
-from fqjax.report.report import quantized_layers
+from fqjax.layers.stacked import StackedExperts, quantized_layers
 from fqjax.runtime.errors import InputError
 from tests.models import variants
 

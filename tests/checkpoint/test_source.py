@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import fqjax
+from fqjax.checkpoint.calibration_record import CalibrationRecord, read_calibration_record
 from fqjax.cli import main as cli
 from fqjax.convert import run as conversion
 from fqjax.data.text import encode
 from fqjax.demo.run import CHECKPOINT
 from fqjax.drivers.store import DirectoryMemo
-from fqjax.report.findings import Findings, read_findings
 from fqjax.runtime.errors import InputError
 from fqjax.scheme import PRESETS
 from tests.models import variants
@@ -100,6 +100,6 @@ def test_the_record_of_a_conversion_may_be_damaged(checkpoint, tmp_path):
     ],
 )
 def test_findings_about_something_else(tmp_path, activations, costs, part):
-    Findings({"a": np.ones(4, np.float32)} | activations, costs).write(tmp_path)
+    CalibrationRecord({"a": np.ones(4, np.float32)} | activations, costs).write(tmp_path)
     with pytest.raises(InputError, match=f"calibration.safetensors: .*{part}"):
-        read_findings(tmp_path, {"a": (4, 8)})
+        read_calibration_record(tmp_path, {"a": (4, 8)})

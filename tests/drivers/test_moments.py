@@ -11,9 +11,9 @@ from fqjax.drivers.assemble import assemble, count_macs
 from fqjax.drivers.candidates import layer_inputs, layer_options
 from fqjax.drivers.moments import Moments
 from fqjax.drivers.statistics import calibrate
+from fqjax.layers.stacked import quantized_layers
 from fqjax.layers.surgery import find_linears
 from fqjax.models.chain import Feed, chain, places, sweep
-from fqjax.report.report import quantized_layers
 from fqjax.scheme import PRESETS
 
 

@@ -14,9 +14,8 @@ from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.drivers.statistics import calibrate
 from fqjax.drivers.ties import choices, units_of
 from fqjax.layers.experts import route, run_all, run_chosen
-from fqjax.layers.stacked import StackedExperts, stack, stacked, unstacked, widened
+from fqjax.layers.stacked import StackedExperts, quantized_layers, stack, stacked, unstacked, widened
 from fqjax.layers.surgery import find_linears, select_linears
-from fqjax.report.report import quantized_layers
 from fqjax.runtime.errors import InputError
 from tests.models import variants
 

@@ -14,8 +14,8 @@ from fqjax.core.integer_scale import scaled_bound
 from fqjax.core.overflow import LIMIT
 from fqjax.layers import integer_scales as module
 from fqjax.layers.linear import QuantizedLinear, group_sums_of, measured_bound
+from fqjax.layers.stacked import quantized_layers
 from fqjax.models.chain import Simulated
-from fqjax.report.report import quantized_layers
 from fqjax.runtime.errors import InputError
 
 GROUPED = [name for name in fqjax.PRESETS if name.startswith("w4a")]

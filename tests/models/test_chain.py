@@ -6,10 +6,10 @@ from flax import nnx
 import fqjax
 from fqjax.drivers import moments as compensate
 from fqjax.drivers import trial as sensitivity
+from fqjax.layers.stacked import quantized_layers
 from fqjax.models import chain as blocks
 from fqjax.models.chain import Simulated, chain, fold, run
 from fqjax.models.llama import Llama, LlamaConfig
-from fqjax.report.report import quantized_layers
 
 CONFIG = LlamaConfig(
     vocab_size=96,

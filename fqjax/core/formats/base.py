@@ -28,11 +28,8 @@ class Format(abc.ABC):
     tensor: ClassVar[type["QTensor"]]
     multiple: ClassVar[int] = 128
     """What K' is padded to."""
-
-    @property
-    @abc.abstractmethod
-    def bits(self) -> int:
-        """Of a code."""
+    bits: int
+    """Of a code; a field, or a property."""
 
     @property
     @abc.abstractmethod

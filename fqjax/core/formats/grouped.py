@@ -44,8 +44,8 @@ class GroupedTensor(QTensor):
     Attributes:
       codes: int8 (out, K'), two codes a byte with 4 bits.
       scale: float32, scalar or (out,).
-      group_scale: (K' / group_size, out), float32; or, where the format has integer scales, int16 if all of them fit and int32
-        otherwise.
+      group_scale: (K' / group_size, out), float32; where the format has integer scales, int16 if all of them fit, else
+        int32.
     """
 
     kind = "grouped"
@@ -117,7 +117,7 @@ class Grouped(Format):
     kind: ClassVar[str] = "grouped"
     tensor: ClassVar[type[QTensor]] = GroupedTensor
 
-    bits: Literal[4, 8]  # pyright: ignore[reportIncompatibleMethodOverride]
+    bits: Literal[4, 8]  # pyright: ignore[reportIncompatibleVariableOverride]
     group_size: int = LARGEST_GROUP
     scales: GroupScales = "float"
     granularity: Literal["tensor", "channel"] = "tensor"

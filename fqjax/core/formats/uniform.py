@@ -78,7 +78,7 @@ class Uniform(Format):
     kind: ClassVar[str] = "uniform"
     tensor: ClassVar[type[QTensor]] = UniformTensor
 
-    bits: Literal[4, 8]  # pyright: ignore[reportIncompatibleMethodOverride]
+    bits: Literal[4, 8]  # pyright: ignore[reportIncompatibleVariableOverride]
     granularity: Literal["tensor", "channel"] = "tensor"
 
     @property

@@ -10,10 +10,12 @@ from jaxtyping import Array, Float, Float32
 
 from fqjax.core.table import Stored, array
 from fqjax.core.transforms.base import Recipe
+from fqjax.registry import register
 
 SMALLEST_FACTOR = 1e-5
 
 
+@register("transforms")
 class Diagonal(Stored):
     """Smoothing: inputs are divided by ``factors``, the weight's columns multiplied by them.
 

@@ -15,7 +15,7 @@ FILE = "calibration.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Findings:
+class CalibrationRecord:
     """What calibration found out about the quantized layers, by dotted path.
 
     Attributes:
@@ -58,8 +58,10 @@ class Findings:
         save_file(arrays, directory / FILE, {"costs": json.dumps(self.costs)})
 
 
-def read_findings(directory: Path, layers: Mapping[str, tuple[int, int]] | None = None) -> Findings | None:
-    """What :meth:`Findings.write` wrote; None if there is no such file.
+def read_calibration_record(
+    directory: Path, layers: Mapping[str, tuple[int, int]] | None = None
+) -> CalibrationRecord | None:
+    """What :meth:`CalibrationRecord.write` wrote; None if there is no such file.
 
     Args:
       directory: the checkpoint's.
@@ -75,7 +77,9 @@ def read_findings(directory: Path, layers: Mapping[str, tuple[int, int]] | None 
         with safe_open(path, framework="numpy") as file:
             costs = json.loads((file.metadata() or {}).get("costs", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}
-        found = Findings(arrays, {name: {int(b): float(c) for b, c in cost.items()} for name, cost in costs.items()})
+        found = CalibrationRecord(
+            arrays, {name: {int(b): float(c) for b, c in cost.items()} for name, cost in costs.items()}
+        )
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); the rest of the checkpoint does not need it") from None
     if layers is None:

@@ -4,12 +4,12 @@ import pytest
 from flax import nnx
 
 import fqjax
-from fqjax.report.findings import FILE, Findings, read_findings
+from fqjax.checkpoint.calibration_record import FILE, CalibrationRecord, read_calibration_record
+from fqjax.layers.stacked import quantized_layers
 from fqjax.report.plots import _place, activation_channels, weight_channels
-from fqjax.report.report import quantized_layers
 from fqjax.runtime.errors import InputError
 
-FOUND = Findings(
+FOUND = CalibrationRecord(
     activations={"a": np.arange(3, dtype=np.float32), "b": np.ones(2, np.float32)},
     costs={"a": {8: 0.1, 4: 0.5}, "b": {8: 0.0, 4: 0.2}, "c": {8: 0.0, 4: 0.9}},
 )
@@ -23,19 +23,19 @@ def test_the_trade_off_takes_the_cheapest_layer_for_its_arithmetic_first():
 
 
 def test_a_layer_that_stays_in_int8_is_counted():
-    found = Findings({}, FOUND.costs | {"c": {8: 0.3}})
+    found = CalibrationRecord({}, FOUND.costs | {"c": {8: 0.3}})
     np.testing.assert_allclose(found.trade_off(MACS), [(0, 0.4), (0.1, 0.6), (0.2, 1.0)])
 
 
 @pytest.mark.parametrize("costs", [{}, {"a": {4: 1.0}}, {"a": {8: 1.0}}])
 def test_there_is_no_trade_off_without_a_choice(costs):
-    assert Findings({}, costs).trade_off(MACS) == []
+    assert CalibrationRecord({}, costs).trade_off(MACS) == []
 
 
 def test_findings_survive_the_disk(tmp_path):
-    assert read_findings(tmp_path) is None
+    assert read_calibration_record(tmp_path) is None
     FOUND.write(tmp_path)
-    again = read_findings(tmp_path)
+    again = read_calibration_record(tmp_path)
     assert again.costs == FOUND.costs
     for name, array in FOUND.activations.items():
         np.testing.assert_array_equal(again.activations[name], array)
@@ -45,7 +45,7 @@ def test_findings_survive_the_disk(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(InputError, match=FILE):
-        read_findings(tmp_path)
+        read_calibration_record(tmp_path)
 
 
 class Two(nnx.Module):
@@ -60,12 +60,12 @@ class Two(nnx.Module):
 def test_a_report_says_what_the_bits_cost_and_a_checkpoint_keeps_it(tmp_path):
     x = np.random.default_rng(0).normal(size=(64, 64)) * np.r_[np.full(3, 30.0), np.ones(61)]
     model, report = fqjax.quantize(Two(), "flattenquant", [jnp.asarray(x, jnp.float32)])
-    np.testing.assert_allclose(report.findings.activations["first"], np.abs(x).max(axis=0), rtol=1e-6)
-    assert {name: set(cost) for name, cost in report.findings.costs.items()} == {"first": {4, 8}, "second": {4, 8}}
+    np.testing.assert_allclose(report.calibration.activations["first"], np.abs(x).max(axis=0), rtol=1e-6)
+    assert {name: set(cost) for name, cost in report.calibration.costs.items()} == {"first": {4, 8}, "second": {4, 8}}
     assert len(report.trade_off) == 3
     fqjax.save(tmp_path / "out", model, report=report)
-    again = read_findings(tmp_path / "out")
-    assert fqjax.report_of(model, findings=again).to_json() == report.to_json()
+    again = read_calibration_record(tmp_path / "out")
+    assert fqjax.report_of(model, record=again).to_json() == report.to_json()
     assert fqjax.load(tmp_path / "out", Two())(jnp.ones(64)).shape == (16,)
 
 
@@ -73,9 +73,9 @@ def test_a_scheme_without_a_choice_measures_no_costs():
     data = [jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)]
     _, report = fqjax.quantize(Two(), "flattenquant-w8a8", data)
     assert (
-        report.findings.costs == {}
+        report.calibration.costs == {}
         and report.trade_off == []
-        and set(report.findings.activations) == {"first", "second"}
+        and set(report.calibration.activations) == {"first", "second"}
     )
 
 
@@ -85,7 +85,7 @@ def test_flattened_channels_hold_what_the_large_ones_held():
     layer = quantized_layers(model)["first"]
     source = np.asarray(layer.input.get_value().source)[: layer.input.get_value().used]
     assert len(source)
-    for channels in (weight_channels(layer), activation_channels(layer, report.findings.activations["first"])):
+    for channels in (weight_channels(layer), activation_channels(layer, report.calibration.activations["first"])):
         assert len(channels.before) == 64 and len(channels.after) == 64 + len(source)
         assert channels.after.max() <= channels.limit + 1e-4
         whole = np.setdiff1d(np.arange(64), source)
