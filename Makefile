@@ -1,7 +1,9 @@
-# make demo     set up, and run the whole path on the bundled checkpoint
-# make test     set up, and run the tests
-# make lint     set up, and check style and types
-# make docs     set up, and build the documentation into docs/_build/html
+# make demo      set up, and run the whole path on the bundled checkpoint
+# make test      set up, and run the fast tests: some minutes
+# make smoke     set up, and run the few tests that every set of versions must pass
+# make thorough  set up, with torch too, and run all tests and the measurement of memory: hours; docs/testing.md says when
+# make lint      set up, and check style and types
+# make docs      set up, and build the documentation into docs/_build/html
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=dir the environment, PINS="jax==0.11.2 ..." holds versions down,
 # EXTRAS=dev,parity adds torch, with which the models are compared, TESTS="file ..." runs some tests, JOBS=0 one at a time.
@@ -14,7 +16,9 @@ JOBS ?= auto
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs clean
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test smoke thorough everything memory lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.run
@@ -22,7 +26,21 @@ demo: $(VENV)/.run
 	$(BIN)/fqjax demo --out fqjax-demo
 
 test: $(VENV)/.$(EXTRAS)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(PYTEST) $(TESTS)
+
+smoke: $(VENV)/.$(EXTRAS)
+	$(PYTEST) -m "smoke and not thorough" $(TESTS)
+
+# Memory is measured without torch, which transformers would import.
+thorough:
+	$(MAKE) everything VENV=$(VENV)-parity EXTRAS=dev,parity
+	$(MAKE) memory
+
+everything: $(VENV)/.$(EXTRAS)
+	$(PYTEST) -m "" $(TESTS)
+
+memory: $(VENV)/.$(EXTRAS)
+	FQJAX_MEASURE_MEMORY=yes $(BIN)/python -m pytest -m "" tests/convert/test_conversion_memory.py
 
 lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff check .

@@ -28,6 +28,8 @@ from fqjax.demo.run import CHECKPOINT
 from fqjax.runtime.errors import InputError
 from tests.models import variants
 
+pytest_plugins = ["pytester", "tests.tiers"]
+
 COMPILED_BYTES = 3 * 2**30
 """Memory of a test process, mostly compiled programs, beyond which they are dropped."""
 

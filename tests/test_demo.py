@@ -40,6 +40,7 @@ def rows(text):
     return {line[0]: line[1:] for line in cells if len(line) > 6 and line[0] in ROWS and line[1][0].isdigit()}
 
 
+@pytest.mark.thorough
 def test_the_demo_shows_what_it_says(shown):
     table = {name: [float(cell.rstrip("%")) for cell in cells[:4]] for name, cells in rows(shown[1]).items()}
     assert set(table) == set(ROWS)
@@ -49,11 +50,13 @@ def test_the_demo_shows_what_it_says(shown):
     assert table["flattenquant"][2] >= 48.29
 
 
+@pytest.mark.thorough
 def test_the_demo_fits_a_terminal_and_writes_text(shown):
     assert all(len(line) <= 80 for line in shown[1].splitlines() if str(shown[0]) not in line)
     assert "bf16 writes: Return a list of the" in shown[1] and "flattenquant writes: " in shown[1]
 
 
+@pytest.mark.thorough
 def test_the_demo_leaves_a_checkpoint_behind(shown):
     model = fqjax.load(shown[0])
     assert fqjax.report_of(model).scheme == "flattenquant" and fqjax.load_tokenizer(shown[0]) is not None

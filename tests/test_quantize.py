@@ -64,6 +64,7 @@ def outputs(model, x):
 SCHEMES = ["w8a8", "smoothquant", "flattenquant", "flattenquant-w8a8"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_linear_layer_becomes_an_integer_one(mlp, scheme):
     quantized, report = fqjax.quantize(mlp, scheme, batches())
@@ -252,6 +253,7 @@ def test_a_layer_that_could_overflow_is_refused(monkeypatch, mlp):
         fqjax.quantize(mlp, "w8a8", batches())
 
 
+@pytest.mark.thorough
 def test_layers_can_be_kept_in_int8():
     data = [jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)), jnp.float32)]
     for name in ("w4a8", "flattenquant"):

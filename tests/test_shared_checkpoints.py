@@ -6,6 +6,8 @@ import pytest
 
 from fqjax.cli import main as cli
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def ratio(shared, tmp_path_factory):

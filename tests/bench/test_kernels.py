@@ -11,6 +11,7 @@ def result():
     return kernels.run([(128, 256)], [1, 3])
 
 
+@pytest.mark.thorough
 def test_every_row_has_what_is_promised(result):
     assert {"device", "versions", "date", "ceilings", "rows"} <= set(result)
     assert set(result["ceilings"]) == {"bf16_tflops", "int8_tops", "copy_tb_per_s"}
@@ -46,6 +47,7 @@ def test_the_table_has_a_line_for_every_number_of_rows(result):
     assert "by more than rounding: 0." in text
 
 
+@pytest.mark.thorough
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
     out = tmp_path / "bench.json"
     code = cli.main(["bench", "kernels", "--shape", "64x256", "--rows", "1", "--json", str(out)])

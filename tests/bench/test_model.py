@@ -41,6 +41,7 @@ def few_repeats(monkeypatch):
     monkeypatch.setattr(bench, "REPEATS", 2)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("scheme", bench.SCHEMES)
 @pytest.mark.parametrize("hf", [CONFIGS["tiny"], OPT, MIXTRAL], ids=["llama", "opt", "mixtral"])
 def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
@@ -77,6 +78,7 @@ def test_activations_use_the_codes(monkeypatch):
     assert len(spreads) == 8 and all(2 < spread < 90 for spread in spreads), spreads
 
 
+@pytest.mark.thorough
 def test_rows_and_ratios():
     cases, kept = (bench.Case("prefill", 2, 16), bench.Case("decode", 2, 16)), []
     result = bench.run("tiny", TINY, ("w4a8", "bf16"), cases, keep=lambda result: kept.append(len(result["rows"])))

@@ -14,7 +14,7 @@ import fqjax
 from fqjax.layers.stacked import quantized_layers
 from tests.models import variants
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
 
 W8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}

@@ -37,6 +37,7 @@ def saved(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("variant", ["llama-grouped", "llama-attention-bias", "opt-350m", "opt-plain-norms"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_round_trip_is_exact(tmp_path, scheme, variant):

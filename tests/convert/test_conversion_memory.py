@@ -1,7 +1,7 @@
 """The peak memory of conversions, measured in processes of their own.
 
 It takes minutes and a machine that does nothing else, and packages that users need not have count too: transformers imports
-torch where it is installed.  So it is measured where FQJAX_MEASURE_MEMORY=yes asks for it, as .ci/run does.
+torch where it is installed.  So it is measured where FQJAX_MEASURE_MEMORY=yes asks for it, as 'make memory' does.
 """
 
 import os
@@ -13,10 +13,13 @@ import pytest
 
 from scripts.measure_conversion_memory import CONFIG, convert, make_checkpoint, peak_memory_of
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("FQJAX_MEASURE_MEMORY") != "yes",
-    reason="takes minutes of an idle machine; FQJAX_MEASURE_MEMORY=yes measures",
-)
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(
+        os.environ.get("FQJAX_MEASURE_MEMORY") != "yes",
+        reason="takes minutes of an idle machine; FQJAX_MEASURE_MEMORY=yes measures",
+    ),
+]
 OPTIONS = ("--samples", "2", "--window", "32", "--set", "sample_rows=64")
 
 

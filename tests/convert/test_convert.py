@@ -53,6 +53,7 @@ def test_the_directory_is_complete_and_nothing_else_is_left(asked, tmp_path):
     assert report.seconds > 0 and report.int4_mac_share >= 0.4829
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("scheme", ["bf16", "w8a8", "smoothquant", "flattenquant-w8a8", "flattenquant-hopper-int4"])
 def test_every_scheme_converts(asked, scheme):
     report = conversion.convert(conversion.plan(replace(asked, scheme=PRESETS[scheme])))
@@ -64,6 +65,7 @@ def test_every_scheme_converts(asked, scheme):
 STEPS = {"keep_options": 3, "keep_statistics": 1, "sensitivities": 1, "layer": 4, "keep_finished": 1, "_carry": 2}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("step", STEPS)
 def test_an_interrupted_conversion_resumes_to_the_same_bits(asked, monkeypatch, tmp_path, step):
     whole = replace(asked, out=tmp_path / "whole")
@@ -103,6 +105,7 @@ def _interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+@pytest.mark.thorough
 def test_a_killed_conversion_leaves_no_directory_that_looks_complete(asked, tmp_path):
     command = [sys.executable, "-m", "fqjax.cli.main", "convert", asked.source, str(asked.out)]
     command += ["--calibration", str(asked.calibration), "--samples", "4", "--window", "64"]
@@ -118,6 +121,7 @@ def test_a_killed_conversion_leaves_no_directory_that_looks_complete(asked, tmp_
     assert not staging.exists() and fqjax.load(asked.out)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"samples": 5}, "samples"), ({"ignore": ("layers.0",)}, "ignore"), ({"scheme": PRESETS["w8a8"]}, "scheme")],
@@ -173,6 +177,7 @@ def test_planning_reads_no_weights(asked, monkeypatch, checkpoint):
     assert len(made.selection.linears) == 8 and sum(map(len, made.batches)) == 4
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("variant", "scheme", "settings"),
     [

@@ -57,6 +57,7 @@ def complains(capsys, asked, *parts, options=()):
         assert part in err
 
 
+@pytest.mark.thorough
 def test_conversions_killed_at_random_points_resume_to_the_same_bits(checkpoint, text, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
@@ -149,6 +150,7 @@ def test_a_full_disk(asked, monkeypatch, capsys, share):
     assert (asked.out / "fqjax.json").read_text() == (whole.out / "fqjax.json").read_text()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("limit", [100, 20_000, 60_000])
 def test_a_disk_that_is_full_for_everyone(asked, limit):
     """Files may not become longer than some bytes, neither those of Python nor those of TensorStore."""

@@ -22,6 +22,7 @@ from fqjax.models.chain import Chain, as_arguments, call_model, chain
 from fqjax.runtime.errors import InputError
 from fqjax.scheme import PRESETS
 from tests.conftest import make_checkpoint
+from tests.tiers import thorough_but
 
 
 def assert_same(first, second):
@@ -45,7 +46,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", thorough_but(("tied, no trial", "head in INT8"), CASES))
 def test_the_result_is_that_of_quantization_in_memory(case, text, tmp_path):
     variant, preset, settings, ignore = CASES[case]
     source = make_checkpoint(tmp_path / "source", variant)
@@ -96,6 +97,7 @@ def test_statistics_block_by_block_are_those_of_the_whole_model(tmp_path, monkey
                 np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance * largest)
 
 
+@pytest.mark.thorough
 def test_one_block_is_in_memory_at_a_time(text, tmp_path, monkeypatch):
     source = make_checkpoint(tmp_path / "source")
     alive, original = [], StreamedModel.block

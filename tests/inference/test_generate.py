@@ -40,6 +40,7 @@ def test_greedy_takes_the_likeliest_token_each_time(model):
     assert new.tolist() == greedy_by_hand(model, PROMPTS[0], 8)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_gives_each_prompt_what_it_gives_alone(model, temperature):
     together = generate(model, PROMPTS, 6, temperature, 0.9, seed=5, eos_token_id=[])
@@ -48,6 +49,7 @@ def test_a_batch_gives_each_prompt_what_it_gives_alone(model, temperature):
         assert together[i].tolist() == alone.tolist()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kv_cache", [None, "int8"])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 64])
 def test_prompts_taken_up_in_pieces_are_continued_alike(model, kv_cache, chunk):
@@ -105,6 +107,7 @@ def test_arrays_of_prompts_are_taken(model):
     assert generate(model, jnp.asarray(rows), 3).shape == (2, 3)
 
 
+@pytest.mark.sample(1)
 def test_a_quantized_model_generates(model):
     batch = np.random.default_rng(0).integers(3, 64, (4, 32)).astype(np.int32)
     quantized, _ = fqjax.quantize(model, "flattenquant", [batch])

@@ -51,6 +51,7 @@ def check(model, asked, eos=(), kv_cache=None, **settings):
     return finished
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("slots", "chunk", "burst"), [(3, 4, 1), (1, 32, 1), (4, 7, 3), (16, 5, 2)])
 def test_more_requests_than_slots_each_get_what_they_get_alone(model, slots, chunk, burst):
     finished = check(model, requests(9), slots=slots, chunk=chunk, burst=burst, capacity=32)
@@ -58,11 +59,13 @@ def test_more_requests_than_slots_each_get_what_they_get_alone(model, slots, chu
         assert [f.request.name for f in finished] != [f"number {i}" for i in range(9)]
 
 
+@pytest.mark.sample(1)
 def test_draws_are_those_of_the_request_alone(model):
     mixed = requests(4, temperature=1.3, top_p=0.9) + requests(8)[4:]
     check(model, mixed, slots=3, chunk=8, capacity=32)
 
 
+@pytest.mark.thorough
 def test_tokens_that_end_a_request_free_its_slot(model):
     asked = requests(8)
     eos = [alone(model, asked[i], [])[0] for i in (0, 3)] + [alone(model, asked[1], [])[-1]]
@@ -70,14 +73,17 @@ def test_tokens_that_end_a_request_free_its_slot(model):
     assert "eos" in {f.reason for f in finished}
 
 
+@pytest.mark.sample(1)
 def test_over_an_int8_cache(model):
     check(model, requests(5), kv_cache="int8", slots=2, chunk=6, capacity=32)
 
 
+@pytest.mark.sample(1)
 def test_a_model_of_one_s_own(model):
     check(WithoutPrefill(model), requests(3), slots=2, chunk=6, capacity=32)
 
 
+@pytest.mark.sample(1)
 def test_requests_are_read_as_slots_become_free(model):
     read = []
 
@@ -93,6 +99,7 @@ def test_requests_are_read_as_slots_become_free(model):
     assert len(list(stream)) == 5
 
 
+@pytest.mark.sample(1)
 def test_functions_are_compiled_once(model):
     functions = serving._prefill, serving._extend, serving._begin, serving._decode
     list(serve(model, requests(2), slots=5, chunk=3, capacity=33, eos_token_id=[]))
@@ -101,6 +108,7 @@ def test_functions_are_compiled_once(model):
     assert [f._cache_size() for f in functions] == before
 
 
+@pytest.mark.sample(1)
 def test_a_prompt_is_taken_up_while_others_decode(model):
     server = Server(model, slots=2, chunk=2, capacity=40, eos_token_id=[])
     server.submit(Request(prompt=[5], max_new_tokens=20))
@@ -112,6 +120,7 @@ def test_a_prompt_is_taken_up_while_others_decode(model):
     assert len(short.tokens) == 7 and long.taken_up == 10 and not long.tokens
 
 
+@pytest.mark.sample(1)
 def test_the_cache_is_donated(model):
     server = Server(model, slots=2, chunk=4, capacity=16, eos_token_id=[])
     server.submit(Request(prompt=[5, 6, 7, 8, 9], max_new_tokens=4))

@@ -107,6 +107,8 @@ def decode(operands, **kinds):
     return decode_attention(qkv, keys, values, lengths, *scales, rotation=rotation or None, **kinds)
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, BLOCK, BLOCK + 3, 1000])
 @pytest.mark.parametrize("cut", [Cut(splits=1), Cut(splits=3), Cut(splits=7), Cut(splits=3, block=32, integers=True)])
@@ -116,6 +118,7 @@ def test_the_kernel_sees_what_is_filled_and_nothing_else(codes, window, cut):
     check(reference(*finite(arguments), **kinds), arguments, **kinds)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 1), (6, 2), (20, 1)])
 def test_heads_in_groups_without_rotation(heads, kv_heads):
     arguments = operands(True, heads, kv_heads, dim=32, lengths=(70, 3), capacity=128, rotates=False)
@@ -233,6 +236,7 @@ def check_codes(found, wanted):
         np.testing.assert_allclose(scale, wanted_scale, rtol=0.005)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("splits", [1, 3])
@@ -312,6 +316,7 @@ def test_the_compiled_kernel_is_right(codes, implementation, window, heads, kv_h
     check(found, arguments, scale=dim**-0.5, window=window)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not ahead_of_time.HAS_PLUGIN, reason="needs the package jax-cuda13-plugin")
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize(

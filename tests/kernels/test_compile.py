@@ -15,7 +15,10 @@ MOST_SPILLED, MOST_SPILLED_WITH_GATE = 32, 64
 """Bytes.  For 64 rows one kernel spills 28 (4 warpgroups), and was measured to be the fastest nevertheless; so do those that
 have totals of groups and a warpgroup for a gate besides, 60, which save more than that costs."""
 
-pytestmark = pytest.mark.skipif(not ahead_of_time.HAS_PLUGIN, reason="needs the package jax-cuda13-plugin")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(not ahead_of_time.HAS_PLUGIN, reason="needs the package jax-cuda13-plugin"),
+]
 
 
 def abstract_operands(p):

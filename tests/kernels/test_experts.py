@@ -28,6 +28,8 @@ def operands(sizes, largest, k=256, n=96):
     return codes((sum(sizes), k), 127, 0), codes((4, n, k), largest, 1), jnp.asarray(sizes, jnp.int32)
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_products_equal_64_bit_numpy(sizes, bits):
@@ -37,6 +39,7 @@ def test_products_equal_64_bit_numpy(sizes, bits):
     np.testing.assert_array_equal(found, exact(x, weight, sizes))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
@@ -50,6 +53,7 @@ def test_integer_scales_equal_64_bit_numpy(sizes, folded, bits):
     np.testing.assert_array_equal(found, exact(x, weight, sizes, np.asarray(scales)))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", ["int8", "int4", "grouped_int8", "grouped_int4", "weight_only_int4"])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -74,6 +78,7 @@ def test_every_row_has_the_bits_of_the_matmul_with_its_expert(kind, per_row, per
         np.testing.assert_array_equal(found[rows], f(x[rows], stored[e], *scales, weight_scale[e]))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("size", [1, 2, 8, 64])
 def test_tiles_hold_every_row_once_and_rows_of_one_expert_each(sizes, size):

@@ -67,6 +67,7 @@ def close(found, wanted):
         np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-5)
 
 
+@pytest.mark.sample(1)
 @interpreted
 @pytest.mark.parametrize(
     ("p", "config"),
@@ -91,6 +92,8 @@ def test_the_sums_of_both_halves_in_interpret_mode(p, config):
     np.testing.assert_allclose(halves, np.asarray(wanted)[: p.n, : p.m], rtol=1e-5 if p.scales == "float" else 0)
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("gate", [GATE, PER_TOKEN, Gate(activation="relu", qmax=7)])
 @pytest.mark.parametrize(("m", "dtype"), [(1, "bfloat16"), (13, "float32"), (64, "bfloat16")])
 @pytest.mark.parametrize("kind", ["int8", "int4", "integer", "folded"])
@@ -140,6 +143,8 @@ def test_a_gate_is_taken_unless_k_had_better_be_split(monkeypatch):
     assert tuning.choose(problem(1, 512, 14336, 4, gate=GATE), "a GPU") == one
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("kind", CODES)
 def test_it_is_the_matmul_and_what_follows_it(kind, per_token):

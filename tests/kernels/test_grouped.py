@@ -23,6 +23,8 @@ def multiply(packed, x, weight, *rest, **settings):
     return f(x, w, *rest, **settings)
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("packed", [False, True])
@@ -48,6 +50,7 @@ def test_99_per_cent_of_the_overflow_bound(implementation, m):
     np.testing.assert_array_equal(multiply(True, x, weight, jnp.float32(1), scales, **settings), wanted)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("dtype", [jnp.int16, jnp.int32])
 @pytest.mark.parametrize("folded", [False, True])
@@ -139,6 +142,8 @@ def test_what_is_not_there_is_refused():
         jax.grad(lambda scale: grouped_int8_matmul(*operands[:2], scale, operands[3]).sum().astype(float))(1.0)
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("m", [1, 9, 65, 130])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -66,6 +66,8 @@ def same(p, result, wanted):
     return bool(jnp.array_equal(result, wanted))
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(2)
 @interpreted
 @pytest.mark.parametrize(
     ("p", "config"),
@@ -116,6 +118,8 @@ def test_what_wraps_on_the_way_does_so_exactly(monkeypatch):
     assert (np.asarray(result) == one * scales.sum()).all()
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(2)
 @interpreted
 @pytest.mark.parametrize(
     ("p", "config"),
@@ -146,6 +150,8 @@ def test_partial_sums_of_decode_in_interpret_mode(p, config):
     assert same(p, jnp.asarray(sums, jnp.float32), wanted)
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32"])
 @pytest.mark.parametrize(
@@ -162,6 +168,8 @@ def test_kernels_lower_for_cuda(bits, dtype, m, config):
     assert_lowers(p, config)
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("scales", [INTEGER, SHORT, FLOAT, FOLDED, WEIGHT_ONLY])
 @pytest.mark.parametrize(
     ("m", "config"),

@@ -57,6 +57,7 @@ def whole(arguments, cut, **kinds):
     return together(jnp.asarray(out), jnp.asarray(sums[0]) if sums else None), cache
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("window", [None, 1, 2, TILE + 3, 1000])
 @pytest.mark.parametrize("cut", CUTS)
 def test_it_sees_what_is_filled_and_nothing_else(window, cut):
@@ -65,6 +66,8 @@ def test_it_sees_what_is_filled_and_nothing_else(window, cut):
     check(whole(arguments, cut, **kinds), arguments, **kinds)
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (8, 1, 128), (7, 1, 64), (6, 2, 128)])
 def test_heads_in_groups_without_rotation(dtype, heads, kv_heads, dim):
@@ -73,6 +76,7 @@ def test_heads_in_groups_without_rotation(dtype, heads, kv_heads, dim):
     check(whole(arguments, Cut(), **kinds), arguments, **kinds, tolerance=0.02 if dtype == jnp.bfloat16 else 3e-3)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e4])
 def test_scales_of_values_may_have_any_size(size):
     """Weights in float16 do not depend on it."""
@@ -86,6 +90,7 @@ def test_scales_of_values_may_have_any_size(size):
         np.testing.assert_allclose(found, np.repeat(w, 4, axis=0), rtol=0.01, atol=2e-3 * size)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cut", [Cut(), Cut(warps=4, units=2), Cut(warps=8)])
 @pytest.mark.parametrize("extra", [0, 128])
 def test_codes_are_those_of_the_output(cut, extra):
@@ -158,6 +163,8 @@ def test_the_kernel_for_any_gpu_takes_what_this_one_cannot(monkeypatch):
     assert called(64)[0] == "mosaic" and called(256)[0] == "xla"
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("quantizes", [False, True])
 def test_it_lowers_for_cuda(cut, quantizes):
@@ -169,6 +176,7 @@ def test_it_lowers_for_cuda(cut, quantizes):
     assert "mosaic_gpu" in text and "output_operand_alias" in text
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not ahead_of_time.HAS_PLUGIN, reason="needs the package jax-cuda13-plugin")
 @pytest.mark.parametrize("quantizes", [False, True])
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def expected(p, arguments):
     return experts._xla(kind, *(operand for operand in arguments if operand is not None))
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(1)
 @interpreted
 @pytest.mark.parametrize(
     ("p", "config", "sizes"),
@@ -95,6 +97,7 @@ def test_rows_of_no_expert_are_not_written(monkeypatch):
     assert (result[40:] != all_rows[40:]).mean() > 0.99
 
 
+@pytest.mark.sample(1)
 @interpreted
 @pytest.mark.parametrize(
     ("p", "config", "sizes"),
@@ -144,6 +147,8 @@ def test_tiles_cover_the_rows_of_every_expert(sizes, size):
     assert found == list(enumerate(np.repeat(np.arange(4), sizes)))
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [88, 184, 4152])
 def test_kernels_lower_for_cuda(kind, m):
@@ -154,6 +159,7 @@ def test_kernels_lower_for_cuda(kind, m):
     assert text.count("mosaic_gpu") >= 1
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not ahead_of_time.HAS_PLUGIN, reason="needs the package jax-cuda13-plugin")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [88, 184, 16440])

@@ -36,6 +36,8 @@ def multiply(packed, x, weight, *rest, **settings):
     return int4_matmul(x, pack_int4(weight), *rest, **settings) if packed else int8_matmul(x, weight, *rest, **settings)
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize(("n", "k"), WEIGHTS)
 @pytest.mark.parametrize("packed", [False, True])
@@ -53,6 +55,7 @@ def test_any_number_of_output_channels(m, n, k, packed):
     np.testing.assert_array_equal(multiply(packed, x, weight, one, one, out_dtype=jnp.int32), exact(x, weight))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("implementation", "m"),
     [("xla", 40), *(pytest.param("mosaic", m, marks=pytest.mark.gpu) for m in (3, 40, 200))],

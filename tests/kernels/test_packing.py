@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pallas_kernels import pack_int4, unpack_int4
 
 
+@pytest.mark.smoke
 @settings(max_examples=30, deadline=None)
 @given(rows=st.sampled_from([1, 5]), blocks=st.sampled_from([1, 3]), seed=st.integers(0, 2**32 - 1))
 def test_unpacking_undoes_packing(rows, blocks, seed):

@@ -14,6 +14,7 @@ def oracle(x, multiplier, source, part, qmax):
     return np.concatenate([np.clip(c, -qmax, qmax), extra], axis=-1).astype(np.int8)
 
 
+@pytest.mark.smoke
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.sampled_from([1, 9]),

@@ -103,6 +103,8 @@ def check(kind, found, given):
     np.testing.assert_array_equal(np.where(unsure, 0, codes), np.where(unsure, 0, wanted))
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("front", "per_token"), IN_TRITON)
 @pytest.mark.parametrize("sizes", [*SIZES, MANY])
 def test_the_kernel_in_interpret_mode(front, per_token, sizes):
@@ -143,6 +145,8 @@ def test_heads_that_are_larger_than_a_piece(per_token, count):
     check(p, rows.call(p, *given, interpret=True), given)
 
 
+@pytest.mark.smoke
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize(
@@ -170,6 +174,7 @@ def test_the_compiled_kernel(front, per_token, sizes, dtype):
     check(p, jax.jit(rows.quantize(p, "triton"))(*given), given)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not ahead_of_time.HAS_PLUGIN, reason="needs the package jax-cuda13-plugin")
 @pytest.mark.parametrize(("front", "per_token"), IN_TRITON)
 def test_machine_code_for_a_hopper_gpu(front, per_token):

@@ -73,6 +73,7 @@ def test_weights_are_the_largest_probabilities_divided_by_their_sum_or_not():
     assert raw.shares(4)[0].tolist() == [0, raw.weights[0, 0], raw.weights[0, 1], 0]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("tokens", [1, 7, 60])
 def test_running_the_chosen_experts_gives_what_running_all_does(model, tokens):
     mlp = model.layers[0].mlp
@@ -138,6 +139,7 @@ def test_few_rows_are_filled_up_with_those_of_other_experts(model):
     assert first.max() < 1e-4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scheme", ["w8a8", "smoothquant", "w4a8-integer-scale-gptq", "w4a8-awq"])
 def test_an_expert_that_was_never_reached_computes_about_what_it_did(shunned, scheme):
     quantized, report = fqjax.quantize(shunned, scheme, BATCHES)
@@ -148,6 +150,7 @@ def test_an_expert_that_was_never_reached_computes_about_what_it_did(shunned, sc
     assert 0 < error < 0.05
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "scheme", ["w8a8", "flattenquant", "w4a8-integer-scale-gptq", "w4a8-integer-scale-folded", "w4a16"]
 )
@@ -188,6 +191,7 @@ def test_experts_of_one_layer_have_the_same_bits_and_the_share_is_kept(model):
     assert {row.bits for row in report.layers} == {4, 8}
 
 
+@pytest.mark.thorough
 def test_some_experts_in_float_run_beside_the_others(model, tmp_path):
     quantized, report = fqjax.quantize(model, "w4a8-integer-scale", BATCHES, ignore=[r"layers\.0\.mlp\.experts\.2\."])
     assert isinstance(quantized.layers[0].mlp.experts, nnx.List)
@@ -206,6 +210,7 @@ def test_stacking_leaves_the_model_as_it_was(model):
     assert stacked(model) is model and unstacked(model) is model
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["mixtral-window", "qwen3-moe-mlp-only"])
 def test_quantized_experts_generate_what_the_whole_text_predicts(name, tmp_path):
     quantized, _ = fqjax.quantize(mixtral(tmp_path, name), "w4a8-integer-scale", BATCHES)
@@ -217,6 +222,7 @@ def test_quantized_experts_generate_what_the_whole_text_predicts(name, tmp_path)
         np.testing.assert_array_equal(logits[len(prompt) - 1 : -1].argmax(axis=1), continuation)
 
 
+@pytest.mark.thorough
 def test_integer_scales_of_a_quantized_model(model):
     quantized, _ = fqjax.quantize(model, "w4a8", BATCHES)
     changed, report = fqjax.integer_scales(quantized)
@@ -289,6 +295,7 @@ def test_a_missing_expert_is_named(tmp_path):
         load_hf(directory, jnp.float32)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("scheme", ["smoothquant", "w4a8-integer-scale"])
 def test_a_wider_layer_computes_the_same(scheme):
     linear = nnx.Linear(80, 48, use_bias=False, rngs=nnx.Rngs(0))
@@ -300,6 +307,7 @@ def test_a_wider_layer_computes_the_same(scheme):
     assert stack([layer, wider]) is None and stack([wider, wider]) is not None
 
 
+@pytest.mark.thorough
 def test_gptq_rounds_an_expert_for_the_tokens_that_are_sent_to_it(model, monkeypatch):
     """The error on these, by the weight of the expert's output: less than if all tokens counted alike, or none did."""
     rows, routing = inputs_of(model, 0)
@@ -337,6 +345,7 @@ def test_rows_of_experts_begin_at_multiples_of_the_alignment(alignment):
     np.testing.assert_array_equal(np.asarray(pairs.expert)[place], routing.chosen)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scheme", ["w4a8-integer-scale", "flattenquant-w8a8"])
 def test_alignment_changes_no_bit(monkeypatch, model, scheme):
     quantized, _ = fqjax.quantize(model, scheme, BATCHES[:1])

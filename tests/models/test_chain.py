@@ -43,6 +43,7 @@ def outlying(model):
     return changed
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scheme", ["flattenquant-w4a4", "flattenquant-w8a8", "flattenquant-hopper-int4"])
 def test_a_simulated_layer_computes_what_the_layer_computes(model, batches, scheme):
     quantized, report = fqjax.quantize(outlying(model), scheme, batches)
@@ -92,6 +93,7 @@ def assert_close(logits, wanted):
     assert float(jnp.abs(logits - wanted).mean()) < 0.02 * float(jnp.abs(wanted).mean())
 
 
+@pytest.mark.thorough
 def test_one_compiled_program_serves_all_blocks(model, batches):
     programs = (blocks._run, sensitivity._run_probed, compensate._inputs)
     for program in programs:

@@ -77,6 +77,7 @@ def test_an_int8_cache_gives_the_logits_that_are_evaluated(name, tmp_path):
     assert np.median(difference) < TOLERANCE and difference.max() < 0.2 * np.abs(together - plain).max()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", variants.VARIANTS)
 def test_torch_still_gives_the_recorded_logits(name, recorded, tmp_path):
     pytest.importorskip("torch", reason="needs torch, which only the 'parity' extra installs")
@@ -86,6 +87,7 @@ def test_torch_still_gives_the_recorded_logits(name, recorded, tmp_path):
     np.testing.assert_allclose(torch_logits(directory, variants.tokens()), recorded[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["stories260k", "novels-llama", "novels-opt", "novels-mixtral"])
 def test_real_checkpoints_equal_torch(name, shared):
     pytest.importorskip("torch", reason="needs torch, which only the 'parity' extra installs")
