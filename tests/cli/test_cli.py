@@ -105,6 +105,8 @@ def test_a_dry_run_says_which_layers_stay_in_int8(capsys, checkpoint, text, tmp_
     assert code == 0 and len(kinds) == 8
     assert all(kind == ("INT8" if "down_proj" in name else "INT4") for name, kind in kinds.items())
     complains(capsys, "int8_layers=nowhere", *common, "--set", "int8_layers=nowhere")
+    beyond = ("--set", "int4_share=0.9", "--set", "int8_layers=down_proj")
+    complains(capsys, "int4_share=0.9: out of reach", *common, "--dry-run", *beyond)
     assert not list(tmp_path.glob("out*"))
 
 
