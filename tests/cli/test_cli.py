@@ -110,6 +110,14 @@ def test_a_dry_run_says_which_layers_stay_in_int8(capsys, checkpoint, text, tmp_
     assert not list(tmp_path.glob("out*"))
 
 
+def test_inspect_makes_no_json_that_nobody_asked_for(capsys, converted, monkeypatch):
+    def never(report):
+        raise AssertionError("asked for JSON")
+
+    monkeypatch.setattr("fqjax.report.report.Report.to_json", never)
+    assert run(capsys, "inspect", converted / "out")[0] == 0
+
+
 def test_inspect_takes_a_float_model(capsys, converted):
     code, out, _ = run(capsys, "inspect", converted / "source")
     assert code == 0 and "scheme: none" in out and "16" in out

@@ -30,6 +30,11 @@ def test_the_ends(share, expected):
     assert select_low_bits([0.3, 0.0], [1, 5], 6 * share) == [expected] * 2
 
 
+@pytest.mark.parametrize("needed", [0.0, 10.0])
+def test_layers_without_arithmetic_are_not_chosen(needed):
+    assert select_low_bits([0.0, 0.3, 0.0], [0, 10, 0], needed) == [False, needed > 0, False]
+
+
 def test_sensitivity_counts_by_arithmetic():
     assert select_low_bits([0.2, 0.3], [10, 100], 55.0) == [False, True]
 
