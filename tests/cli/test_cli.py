@@ -270,6 +270,8 @@ def test_bad_requests_of_the_other_commands(capsys, converted, tmp_path):
     complains(capsys, "--kv-cache fp8: expected int8", "eval", out, "--text", tmp_path / "x", "--kv-cache", "fp8")
     complains(capsys, "top_p 2.0", "generate", out, "--prompt", "x", "--top-p", 2)
     complains(capsys, "max_new_tokens 0", "generate", out, "--prompt", "x", "--max-new-tokens", 0)
+    complains(capsys, "max_new_tokens 9999999999", "generate", out, "--prompt", "x", "--max-new-tokens", 9999999999)
+    complains(capsys, "temperature inf", "generate", out, "--prompt", "x", "--temperature", "inf")
     complains(capsys, "directory does not exist", "inspect", out, "--json", tmp_path / "no" / "where.json")
     complains(capsys, "cannot be written", "inspect", out, "--json", tmp_path)
     complains(capsys, "no quantized layer", "inspect", converted / "source", "--plot", tmp_path / "plots")
