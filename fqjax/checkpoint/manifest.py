@@ -1,7 +1,6 @@
 """``fqjax.json``: what a checkpoint's arrays are.  Version, schemes, architecture, and the format of every layer."""
 
 import dataclasses
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import inside, read_json
 from fqjax.runtime.validation import Count, Finite, Size, check_value, validated
 from fqjax.scheme import Scheme
+from fqjax.version import __version__
 
 NAME = "fqjax.json"
 FORMAT_VERSION = 1
@@ -84,7 +84,7 @@ def describe(model: nnx.Module) -> dict[str, Any]:
     return {
         "format": "fqjax",
         "format_version": FORMAT_VERSION,
-        "written_by": f"fqjax {version('fqjax')}",
+        "written_by": f"fqjax {__version__}",
         "schemes": [dataclasses.asdict(scheme) for scheme in schemes],
         "architecture": None
         if name is None
