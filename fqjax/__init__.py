@@ -24,6 +24,7 @@ from fqjax.quantize import quantize
 from fqjax.report.report import LayerReport, Report, report_of
 from fqjax.runtime.errors import InputError
 from fqjax.scheme import PRESETS, Scheme
+from fqjax.version import __version__
 
 __all__ = [
     "PRESETS",
@@ -34,6 +35,7 @@ __all__ = [
     "Report",
     "Scheme",
     "Statistics",
+    "__version__",
     "calibrate",
     "calibration_batches",
     "from_qwix",

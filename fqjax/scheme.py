@@ -28,7 +28,8 @@ class Scheme:
         "smoothquant" smooths first; "flattenquant" smooths and flattens, with 4 or 8 bits layer by layer; "grouped" takes a
         scale for every output channel and group of input channels, and activations with a scale for every token.
       alpha: smoothing strength in [0, 1] (:mod:`fqjax.core.transforms.diagonal`); None for no smoothing.
-      int4_share: least share of the linear multiply-accumulates in INT4, in [0, 1].
+      int4_share: least share of the linear multiply-accumulates in INT4, in [0, 1]; 1 for all layers but those that
+        ``int8_layers`` keeps.
       selection: which layers that are: those whose quantization disturbs the model's output least ("sensitivity"), those
         whose own output's distribution changes least ("kl", as in the paper), or "budget": for every layer the bits and the
         number of extra channels, so that the sum of the disturbances is least.

@@ -6,7 +6,6 @@ programs that know nothing of the method that made it.
 
 import dataclasses
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from fqjax.models import FAMILIES, architecture_of
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import inside, read_json
 from fqjax.runtime.validation import Size, check_value, validated
+from fqjax.version import __version__
 
 MANIFEST_FILE = "fqjax.json"
 FORMAT_VERSION = 2
@@ -61,7 +61,7 @@ def describe(model: nnx.Module) -> dict[str, Any]:
     return {
         "format": "fqjax",
         "format_version": FORMAT_VERSION,
-        "written_by": f"fqjax {version('fqjax')}",
+        "written_by": f"fqjax {__version__}",
         "recipes": [_opaque(recipe) for recipe in recipes],
         "architecture": None
         if name is None

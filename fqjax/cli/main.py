@@ -190,7 +190,8 @@ def inspect(
     kinds = {name: (layer.input.get_value().multiplier.size, layer.bits) for name, layer in layers.items()}
     report = report_of(loaded, record=read_calibration_record(Path(model), kinds))
     console.print(report.table())
-    _write_json(json_file, report.to_json())
+    if json_file is not None:
+        _write_json(json_file, report.to_json())
     if plot is not None:
         from fqjax.report.plots import plot_report
 

@@ -27,7 +27,7 @@ from fqjax.convert.staging import is_complete
 from fqjax.core.table import bytes_of
 from fqjax.data.python_docs import reference_text
 from fqjax.data.text import calibration_batches, encode, read_text
-from fqjax.drivers.candidates import looks_at_all
+from fqjax.drivers.candidates import check_share, looks_at_all
 from fqjax.drivers.ties import reads_the_same, units_of
 from fqjax.layers.linear import layer_bytes
 from fqjax.layers.surgery import Selection, select_linears
@@ -124,7 +124,7 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     if layers:
         conversion = _as_it_is(conversion)
     selection = select_linears(model, conversion.ignore)
-    conversion.scheme.kept_in_int8(selection.linears)
+    _check_share(conversion.scheme, selection.linears, config)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size, directory)
     text, batches, lacking = "", [], [f"{directory / file}: missing" for file in files.missing]
@@ -145,6 +145,18 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
         _outer_bytes(parameters),
         tuple(lacking),
     )
+
+
+def _check_share(scheme: Scheme, linears: dict[str, nnx.Linear], config: Any) -> None:
+    """Refuses layers to keep in INT8 that are none, or that put the share of INT4 out of reach.
+
+    A token passes every layer once, but of a mixture's experts only some.
+    """
+    kept, experts = scheme.kept_in_int8(linears), getattr(config, "num_experts_per_tok", 1)
+    units = units_of(linears)
+    macs = {unit: _size(linears[names[0]]) * min(len(names), experts) for unit, names in units.items()}
+    able = sum(macs[unit] for unit, names in units.items() if kept.isdisjoint(names))
+    check_share(scheme, able, sum(macs.values()))
 
 
 def _as_it_is(conversion: Conversion) -> Conversion:

@@ -10,7 +10,7 @@ up and gives codes over K' channels in one pass:
 Everything about a quantizer but its type is an array, so that programs are the same for 4 and 8 bits.
 """
 
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import jax.numpy as jnp
 import numpy as np

@@ -17,7 +17,7 @@ from fqjax.core.channels import gather_codes
 from fqjax.core.codes import qmax
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.stacked import quantized_layers
-from fqjax.report.report import LayerReport, Report
+from fqjax.report.report import LayerReport, Report, ratio
 from fqjax.runtime.errors import InputError
 
 COLORS = {4: "tab:orange", 8: "tab:blue"}
@@ -210,7 +210,7 @@ def _plot_share(report: Report, rows: list[LayerReport], path: Path) -> Path:
 
 
 def _share(rows: list[LayerReport], bits: int) -> float:
-    return sum(row.macs for row in rows if row.bits == bits) / sum(row.macs for row in rows)
+    return ratio(sum(row.macs for row in rows if row.bits == bits), sum(row.macs for row in rows))
 
 
 def _save(figure: Any, path: Path) -> Path:
