@@ -10,7 +10,7 @@ up and gives codes over K' channels in one pass:
 Everything about a quantizer but its type is an array, so that programs are the same for 4 and 8 bits.
 """
 
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -203,6 +203,7 @@ class FloatingInput(StoredInput):
         return jnp.pad(smooth, [(0, 0)] * (x.ndim - 1) + [(0, self.width - x.shape[-1])])
 
 
+@runtime_checkable
 class InputQuantizer(Protocol):
     """How a plan quantizes a layer's input: a registered pytree (:class:`fqjax.core.table.Stored`)."""
 

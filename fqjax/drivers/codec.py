@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from fqjax.registry import from_json, to_json
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import whole
 
+T = TypeVar("T")
+
 RECORDS: dict[str, type] = {cls.__name__: cls for cls in (LayerPlan, Figures)}
 """Dataclasses that may be kept, by name; :func:`keepable` adds to them."""
 
@@ -32,7 +34,7 @@ STRUCTURE = "structure"
 """Entry of a file's header that says what its arrays are."""
 
 
-def keepable(cls: type) -> type:
+def keepable(cls: type[T]) -> type[T]:
     """Declare a dataclass, as a decorator, that may be kept in the store."""
     RECORDS[cls.__name__] = cls
     return cls

@@ -12,7 +12,7 @@ as far, and :meth:`Grid.pack` lays them out over K' channels.
 
 import abc
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
@@ -62,6 +62,7 @@ class Format(abc.ABC):
         return 8 * self.bytes(outputs, self.padded(inputs)) / (outputs * inputs)
 
 
+@runtime_checkable
 class Weight(Protocol):
     """A rounded weight on its original channels: a pytree that is the same type for any bits."""
 
@@ -70,6 +71,7 @@ class Weight(Protocol):
         ...
 
 
+@runtime_checkable
 class Grid(Protocol):
     """The numbers that a weight may become: a registered pytree (:class:`fqjax.core.table.Stored`)."""
 

@@ -9,7 +9,7 @@ together with the quantization, :meth:`Transform.recipe` says how, and the layer
 XLA runs :meth:`Transform.inputs` before the layer.
 """
 
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Float32
 
@@ -24,6 +24,7 @@ class Recipe(NamedTuple):
     divisors: Float32[Array, " k"]
 
 
+@runtime_checkable
 class Transform(Protocol):
     """A registered pytree (:class:`fqjax.core.table.Stored`); its arrays may be learned."""
 
