@@ -18,7 +18,7 @@ from fqjax.drivers.statistics import Statistics, calibrate
 from fqjax.evaluation.perplexity import perplexity
 from fqjax.inference.generate import generate
 from fqjax.interop.qwix import from_qwix, to_qwix
-from fqjax.layers.integer_scales import integer_scales
+from fqjax.quantize import integer_scales
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.quantize import quantize
 from fqjax.report.report import LayerReport, Report, report_of

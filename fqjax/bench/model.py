@@ -24,6 +24,7 @@ from fqjax.bench.random_models import random_model, unit_macs
 from fqjax.checkpoint.hugging_face import abstract_model
 from fqjax.drivers.ties import units_of
 from fqjax.inference.generate import decode, prefill
+from fqjax.layers.record import split_to_run
 from fqjax.layers.surgery import select_linears
 from fqjax.models.cache import KeyValueCache
 from fqjax.models.causal_lm import CausalLM
@@ -223,7 +224,7 @@ def measure(model: Any, case: Case, kv_cache: Literal["int8"] | None = None) -> 
 
     A token is what a call of more tokens takes longer; ``call_milliseconds`` is what a call takes besides its tokens.
     """
-    graphdef, state = nnx.split(model)
+    graphdef, state = split_to_run(model)
     vocabulary, key = model.config.vocab_size, jax.random.key(7)
     dtype = jnp.int8 if kv_cache else None
     if case.phase == "prefill":

@@ -1,6 +1,6 @@
 """The choice of one option for every layer, once all of them are known."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 from flax import nnx
@@ -8,7 +8,7 @@ from flax import nnx
 from fqjax.drivers.assemble import count_macs
 from fqjax.drivers.base import Pass, Run
 from fqjax.drivers.candidates import costs_by_bits, select
-from fqjax.drivers.ties import choices
+from fqjax.drivers.ties import Units, choices
 
 
 class Allocate(Pass):
@@ -36,19 +36,22 @@ class Allocate(Pass):
         for unit, option in picked.items():
             of_layers = choosing[unit][options[unit].index(option)].options
             chosen |= of_layers
-            widths |= dict.fromkeys(of_layers, max(outlines[name][i].width for name, i in of_layers.items()))
+            width = max(outlines[name][i].width for name, i in of_layers.items())
+            widths |= {name: width for name in of_layers}
         by_unit = costs_by_bits(options, picked, costs) if costs else {}
         store["macs",], store["chosen",], store["widths",] = layer_macs, chosen, widths
-        store["costs",] = _of_layers(run, by_unit, macs)
+        store["costs",] = _of_layers(units, by_unit, layer_macs)
 
 
-def _of_layers(run: Run, costs: dict[str, dict[int, float]], macs: dict[str, int]) -> dict[str, dict[int, float]]:
+def _of_layers(
+    units: Units, costs: Mapping[str, Mapping[int, float]], macs: Mapping[str, int]
+) -> dict[str, dict[int, float]]:
     """The costs of units as costs of their layers, in proportion to the multiply-accumulates."""
-    layer_macs = count_macs(run.linears, {name: run.span(name) for name in run.linears})
     found = {}
     for unit, cost in costs.items():
-        for name in run.units[unit]:
-            share = layer_macs[name] / macs[unit] if macs[unit] else 1 / len(run.units[unit])
+        whole = sum(macs[name] for name in units[unit])
+        for name in units[unit]:
+            share = macs[name] / whole if whole else 1 / len(units[unit])
             found[name] = {bits: share * value for bits, value in cost.items()}
     return found
 

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int, Int32
 
+from fqjax.layers.record import split_to_run
 from fqjax.models.cache import Kind, dtype_of
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
@@ -88,7 +89,7 @@ def perplexity(
     cache_dtype = dtype_of(kv_cache)
     if cache_dtype is not None:
         check_takes(type(model).__call__, "cache_dtype", f"kv_cache {kv_cache!r}: the model's call")
-    graphdef, state = nnx.split(model)
+    graphdef, state = split_to_run(model)
     total = 0.0
     batches = [cut[i : i + batch_size] for i in range(0, len(cut), batch_size)]
     for batch in track(batches, "evaluating"):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float32, Int32
 
 from fqjax.evaluation.perplexity import check_takes, check_tokens
 from fqjax.inference.sampling import is_end, sample
+from fqjax.layers.record import split_to_run
 from fqjax.models.cache import Kind, dtype_of
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.validation import MAX_INDEX
@@ -94,7 +95,7 @@ def generate(
     sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
     tokens, counts = _padded(prompts)
     cache = empty_cache(model, len(prompts), tokens.shape[1] + max_new_tokens, kv_cache)
-    graphdef, state = nnx.split(model)
+    graphdef, state = split_to_run(model)
     logits, cache = _take_up(graphdef, state, tokens, counts, cache, prefill_chunk)
     new, _ = decode(graphdef, state, cache, logits, keys, sampling, max_new_tokens, eos)
     return np.asarray(new)[0] if single else np.asarray(new)

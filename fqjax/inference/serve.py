@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from fqjax.evaluation.perplexity import check_tokens
 from fqjax.inference.generate import GRAPHS, as_prompts, check_settings, empty_cache, eos_of, seed_of, take_up
 from fqjax.inference.sampling import is_end, sample
+from fqjax.layers.record import split_to_run
 from fqjax.models.cache import Kind
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.validation import MAX_INDEX
@@ -181,7 +182,7 @@ class Server:
         self.chunk, self.burst, self.eos = min(chunk, capacity), burst, eos_of(model, eos_token_id)
         self.waiting: deque[_Running] = deque()
         self.running: list[_Running | None] = [None] * slots
-        self.graphdef, self.state = nnx.split(model)
+        self.graphdef, self.state = split_to_run(model)
         # Whole pieces fit: a write behind the capacity would be moved in front of it.
         self.whole, self.kv_cache = -(-capacity // self.chunk) * self.chunk, kv_cache
         self.cache = empty_cache(model, slots, self.whole, kv_cache)

@@ -63,11 +63,11 @@ def abstracted(model: ModelT) -> ModelT:
     return nnx.merge(graphdef, records, jax.tree.map(shape_of, rest))
 
 
-def without_records(model: ModelT) -> ModelT:
-    """The model as it runs: records hold nothing, so that a call passes fewer arrays."""
+def split_to_run(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model as ``nnx.split`` gives it, with records that hold nothing, so that a call passes fewer arrays."""
     graphdef, records, rest = nnx.split(model, Record, ...)
     empty = jax.tree.map(lambda record: record.replace(None), records, is_leaf=lambda node: isinstance(node, Record))
-    return nnx.merge(graphdef, empty, rest)
+    return graphdef, nnx.merge_state(empty, rest)
 
 
 def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
