@@ -135,7 +135,8 @@ def evaluate(
     """Measure a model's perplexity on a text."""
     kind: Any = _known_cache(kv_cache)
     from fqjax.data.text import encode, read_text
-    from fqjax.evaluation.perplexity import cut_windows, perplexity
+    from fqjax.data.text import cut_windows
+    from fqjax.evaluation.perplexity import perplexity
 
     content = read_text(text)
     loaded, tokenizer = _load_with_tokenizer(model)

@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from fqjax.evaluation.perplexity import check_takes, check_tokens
 from fqjax.inference.sampling import is_end, sample
 from fqjax.layers.record import split_to_run
 from fqjax.models.cache import Kind, dtype_of
+from fqjax.models.checks import check_takes, check_tokens
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.validation import MAX_INDEX
 

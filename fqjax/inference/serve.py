@@ -31,11 +31,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from fqjax.evaluation.perplexity import check_tokens
 from fqjax.inference.generate import GRAPHS, as_prompts, check_settings, empty_cache, eos_of, seed_of, take_up
 from fqjax.inference.sampling import is_end, sample
 from fqjax.layers.record import split_to_run
 from fqjax.models.cache import Kind
+from fqjax.models.checks import check_tokens
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.validation import MAX_INDEX
 

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from fqjax.checkpoint.hugging_face import load_hf
-from fqjax.evaluation.perplexity import cut_windows, perplexity
+from fqjax.data.text import cut_windows
+from fqjax.evaluation.perplexity import perplexity
 from fqjax.runtime.errors import InputError
 from tests.models import variants
 
