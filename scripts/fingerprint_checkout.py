@@ -42,7 +42,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "source": ("input.source",),
     "part": ("input.part",),
     "input_scale": ("input.scale",),
-    "activation_bits": ("input.bits",, "input.code_bits"),
+    "activation_bits": ("input.code_bits", "input.bits"),
 }
 """Attribute paths of a layer's numbers, the first that exists is taken.  The paths of another layout are added here."""
 UNSTACKED_MODULES = ("fqjax.stacking", "fqjax.layers.stacked")
