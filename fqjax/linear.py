@@ -133,7 +133,7 @@ class QuantizedLinear(nnx.Module):
         Args:
           codes, scale, dtype: as for :meth:`multiply`; this layer's activations are codes.
           quantizer: of the next layer.
-          activation: what the first half goes through, one of :data:`pallas_kernels.reference.ACTIVATIONS`.
+          activation: what the first half goes through, one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
         """
         weight = self.weight.get_value()
         found = gated_matmul(

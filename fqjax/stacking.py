@@ -20,13 +20,13 @@ from fqjax.experts import Expert, MixtureOfExperts, Routing, Sorted
 from fqjax.linear import LayerSummary, Quantized, QuantizedLinear
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.surgery import find_linears
-from pallas_kernels.experts import (
+from pallas_kernels.matmul.experts import (
     expert_matmul,
     quantize_for_experts,
     quantize_per_token_for_experts,
     row_alignment,
 )
-from pallas_kernels.reference import activated
+from pallas_kernels.matmul.reference import activated
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
