@@ -18,9 +18,8 @@ from fqjax.drivers.statistics import Statistics, calibrate
 from fqjax.evaluation.perplexity import perplexity
 from fqjax.inference.generate import generate
 from fqjax.interop.qwix import from_qwix, to_qwix
-from fqjax.quantize import integer_scales
 from fqjax.layers.linear import QuantizedLinear
-from fqjax.quantize import quantize
+from fqjax.quantize import integer_scales, quantize
 from fqjax.report.report import LayerReport, Report, report_of
 from fqjax.runtime.errors import InputError
 from fqjax.scheme import PRESETS, Scheme

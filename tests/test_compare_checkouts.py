@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from checkout_comparison import Comparison, Measured, compare, exit_code, table
 from flax import nnx
-
 from fqjax.linear import LayerSummary, QuantizedLinear
 from fqjax.qtensor import InputQuantizer, QTensor
+
 from fqjax.report import report_of
 from fqjax.scheme import PRESETS
 

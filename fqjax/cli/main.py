@@ -134,8 +134,7 @@ def evaluate(
 ) -> None:
     """Measure a model's perplexity on a text."""
     kind: Any = _known_cache(kv_cache)
-    from fqjax.data.text import encode, read_text
-    from fqjax.data.text import cut_windows
+    from fqjax.data.text import cut_windows, encode, read_text
     from fqjax.evaluation.perplexity import perplexity
 
     content = read_text(text)
