@@ -66,6 +66,7 @@ def test_a_layer_costs_as_chosen_or_as_little_as_the_other_bits_can(linear, seen
     assert jnp.isfinite(jnp.asarray(list(costs.values()))).all()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scheme", ["flattenquant", "flattenquant-hopper", "w4a8", "w4a8-integer-scale-folded"])
 def test_an_option_takes_the_bytes_of_the_layer_made_of_it(seen, scheme, bias):

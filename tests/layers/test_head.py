@@ -21,6 +21,7 @@ def model_of(name, tmp_path, dtype=jnp.float32):
     return load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS[name]), dtype)[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_lookups_are_those_of_rounded_tables(name, tmp_path):
     model = model_of(name, tmp_path)
@@ -40,6 +41,7 @@ def test_logits_and_lookups_are_those_of_rounded_tables(name, tmp_path):
     assert found.dtype == jnp.float32 and 0 < np.abs(found - plain).mean() < 0.05 * np.abs(plain).mean()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "scheme"), [("llama-grouped", "flattenquant-w8a8"), ("opt-350m", "bf16")])
 def test_it_survives_saving(name, scheme, tmp_path):
     model = model_of(name, tmp_path / "source", jnp.bfloat16)

@@ -44,15 +44,27 @@ def model():
     return Model()
 
 
+class Quantized(dict):
+    """The model and its report by preset, each made when it is asked for."""
+
+    def __init__(self, model, data):
+        self.model, self.data = model, data
+
+    def __missing__(self, name):
+        self[name] = fqjax.quantize(self.model, name, self.data)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def quantized(model, data):
-    return {name: fqjax.quantize(model, name, data) for name in GROUPED}
+    return Quantized(model, data)
 
 
 def error(model, other, x):
     return float(jnp.mean((model(x) - other(x)) ** 2) / jnp.mean(model(x) ** 2))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", GROUPED)
 def test_presets(model, data, quantized, name):
     changed, report = quantized[name]
@@ -64,6 +76,7 @@ def test_presets(model, data, quantized, name):
     assert all(0 < row.relative_error < 0.02 for row in report.layers)
 
 
+@pytest.mark.thorough
 def test_integer_and_folded_scales_cost_little(model, data, quantized):
     for method in ("", "-gptq", "-awq"):
         exact = error(model, quantized[f"w4a8{method}"][0], data[-1])
@@ -84,6 +97,7 @@ def test_activations_in_floating_point(model, data, quantized):
         fqjax.integer_scales(changed)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["w4a8", "w4a8-integer-scale", "w4a8-integer-scale-folded", "w4a16-awq"])
 def test_checkpoints(tmp_path, data, quantized, name):
     changed, report = quantized[name]
@@ -93,6 +107,7 @@ def test_checkpoints(tmp_path, data, quantized, name):
     assert fqjax.report_of(again).layers == report.layers
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["w4a8", "w4a8-gptq", "w4a8-awq"])
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_integer_scales_for_any_grouped_model(model, data, name, size):
