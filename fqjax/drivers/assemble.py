@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from fqjax.core.channels import expansion, flatten_codes
 from fqjax.core.codes import qmax
-from fqjax.core.formats.uniform import WideLinear, relative_error
+from fqjax.core.formats.uniform import NO_CODE, WideLinear, relative_error
 from fqjax.core.qtensor import InputQuantizer, QTensor
 from fqjax.drivers.statistics import Span, Statistics
 from fqjax.layers.linear import LayerSummary, QuantizedLinear, measured_bound
 from fqjax.methods import LayerInputs
 from fqjax.runtime.compiling import jit
+from fqjax.runtime.errors import InputError
 from fqjax.scheme import Scheme
 
 
@@ -41,9 +42,9 @@ def assemble(
     """The layer that runs, of its integer view.
 
     Raises:
-      InputError: naming the layer, if its int32 accumulator could overflow.
+      InputError: naming the layer, if its int32 accumulator could overflow, or its weight could not be rounded.
     """
-    weight, quantizer = expand(wide)
+    weight, quantizer = expand(name, wide)
     error = float(_relative_error(wide, inputs.samples, inputs.weight))
     bound = measured_bound(weight, quantizer)
     summary = LayerSummary(scheme=scheme, relative_error=error, accumulator_bound=bound, macs=macs)
@@ -56,10 +57,16 @@ def assemble(
 _relative_error = jit(relative_error)
 
 
-def expand(wide: WideLinear) -> tuple[QTensor, InputQuantizer]:
-    """Lays a layer's integer view out over K' channels, as the integer matmul needs it."""
+def expand(name: str, wide: WideLinear) -> tuple[QTensor, InputQuantizer]:
+    """Lays a layer's integer view out over K' channels, as the integer matmul needs it.
+
+    Raises:
+      InputError: naming the layer, if a weight was NaN when it was rounded.
+    """
     source, x_part, w_part, used = expansion(np.asarray(wide.x_pieces), np.asarray(wide.w_pieces), wide.bits)
-    weight = _expand_weight(wide, jnp.asarray(source), jnp.asarray(w_part))
+    weight, complete = _expand_weight(wide, jnp.asarray(source), jnp.asarray(w_part))
+    if not bool(complete):
+        raise InputError(f"{name}: rounding its weight gave values that are not finite")
     quantizer = InputQuantizer(
         multiplier=wide.multiplier,
         source=jnp.asarray(source),
@@ -72,13 +79,17 @@ def expand(wide: WideLinear) -> tuple[QTensor, InputQuantizer]:
 
 
 @jax.jit
-def _expand_weight(wide: WideLinear, source: Int32[Array, " e"], part: Int32[Array, " e"]) -> QTensor:
+def _expand_weight(
+    wide: WideLinear, source: Int32[Array, " e"], part: Int32[Array, " e"]
+) -> tuple[QTensor, Bool[Array, ""]]:
+    """The weight, and whether every one of its codes is one."""
+    complete = jnp.all(wide.w_codes != NO_CODE)
     if wide.group_scale is None:
         codes = flatten_codes(wide.w_codes, source, part, qmax(wide.bits))
-        return QTensor.from_codes(codes, wide.w_scale, wide.bits)
+        return QTensor.from_codes(codes, wide.w_scale, wide.bits), complete
     codes = jnp.pad(wide.w_codes.astype(jnp.int8), ((0, 0), (0, len(source))))
     missing = codes.shape[1] // wide.group_size - len(wide.group_scale)
     groups = jnp.pad(wide.group_scale, ((0, missing), (0, 0)), constant_values=1)
     folded = jnp.issubdtype(groups.dtype, jnp.integer)  # A method makes no other integer scales.
     groups = groups.astype(jnp.int16) if folded else groups  # They are from 1 to 15.
-    return QTensor.from_codes(codes, wide.w_scale, wide.bits, groups, folded=folded)
+    return QTensor.from_codes(codes, wide.w_scale, wide.bits, groups, folded=folded), complete

@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, Float32, Int16, Int32
 
 from fqjax.core.codes import qmax, steps
 
+NO_CODE = -(2**15)
+"""Stands for NaN among codes, which reach 16 * 127 at most; a layer that has it cannot be assembled."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,8 @@ class Grid:
 
     def with_smoothed(self, weight: Float32[Array, "n k"]) -> "WideLinear":
         """The same for a weight that is smoothed already."""
-        codes = jnp.clip(jnp.round(weight / self.steps), *self.code_range).astype(jnp.int16)
+        codes = jnp.clip(jnp.round(weight / self.steps), *self.code_range)
+        codes = jnp.where(jnp.isnan(codes), NO_CODE, codes).astype(jnp.int16)
         return WideLinear(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(Grid)}, w_codes=codes
         )
@@ -90,7 +94,7 @@ class WideLinear(Grid):
     """``y = (x_codes * x_scale) @ (w_codes * w_scale).T``, with a range of its own for the codes of every input channel.
 
     Attributes:
-      w_codes: int16 (N, K): at most 16 pieces of 127.
+      w_codes: int16 (N, K): at most 16 pieces of 127; ``NO_CODE`` for a weight that was NaN.
     """
 
     w_codes: Int16[Array, "n k"]
@@ -127,6 +131,6 @@ def relative_error(layer: WideLinear, x: Float[Array, "rows k"], weight: Float[A
 
 
 def relative_square(given: Float32[Array, "..."], exact: Float32[Array, "..."]) -> Float32[Array, ""]:
-    """Squared difference over the square of what is exact; 0 if both are 0."""
+    """Squared difference over the square of what is exact; 0 if both are 0, NaN if one is."""
     error = jnp.sum((given - exact) ** 2)
-    return jnp.where(error > 0, error / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny), 0.0)
+    return jnp.where(error == 0, 0.0, error / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny))
