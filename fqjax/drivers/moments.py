@@ -7,7 +7,7 @@ layers' inputs X and X' are taken, and with Q(X') as the quantized layer will se
 
 over all calibration rows; for an expert over those that are sent to it, times the squared weight of its output, and
 with hardly any weight over the others.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W
-(:func:`fqjax.core.rounding.gptq.absorb`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is
+(:func:`fqjax.core.rounding.gptq.aim_of`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is
 run, and what it gives goes to the next one.  The layers of one block see what their neighbours, rounded to the nearest,
 make of the block's input.
 
@@ -31,7 +31,17 @@ from jaxtyping import Array, Float, Float32, Int
 
 from fqjax.core.formats.base import Grid
 from fqjax.core.layer import LayerPlan, fake_input
-from fqjax.core.rounding.gptq import Prepared, aim_of, gptq_prepared, prepare, solve_ridge
+from fqjax.core.rounding.gptq import (
+    DAMPING,
+    Factored,
+    Prepared,
+    aim_of,
+    aim_of_more,
+    factorize,
+    gptq_prepared,
+    invert,
+    solve_ridge,
+)
 from fqjax.core.transforms.base import Transform
 from fqjax.layers.simulated import Simulated
 from fqjax.layers.surgery import dotted, find_linears, replace_modules
@@ -40,7 +50,8 @@ from fqjax.models.chain import Chain, Feed, run
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.memory import give_back
 
-DAMPING = 0.01
+DAMPINGS = tuple(DAMPING * 10**i for i in range(4))
+"""Tried one after the other until the damped moments have a Cholesky factor; the first has always been enough so far."""
 UNUSED = 1e-3
 """How much a row counts that is not sent to an expert, next to one of which nothing else is used: what an expert that
 calibration never or hardly reached is rounded by."""
@@ -230,20 +241,48 @@ def _rounded(weight: Float[Array, "n k"], plan: LayerPlan, moments: Moments) -> 
     """The weight that makes up for the errors in its input, rounded so that it makes up for its own.
 
     The moments are used up.  It goes step by step, so that no more arrays of their size are there at once than must be.
+    Where they have no Cholesky factor whatever the damping, the codes are those of NaN
+    (:data:`fqjax.core.codes.NO_CODE`).
     """
     target = _transformed(weight, plan.transform)
     if moments.cross is not None:
         aim = jax.block_until_ready(_aim_of(target, *moments))
         moments.cross.delete()
-        target = _solve_ridge(moments.gram, aim)
+        target = _solved(moments.gram, aim, target)
         del aim
-    prepared = jax.block_until_ready(_prepare(moments.gram))
+    factored = _factored(moments.gram)
+    moments.gram.delete()
+    prepared = jax.block_until_ready(_invert(factored))
     return jax.block_until_ready(_round_in_order(target, plan.grid, prepared))
 
 
-_aim_of = jit(functools.partial(aim_of, damping=DAMPING))
-_solve_ridge = jit(functools.partial(solve_ridge, damping=DAMPING))
-_prepare = jit(functools.partial(prepare, damping=DAMPING, act_order=True), donate_argnums=0)
+def _solved(
+    gram: Float32[Array, "k k"], aim: Float32[Array, "k n"], weight: Float32[Array, "n k"]
+) -> Float32[Array, "n k"]:
+    """The weight that ``aim`` asks for, with the least damping with which there is one."""
+    found, finite = _solve_ridge(gram, aim, damping=DAMPING)
+    for damping in DAMPINGS[1:]:
+        if bool(finite):
+            break
+        found, finite = _solve_ridge(gram, _aim_of_more(aim, weight, gram, damping=damping), damping=damping)
+    return found
+
+
+def _factored(gram: Float32[Array, "k k"]) -> Factored:
+    """The Cholesky factor with the least damping with which there is one."""
+    found = _factorize(gram, damping=DAMPING)
+    for damping in DAMPINGS[1:]:
+        if bool(found.finite):
+            break
+        found = _factorize(gram, damping=damping)
+    return found
+
+
+_aim_of = jit(aim_of)
+_aim_of_more = functools.partial(jit, static_argnames="damping")(aim_of_more)
+_solve_ridge = functools.partial(jit, static_argnames="damping")(solve_ridge)
+_factorize = functools.partial(jit, static_argnames="damping")(functools.partial(factorize, act_order=True))
+_invert = jit(invert, donate_argnums=0)
 
 
 @jax.jit

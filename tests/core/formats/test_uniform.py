@@ -3,7 +3,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from fqjax.core.formats.uniform import Grid, output, relative_error
+from fqjax.core.formats.uniform import NO_CODE, Grid, output, relative_error, relative_square
 from fqjax.methods import LayerInputs
 from fqjax.methods.absmax import absmax_grid
 
@@ -32,6 +32,14 @@ def test_output_is_the_product_of_the_rounded_operands():
 def test_the_error_falls_with_the_bits():
     errors = [float(relative_error(*layer(bits=bits))) for bits in (8, 4)]
     assert 0 < errors[0] < 1e-3 < errors[1] < 0.2
+
+
+def test_nan_becomes_no_code_and_no_small_error():
+    weight = jnp.eye(4).at[1, 2].set(jnp.nan).at[0, 3].set(jnp.inf)
+    wide = unit_grid(4).round(weight)
+    codes = np.asarray(wide.w_codes)
+    assert codes[1, 2] == NO_CODE and codes[0, 3] == 127 and (codes == NO_CODE).sum() == 1
+    assert np.isnan(relative_square(jnp.asarray([jnp.nan]), jnp.ones(1)))
 
 
 def test_an_exact_layer_has_no_error():
