@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fqjax.cli import main as cli
+from fqjax.scheme import PRESETS
 from tests.conftest import edit_tensor, make_checkpoint
 
 
@@ -141,7 +142,7 @@ def test_inspect_draws_without_what_calibration_found(capsys, converted, tmp_pat
 
 def test_schemes_lists_every_preset(capsys):
     code, out, _ = run(capsys, "schemes")
-    assert code == 0 and all(name in out for name in cli.PRESETS)
+    assert code == 0 and all(name in out for name in PRESETS)
 
 
 @pytest.mark.parametrize("command", [[], ["convert"], ["eval"], ["generate"], ["inspect"], ["demo"], ["schemes"]])
@@ -268,7 +269,7 @@ def test_bad_requests_of_the_other_commands(capsys, converted, tmp_path):
 
 def test_the_installed_command_runs_and_exits_with_2():
     result = subprocess.run(
-        [sys.executable, "-m", "fqjax.cli.main", "inspect", "/no/such/place"], capture_output=True, text=True
+        [sys.executable, "-m", "fqjax.cli", "inspect", "/no/such/place"], capture_output=True, text=True
     )
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and not result.stdout
 
@@ -277,6 +278,6 @@ def test_an_interruption_says_so(capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fqjax.cli.main.resolve_scheme", interrupt)
+    monkeypatch.setattr("fqjax.cli.convert.resolve_scheme", interrupt)
     code, _, err = run(capsys, "convert", "a", "b")
     assert code == 130 and err == "fqjax: interrupted\n"

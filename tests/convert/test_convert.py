@@ -104,7 +104,7 @@ def _interrupt(*args, **kwargs):
 
 
 def test_a_killed_conversion_leaves_no_directory_that_looks_complete(asked, tmp_path):
-    command = [sys.executable, "-m", "fqjax.cli.main", "convert", asked.source, str(asked.out)]
+    command = [sys.executable, "-m", "fqjax.cli", "convert", asked.source, str(asked.out)]
     command += ["--calibration", str(asked.calibration), "--samples", "4", "--window", "64"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     staging = conversion.staging_directory(asked.out)

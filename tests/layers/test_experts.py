@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
+from fqjax.drivers.candidates import Outline
 from fqjax.drivers.statistics import calibrate
 from fqjax.drivers.ties import choices, units_of
 from fqjax.layers.experts import route, run_all, run_chosen
@@ -235,7 +236,7 @@ def test_units_and_their_choices(model):
     assert units_of(odd) == {name: (name,) for name in odd}
 
     def outline(bits, width, error):
-        return fqjax.drivers.candidates.Outline(bits=bits, error=error, divergence=0.0, width=width, bytes=width)
+        return Outline(bits=bits, error=error, divergence=0.0, width=width, bytes=width)
 
     a = [outline(8, 128, 0.1), outline(4, 256, 0.4), outline(4, 512, 0.3)]
     b = [outline(8, 128, 0.2), outline(4, 512, 0.6)]
