@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from fqjax.checkpoint.fields import check_value
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.validation import check_value
 
 ENTRY, ALGORITHM = "checksums", "crc32"
 
@@ -49,11 +49,11 @@ def verify(manifest: dict[str, Any], arrays: Arrays, directory: Path, file: str)
     if entry is None:
         return
     where = f"{directory / file}: {ENTRY}"
-    check_value(where, "", entry, dict)
+    check_value(dict, entry, where, "")
     if entry.get("algorithm") != ALGORITHM:
         raise InputError(f"{where}: algorithm {entry.get('algorithm')!r}: expected {ALGORITHM!r}")
     recorded = entry.get("arrays")
-    check_value(where, "arrays", recorded, dict)
+    check_value(dict, recorded, where, "arrays")
     for name, array in arrays.items():
         dotted = ".".join(name)
         if dotted not in recorded:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqjax.checkpoint.fields import check_depth, check_fields, check_value
+from fqjax.checkpoint.fields import check_depth
 from fqjax.core.channels import padded_width
 from fqjax.core.qtensor import InputQuantizer, QFormat, QTensor
 from fqjax.layers.head import Int8Table
@@ -18,6 +18,7 @@ from fqjax.models import FAMILIES, architecture_of
 from fqjax.report.report import quantized_layers
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import inside, read_json
+from fqjax.runtime.validation import Count, Finite, Size, check_value, validated
 from fqjax.scheme import Scheme
 
 NAME = "fqjax.json"
@@ -45,9 +46,9 @@ class Architecture:
 class LayerEntry:
     """The manifest's entry on a quantized layer, as :func:`describe_layer` writes it."""
 
-    out_features: int
-    in_features: int
-    width: int
+    out_features: Size
+    in_features: Size
+    width: Size
     flattened: int
     weight: dict
     channel_scales: bool | None
@@ -58,9 +59,9 @@ class LayerEntry:
     dtype: FloatName | None
     param_dtype: FloatName
     scheme: int
-    relative_error: float
-    accumulator_bound: int
-    macs: int
+    relative_error: Finite
+    accumulator_bound: Count
+    macs: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,9 @@ class HeadEntry:
     """The manifest's entry on an output head in INT8."""
 
     name: str
-    out_features: int
-    in_features: int
-    width: int
+    out_features: Size
+    in_features: Size
+    width: Size
     dtype: FloatName
 
 
@@ -121,9 +122,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for entry, hint in ENTRIES.items():
         if entry not in manifest:
             raise InputError(f"{path}: not a manifest of an fqjax checkpoint (no entry {entry!r})")
-        check_value(str(path), entry, manifest[entry], hint)
+        check_value(hint, manifest[entry], str(path), entry)
     for i, scheme in enumerate(manifest["schemes"]):
-        check_fields(f"{path}: schemes[{i}]", Scheme, scheme)
+        validated(Scheme, scheme, f"{path}: schemes[{i}]")
     return manifest
 
 
@@ -136,12 +137,11 @@ def read_config(manifest: dict[str, Any], directory: Path) -> Any:
     entry, where = manifest["architecture"], f"{directory / NAME}: no valid architecture"
     if entry is None:
         raise InputError(f"{directory}: holds a model that is not one of fqjax's own; pass it as load(path, model=...)")
-    check_fields(where, Architecture, entry)
+    validated(Architecture, entry, where)
     if entry["name"] not in FAMILIES:
         raise InputError(f"{where}: name {entry['name']!r}; expected one of {', '.join(FAMILIES)}")
     kind = FAMILIES[entry["name"]].config
-    check_fields(where, kind, entry["config"])
-    return kind(**{key: _hashable(value) for key, value in entry["config"].items()})
+    return validated(kind, entry["config"], where)
 
 
 def abstract_architecture(manifest: dict[str, Any], directory: Path, arrays: int) -> nnx.Module:
@@ -175,8 +175,8 @@ def abstract_layers(manifest: dict[str, Any], directory: Path) -> dict[str, Quan
         where = f"{directory / NAME}: layer {name!r} has no valid format"
         if not isinstance(entry, dict):
             raise InputError(f"{where}: expected an object")
-        check_fields(where, LayerEntry, MISSING | entry)
-        check_fields(where, QFormat, entry["weight"])
+        validated(LayerEntry, MISSING | entry, where)
+        validated(QFormat, entry["weight"], where)
         if not 0 <= entry["flattened"] <= entry["width"] - entry["in_features"]:
             raise InputError(f"{where}: width {entry['width']}: expected room for in_features and flattened channels")
         if not 0 <= entry["scheme"] < len(manifest["schemes"]):
@@ -200,9 +200,8 @@ def abstract_head(manifest: dict[str, Any], directory: Path, model: Any) -> dict
     if values is None:
         return {}
     where = f"{directory / NAME}: int8_head"
-    check_value(where, "int8_head", values, dict)
-    check_fields(where, HeadEntry, values)
-    entry = HeadEntry(**values)
+    check_value(dict, values, where, "int8_head")
+    entry = validated(HeadEntry, values, where)
     found = getattr(model, entry.name, None) if entry.name == getattr(model, "head_name", None) else None
     shapes = {
         nnx.Embed: lambda: (found.num_embeddings, found.features),  # pyright: ignore[reportOptionalMemberAccess]
@@ -288,8 +287,3 @@ def abstract_layer(name: str, entry: dict[str, Any], schemes: list[dict[str, Any
         summary=summary,
         name=name,
     )
-
-
-def _hashable(value: Any) -> Any:
-    """JSON lists back to the tuples they were."""
-    return tuple(_hashable(item) for item in value) if isinstance(value, list) else value
