@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from fqjax.interop.qwix import from_qwix, to_qwix
     from fqjax.layers.integer_scales import integer_scales
     from fqjax.layers.linear import LayerSummary, QuantizedLinear
+    from fqjax.presets import PRESETS
     from fqjax.quantize import quantize
+    from fqjax.registry import register, register_scheme
     from fqjax.report.report import LayerReport, Report, report_of
     from fqjax.runtime.errors import InputError
-    from fqjax.scheme import PRESETS, Scheme
+    from fqjax.scheme import Rule, Scheme
 
 __all__ = [
     "PRESETS",
@@ -43,6 +45,7 @@ __all__ = [
     "QTensor",
     "QuantizedLinear",
     "Report",
+    "Rule",
     "Scheme",
     "Statistics",
     "calibrate",
@@ -55,6 +58,8 @@ __all__ = [
     "load_tokenizer",
     "perplexity",
     "quantize",
+    "register",
+    "register_scheme",
     "report_of",
     "save",
     "save_compressed_tensors",
@@ -62,7 +67,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "PRESETS": "scheme",
+    "PRESETS": "presets",
     "InputError": "runtime.errors",
     "InputQuantizer": "core.qtensor",
     "LayerReport": "report.report",
@@ -71,6 +76,7 @@ _MODULES = {
     "QTensor": "core.qtensor",
     "QuantizedLinear": "layers.linear",
     "Report": "report.report",
+    "Rule": "scheme",
     "Scheme": "scheme",
     "Statistics": "drivers.statistics",
     "calibrate": "drivers.statistics",
@@ -83,6 +89,8 @@ _MODULES = {
     "load_tokenizer": "checkpoint.tokenizer",
     "perplexity": "evaluation.perplexity",
     "quantize": "quantize",
+    "register": "registry",
+    "register_scheme": "registry",
     "report_of": "report.report",
     "save": "checkpoint.orbax",
     "save_compressed_tensors": "checkpoint.compressed.write",

@@ -1,7 +1,5 @@
 """``quantize`` on any NNX module: the user's own, nested, shared, called several times."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,7 +253,7 @@ def test_a_layer_that_could_overflow_is_refused(monkeypatch, mlp):
 def test_layers_can_be_kept_in_int8():
     data = [jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)), jnp.float32)]
     for name in ("w4a8", "flattenquant"):
-        scheme = dataclasses.replace(fqjax.PRESETS[name], int8_layers=r"middle|^tail")
+        scheme = fqjax.PRESETS[name].override([r"int8_layers=middle|^tail"])
         _, report = fqjax.quantize(MLP(nnx.Rngs(0)), scheme, data)
         bits = {row.name: row.bits for row in report.layers}
         kept = {name for name in bits if name.startswith(("middle", "tail"))}
@@ -265,5 +263,5 @@ def test_layers_can_be_kept_in_int8():
 @pytest.mark.parametrize("pattern", ["nowhere", "("])
 def test_a_pattern_for_int8_that_fits_nothing_is_refused(pattern):
     with pytest.raises(InputError, match="int8_layers"):
-        scheme = dataclasses.replace(fqjax.PRESETS["w4a8"], int8_layers=pattern)
+        scheme = fqjax.PRESETS["w4a8"].override([f"int8_layers={pattern}"])
         fqjax.quantize(MLP(nnx.Rngs(0)), scheme, [jnp.ones((4, 24))])

@@ -19,6 +19,7 @@ from fqjax.checkpoint.hugging_face import abstract_model, read_architecture
 from fqjax.core.channels import PADDING, padded_width
 from fqjax.core.codes import qmax
 from fqjax.core.qtensor import InputQuantizer, QTensor
+from fqjax.drivers.method import Method
 from fqjax.drivers.ties import units_of
 from fqjax.layers.experts import Expert, MixtureOfExperts
 from fqjax.layers.head import with_int8_head
@@ -118,22 +119,25 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
     Args:
       name: of the architecture, one of :data:`fqjax.models.FAMILIES`.
       config: its configuration.
-      scheme: with an ``int4_share``, layers get 4 bits in turns, as nearly in that share as may be.
-      extra: with the method "flattenquant", extra channels over channels, K'/K - 1.
+      scheme: layers get 4 bits in turns, as nearly in its method's ``int4_share`` as may be.
+      extra: with a method that flattens, extra channels over channels, K'/K - 1.
       seed: of the weights.
     """
     skeleton = abstract_model(name, config, jnp.bfloat16)
     keys = map(functools.partial(jax.random.fold_in, jax.random.key(seed)), range(1 << 30))
     made, done, total = {}, 0, 0
-    linears = select_linears(skeleton).linears if scheme.method != "none" else {}
+    method = scheme.method
+    linears = select_linears(skeleton).linears if method is not None else {}
     for names in units_of(linears).values():
         linear = linears[names[0]]
         all_macs = unit_macs(linear, len(names), config)
-        bits = 4 if done < scheme.int4_share * (total + all_macs) else 8
+        assert method is not None
+        bits = 4 if done < method.allocation.int4_share * (total + all_macs) else 8
         done, total = done + all_macs * (bits == 4), total + all_macs
         for layer in names:
-            made[layer] = functools.partial(_layer, linear=linear, scheme=scheme, bits=bits, extra=extra)
+            made[layer] = functools.partial(_layer, linear=linear, method=method, recipe=scheme.recipe(), bits=bits)
             made[layer].keywords["macs"] = all_macs // len(names)
+            made[layer].keywords["extra"] = extra if method.max_expansion > 1 else 0.0
 
     def quantized(path: str, node: Any) -> Any:
         if path in made and ".experts." not in path:
@@ -153,7 +157,7 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
         return leaf if isinstance(leaf, jax.Array) else _parameter(next(keys), names, leaf)
 
     model = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))
-    return with_int8_head(model) if scheme.int8_head else model
+    return with_int8_head(model) if scheme.head else model
 
 
 def unit_macs(linear: nnx.Linear, layers: int, config: Any) -> int:
@@ -161,18 +165,17 @@ def unit_macs(linear: nnx.Linear, layers: int, config: Any) -> int:
     return linear.in_features * linear.out_features * (1 if layers == 1 else config.num_experts_per_tok)
 
 
-def _layer(key: jax.Array, linear: nnx.Linear, scheme: Scheme, bits: int, extra: float, macs: int) -> QuantizedLinear:
-    k, n = linear.in_features, linear.out_features
-    grouped = scheme.method == "grouped"
-    used = round(extra * k) if scheme.method == "flattenquant" else 0
+def _layer(
+    key: jax.Array, linear: nnx.Linear, method: Method, recipe: str, bits: int, extra: float, macs: int
+) -> QuantizedLinear:
+    k, n, layout = linear.in_features, linear.out_features, method.layout(bits)
+    used = round(extra * k)
     width = padded_width(k + used, bits)
-    x_bits = scheme.int4_activation_bits if bits == 4 else 8
-    codes, group_scale, unit = _codes(
-        key, n, width, bits, scheme.group_size if grouped else 0, scheme.scales if grouped else "float"
-    )
-    scale = jnp.full((n,) if grouped or scheme.weight_scales == "channel" else (), unit / np.sqrt(k), jnp.float32)
-    weight = QTensor.from_codes(codes, scale, bits, group_scale, folded=grouped and scheme.scales == "folded")
-    token = grouped or x_bits == 16
+    x_bits, token = layout.activation_bits, layout.token_scales
+    codes, group_scale, unit = _codes(key, n, width, bits, layout.group_size, layout.group_scales)
+    per_channel = layout.group_size > 0 or layout.channel_scales
+    scale = jnp.full((n,) if per_channel else (), unit / np.sqrt(k), jnp.float32)
+    weight = QTensor.from_codes(codes, scale, bits, group_scale, folded=layout.group_scales == "folded")
     x_scale = 4 / qmax(x_bits) if not token else 1.0  # Static scales reach to 4 standard deviations.
     index = np.arange(width - k)
     quantizer = InputQuantizer(
@@ -183,7 +186,7 @@ def _layer(key: jax.Array, linear: nnx.Linear, scheme: Scheme, bits: int, extra:
         bits=x_bits,
         used=used,
     )
-    summary = LayerSummary(scheme=scheme, relative_error=0.0, accumulator_bound=0, macs=macs)
+    summary = LayerSummary(recipe=recipe, relative_error=0.0, accumulator_bound=0, macs=macs)
     bias = jnp.zeros(n, jnp.bfloat16) if linear.bias is not None else None
     return QuantizedLinear(weight, quantizer, bias, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, summary=summary)
 

@@ -1,6 +1,7 @@
 """``fqjax.json``: what a checkpoint's arrays are.  Version, schemes, architecture, and the format of every layer."""
 
 import dataclasses
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,6 @@ from fqjax.report.report import quantized_layers
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import inside, read_json
 from fqjax.runtime.validation import Count, Finite, Size, check_value, validated
-from fqjax.scheme import Scheme
 
 NAME = "fqjax.json"
 FORMAT_VERSION = 1
@@ -78,18 +78,18 @@ class HeadEntry:
 def describe(model: nnx.Module) -> dict[str, Any]:
     """The manifest of a model."""
     layers = quantized_layers(model)
-    schemes = list(dict.fromkeys(layer.summary.scheme for layer in layers.values()))
+    recipes = list(dict.fromkeys(layer.summary.recipe for layer in layers.values()))
     name = architecture_of(model)
     head = _describe_head(model)
     return {
         "format": "fqjax",
         "format_version": FORMAT_VERSION,
         "written_by": f"fqjax {version('fqjax')}",
-        "schemes": [dataclasses.asdict(scheme) for scheme in schemes],
+        "schemes": [json.loads(recipe) for recipe in recipes],
         "architecture": None
         if name is None
         else {"name": name, "config": dataclasses.asdict(model.config), "dtype": jnp.dtype(model.dtype).name},  # pyright: ignore
-        "layers": {name: describe_layer(layer, schemes) for name, layer in layers.items()},
+        "layers": {name: describe_layer(layer, recipes) for name, layer in layers.items()},
     } | ({} if head is None else {"int8_head": dataclasses.asdict(head)})
 
 
@@ -123,8 +123,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if entry not in manifest:
             raise InputError(f"{path}: not a manifest of an fqjax checkpoint (no entry {entry!r})")
         check_value(hint, manifest[entry], str(path), entry)
-    for i, scheme in enumerate(manifest["schemes"]):
-        validated(Scheme, scheme, f"{path}: schemes[{i}]")
     return manifest
 
 
@@ -219,8 +217,8 @@ def abstract_head(manifest: dict[str, Any], directory: Path, model: Any) -> dict
     return {entry.name: Int8Table(codes, scale, features=entry.in_features, dtype=entry.dtype)}  # pyright: ignore
 
 
-def describe_layer(layer: QuantizedLinear, schemes: list[Scheme]) -> dict[str, Any]:
-    """A layer's entry; its scheme is the index of one of ``schemes``."""
+def describe_layer(layer: QuantizedLinear, recipes: list[str]) -> dict[str, Any]:
+    """A layer's entry; its scheme is the index of one of ``recipes``."""
     weight, quantizer = layer.weight.get_value(), layer.input.get_value()
     return {
         "out_features": weight.shape[0],
@@ -235,7 +233,7 @@ def describe_layer(layer: QuantizedLinear, schemes: list[Scheme]) -> dict[str, A
         "bias": None if layer.bias is None else layer.bias.get_value().dtype.name,
         "dtype": None if layer.dtype is None else layer.dtype.name,
         "param_dtype": layer.param_dtype.name,
-        "scheme": schemes.index(layer.summary.scheme),
+        "scheme": recipes.index(layer.summary.recipe),
         "relative_error": layer.summary.relative_error,
         "accumulator_bound": layer.summary.accumulator_bound,
         "macs": layer.summary.macs,
@@ -272,7 +270,7 @@ def abstract_layer(name: str, entry: dict[str, Any], schemes: list[dict[str, Any
         used=entry["flattened"],
     )
     summary = LayerSummary(
-        scheme=Scheme(**schemes[entry["scheme"]]),
+        recipe=json.dumps(schemes[entry["scheme"]]),
         relative_error=float(entry["relative_error"]),
         accumulator_bound=int(entry["accumulator_bound"]),
         macs=int(entry["macs"]),

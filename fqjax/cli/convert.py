@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from fqjax.cli.app import app, console
-from fqjax.scheme import resolve_scheme
 
 
 @app.command()
@@ -39,6 +38,8 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
 ) -> None:
     """Quantize a Hugging Face checkpoint into an Orbax directory; one in compressed-tensors is converted as it is."""
+    from fqjax.presets import resolve_scheme
+
     # The scheme is looked at before anything heavy is imported.
     chosen = resolve_scheme(scheme or "flattenquant").override(settings or [])
     from fqjax.convert import run as conversion

@@ -1,17 +1,23 @@
-"""``fqjax schemes``: the presets."""
+"""``fqjax schemes``: the presets, and the schemes of other packages."""
+
+import sys
 
 from fqjax.cli.app import app, console
-from fqjax.scheme import PRESETS
 
 
 @app.command()
 def schemes() -> None:
-    """List the presets: what each is, what it costs."""
+    """List the schemes: what each is, what it costs."""
     from rich.table import Table
+
+    from fqjax.presets import all_schemes
+    from fqjax.registry import broken
 
     table = Table()
     table.add_column("scheme", no_wrap=True)
     table.add_column("what it is")
-    for preset in PRESETS.values():
-        table.add_row(preset.name, preset.summary)
+    for scheme in all_schemes().values():
+        table.add_row(scheme.name, scheme.summary)
     console.print(table)
+    for line in broken("schemes"):
+        print(f"fqjax: {line}", file=sys.stderr)

@@ -67,9 +67,11 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
 def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, Findings | None]:
     """Converts; returns the model with shapes in place of arrays."""
     scheme = made.conversion.scheme
-    memo, findings = DirectoryMemo(staging, scheme), None
-    source = StreamedModel(made.directory, *made.architecture, equalized=scheme.method != "none" and scheme.equalize)
-    if scheme.method != "none":
+    memo, findings = DirectoryMemo(staging), None
+    source = StreamedModel(
+        made.directory, *made.architecture, equalized=scheme.method is not None and scheme.method.equalize
+    )
+    if scheme.method is not None:
         findings = quantize_blocks(
             memo, source.chain(), made.selection.linears, scheme, made.batches, memo.keep_finished
         )
@@ -82,7 +84,7 @@ def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, Findings | None]:
         writer.add(path, replace_modules(blocks[path], layers))  # No name holds the block while the next one is read.
         del layers
     for name in source.outer:
-        writer.add(name, _outer_module(source, name, int8_head=scheme.int8_head))
+        writer.add(name, _outer_module(source, name, int8_head=scheme.head == "int8"))
     source.check_unchanged()
     model = writer.finish(made.tokenizer, findings)
     publish(finished, made.conversion.out)

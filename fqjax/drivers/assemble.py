@@ -11,12 +11,11 @@ from jaxtyping import Array, Int32
 from fqjax.core.channels import expansion, flatten_codes
 from fqjax.core.codes import qmax
 from fqjax.core.formats.uniform import WideLinear, relative_error
+from fqjax.core.layer import LayerInputs
 from fqjax.core.qtensor import InputQuantizer, QTensor
 from fqjax.drivers.statistics import Span, Statistics
 from fqjax.layers.linear import LayerSummary, QuantizedLinear, measured_bound
-from fqjax.methods import LayerInputs
 from fqjax.runtime.compiling import jit
-from fqjax.scheme import Scheme
 
 
 def count_macs(linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Statistics | Span]) -> dict[str, int]:
@@ -36,7 +35,7 @@ def count_macs(linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Stati
 
 
 def assemble(
-    name: str, linear: nnx.Linear, wide: WideLinear, inputs: LayerInputs, scheme: Scheme, macs: int
+    name: str, linear: nnx.Linear, wide: WideLinear, inputs: LayerInputs, recipe: str, macs: int
 ) -> QuantizedLinear:
     """The layer that runs, of its integer view.
 
@@ -46,7 +45,7 @@ def assemble(
     weight, quantizer = expand(wide)
     error = float(_relative_error(wide, inputs.samples, inputs.weight))
     bound = measured_bound(weight, quantizer)
-    summary = LayerSummary(scheme=scheme, relative_error=error, accumulator_bound=bound, macs=macs)
+    summary = LayerSummary(recipe=recipe, relative_error=error, accumulator_bound=bound, macs=macs)
     bias = None if linear.bias is None else linear.bias[...]
     return QuantizedLinear(
         weight, quantizer, bias, dtype=linear.dtype, param_dtype=linear.param_dtype, summary=summary, name=name

@@ -15,11 +15,12 @@ from fqjax.core.allocation import choose, histogram_divergence, select_low_bits
 from fqjax.core.channels import padded_width
 from fqjax.core.codes import qmax
 from fqjax.core.formats.uniform import Grid, output, relative_error
+from fqjax.core.layer import LayerInputs
+from fqjax.drivers.method import Method
+from fqjax.drivers.settings import Allocation
 from fqjax.drivers.statistics import Statistics
 from fqjax.layers.linear import layer_bytes
-from fqjax.methods import METHODS, LayerInputs
 from fqjax.runtime.compiling import jit
-from fqjax.scheme import Scheme
 
 ROOM = 1.05
 """How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
@@ -68,36 +69,33 @@ class Option(Outline):
         return Outline(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Outline)})
 
 
-def layer_inputs(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) -> LayerInputs:
+def layer_inputs(linear: nnx.Linear, statistics: Statistics, method: Method) -> LayerInputs:
     """What a method is told of a layer."""
     weight = linear.kernel[...].T.astype(jnp.float32)
     absmax, samples = jnp.asarray(statistics.absmax), jnp.asarray(statistics.samples)
-    if scheme.activation_percentile < 100:
-        usual = jnp.percentile(jnp.abs(samples), scheme.activation_percentile, axis=0)
+    if method.activation_percentile < 100:
+        usual = jnp.percentile(jnp.abs(samples), method.activation_percentile, axis=0)
         absmax = jnp.where(usual > 0, usual, absmax)  # A channel that is mostly zero keeps its largest value.
     return LayerInputs(weight, absmax, samples)
 
 
-def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *, int4: bool = True) -> list[Option]:
-    """The options of a layer that a scheme considers: those in INT8 first, then those in INT4 if it may have any, by rising
+def layer_options(linear: nnx.Linear, statistics: Statistics, method: Method, *, int4: bool = True) -> list[Option]:
+    """The options of a layer that a method considers: those in INT8 first, then those in INT4 if it may have any, by rising
     width.
 
     With the selection "budget" a layer may be flattened by as much as fills 0, 1, 2, ... blocks of the padding; else there
     is one option for each number of bits.
     """
-    return _options(layer_inputs(linear, statistics, scheme), linear, scheme, int4)
-
-
-def looks_at_all(scheme: Scheme) -> bool:
-    """Whether a scheme has to see all layers that read the same input to quantize it alike for them.
-
-    With groups and no smoothing, every token has a scale of its own, whichever layer reads it.
-    """
-    return scheme.method != "grouped" or scheme.awq
+    return _options(layer_inputs(linear, statistics, method), linear, method, int4)
 
 
 def shared_options(
-    linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Statistics], scheme: Scheme, *, int4: bool = True
+    linears: Mapping[str, nnx.Linear],
+    statistics: Mapping[str, Statistics],
+    method: Method,
+    sample_rows: int,
+    *,
+    int4: bool = True,
 ) -> dict[str, list[Option]]:
     """The options of layers that read the same input, experts of one mixture: as many for each, and all of the same number
     quantize the input alike.
@@ -105,17 +103,17 @@ def shared_options(
     They are those of one layer with the outputs of all, judged on some samples of each; then every layer gets its part of the
     scales, and its own error.
     """
-    if not looks_at_all(scheme):
-        return {name: layer_options(linears[name], statistics[name], scheme, int4=int4) for name in linears}
-    parts = {name: layer_inputs(linears[name], statistics[name], scheme) for name in linears}
-    each = -(-scheme.sample_rows // len(parts))
+    if not method.shares_inputs:
+        return {name: layer_options(linears[name], statistics[name], method, int4=int4) for name in linears}
+    parts = {name: layer_inputs(linears[name], statistics[name], method) for name in linears}
+    each = -(-sample_rows // len(parts))
     whole = LayerInputs(
         jnp.concatenate([part.weight for part in parts.values()]),
         jnp.max(jnp.stack([part.x_max for part in parts.values()]), axis=0),
         jnp.concatenate([part.samples[:each] for part in parts.values()]),
     )
     found: dict[str, list[Option]] = {name: [] for name in linears}
-    for option in _options(whole, next(iter(linears.values())), scheme, int4):
+    for option in _options(whole, next(iter(linears.values())), method, int4):
         for i, (name, linear) in enumerate(linears.items()):
             rows = slice(i * linear.out_features, (i + 1) * linear.out_features)
             grid = _part(option.grid, rows, whole.weight)
@@ -148,18 +146,19 @@ def _judged(grid: Grid, inputs: LayerInputs) -> tuple[Float32[Array, ""], Float3
     )
 
 
-def _options(inputs: LayerInputs, linear: nnx.Linear, scheme: Scheme, int4: bool) -> list[Option]:
+def _options(inputs: LayerInputs, linear: nnx.Linear, method: Method, int4: bool) -> list[Option]:
     """:func:`layer_options`; ``linear`` says how large the layer is."""
     k = linear.in_features
     options = []
-    allowed = {8: not int4 or scheme.int4_share < 1, 4: int4 and scheme.int4_share > 0}
+    share = method.allocation.int4_share
+    allowed = {8: not int4 or share < 1, 4: int4 and share > 0}
     for bits in (bits for bits in allowed if allowed[bits]):
-        budgets = [scheme.max_expansion]
-        if scheme.selection == "budget":
+        budgets = [method.max_expansion]
+        if method.allocation.selection == "budget":
             block, first = padded_width(1, bits), padded_width(k, bits)
-            most = max(first, int(scheme.max_expansion * k))
-            budgets = [min(width / k, scheme.max_expansion) for width in range(first, most + block, block)]
-        found = _measured(inputs, scheme, bits, jnp.asarray(list(dict.fromkeys(budgets)), jnp.float32))
+            most = max(first, int(method.max_expansion * k))
+            budgets = [min(width / k, method.max_expansion) for width in range(first, most + block, block)]
+        found = _measured(inputs, method, bits, jnp.asarray(list(dict.fromkeys(budgets)), jnp.float32))
         widths: list[int] = []
         for i, channels in enumerate(np.asarray(found.channels)):
             width = padded_width(int(channels), bits)
@@ -167,8 +166,7 @@ def _options(inputs: LayerInputs, linear: nnx.Linear, scheme: Scheme, int4: bool
                 continue
             widths.append(width)
             arrays: dict[str, Any] = {name: leaf if leaf is None else leaf[i] for name, leaf in found.arrays.items()}
-            group_size = 0 if arrays["group_scale"] is None else scheme.group_size
-            grid = Grid(**arrays, x_bits=int(found.x_bits[i]), bits=bits, group_size=group_size)
+            grid = Grid(**arrays, x_bits=int(found.x_bits[i]), bits=bits, group_size=method.layout(bits).group_size)
             size = _bytes(linear, grid, width)
             error, divergence = float(found.error[i]), float(found.divergence[i])
             options.append(Option(bits=bits, error=error, divergence=divergence, width=width, bytes=size, grid=grid))
@@ -205,11 +203,11 @@ class _Measured(NamedTuple):
     divergence: Float32[Array, " b"]
 
 
-@functools.partial(jit, static_argnames=("scheme", "bits"))
-def _measured(inputs: LayerInputs, scheme: Scheme, bits: int, budgets: Float32[Array, " b"]) -> _Measured:
+@functools.partial(jit, static_argnames=("method", "bits"))
+def _measured(inputs: LayerInputs, method: Method, bits: int, budgets: Float32[Array, " b"]) -> _Measured:
     """Every grid of a layer, with the error of its output and the divergence of its histogram."""
     exact = inputs.samples @ inputs.weight.T
-    grid_of = METHODS[scheme.method](inputs, scheme, bits, budgets)
+    grid_of = method.grids(inputs, bits, budgets)
 
     def measure(i: Array) -> _Measured:
         grid = grid_of(i)
@@ -227,27 +225,27 @@ def select(
     options: Mapping[str, list[OutlineT]],
     macs: Mapping[str, int],
     plain_bytes: int,
-    scheme: Scheme,
+    allocation: Allocation,
     sensitivities: Callable[[], Mapping[str, float]],
 ) -> dict[str, OutlineT]:
-    """Chooses one option for every layer, by the scheme's selection.
+    """Chooses one option for every layer, by the allocation's selection.
 
     Args:
       options: of every layer.
       macs: multiply-accumulates of every layer.
       plain_bytes: of all of them in bfloat16.
-      scheme: its ``selection``, ``int4_share`` and ``compression``.
+      allocation: what is asked for.
       sensitivities: what each layer's last option costs the model; called only if it is needed.
     """
     if all(len(found) == 1 for found in options.values()):
         return {name: found[0] for name, found in options.items()}
-    if scheme.selection != "budget":
+    if allocation.selection != "budget":
         high, low = ({name: found[i] for name, found in options.items()} for i in (0, -1))
-        if scheme.selection == "kl":
+        if allocation.selection == "kl":
             errors = {name: low[name].divergence / max(high[name].divergence, 1e-10) for name in options}
         else:
             errors = sensitivities()
-        chosen = select_low_bits([errors[name] for name in options], [macs[n] for n in options], scheme.int4_share)
+        chosen = select_low_bits([errors[name] for name in options], [macs[n] for n in options], allocation.int4_share)
         return {name: low[name] if is_low else high[name] for name, is_low in zip(options, chosen, strict=True)}
     measured = sensitivities()
     tables = [
@@ -258,10 +256,10 @@ def select(
     ]  # fmt: skip
     errors, low_macs, sizes = map(list, zip(*tables, strict=True))
     smallest = sum(min(row) for row in sizes)
-    padded = scheme.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes)
-    asked = scheme.compression and not padded
-    most = max(plain_bytes / scheme.compression, ROOM * smallest) if asked else float("inf")
-    least = scheme.int4_share * sum(macs[name] for name in options)
+    padded = allocation.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes)
+    asked = allocation.compression and not padded
+    most = max(plain_bytes / allocation.compression, ROOM * smallest) if asked else float("inf")
+    least = allocation.int4_share * sum(macs[name] for name in options)
     picked = choose(errors, low_macs, sizes, least_macs=least, most_bytes=most)
     return {name: found[i] for (name, found), i in zip(options.items(), picked, strict=True)}
 

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Float32
 
 from fqjax.core.formats.uniform import Grid, WideLinear, represented
 from fqjax.core.rounding.gptq import Prepared, aim_of, gptq_prepared, prepare, solve_ridge
+from fqjax.drivers.settings import Compensated
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.surgery import dotted, find_linears, replace_modules
 from fqjax.layers.taps import Watcher
@@ -38,7 +39,6 @@ from fqjax.models.chain import Chain, Feed, Simulated, run
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.memory import give_back
 
-DAMPING = 0.01
 UNUSED = 1e-3
 """How much a row counts that is not sent to an expert, next to one of which nothing else is used: what an expert that
 calibration never or hardly reached is rounded by."""
@@ -99,7 +99,7 @@ def compensated(
     feed: Feed,
     inputs: Iterable[tuple[Any, Any]],
     finish: Mapping[str, Callable[[Callable[[], WideLinear]], QuantizedLinear]],
-    upstream: float,
+    rounding: Compensated,
 ) -> dict[str, QuantizedLinear]:
     """Rounds the weights of a block's quantized layers anew; all are named by their dotted path in the block.
 
@@ -111,17 +111,17 @@ def compensated(
       feed: the batches.
       inputs: of the block, from the float model and from the quantized blocks in front; gone through once, if at all.
       finish: makes each layer of a function that works its integer view out.
-      upstream: r above.
+      rounding: its ``upstream`` is r above.
     """
     linears = find_linears(block)
 
     @functools.cache
     def moments() -> dict[str, Moments]:
-        return _moments(parts.call, block, rough, grids, feed.paired(inputs), upstream)
+        return _moments(parts.call, block, rough, grids, feed.paired(inputs), rounding.upstream)
 
     def view(short: str) -> WideLinear:
         found = moments().pop(short)
-        rounded = _rounded(linears[short].kernel[...].T, grids[short], found)
+        rounded = _rounded(linears[short].kernel[...].T, grids[short], found, rounding.damping)
         give_back()
         return rounded
 
@@ -228,24 +228,24 @@ def _taken(module: nnx.Module) -> dict[str, tuple[Float32[Array, "rows k"], Floa
     return {path: (tap.seen.get_value(), tap.counts.get_value()) for path, tap in taps.items()}
 
 
-def _rounded(weight: Float[Array, "n k"], grid: Grid, moments: Moments) -> WideLinear:
+def _rounded(weight: Float[Array, "n k"], grid: Grid, moments: Moments, damping: float) -> WideLinear:
     """The weight that makes up for the errors in its input, rounded so that it makes up for its own.
 
     The moments are used up.  It goes step by step, so that no more arrays of their size are there at once than must be.
     """
     target = _smoothed(weight, grid.smoothing)
     if moments.cross is not None:
-        aim = jax.block_until_ready(_aim_of(target, *moments))
+        aim = jax.block_until_ready(_aim_of(target, *moments, damping=damping))
         moments.cross.delete()
-        target = _solve_ridge(moments.gram, aim)
+        target = _solve_ridge(moments.gram, aim, damping=damping)
         del aim
-    prepared = jax.block_until_ready(_prepare(moments.gram))
+    prepared = jax.block_until_ready(_prepare(moments.gram, damping=damping))
     return jax.block_until_ready(_round_in_order(target, grid, prepared))
 
 
-_aim_of = jit(functools.partial(aim_of, damping=DAMPING))
-_solve_ridge = jit(functools.partial(solve_ridge, damping=DAMPING))
-_prepare = jit(functools.partial(prepare, damping=DAMPING, act_order=True), donate_argnums=0)
+_aim_of = jit(aim_of, static_argnames="damping")
+_solve_ridge = jit(solve_ridge, static_argnames="damping")
+_prepare = jit(functools.partial(prepare, act_order=True), static_argnames="damping", donate_argnums=0)
 
 
 @jax.jit

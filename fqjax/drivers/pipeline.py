@@ -20,9 +20,11 @@ from flax import nnx
 from jaxtyping import Array, Float32
 
 from fqjax.core.formats.uniform import WideLinear, relative_square
+from fqjax.core.layer import LayerInputs
 from fqjax.drivers.assemble import assemble, count_macs
 from fqjax.drivers.candidates import costs_by_bits, layer_inputs, layer_options, select, shared_options
 from fqjax.drivers.moments import compensated, propagated, twice
+from fqjax.drivers.settings import Compensated
 from fqjax.drivers.statistics import Statistics, watch
 from fqjax.drivers.store import Memo
 from fqjax.drivers.ties import choices, shared_inputs, units_of
@@ -31,7 +33,6 @@ from fqjax.layers.integer_scales import with_integer_scales
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.stacked import widened
 from fqjax.layers.surgery import find_linears
-from fqjax.methods import LayerInputs
 from fqjax.models.chain import Chain, Feed, Simulated, places
 from fqjax.report.findings import Findings
 from fqjax.runtime.compiling import jit
@@ -56,7 +57,7 @@ def quantize_blocks(
       memo: keeps what the passes find out; an unfinished quantization goes on from there.
       parts: the float model, equalized where the scheme says so.
       linears: layers to quantize, by dotted path in the model's order; their arrays are not used and may be abstract.
-      scheme: any but one of the method "none".
+      scheme: with a method.
       calibration: model inputs.
       keep: is given the finished layers, block after block.
 
@@ -83,12 +84,15 @@ class _Passes:
         scheme: Scheme,
         calibration: Iterable[Any],
     ):
+        assert scheme.method is not None
         self.memo, self.parts, self.linears, self.scheme = memo, parts, linears, scheme
+        self.method, self.compensating = scheme.method, isinstance(scheme.method.rounding, Compensated)
         self.int8_only = scheme.kept_in_int8(linears)
+        self.recipe = scheme.recipe()
         self.units = units_of(linears)
         self.first, batches = _peek(calibration)
         # GPTQ goes through the batches once more.
-        self.feed = Feed(parts, list(batches) if scheme.rounding == "gptq" else batches)
+        self.feed = Feed(parts, list(batches) if self.compensating else batches)
         self.inside = places(parts.blocks, linears)
 
     def run(self, keep: Keep) -> Findings:
@@ -103,13 +107,13 @@ class _Passes:
         macs = {unit: sum(self.macs[name] for name in names) for unit, names in self.units.items()}
         tried = functools.cache(lambda: self.memo.sensitivities(lambda: self._try_all()))
         parameters = jax.tree.leaves([nnx.state(linear, nnx.Param) for linear in self.linears.values()])
-        chosen = select(options, macs, 2 * sum(leaf.size for leaf in parameters), self.scheme, tried)
+        chosen = select(options, macs, 2 * sum(leaf.size for leaf in parameters), self.method.allocation, tried)
         self.chosen, self.widths = {}, {}
         for unit, option in chosen.items():
             picked = choosing[unit][options[unit].index(option)].options
             self.chosen |= picked
             self.widths |= dict.fromkeys(picked, max(self.memo.outlines(name)[i].width for name, i in picked.items()))
-        first = functools.partial(twice, self.feed) if self.scheme.rounding == "gptq" else list
+        first = functools.partial(twice, self.feed) if self.compensating else list
         self.memo.sweep("rounded", self.parts.blocks, first, functools.partial(self._round, keep), "quantizing")
         costs = costs_by_bits(options, chosen, tried()) if tried.cache_info().currsize else {}
         return Findings({name: seen[name].absmax for name in self.linears}, self._divided(costs, macs))
@@ -133,9 +137,9 @@ class _Passes:
             layers = {inside[short]: linears[short] for short in shorts}
             int4 = self.int8_only.isdisjoint(name for layer in layers for name in unit[layer])
             if len(layers) > 1:
-                found = shared_options(layers, seen, self.scheme, int4=int4)
+                found = shared_options(layers, seen, self.method, rows, int4=int4)
             else:
-                found = {name: layer_options(layers[name], seen[name], self.scheme, int4=int4) for name in layers}
+                found = {name: layer_options(layers[name], seen[name], self.method, int4=int4) for name in layers}
             for name, options in found.items():
                 self.memo.keep_options(name, options)
         self.memo.keep_statistics(path, seen)
@@ -155,7 +159,7 @@ class _Passes:
 
     def _round(self, keep: Keep, path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
         linears, seen = find_linears(block), self.memo.statistics(path)
-        inside, compensating = self.inside[path], self.scheme.rounding == "gptq"
+        inside, rounding, amplifier = self.inside[path], self.method.rounding, self.method.integer_amplifier
 
         def nearest() -> dict[str, QuantizedLinear]:
             return {
@@ -163,23 +167,25 @@ class _Passes:
                 for short, name in inside.items()
             }
 
-        if compensating:
+        if isinstance(rounding, Compensated):
             grids = {short: self.memo.options(name)[self.chosen[name]].grid for short, name in inside.items()}
             finish = {
                 short: functools.partial(self._assemble, name, linears[short], seen[name])
                 for short, name in inside.items()
             }
-            layers = compensated(self.parts, block, nearest, grids, self.feed, inputs, finish, self.scheme.upstream)
+            layers = compensated(self.parts, block, nearest, grids, self.feed, inputs, finish, rounding)
         else:
             layers = nearest()
         finished = layers
-        if self.scheme.scales == "integer":
+        if amplifier is not None:
             finished = {
-                short: _with_integer_scales(layer, linears[short], seen[inside[short]], self.scheme)
+                short: _with_integer_scales(
+                    layer, amplifier, layer_inputs(linears[short], seen[inside[short]], self.method)
+                )
                 for short, layer in layers.items()
             }
         keep({inside[short]: widened(layer, self.widths[inside[short]]) for short, layer in finished.items()})
-        if compensating and path != next(reversed(self.inside)):
+        if self.compensating and path != next(reversed(self.inside)):
             yield from propagated(self.parts, block, layers, self.feed, inputs)
 
     def _nearest(
@@ -189,7 +195,7 @@ class _Passes:
         found = self.memo.options(name)[option]
 
         def compute() -> QuantizedLinear:
-            weight = layer_inputs(linear, seen, self.scheme).weight
+            weight = layer_inputs(linear, seen, self.method).weight
             return self._assemble(name, linear, seen, lambda: found.grid.round(weight))
 
         return self.memo.layer(name, f"int{found.bits}.nearest{found.width}", compute, remember=remember)
@@ -198,15 +204,12 @@ class _Passes:
         self, name: str, linear: nnx.Linear, seen: Statistics, view: Callable[[], WideLinear]
     ) -> QuantizedLinear:
         wide = view()  # Before the weight in float32 is there, as rounding may take much memory itself.
-        return assemble(name, linear, wide, layer_inputs(linear, seen, self.scheme), self.scheme, self.macs[name])
+        return assemble(name, linear, wide, layer_inputs(linear, seen, self.method), self.recipe, self.macs[name])
 
 
-def _with_integer_scales(
-    layer: QuantizedLinear, linear: nnx.Linear, statistics: Statistics, scheme: Scheme
-) -> QuantizedLinear:
+def _with_integer_scales(layer: QuantizedLinear, amplifier: int, inputs: LayerInputs) -> QuantizedLinear:
     """The layer with integer scales, where they are safe, and its error measured again."""
-    changed = with_integer_scales(layer, scheme.amplifier)
-    inputs = layer_inputs(linear, statistics, scheme)
+    changed = with_integer_scales(layer, amplifier)
     error = _relative_error(Simulated(changed), inputs)
     summary = dataclasses.replace(changed.summary, relative_error=float(error))
     return changed.with_summary(summary)

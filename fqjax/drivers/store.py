@@ -38,7 +38,6 @@ from fqjax.models.chain import Step, drain, sweep
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import read_json, whole, write_whole, writing
 from fqjax.runtime.progress import track
-from fqjax.scheme import Scheme
 
 ACTIVATIONS = "activations"
 
@@ -113,8 +112,8 @@ class DirectoryMemo(Memo):
         (:class:`fqjax.runtime.files.CannotWrite`).
     """
 
-    def __init__(self, directory: Path, scheme: Scheme):
-        self.directory, self.scheme = directory, scheme
+    def __init__(self, directory: Path):
+        self.directory = directory
 
     def sweep(
         self,
@@ -222,12 +221,13 @@ class DirectoryMemo(Memo):
 
     def _write_layer(self, path: Path, layer: QuantizedLinear) -> None:
         arrays = {"/".join(key): np.asarray(leaf) for key, leaf in named_leaves(nnx.state(layer)).items()}
-        entry = json.dumps(describe_layer(layer, [self.scheme]))
-        _write_arrays(path, arrays | {"entry": np.asarray(entry)})
+        entry = describe_layer(layer, [layer.summary.recipe])
+        described = {"entry": json.dumps(entry), "recipe": layer.summary.recipe}
+        _write_arrays(path, arrays | {name: np.asarray(text) for name, text in described.items()})
 
     def _unpack_layer(self, name: str, arrays: dict[str, np.ndarray]) -> QuantizedLinear:
         entry = json.loads(str(arrays.pop("entry")))
-        skeleton = abstract_layer(name, entry, [dataclasses.asdict(self.scheme)])
+        skeleton = abstract_layer(name, entry, [json.loads(str(arrays.pop("recipe")))])
         graphdef, state = nnx.split(skeleton)
         leaves: dict[Any, jax.Array] = {key: jnp.asarray(arrays["/".join(key)]) for key in named_leaves(state)}
         return nnx.merge(graphdef, with_leaves(state, leaves))

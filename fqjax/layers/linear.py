@@ -11,7 +11,6 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
 from fqjax.core.integer_scale import group_sums, scaled_bound
 from fqjax.core.overflow import accumulator_bound, check_accumulator, row_sums
 from fqjax.core.qtensor import InputQuantizer, QTensor, bytes_of
-from fqjax.scheme import Scheme
 from pallas_kernels import (
     gated_matmul,
     grouped_int4_matmul,
@@ -31,14 +30,14 @@ class LayerSummary:
     """What is known about a quantized layer beyond its arrays; static, and stored with the checkpoint.
 
     Attributes:
-      scheme: what it was quantized with.
+      recipe: what it was quantized with, a scheme as JSON; nothing here looks into it.
       relative_error: mean squared error of the layer's output on the calibration sample over the output's mean square; 0
         where it is not known.
       accumulator_bound: largest magnitude the int32 accumulator can reach, for any activations; 0 if it is a float.
       macs: multiply-accumulates of the unquantized layer for one token.
     """
 
-    scheme: Scheme
+    recipe: str
     relative_error: float
     accumulator_bound: int
     macs: int

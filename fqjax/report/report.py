@@ -1,6 +1,7 @@
 """What quantization did, layer by layer: bits, K'/K, error, bytes, overflow margin."""
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -174,7 +175,7 @@ def report_of(model: nnx.Module, seconds: float = 0.0, findings: Findings | None
     order = {dotted(path): i for i, (path, _) in enumerate(nnx.iter_graph(model))}
     rows.sort(key=lambda row: order[row.name])
     return Report(
-        scheme=", ".join(dict.fromkeys(layer.summary.scheme.name for layer in quantized.values())) or "none",
+        scheme=", ".join(dict.fromkeys(_scheme_name(layer.summary.recipe) for layer in quantized.values())) or "none",
         layers=tuple(rows),
         skipped=selection.skipped,
         model_bytes=bytes_of(nnx.state(model)),
@@ -224,6 +225,11 @@ def _quantized_row(name: str, layer: QuantizedLinear) -> LayerReport:
         accumulator_bound=layer.summary.accumulator_bound,
         scales=_describe_scales(layer.weight.get_value()),
     )
+
+
+def _scheme_name(recipe: str) -> str:
+    """The name of a scheme in its record, of which nothing else is known."""
+    return str(json.loads(recipe).get("name"))
 
 
 def _short(scales: str) -> str:

@@ -11,9 +11,9 @@ from fqjax.convert import run as conversion
 from fqjax.data.text import encode
 from fqjax.demo.run import CHECKPOINT
 from fqjax.drivers.store import DirectoryMemo
+from fqjax.presets import PRESETS
 from fqjax.report.findings import Findings, read_findings
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS
 from tests.models import variants
 
 
@@ -64,7 +64,7 @@ def test_a_text_that_the_tokenizer_cannot_encode():
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-30], lambda _: b"", lambda _: b"PK nothing"])
 def test_what_a_conversion_remembers_may_be_damaged(tmp_path, damage):
-    memo = DirectoryMemo(tmp_path, PRESETS["w8a8"])
+    memo = DirectoryMemo(tmp_path)
     statistics = fqjax.Statistics(np.ones(4, np.float32), np.ones((2, 4), np.float32), 2, 2)
     memo.keep_statistics("layers.0", {"layer": statistics})
     path = tmp_path / "statistics.layers.0.npz"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fqjax.cli import main as cli
-from fqjax.scheme import PRESETS
+from fqjax.presets import PRESETS
 from tests.conftest import edit_tensor, make_checkpoint
 
 
@@ -161,8 +161,11 @@ def complains(capsys, message, *arguments):
 
 CONVERT_ERRORS = {
     "unknown scheme": (["--scheme", "w2a2"], "unknown scheme 'w2a2'"),
-    "unknown field": (["--set", "bits=3"], "no field 'bits'"),
-    "bad value": (["--set", "int4_share=2"], "int4_share=2.0: expected a number from 0 to 1"),
+    "unknown field": (
+        ["--set", "bits=3"],
+        "--set bits=3: scheme 'flattenquant' has no setting 'bits'; its settings are: int4_share",
+    ),
+    "bad value": (["--set", "int4_share=2"], "int4_share=2: expected a number from 0 to 1"),
     "unmatched pattern": (["--ignore", "lm_tail"], "'lm_tail' matches no linear layer"),
     "bad pattern": (["--ignore", "("], "not a regular expression"),
     "no samples": (["--samples", "0"], "--samples 0"),
@@ -278,6 +281,6 @@ def test_an_interruption_says_so(capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fqjax.cli.convert.resolve_scheme", interrupt)
+    monkeypatch.setattr("fqjax.presets.resolve_scheme", interrupt)
     code, _, err = run(capsys, "convert", "a", "b")
     assert code == 130 and err == "fqjax: interrupted\n"

@@ -17,8 +17,8 @@ from fqjax.checkpoint.tree import named_leaves
 from fqjax.convert import run as conversion
 from fqjax.convert.plan import estimated_bytes
 from fqjax.drivers.store import DirectoryMemo
+from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS
 from tests.conftest import edit_tensor, make_checkpoint
 from tests.models import variants
 
@@ -176,19 +176,22 @@ def test_planning_reads_no_weights(asked, monkeypatch, checkpoint):
 @pytest.mark.parametrize(
     ("variant", "scheme", "settings"),
     [
-        ("llama-grouped", "w8a8", {}),
-        ("opt", "smoothquant", {"weight_scales": "channel"}),
-        ("llama-grouped", "flattenquant-hopper-int4", {"int8_layers": r"layers\.0"}),
-        ("opt", "w4a8", {"int8_layers": r"layers\.0"}),
-        ("llama-grouped", "w4a8-integer-scale", {"int8_layers": r"layers\.0", "group_size": 64}),
-        ("opt", "w4a8-integer-scale-folded", {}),
-        ("llama-grouped", "w4a16", {}),
+        ("llama-grouped", "w8a8", []),
+        ("opt", "smoothquant", []),
+        (
+            "llama-grouped",
+            "flattenquant-hopper-int4",
+            [r"int8_layers=layers\.0", "max_expansion=1", "rounding=nearest"],
+        ),
+        ("opt", "w4a8", [r"int8_layers=layers\.0"]),
+        ("llama-grouped", "w4a8-integer-scale", [r"int8_layers=layers\.0", "group_size=64"]),
+        ("opt", "w4a8-integer-scale-folded", []),
+        ("llama-grouped", "w4a16", []),
     ],
 )
 def test_a_plan_knows_the_bytes_of_layers_that_are_not_flattened(asked, tmp_path, variant, scheme, settings):
     source = make_checkpoint(tmp_path / "planned", variant)
-    chosen = replace(PRESETS[scheme], max_expansion=1.0, rounding="nearest", **settings)
-    made = conversion.plan(replace(asked, source=str(source), scheme=chosen))
+    made = conversion.plan(replace(asked, source=str(source), scheme=PRESETS[scheme].override(settings)))
     report = conversion.convert(made)
     assert estimated_bytes(made) == {layer.name: layer.bytes for layer in report.layers}
 

@@ -10,11 +10,12 @@ from fqjax.drivers import moments as module
 from fqjax.drivers.assemble import assemble, count_macs
 from fqjax.drivers.candidates import layer_inputs, layer_options
 from fqjax.drivers.moments import Moments
+from fqjax.drivers.settings import Compensated
 from fqjax.drivers.statistics import calibrate
 from fqjax.layers.surgery import find_linears
 from fqjax.models.chain import Feed, chain, places, sweep
+from fqjax.presets import PRESETS
 from fqjax.report.report import quantized_layers
-from fqjax.scheme import PRESETS
 
 
 class Chain(nnx.Module):
@@ -38,14 +39,14 @@ def batches(count=4, rows=200):
 @pytest.fixture
 def setup():
     model, data = Chain(nnx.Rngs(0)), batches()
-    linears, scheme = find_linears(model), PRESETS["flattenquant-w4a4"]
+    linears, method = find_linears(model), PRESETS["flattenquant-w4a4"].method
     seen = calibrate(model, data, linears)
     macs = count_macs(linears, seen)
-    grids = {name: layer_options(linear, seen[name], scheme)[-1].grid for name, linear in linears.items()}
+    grids = {name: layer_options(linear, seen[name], method)[-1].grid for name, linear in linears.items()}
 
     def finish(name, view):
-        inputs = layer_inputs(linears[name], seen[name], scheme)
-        return assemble(name, linears[name], view(), inputs, scheme, macs[name])
+        inputs = layer_inputs(linears[name], seen[name], method)
+        return assemble(name, linears[name], view(), inputs, "{}", macs[name])
 
     nearest = {name: finish(name, lambda n=name: grids[n].round(linears[n].kernel[...].T)) for name in linears}
     return model, nearest, grids, data, finish
@@ -66,7 +67,7 @@ def compensate(model, nearest, grids, batches, finish, *, upstream):
             feed,
             inputs,
             {short: functools.partial(finish, name) for short, name in names.items()},
-            upstream,
+            Compensated(upstream=upstream),
         )
         done.update({names[short]: layer for short, layer in layers.items()})
         return module.propagated(parts, block, layers, feed, inputs)
@@ -125,7 +126,7 @@ def test_layers_come_block_after_block_and_only_as_they_are_asked_for(setup):
 def test_presets_that_compensate(scheme):
     model, data = Chain(nnx.Rngs(0)), batches()
     quantized, report = fqjax.quantize(model, scheme, (batch for batch in data))
-    assert report.int4_mac_share >= PRESETS[scheme].int4_share
+    assert report.int4_mac_share >= PRESETS[scheme].method.allocation.int4_share
     layers = quantized_layers(quantized)
     if "hopper" in scheme:
         assert all(layer.input.get_value().bits == 8 for layer in layers.values())

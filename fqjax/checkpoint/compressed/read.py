@@ -6,6 +6,7 @@ one under the other.  Scales of whole tensors that differ become scales of outpu
 ones with the same scale, so that nothing is rounded.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,10 +25,12 @@ from fqjax.layers.linear import LayerSummary, QuantizedLinear, measured_bound
 from fqjax.layers.surgery import find_linears
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
-from fqjax.scheme import Scheme
 
 OPTIONAL = ("weight_zero_point", "input_zero_point", "weight_g_idx", "weight_shape")
 """Tensors that a module may have, and that say nothing new where fqjax can express it."""
+
+RECIPE = json.dumps({"name": "compressed-tensors", "summary": "Read from a compressed-tensors checkpoint."})
+"""What stands in a layer's summary in place of a scheme."""
 
 
 class Part(NamedTuple):
@@ -116,7 +119,7 @@ def read_layer(files: TensorFiles, layer: StoredLayer, bias: Any, dtype: DTypeLi
     quantizer = _input_quantizer(layer, weight.shape[1])
     n, k = sum(part.shape[0] for part in layer.parts), layer.parts[0].shape[1]
     summary = LayerSummary(
-        scheme=_scheme(layer, weight),
+        recipe=RECIPE,
         relative_error=0.0,
         accumulator_bound=measured_bound(weight, quantizer),
         macs=n * k,
@@ -287,20 +290,4 @@ def _input_quantizer(layer: StoredLayer, width: int) -> InputQuantizer:
         scale=scale,
         bits=16 if weight_only else 8,
         used=0,
-    )
-
-
-def _scheme(layer: StoredLayer, weight: QTensor) -> Scheme:
-    """What a scheme would say that quantizes like this."""
-    grouped = weight.group_scale is not None
-    return Scheme(
-        name="compressed-tensors",
-        summary="Read from a compressed-tensors checkpoint.",
-        method="grouped" if grouped else "absmax",
-        alpha=None,
-        equalize=False,
-        int4_share=1.0 if layer.bits == 4 else 0.0,
-        int4_activation_bits=16 if layer.parts[0].scheme.activations is None else 8,
-        weight_scales="channel" if weight.format.granularity == "channel" else "tensor",
-        group_size=weight.format.group_size or LARGEST_GROUP,
     )

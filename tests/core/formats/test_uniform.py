@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fqjax.core.formats.uniform import Grid, output, relative_error
-from fqjax.methods import LayerInputs
+from fqjax.core.layer import LayerInputs
 from fqjax.methods.absmax import absmax_grid
 
 

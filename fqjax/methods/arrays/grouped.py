@@ -1,47 +1,50 @@
-"""Grouped weights: a scale for every output channel and every group of input channels.  Activations have one for every token,
-or, with 16 bits, stay as they are.
-
-Nothing is flattened: a group keeps the codes of its neighbours fine where a channel is large.  The scale of a group is the
-one of several that rounds its weights best on the calibration inputs, the largest weight over 7.5 among them.
-
-With ``awq`` (Lin et al., MLSys 2024, arXiv 2306.00978), input channels with large activations are first made larger in the
-weight, which gives them more of the group's codes: ``s = mean|x| ** r``, with the exponent that serves the layer's output
-best.  AWQ folds s into the layer in front; here quantizing the activations divides by it, so every layer has its own.
-"""
+"""Grids of grouped weights, with AWQ's scaling and with folded scales (:class:`fqjax.methods.base.Grouped`)."""
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
 from fqjax.core.codes import qmax
 from fqjax.core.formats.uniform import Grid, output
 from fqjax.core.integer_scale import fold_scales
 from fqjax.core.layer import LayerInputs
-from fqjax.scheme import Scheme
+from fqjax.methods.base import Grouped
 
 EXPONENTS = tuple(i / 20 for i in range(20))
 SHRINKS = tuple(1 - i / 20 for i in range(11))
 """What is tried for the largest weight of a group, relative to it."""
 
 
-def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: Float[Array, " b"]) -> Callable[[Array], Grid]:
-    """The same grid for every budget; see :mod:`fqjax.methods` for the arguments."""
-    smoothing = _awq_smoothing(layer, scheme, bits) if scheme.awq else jnp.ones_like(layer.x_max)
-    grid = _grid(layer, smoothing, scheme, bits, SHRINKS)
+def grids(layer: LayerInputs, method: Grouped, bits: int, *, awq: bool, folded: bool) -> Callable[[Array], Grid]:
+    """The same grid for every bound.
+
+    Args:
+      layer, bits: see :meth:`fqjax.methods.Method.grids`.
+      method: its ``group_size`` and ``activation_bits``.
+      awq: whether input channels are scaled by their activations first.
+      folded: whether scales are integers that are multiplied into the codes.
+    """
+    smoothing = _awq_smoothing(layer, method, bits, folded) if awq else jnp.ones_like(layer.x_max)
+    grid = _grid(layer, smoothing, method, bits, SHRINKS, folded)
     return lambda _: grid
 
 
 def _grid(
-    layer: LayerInputs, smoothing: Float32[Array, " k"], scheme: Scheme, bits: int, shrinks: tuple[float, ...]
+    layer: LayerInputs,
+    smoothing: Float32[Array, " k"],
+    method: Grouped,
+    bits: int,
+    shrinks: tuple[float, ...],
+    folded: bool,
 ) -> Grid:
     k = len(smoothing)
-    padding = ((0, 0), (0, -k % scheme.group_size))  # The last group may have fewer channels.
+    padding = ((0, 0), (0, -k % method.group_size))  # The last group may have fewer channels.
     weight, samples = jnp.pad(layer.weight * smoothing, padding), jnp.pad(layer.samples / smoothing, padding)
-    scales = group_scales(weight, samples, scheme.group_size, bits, shrinks)
+    scales = group_scales(weight, samples, method.group_size, bits, shrinks)
     unit = jnp.float32(1)
-    if scheme.scales == "folded":
+    if folded:
         scales, unit = fold_scales(weight, scales, jnp.mean(samples**2, axis=0))
     whole = jnp.ones(k, jnp.int32)
     return Grid(
@@ -50,14 +53,14 @@ def _grid(
         w_scale=unit,
         x_pieces=whole,
         w_pieces=whole,
-        x_bits=scheme.int4_activation_bits if bits == 4 else 8,
+        x_bits=method.layout(bits).activation_bits,
         bits=bits,
         group_scale=scales,
-        group_size=scheme.group_size,
+        group_size=method.group_size,
     )
 
 
-def _awq_smoothing(layer: LayerInputs, scheme: Scheme, bits: int) -> Float32[Array, " k"]:
+def _awq_smoothing(layer: LayerInputs, method: Grouped, bits: int, folded: bool) -> Float32[Array, " k"]:
     """The smoothing with the least error of the layer's output on the samples, scales from the largest weight of a group."""
     exact = layer.samples @ layer.weight.T
     mean = jnp.mean(jnp.abs(layer.samples), axis=0)
@@ -67,7 +70,7 @@ def _awq_smoothing(layer: LayerInputs, scheme: Scheme, bits: int) -> Float32[Arr
         return factors / jnp.sqrt(jnp.max(factors) * jnp.min(factors))
 
     def error(exponent: Array) -> Array:
-        quantized = _grid(layer, smoothing(exponent), scheme, bits, (1.0,)).round(layer.weight)
+        quantized = _grid(layer, smoothing(exponent), method, bits, (1.0,), folded).round(layer.weight)
         return jnp.sum((output(quantized, layer.samples) - exact) ** 2)
 
     exponents = jnp.asarray(EXPONENTS)
