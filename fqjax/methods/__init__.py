@@ -8,6 +8,7 @@ from fqjax.drivers.method import Method
 from fqjax.drivers.settings import Allocation, Compensated, Nearest
 from fqjax.methods.absmax import Absmax
 from fqjax.methods.awq import AWQ
+from fqjax.methods.base import Grouped, PerTensor
 from fqjax.methods.flattenquant import FlattenQuant
 from fqjax.methods.gptq import GPTQ
 from fqjax.methods.integer_scale import IntegerScale
@@ -21,9 +22,11 @@ __all__ = [
     "Allocation",
     "Compensated",
     "FlattenQuant",
+    "Grouped",
     "IntegerScale",
     "Method",
     "Nearest",
+    "PerTensor",
     "RoundToNearest",
     "SmoothQuant",
 ]
