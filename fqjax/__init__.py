@@ -15,6 +15,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from fqjax.version import __version__
+
 if TYPE_CHECKING:
     from fqjax.checkpoint.compressed.write import save_compressed_tensors
     from fqjax.checkpoint.hugging_face import load_hf
@@ -48,6 +50,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "Statistics",
+    "__version__",
     "calibrate",
     "calibration_batches",
     "from_qwix",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from fqjax.report.report import quantized_layers
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import inside, read_json
 from fqjax.runtime.validation import Count, Finite, Size, check_value, validated
+from fqjax.version import __version__
 
 NAME = "fqjax.json"
 FORMAT_VERSION = 1
@@ -84,7 +84,7 @@ def describe(model: nnx.Module) -> dict[str, Any]:
     return {
         "format": "fqjax",
         "format_version": FORMAT_VERSION,
-        "written_by": f"fqjax {version('fqjax')}",
+        "written_by": f"fqjax {__version__}",
         "schemes": [json.loads(recipe) for recipe in recipes],
         "architecture": None
         if name is None

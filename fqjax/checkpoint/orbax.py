@@ -64,7 +64,7 @@ def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None, report: 
       report: what :func:`fqjax.quantize` gave besides; with it, ``fqjax inspect --plot`` can show what calibration saw.
 
     Raises:
-      InputError: if ``path`` exists or cannot be written.
+      InputError: if ``path`` exists or cannot be written, or other processes hold a part of an array.
     """
     path = Path(path).resolve()
     refuse_existing(path)
@@ -85,8 +85,9 @@ def write(directory: Path, model: nnx.Module, tokenizer: Any, findings: Findings
     _, stored, _ = split_storable(model)
     # Orbax does not store empty arrays; loading makes them again from the manifest.
     leaves = {name: leaf for name, leaf in named_leaves(stored).items() if leaf.size}
+    manifest = with_checksums(describe(model), leaves)
     ocp.save(str(directory), nest(leaves))
-    _write_beside(directory, tokenizer, findings, with_checksums(describe(model), leaves))
+    _write_beside(directory, tokenizer, findings, manifest)
 
 
 class Writer:
@@ -112,10 +113,10 @@ class Writer:
         _, stored, _ = split_storable(module)
         start = tuple(path.split("."))
         leaves = {(*start, *name): leaf for name, leaf in named_leaves(stored).items() if leaf.size}
+        self.sums |= checksums(leaves)
         if leaves:
             with _writing(self.directory):
                 ocp.partial.save(str(self.directory), nest(leaves))
-        self.sums |= checksums(leaves)
         if isinstance(module, QuantizedLinear | Int8Table):
             self.replaced[path] = _abstract(module)
         for name, layer in quantized_layers(module).items():

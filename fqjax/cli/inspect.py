@@ -27,7 +27,8 @@ def inspect(
     kinds = {name: (layer.input.get_value().multiplier.size, layer.bits) for name, layer in layers.items()}
     report = report_of(loaded, findings=read_findings(Path(model), kinds))
     console.print(report.table())
-    write_json(json_file, report.to_json())
+    if json_file is not None:
+        write_json(json_file, report.to_json())
     if plot is not None:
         from fqjax.report.plots import plot_report
 

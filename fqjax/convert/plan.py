@@ -28,6 +28,7 @@ from fqjax.core.channels import padded_width
 from fqjax.core.qtensor import bytes_of
 from fqjax.data.python_docs import reference_text
 from fqjax.data.text import calibration_batches, encode, read_text
+from fqjax.drivers.candidates import check_share
 from fqjax.drivers.method import Method
 from fqjax.drivers.settings import Compensated
 from fqjax.drivers.ties import reads_the_same, units_of
@@ -126,6 +127,7 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     if layers:
         conversion = _as_it_is(conversion)
     selection = conversion.scheme.applied(select_linears(model, conversion.ignore))
+    _check_share(conversion.scheme, selection.linears, config)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size, directory)
     text, batches, lacking = "", [], [f"{directory / file}: missing" for file in files.missing]
@@ -146,6 +148,20 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
         _outer_bytes(parameters),
         tuple(lacking),
     )
+
+
+def _check_share(scheme: Scheme, linears: dict[str, nnx.Linear], config: Any) -> None:
+    """Refuses layers to keep in INT8 that put the share of INT4 out of reach.
+
+    A token passes every layer once, but of a mixture's experts only some.
+    """
+    if scheme.method is None:
+        return
+    kept, experts = scheme.kept_in_int8(linears), getattr(config, "num_experts_per_tok", 1)
+    units = units_of(linears)
+    macs = {unit: _size(linears[names[0]]) * min(len(names), experts) for unit, names in units.items()}
+    able = sum(macs[unit] for unit, names in units.items() if kept.isdisjoint(names))
+    check_share(scheme.method.allocation, able, sum(macs.values()))
 
 
 def _as_it_is(conversion: Conversion) -> Conversion:

@@ -21,6 +21,7 @@ from fqjax.drivers.settings import Allocation
 from fqjax.drivers.statistics import Statistics
 from fqjax.layers.linear import layer_bytes
 from fqjax.runtime.compiling import jit
+from fqjax.runtime.errors import InputError
 
 ROOM = 1.05
 """How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
@@ -236,17 +237,23 @@ def select(
       plain_bytes: of all of them in bfloat16.
       allocation: what is asked for.
       sensitivities: what each layer's last option costs the model; called only if it is needed.
+
+    Raises:
+      InputError: if layers kept in INT8 put the share of INT4 out of reach.
     """
+    able = [name for name, found in options.items() if found[-1].bits < found[0].bits]
+    check_share(allocation, sum(macs[name] for name in able), sum(macs[name] for name in options))
     if all(len(found) == 1 for found in options.values()):
         return {name: found[0] for name, found in options.items()}
+    least = allocation.int4_share * sum(macs[name] for name in options)
     if allocation.selection != "budget":
         high, low = ({name: found[i] for name, found in options.items()} for i in (0, -1))
         if allocation.selection == "kl":
-            errors = {name: low[name].divergence / max(high[name].divergence, 1e-10) for name in options}
+            errors = {name: low[name].divergence / max(high[name].divergence, 1e-10) for name in able}
         else:
             errors = sensitivities()
-        chosen = select_low_bits([errors[name] for name in options], [macs[n] for n in options], allocation.int4_share)
-        return {name: low[name] if is_low else high[name] for name, is_low in zip(options, chosen, strict=True)}
+        chosen = select_low_bits([errors[name] for name in able], [macs[name] for name in able], least)
+        return high | {name: low[name] for name, is_low in zip(able, chosen, strict=True) if is_low}
     measured = sensitivities()
     tables = [
         (_costs(found, measured[n]),
@@ -259,9 +266,26 @@ def select(
     padded = allocation.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes)
     asked = allocation.compression and not padded
     most = max(plain_bytes / allocation.compression, ROOM * smallest) if asked else float("inf")
-    least = allocation.int4_share * sum(macs[name] for name in options)
     picked = choose(errors, low_macs, sizes, least_macs=least, most_bytes=most)
     return {name: found[i] for (name, found), i in zip(options.items(), picked, strict=True)}
+
+
+def check_share(allocation: Allocation, able: float, macs: float) -> None:
+    """Checks that a share of INT4 can be had; a share of 1 is all that may be in INT4, however little that is.
+
+    Args:
+      allocation: its ``int4_share``.
+      able: multiply-accumulates of the layers that may be in INT4.
+      macs: of all layers.
+
+    Raises:
+      InputError: naming the share that can be reached.
+    """
+    if allocation.int4_share < 1 and able < allocation.int4_share * macs:
+        raise InputError(
+            f"int4_share={allocation.int4_share}: out of reach, as layers kept in INT8 leave {able / macs:.4f} of the "
+            "multiply-accumulates to INT4"
+        )
 
 
 def costs_by_bits(

@@ -14,7 +14,8 @@ class Allocation(Settings):
     """Division of 4 and 8 bits among layers (:mod:`fqjax.core.allocation`).
 
     Attributes:
-      int4_share: least share of the linear multiply-accumulates in INT4, in [0, 1].
+      int4_share: least share of the linear multiply-accumulates in INT4, in [0, 1]; 1 for all layers but those that are
+        kept in INT8.
       selection: which layers that are: those whose quantization disturbs the model's output least ("sensitivity"), those
         whose own output's distribution changes least ("kl", as in the FlattenQuant paper), or "budget": for every layer the
         bits and the number of extra channels, so that the sum of the disturbances is least.

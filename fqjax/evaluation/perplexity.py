@@ -19,6 +19,7 @@ from jaxtyping import Array, Float32, Int, Int32
 from fqjax.models.cache import Kind, dtype_of
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
+from fqjax.runtime.validation import MAX_INDEX
 
 
 def cut_windows(
@@ -33,7 +34,7 @@ def cut_windows(
       windows: only so many, from the beginning; None for all.
 
     Raises:
-      InputError: if the text does not fill one window.
+      InputError: if the text does not fill one window, or a token does not fit into int32.
     """
     token_ids = np.asarray(token_ids).reshape(-1)
     if window < 2:
@@ -45,6 +46,8 @@ def cut_windows(
         raise InputError(f"the text has {len(token_ids)} tokens, expected at least {window - 1} for one window")
     count = min(count, windows or count)
     body = token_ids[: count * (window - 1)].reshape(count, window - 1)
+    if np.abs(body).max() > MAX_INDEX:
+        raise InputError(f"token {body.flat[np.abs(body).argmax()]}: expected a token id")
     return np.concatenate([np.full((count, 1), bos_token_id), body], axis=1).astype(np.int32)
 
 
@@ -74,6 +77,8 @@ def perplexity(
       InputError: if the text does not fill one window, a token is not in the vocabulary, or the window is longer than
         the model allows.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: expected at least 1")
     config = getattr(model, "config", None)
     bos = bos_token_id if bos_token_id is not None else getattr(config, "bos_token_id", None)
     if bos is None:

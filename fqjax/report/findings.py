@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,17 +36,18 @@ class Findings:
 
         Returns:
           (share of the multiply-accumulates in INT4, sum of the layers' costs): all layers in INT8, then with one more in
-          INT4 each time, that which adds least for its multiply-accumulates.  Layers that can only be in INT8 stay in it.
-          Empty if no layer had a choice.
+          INT4 each time, that which adds least for its multiply-accumulates, those without any last.  Layers that can only
+          be in INT8 stay in it.  Empty if no layer had a choice.
         """
         if any(8 not in cost for cost in self.costs.values()):
             return []
         added = {name: cost[4] - cost[8] for name, cost in self.costs.items() if 4 in cost}
         low, total = 0, sum(cost[8] for cost in self.costs.values())
         points = [(0.0, total)]
-        for name in sorted(added, key=lambda name: added[name] / macs[name]):
+        whole = sum(macs[name] for name in self.costs)
+        for name in sorted(added, key=lambda name: added[name] / macs[name] if macs[name] else math.inf):
             low, total = low + macs[name], total + added[name]
-            points.append((low / sum(macs[name] for name in self.costs), total))
+            points.append((low / whole if whole else 0.0, total))
         return points if added else []
 
     def cost(self, bits: Mapping[str, int]) -> float:

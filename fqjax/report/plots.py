@@ -16,7 +16,7 @@ from fqjax.core.codes import qmax
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.models.chain import fold
 from fqjax.report.findings import Findings
-from fqjax.report.report import LayerReport, Report, quantized_layers
+from fqjax.report.report import LayerReport, Report, quantized_layers, ratio
 from fqjax.runtime.errors import InputError
 
 COLORS = {4: "tab:orange", 8: "tab:blue"}
@@ -206,7 +206,7 @@ def _plot_share(report: Report, rows: list[LayerReport], path: Path) -> Path:
 
 
 def _share(rows: list[LayerReport], bits: int) -> float:
-    return sum(row.macs for row in rows if row.bits == bits) / sum(row.macs for row in rows)
+    return ratio(sum(row.macs for row in rows if row.bits == bits), sum(row.macs for row in rows))
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -74,17 +74,17 @@ class Report:
     @property
     def int4_mac_share(self) -> float:
         """Share of the linear layers' multiply-accumulates computed on 4-bit weights."""
-        return _ratio(sum(row.macs for row in self.layers if row.bits == 4), sum(row.macs for row in self.layers))
+        return ratio(sum(row.macs for row in self.layers if row.bits == 4), sum(row.macs for row in self.layers))
 
     @property
     def int4_layer_share(self) -> float:
         """Share of the linear layers whose weights have 4 bits."""
-        return _ratio(sum(row.bits == 4 for row in self.layers), len(self.layers))
+        return ratio(sum(row.bits == 4 for row in self.layers), len(self.layers))
 
     @property
     def expansion(self) -> float:
         """K'/K, averaged over multiply-accumulates."""
-        return _ratio(sum(row.expansion * row.macs for row in self.layers), sum(row.macs for row in self.layers))
+        return ratio(sum(row.expansion * row.macs for row in self.layers), sum(row.macs for row in self.layers))
 
     @property
     def bytes(self) -> int:
@@ -159,7 +159,7 @@ class Report:
             second = f"Float group scales: {floats} of {len(grouped)} layers."
         return (
             f"INT4: {self.int4_mac_share:.2%} of the multiply-accumulates.  {second}\n"
-            f"Linear layers: {format_bytes(self.bytes)}, {_ratio(self.bytes_bf16, self.bytes):.2f} x less than in bf16.  "
+            f"Linear layers: {format_bytes(self.bytes)}, {ratio(self.bytes_bf16, self.bytes):.2f} x less than in bf16.  "
             f"Whole model: {format_bytes(self.model_bytes)}.\n"
             "error: mean square, of the layer's output.  margin: bits before int32 overflows."
         )
@@ -260,5 +260,6 @@ def _float_row(name: str, linear: nnx.Linear) -> LayerReport:
     )
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """A share; 0 of nothing."""
     return part / whole if whole else 0.0

@@ -106,7 +106,17 @@ def test_a_dry_run_says_which_layers_stay_in_int8(capsys, checkpoint, text, tmp_
     assert code == 0 and len(kinds) == 8
     assert all(kind == ("INT8" if "down_proj" in name else "INT4") for name, kind in kinds.items())
     complains(capsys, "int8_layers=nowhere", *common, "--set", "int8_layers=nowhere")
+    beyond = ("--set", "int4_share=0.9", "--set", "int8_layers=down_proj")
+    complains(capsys, "int4_share=0.9: out of reach", *common, "--dry-run", *beyond)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_inspect_makes_no_json_that_nobody_asked_for(capsys, converted, monkeypatch):
+    def never(report):
+        raise AssertionError("asked for JSON")
+
+    monkeypatch.setattr("fqjax.report.report.Report.to_json", never)
+    assert run(capsys, "inspect", converted / "out")[0] == 0
 
 
 def test_inspect_takes_a_float_model(capsys, converted):
@@ -264,6 +274,8 @@ def test_bad_requests_of_the_other_commands(capsys, converted, tmp_path):
     complains(capsys, "--kv-cache fp8: expected int8", "eval", out, "--text", tmp_path / "x", "--kv-cache", "fp8")
     complains(capsys, "top_p 2.0", "generate", out, "--prompt", "x", "--top-p", 2)
     complains(capsys, "max_new_tokens 0", "generate", out, "--prompt", "x", "--max-new-tokens", 0)
+    complains(capsys, "max_new_tokens 9999999999", "generate", out, "--prompt", "x", "--max-new-tokens", 9999999999)
+    complains(capsys, "temperature inf", "generate", out, "--prompt", "x", "--temperature", "inf")
     complains(capsys, "directory does not exist", "inspect", out, "--json", tmp_path / "no" / "where.json")
     complains(capsys, "cannot be written", "inspect", out, "--json", tmp_path)
     complains(capsys, "no quantized layer", "inspect", converted / "source", "--plot", tmp_path / "plots")

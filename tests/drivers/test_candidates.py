@@ -2,9 +2,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fqjax.drivers.assemble import assemble
 from fqjax.drivers.candidates import Outline, costs_by_bits, layer_inputs, layer_options, select
+from fqjax.drivers.settings import Allocation
 from fqjax.drivers.statistics import Statistics
 from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
@@ -72,6 +75,31 @@ def test_an_option_takes_the_bytes_of_the_layer_made_of_it(seen, scheme, bias):
     for option in layer_options(linear, seen, method):
         layer = assemble("a", linear, option.grid.round(inputs.weight), inputs, "{}", macs=1)
         assert layer.nbytes == option.bytes
+
+
+@pytest.mark.parametrize("selection", ["sensitivity", "kl", "budget"])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), share=st.floats(0, 0.99))
+def test_every_selection_keeps_the_share_whatever_layers_have_no_option_in_int4(selection, data, share):
+    layers = st.tuples(st.booleans(), st.integers(0, 9), st.floats(0.01, 1))
+    drawn = data.draw(st.lists(layers, min_size=1, max_size=8).filter(lambda some: sum(m for _, m, _ in some) > 0))
+    options = {
+        str(i): [
+            Outline(bits=bits, error=error / bits, divergence=error / bits, width=256, bytes=bits)
+            for bits in ((8, 4) if able else (8,))
+        ]
+        for i, (able, _, error) in enumerate(drawn)
+    }
+    macs = {str(i): m for i, (_, m, _) in enumerate(drawn)}
+    costs = {str(i): error for i, (*_, error) in enumerate(drawn)}
+    allocation = Allocation(selection=selection, int4_share=share)
+    able = sum(macs[name] for name, some in options.items() if len(some) > 1)
+    if able < share * sum(macs.values()):
+        with pytest.raises(InputError, match=r"^int4_share=.*: out of reach, as layers kept in INT8"):
+            select(options, macs, 400, allocation, lambda: costs)
+        return
+    picked = select(options, macs, 400, allocation, lambda: costs)
+    assert sum(macs[name] for name in options if picked[name].bits == 4) >= share * sum(macs.values())
 
 
 @pytest.mark.parametrize(("saved", "chosen"), [(0.5, 4), (0.1, 8)])

@@ -59,6 +59,17 @@ def test_a_model_without_bos_needs_one_named():
         perplexity(Bigram(), np.zeros(50, int), 6)
 
 
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_without_windows_is_refused(batch_size):
+    with pytest.raises(InputError, match=f"batch_size {batch_size}: expected at least 1"):
+        perplexity(Bigram(), np.zeros(50, int), 6, bos_token_id=1, batch_size=batch_size)
+
+
+def test_a_token_that_int32_cannot_hold_is_refused():
+    with pytest.raises(InputError, match="token 4294967297: expected a token id"):
+        perplexity(Bigram(), np.full(50, 2**32 + 1), 6, bos_token_id=1)
+
+
 def test_what_does_not_fit_the_model_is_named(tmp_path):
     model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS["opt"]), jnp.float32)
     with pytest.raises(InputError, match="65 tokens.*64 positions"):

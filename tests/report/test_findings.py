@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ from flax import nnx
 
 import fqjax
 from fqjax.report.findings import FILE, Findings, read_findings
-from fqjax.report.plots import _place, activation_channels, weight_channels
+from fqjax.report.plots import _place, activation_channels, plot_report, weight_channels
 from fqjax.report.report import quantized_layers
 from fqjax.runtime.errors import InputError
 
@@ -25,6 +27,26 @@ def test_the_trade_off_takes_the_cheapest_layer_for_its_arithmetic_first():
 def test_a_layer_that_stays_in_int8_is_counted():
     found = Findings({}, FOUND.costs | {"c": {8: 0.3}})
     np.testing.assert_allclose(found.trade_off(MACS), [(0, 0.4), (0.1, 0.6), (0.2, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("macs", "shares"),
+    [({"b": 0}, [0, 8 / 9, 1, 1]), ({"a": 0, "b": 0}, [0, 1, 1, 1]), ({"a": 0, "b": 0, "c": 0}, [0, 0, 0, 0])],
+)
+def test_layers_that_calibration_never_reached_come_last_in_the_trade_off(macs, shares):
+    points = FOUND.trade_off(MACS | macs)
+    np.testing.assert_allclose([share for share, _ in points], shares)
+    assert points[0][1] == pytest.approx(0.1) and points[-1][1] == pytest.approx(1.6)
+
+
+def test_a_report_on_layers_that_calibration_never_reached_is_shown_and_drawn(tmp_path):
+    model, report = fqjax.quantize(Two(), "w8a8", [jnp.ones((4, 64))])
+    rows = tuple(dataclasses.replace(row, macs=0) for row in report.layers)
+    found = Findings({}, {row.name: {8: 0.0, 4: 0.1} for row in rows})
+    never = dataclasses.replace(report, layers=rows, findings=found)
+    assert never.int4_mac_share == never.expansion == 0 and len(never.to_json()["trade_off"]) == 3
+    assert never.table().row_count == 2
+    assert {path.name for path in plot_report(model, never, tmp_path)} >= {"layers.png", "int4_share.png"}
 
 
 @pytest.mark.parametrize("costs", [{}, {"a": {4: 1.0}}, {"a": {8: 1.0}}])
