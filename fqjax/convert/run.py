@@ -70,8 +70,10 @@ def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, CalibrationRecord
     """Converts; returns the model with shapes in place of arrays."""
     scheme = made.conversion.scheme
     store, record = DirectoryStore(staging), None
-    source = StreamedModel(made.directory, *made.architecture, equalized=scheme.method != "none" and scheme.equalize)
-    if scheme.method != "none":
+    source = StreamedModel(
+        made.directory, *made.architecture, equalized=scheme.method is not None and scheme.method.equalize
+    )
+    if scheme.method is not None:
         record = quantize_blocks(
             store, source.chain(), made.selection.linears, scheme, made.batches, functools.partial(_keep, store)
         )
@@ -84,7 +86,7 @@ def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, CalibrationRecord
         writer.add(path, replace_modules(blocks[path], layers))  # No name holds the block while the next one is read.
         del layers
     for name in source.outer:
-        writer.add(name, _outer_module(source, name, int8_head=scheme.int8_head))
+        writer.add(name, _outer_module(source, name, int8_head=scheme.head == "int8"))
     source.check_unchanged()
     model = writer.finish(made.tokenizer, record)
     publish(finished, made.conversion.out)

@@ -50,8 +50,8 @@ from fqjax.models.chain import Chain, Feed, run
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.memory import give_back
 
-DAMPINGS = tuple(DAMPING * 10**i for i in range(4))
-"""Tried one after the other until the damped moments have a Cholesky factor; the first has always been enough so far."""
+DAMPING_RAISES = 3
+"""How often ten times the damping is tried where the damped moments have no Cholesky factor."""
 UNUSED = 1e-3
 """How much a row counts that is not sent to an expert, next to one of which nothing else is used: what an expert that
 calibration never or hardly reached is rounded by."""
@@ -106,6 +106,7 @@ def compensated(
     feed: Feed,
     inputs: Iterable[tuple[Any, Any]],
     upstream: float,
+    damping: float = DAMPING,
 ) -> dict[str, Callable[[], Int[Array, "n k"]]]:
     """Round the weights of a block's quantized layers anew; all are named by their dotted path in the block.
 
@@ -117,6 +118,7 @@ def compensated(
       feed: the batches.
       inputs: of the block, from the float model and from the quantized blocks in front; gone through once, if at all.
       upstream: r above.
+      damping: of the moments, relative to the mean of their diagonal; more where there is no Cholesky factor.
 
     Returns:
       For each layer what rounds its weight to codes; called once each, as the moments are used up.
@@ -129,7 +131,7 @@ def compensated(
 
     def codes(short: str) -> Int[Array, "n k"]:
         found = moments().pop(short)
-        rounded = _rounded(linears[short].kernel[...].T, plans[short], found)
+        rounded = _rounded(linears[short].kernel[...].T, plans[short], found, damping)
         give_back()
         return rounded
 
@@ -237,7 +239,7 @@ def _taken(module: nnx.Module) -> dict[str, tuple[Float32[Array, "rows k"], Floa
     return {path: (tap.seen.get_value(), tap.counts.get_value()) for path, tap in taps.items()}
 
 
-def _rounded(weight: Float[Array, "n k"], plan: LayerPlan, moments: Moments) -> Int[Array, "n k"]:
+def _rounded(weight: Float[Array, "n k"], plan: LayerPlan, moments: Moments, damping: float) -> Int[Array, "n k"]:
     """The weight that makes up for the errors in its input, rounded so that it makes up for its own.
 
     The moments are used up.  It goes step by step, so that no more arrays of their size are there at once than must be.
@@ -246,40 +248,46 @@ def _rounded(weight: Float[Array, "n k"], plan: LayerPlan, moments: Moments) -> 
     """
     target = _transformed(weight, plan.transform)
     if moments.cross is not None:
-        aim = jax.block_until_ready(_aim_of(target, *moments))
+        aim = jax.block_until_ready(_aim_of(target, *moments, damping=damping))
         moments.cross.delete()
-        target = _solved(moments.gram, aim, target)
+        target = _solved(moments.gram, aim, target, damping)
         del aim
-    factored = _factored(moments.gram)
+    factored = _factored(moments.gram, damping)
     moments.gram.delete()
     prepared = jax.block_until_ready(_invert(factored))
     return jax.block_until_ready(_round_in_order(target, plan.grid, prepared))
 
 
 def _solved(
-    gram: Float32[Array, "k k"], aim: Float32[Array, "k n"], weight: Float32[Array, "n k"]
+    gram: Float32[Array, "k k"], aim: Float32[Array, "k n"], weight: Float32[Array, "n k"], least: float
 ) -> Float32[Array, "n k"]:
     """The weight that ``aim`` asks for, with the least damping with which there is one."""
-    found, finite = _solve_ridge(gram, aim, damping=DAMPING)
-    for damping in DAMPINGS[1:]:
+    found, finite = _solve_ridge(gram, aim, damping=least)
+    for damping in _more(least):
         if bool(finite):
             break
-        found, finite = _solve_ridge(gram, _aim_of_more(aim, weight, gram, damping=damping), damping=damping)
+        more = _aim_of_more(aim, weight, gram, damping=damping, before=least)
+        found, finite = _solve_ridge(gram, more, damping=damping)
     return found
 
 
-def _factored(gram: Float32[Array, "k k"]) -> Factored:
+def _factored(gram: Float32[Array, "k k"], least: float) -> Factored:
     """The Cholesky factor with the least damping with which there is one."""
-    found = _factorize(gram, damping=DAMPING)
-    for damping in DAMPINGS[1:]:
+    found = _factorize(gram, damping=least)
+    for damping in _more(least):
         if bool(found.finite):
             break
         found = _factorize(gram, damping=damping)
     return found
 
 
-_aim_of = jit(aim_of)
-_aim_of_more = functools.partial(jit, static_argnames="damping")(aim_of_more)
+def _more(damping: float) -> list[float]:
+    """Dampings to try after one that was not enough."""
+    return [damping * 10**i for i in range(1, DAMPING_RAISES + 1)]
+
+
+_aim_of = functools.partial(jit, static_argnames="damping")(aim_of)
+_aim_of_more = functools.partial(jit, static_argnames=("damping", "before"))(aim_of_more)
 _solve_ridge = functools.partial(jit, static_argnames="damping")(solve_ridge)
 _factorize = functools.partial(jit, static_argnames="damping")(functools.partial(factorize, act_order=True))
 _invert = jit(invert, donate_argnums=0)

@@ -215,10 +215,6 @@ def layer(**changes):
     return lambda m: m["layers"][LAYER].update(changes)
 
 
-def scheme(**changes):
-    return lambda m: m["schemes"][0].update(changes)
-
-
 def config(**changes):
     return lambda m: m["architecture"]["config"].update(changes)
 
@@ -240,10 +236,6 @@ MANIFESTS = [
     (lambda m: m["architecture"].update(dtype=None), "dtype None"),
     (lambda m: m["architecture"].update(name=["Llama"]), "name ['Llama']: expected text"),
     (lambda m: m["architecture"].update(config=3), "config 3: expected an object"),
-    (scheme(future=1), "schemes[0]: unknown entry 'future'"),
-    (scheme(method="gguf"), "schemes[0]: method 'gguf'"),
-    (scheme(alpha=7), "alpha=7"),
-    (scheme(int4_share="1"), "schemes[0]: int4_share '1': expected a number"),
     (layer(weight=None), "weight None: expected an object"),
     (layer(weight={"bits": 8, "zero_point": 1}), "unknown entry 'zero_point'"),
     (layer(weight={"bits": "8"}), "bits '8'"),

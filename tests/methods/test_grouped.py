@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from fqjax.core.formats.uniform import relative_error
-from fqjax.methods import LayerInputs, grouped
-from fqjax.methods.grouped import group_scales
-from fqjax.scheme import PRESETS
+from fqjax.core.layer import LayerInputs
+from fqjax.methods import AWQ, IntegerScale, RoundToNearest
+from fqjax.methods.arrays.grouped import group_scales
 
 
 def problem(k=384, n=64, outliers=1.0, seed=0):
@@ -17,18 +17,20 @@ def problem(k=384, n=64, outliers=1.0, seed=0):
     return LayerInputs(*(jnp.asarray(a, jnp.float32) for a in (w, np.abs(x).max(axis=0), x)))
 
 
-def grid(layer, bits=4, **settings):
-    scheme = dataclasses.replace(PRESETS["w4a8"], **settings)
-    return grouped.grids(layer, scheme, bits, jnp.ones(1))(jnp.int32(0))
+NEAREST = RoundToNearest()
 
 
-def error(layer, **settings):
-    return float(relative_error(grid(layer, **settings).round(layer.weight), layer.samples, layer.weight))
+def grid(layer, method=NEAREST, bits=4):
+    return method.grids(layer, bits, jnp.ones(1))(jnp.int32(0))
+
+
+def error(layer, method=NEAREST):
+    return float(relative_error(grid(layer, method).round(layer.weight), layer.samples, layer.weight))
 
 
 def test_smaller_groups_are_finer():
     layer = problem()
-    errors = [error(layer, group_size=size) for size in (32, 64, 128)]
+    errors = [error(layer, RoundToNearest(group_size=size)) for size in (32, 64, 128)]
     assert errors == sorted(errors) and errors[-1] > 1.1 * errors[0]
 
 
@@ -75,19 +77,19 @@ def test_a_group_of_zeros_does_no_harm():
 
 def test_awq_makes_room_for_channels_with_large_activations():
     layer = problem(outliers=20.0)
-    found = grid(layer, awq=True)
+    found = grid(layer, AWQ())
     assert float(found.smoothing[::16].mean()) > 2 * float(found.smoothing[1::16].mean())
-    assert error(layer, awq=True) < 0.75 * error(layer)
+    assert error(layer, AWQ()) < 0.75 * error(layer)
     alike = problem()
-    assert error(alike, awq=True) <= 1.05 * error(alike)
+    assert error(alike, AWQ()) <= 1.05 * error(alike)
 
 
-@pytest.mark.parametrize("awq", [False, True])
-def test_folded_scales_cost_little(awq):
-    layer = problem()
-    folded = grid(layer, scales="folded", awq=awq)
+@pytest.mark.parametrize("weights", [NEAREST, AWQ()])
+def test_folded_scales_cost_little(weights):
+    layer, method = problem(), IntegerScale(weights=weights, folded=True)
+    folded = grid(layer, method)
     assert folded.group_scale.dtype == jnp.int32 and folded.w_scale.shape == (64,)
     assert 1 <= int(folded.group_scale.min()) and int(folded.group_scale.max()) <= 15
     product = folded.round(layer.weight).w_codes * jnp.repeat(folded.group_scale.T, 128, axis=1)
     assert int(jnp.abs(product).max()) <= 127
-    assert error(layer, scales="folded", awq=awq) < 1.2 * error(layer, awq=awq)
+    assert error(layer, method) < 1.2 * error(layer, weights)

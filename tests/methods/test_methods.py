@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fqjax.core.formats.uniform import relative_error
-from fqjax.methods import METHODS, LayerInputs
-from fqjax.scheme import PRESETS, Scheme
+from fqjax.core.layer import LayerInputs
+from fqjax.methods import Absmax, FlattenQuant, SmoothQuant
 
 
 def problem(x_outliers=1.0, w_outliers=1.0, seed=0):
@@ -20,26 +20,24 @@ def problem(x_outliers=1.0, w_outliers=1.0, seed=0):
     return jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
 
 
-def error(method, x, w, bits, **settings):
-    scheme = dataclasses.replace(PRESETS["flattenquant"], **settings)
-    grid_of = METHODS[method](LayerInputs(w, jnp.abs(x).max(0), x), scheme, bits, jnp.asarray([scheme.max_expansion]))
+SEARCHED = FlattenQuant(threshold_rule="search", max_expansion=1.5)
+
+
+def error(method, x, w, bits):
+    grid_of = method.grids(LayerInputs(w, jnp.abs(x).max(0), x), bits, jnp.asarray([method.max_expansion]))
     wide = grid_of(jnp.int32(0)).round(w)
     return float(relative_error(wide, x, w)), wide
 
 
-def test_every_method_but_none_is_listed():
-    assert set(METHODS) | {"none"} == set(Scheme.__dataclass_fields__["method"].type.__args__)
-
-
 def test_outliers_break_absmax_and_smoothing_mends_it():
     x, w = problem(x_outliers=50)
-    assert error("smoothquant", x, w, 8)[0] < 0.2 * error("absmax", x, w, 8)[0]
+    assert error(SmoothQuant(), x, w, 8)[0] < 0.2 * error(Absmax(), x, w, 8)[0]
 
 
 def test_flattening_mends_what_smoothing_cannot():
     x, w = problem(x_outliers=50, w_outliers=50)
-    smoothed, _ = error("smoothquant", x, w, 4)
-    flattened, wide = error("flattenquant", x, w, 4, max_expansion=1.25)
+    smoothed, _ = error(SmoothQuant(), x, w, 4)
+    flattened, wide = error(dataclasses.replace(SEARCHED, max_expansion=1.25), x, w, 4)
     assert flattened < 0.3 * smoothed
     assert 1 < float(wide.expansion) <= 1.25
 
@@ -47,7 +45,7 @@ def test_flattening_mends_what_smoothing_cannot():
 @pytest.mark.parametrize("operand", ["activations", "weights"])
 def test_either_operand_can_be_kept_whole(operand):
     x, w = problem(x_outliers=50, w_outliers=50)
-    _, wide = error("flattenquant", x, w, 4, **{f"flatten_{operand}": False})
+    _, wide = error(dataclasses.replace(SEARCHED, **{f"flatten_{operand}": False}), x, w, 4)
     pieces = {"activations": wide.x_pieces, "weights": wide.w_pieces}
     assert int(pieces.pop(operand).max()) == 1
     assert int(pieces.popitem()[1].max()) > 1
@@ -56,14 +54,14 @@ def test_either_operand_can_be_kept_whole(operand):
 @pytest.mark.parametrize("budget", [1.0, 1.01, 1.05])
 def test_the_expansion_is_capped(budget):
     x, w = problem(x_outliers=30, w_outliers=30)
-    _, wide = error("flattenquant", x, w, 4, max_expansion=budget)
+    _, wide = error(dataclasses.replace(SEARCHED, max_expansion=budget), x, w, 4)
     assert float(wide.expansion) <= budget
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_stay_within_their_pieces(bits):
     x, w = problem(x_outliers=30, w_outliers=30)
-    _, wide = error("flattenquant", x, w, bits)
+    _, wide = error(SEARCHED, x, w, bits)
     limit = 2 ** (bits - 1) - 1
     assert (np.abs(wide.w_codes).max(axis=0) <= limit * np.asarray(wide.w_pieces)).all()
     # No channel has a piece more than its codes need.
@@ -73,6 +71,6 @@ def test_codes_stay_within_their_pieces(bits):
 def test_a_dead_channel_does_no_harm():
     x, w = problem()
     x, w = x.at[:, 0].set(0), w.at[:, 1].set(0)
-    for method in METHODS:
+    for method in (Absmax(), SmoothQuant(), SEARCHED):
         value, wide = error(method, x, w, 8)
         assert value < 1e-3 and np.isfinite(wide.multiplier).all()

@@ -1,15 +1,6 @@
-"""Grouped weights: a scale for every output channel and every group of input channels.  Activations have one for every token,
-or, with 16 bits, stay as they are.
+"""Plans with grouped weights, with AWQ's scaling and with folded scales (:class:`fqjax.methods.base.GroupedMethod`)."""
 
-Nothing is flattened: a group keeps the codes of its neighbours fine where a channel is large.  The scale of a group is the
-one of several that rounds its weights best on the calibration inputs, the largest weight over 7.5 among them.
-
-With ``awq`` (Lin et al., MLSys 2024, arXiv 2306.00978), input channels with large activations are first made larger in the
-weight, which gives them more of the group's codes: ``s = mean|x| ** r``, with the exponent that serves the layer's output
-best.  AWQ folds s into the layer in front; here quantizing the activations divides by it, so every layer has its own.
-"""
-
-import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
@@ -17,57 +8,73 @@ from jaxtyping import Array, Float32
 
 from fqjax.core.codes import qmax
 from fqjax.core.formats.grouped import Grouped, GroupedGrid
-from fqjax.core.inputs import Floating, FloatingInput, PerToken, PerTokenInput, StoredInput
+from fqjax.core.inputs import FLOATING_BITS, Floating, FloatingInput, PerToken, PerTokenInput, StoredInput
 from fqjax.core.integer_scale import fold_scales
 from fqjax.core.layer import LayerInputs, LayerPlan
 from fqjax.core.transforms.diagonal import Diagonal
-from fqjax.scheme import Scheme
+from fqjax.methods.base import GroupedMethod
 
 EXPONENTS = tuple(i / 20 for i in range(20))
 SHRINKS = tuple(1 - i / 20 for i in range(11))
 """What is tried for the largest weight of a group, relative to it."""
 
 
-def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
-    """The one plan of a layer; see :mod:`fqjax.methods` for the arguments."""
-    smoothing = _awq_smoothing(layer, scheme, bits) if scheme.awq else jnp.ones_like(layer.x_max)
-    return [_plan(layer, smoothing, scheme, bits, SHRINKS)]
-
-
-def formats(scheme: Scheme, bits: int) -> tuple[Grouped, type[StoredInput]]:
-    """What is stored of a layer: the weight's format, and the quantizer of its input."""
-    integer = scheme.scales != "float"
+def formats(
+    method: GroupedMethod, bits: int, scales: Literal["float", "integer", "folded"] = "float"
+) -> tuple[Grouped, type[StoredInput]]:
+    """What is stored of a layer: the weight's format, with scales of some kind, and the quantizer of its input."""
     form = Grouped(
         bits=bits,  # pyright: ignore[reportArgumentType]
-        group_size=scheme.group_size,
-        scales=scheme.scales,
-        granularity="channel" if integer else "tensor",
+        group_size=method.group_size,
+        scales=scales,
+        granularity="tensor" if scales == "float" else "channel",
     )
-    return form, FloatingInput if bits == 4 and scheme.int4_activation_bits == 16 else PerTokenInput
+    return form, FloatingInput if activation_bits(method, bits) == FLOATING_BITS else PerTokenInput
+
+
+def activation_bits(method: GroupedMethod, bits: int) -> int:
+    """Bits of the activations of a layer whose weight has ``bits``."""
+    return method.activation_bits if bits == 4 else 8
+
+
+def plans(layer: LayerInputs, method: GroupedMethod, bits: int, *, awq: bool, folded: bool) -> list[LayerPlan]:
+    """The one plan of a layer.
+
+    Args:
+      layer, bits: see :meth:`fqjax.drivers.method.Method.plans`.
+      method: its ``group_size`` and ``activation_bits``.
+      awq: whether input channels are scaled by their activations first.
+      folded: whether scales are integers that are multiplied into the codes.
+    """
+    smoothing = _awq_smoothing(layer, method, bits, folded) if awq else jnp.ones_like(layer.x_max)
+    return [_plan(layer, smoothing, method, bits, SHRINKS, folded)]
 
 
 def _plan(
-    layer: LayerInputs, smoothing: Float32[Array, " k"], scheme: Scheme, bits: int, shrinks: tuple[float, ...]
+    layer: LayerInputs,
+    smoothing: Float32[Array, " k"],
+    method: GroupedMethod,
+    bits: int,
+    shrinks: tuple[float, ...],
+    folded: bool,
 ) -> LayerPlan:
     k = len(smoothing)
-    padding = ((0, 0), (0, -k % scheme.group_size))  # The last group may have fewer channels.
+    padding = ((0, 0), (0, -k % method.group_size))  # The last group may have fewer channels.
     weight, samples = jnp.pad(layer.weight * smoothing, padding), jnp.pad(layer.samples / smoothing, padding)
-    scales = group_scales(weight, samples, scheme.group_size, bits, shrinks)
+    scales = group_scales(weight, samples, method.group_size, bits, shrinks)
     unit = jnp.float32(1)
-    if scheme.scales == "folded":
+    if folded:
         scales, unit = fold_scales(weight, scales, jnp.mean(samples**2, axis=0))
-    x_bits = scheme.int4_activation_bits if bits == 4 else 8
-    form, _ = formats(scheme, bits)
-    if scheme.scales == "integer":  # They become integers once the codes are known.
-        form = dataclasses.replace(form, scales="float", granularity="tensor")
+    x_bits = activation_bits(method, bits)
+    form, _ = formats(method, bits, "folded" if folded else "float")
     return LayerPlan(
         transform=Diagonal(factors=smoothing),
-        inputs=Floating() if x_bits == 16 else PerToken.of(x_bits),
+        inputs=Floating() if x_bits == FLOATING_BITS else PerToken.of(x_bits),
         grid=GroupedGrid(scale=unit, group_scale=scales, format=form),
     )
 
 
-def _awq_smoothing(layer: LayerInputs, scheme: Scheme, bits: int) -> Float32[Array, " k"]:
+def _awq_smoothing(layer: LayerInputs, method: GroupedMethod, bits: int, folded: bool) -> Float32[Array, " k"]:
     """The smoothing with the least error of the layer's output on the samples, scales from the largest weight of a group."""
     exact = layer.samples @ layer.weight.T
     mean = jnp.mean(jnp.abs(layer.samples), axis=0)
@@ -77,7 +84,7 @@ def _awq_smoothing(layer: LayerInputs, scheme: Scheme, bits: int) -> Float32[Arr
         return factors / jnp.sqrt(jnp.max(factors) * jnp.min(factors))
 
     def error(exponent: Array) -> Array:
-        plan = _plan(layer, smoothing(exponent), scheme, bits, (1.0,))
+        plan = _plan(layer, smoothing(exponent), method, bits, (1.0,), folded)
         return jnp.sum((plan.product(layer.samples, plan.round(layer.weight)) - exact) ** 2)
 
     exponents = jnp.asarray(EXPONENTS)
