@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.formats.uniform import relative_error
-from fqjax.methods import METHODS, LayerInputs
+from fqjax.core.layer import LayerInputs, relative_error
+from fqjax.methods import FORMATS, METHODS
 from fqjax.scheme import PRESETS, Scheme
 
 
@@ -21,14 +21,25 @@ def problem(x_outliers=1.0, w_outliers=1.0, seed=0):
 
 
 def error(method, x, w, bits, **settings):
+    """The error of a layer's output, and its plan: the one that may be flattened the most."""
     scheme = dataclasses.replace(PRESETS["flattenquant"], **settings)
-    grid_of = METHODS[method](LayerInputs(w, jnp.abs(x).max(0), x), scheme, bits, jnp.asarray([scheme.max_expansion]))
-    wide = grid_of(jnp.int32(0)).round(w)
-    return float(relative_error(wide, x, w)), wide
+    inputs = LayerInputs(w, jnp.abs(x).max(0), x)
+    plan = METHODS[method](inputs, scheme, bits)[-1]
+    return float(relative_error(plan, plan.round(w), inputs)), plan
 
 
 def test_every_method_but_none_is_listed():
     assert set(METHODS) | {"none"} == set(Scheme.__dataclass_fields__["method"].type.__args__)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_method_says_what_it_stores(method, bits):
+    """The format of its grid, but for scales that become integers afterwards, and the kind of stored input."""
+    x, w = problem()
+    plan = error(method, x, w, bits)[1]
+    scheme = dataclasses.replace(PRESETS["flattenquant"])
+    assert FORMATS[method](scheme, bits) == (plan.grid.format, plan.inputs.runs)
 
 
 def test_outliers_break_absmax_and_smoothing_mends_it():
@@ -39,16 +50,16 @@ def test_outliers_break_absmax_and_smoothing_mends_it():
 def test_flattening_mends_what_smoothing_cannot():
     x, w = problem(x_outliers=50, w_outliers=50)
     smoothed, _ = error("smoothquant", x, w, 4)
-    flattened, wide = error("flattenquant", x, w, 4, max_expansion=1.25)
+    flattened, plan = error("flattenquant", x, w, 4, max_expansion=1.25)
     assert flattened < 0.3 * smoothed
-    assert 1 < float(wide.expansion) <= 1.25
+    assert 1 < float(plan.expansion(256)) <= 1.25
 
 
 @pytest.mark.parametrize("operand", ["activations", "weights"])
 def test_either_operand_can_be_kept_whole(operand):
     x, w = problem(x_outliers=50, w_outliers=50)
-    _, wide = error("flattenquant", x, w, 4, **{f"flatten_{operand}": False})
-    pieces = {"activations": wide.x_pieces, "weights": wide.w_pieces}
+    _, plan = error("flattenquant", x, w, 4, **{f"flatten_{operand}": False})
+    pieces = {"activations": plan.inputs.pieces, "weights": plan.grid.pieces}
     assert int(pieces.pop(operand).max()) == 1
     assert int(pieces.popitem()[1].max()) > 1
 
@@ -56,23 +67,23 @@ def test_either_operand_can_be_kept_whole(operand):
 @pytest.mark.parametrize("budget", [1.0, 1.01, 1.05])
 def test_the_expansion_is_capped(budget):
     x, w = problem(x_outliers=30, w_outliers=30)
-    _, wide = error("flattenquant", x, w, 4, max_expansion=budget)
-    assert float(wide.expansion) <= budget
+    _, plan = error("flattenquant", x, w, 4, max_expansion=budget)
+    assert float(plan.expansion(256)) <= budget
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_stay_within_their_pieces(bits):
     x, w = problem(x_outliers=30, w_outliers=30)
-    _, wide = error("flattenquant", x, w, bits)
-    limit = 2 ** (bits - 1) - 1
-    assert (np.abs(wide.w_codes).max(axis=0) <= limit * np.asarray(wide.w_pieces)).all()
+    _, plan = error("flattenquant", x, w, bits)
+    largest, limit = np.abs(plan.round(w)).max(axis=0), 2 ** (bits - 1) - 1
+    assert (largest <= limit * np.asarray(plan.grid.pieces)).all()
     # No channel has a piece more than its codes need.
-    assert (np.abs(wide.w_codes).max(axis=0) > limit * (np.asarray(wide.w_pieces) - 1)).all()
+    assert (largest > limit * (np.asarray(plan.grid.pieces) - 1)).all()
 
 
 def test_a_dead_channel_does_no_harm():
     x, w = problem()
     x, w = x.at[:, 0].set(0), w.at[:, 1].set(0)
     for method in METHODS:
-        value, wide = error(method, x, w, 8)
-        assert value < 1e-3 and np.isfinite(wide.multiplier).all()
+        value, plan = error(method, x, w, 8)
+        assert value < 1e-3 and np.isfinite(1 / plan.transform.factors).all()
