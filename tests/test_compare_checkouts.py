@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from checkout_comparison import Comparison, Measured, compare, exit_code, table
 from flax import nnx
-from fqjax.linear import LayerSummary, QuantizedLinear
-from fqjax.qtensor import InputQuantizer, QTensor
 
-from fqjax.report import report_of
-from fqjax.scheme import PRESETS
+from fqjax.core.formats.grouped import Grouped
+from fqjax.core.formats.uniform import Uniform
+from fqjax.core.inputs import FloatingInput, StaticInput
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.record import Figures
+from fqjax.report.report import report_of
 
 ARRAYS = {
     "mlp": {"codes": np.array([[3, -4]], np.int8), "scale": np.float32([0.5]), "output": np.float32([1, 2])},
@@ -79,8 +81,9 @@ def flattened():
     source, part = np.zeros(104, np.int32), np.full(104, 1 << 20, np.int32)
     source[:2], part[:2] = 3, (1, 2)
     codes = np.where(np.arange(128) < 26, rng.integers(-127, 128, (16, 128)), 0)
-    weight = QTensor.from_codes(jnp.int8(codes), jnp.float32(0.01), 8)
-    quantizer = InputQuantizer(jnp.float32(rng.uniform(20, 60, 24)), source, part, jnp.float32(0.03), bits=8, used=2)
+    weight = Uniform(bits=8).store(jnp.int8(codes), jnp.float32(0.01))
+    multiplier, channels = jnp.float32(rng.uniform(20, 60, 24)), {"source": source, "part": part}
+    quantizer = StaticInput(multiplier=multiplier, **channels, scale=jnp.float32(0.03), bits=8)
     return weight, quantizer, jnp.ones(16, jnp.bfloat16)
 
 
@@ -88,15 +91,15 @@ def weight_only():
     """A layer in INT4 with a scale for each group, whose activations are in floating point."""
     rng = np.random.default_rng(0)
     codes = np.where(np.arange(256) < 24, rng.integers(-8, 8, (16, 256)), 0)
-    weight = QTensor.from_codes(jnp.int8(codes), jnp.float32(1), 4, jnp.float32(rng.uniform(0.1, 0.2, (2, 16))))
-    padding = np.full(232, 1 << 20, np.int32)
-    return weight, InputQuantizer(jnp.ones(24), np.zeros(232, np.int32), padding, None, bits=16, used=0), None
+    weight = Grouped(bits=4).store(jnp.int8(codes), jnp.float32(1), jnp.float32(rng.uniform(0.1, 0.2, (2, 16))))
+    padding = {"source": np.zeros(232, np.int32), "part": np.full(232, 1 << 20, np.int32)}
+    return weight, FloatingInput(multiplier=jnp.ones(24), **padding), None
 
 
 @pytest.fixture(scope="module", params=[flattened, weight_only])
 def layer(request):
-    summary = LayerSummary(scheme=PRESETS["w8a8"], relative_error=0.0, accumulator_bound=127 * 127 * 128, macs=384)
-    return QuantizedLinear(*request.param(), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, summary=summary)
+    figures = Figures(accumulator_bound=127 * 127 * 128, macs=384)
+    return QuantizedLinear(*request.param(), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, figures=figures)
 
 
 def test_numbers_of_a_layer_give_its_output(layer):

@@ -78,7 +78,10 @@ def count_pieces(channel_max: Float[Array, " k"], threshold: Float[Array, ""] | 
 
 
 def lay_out(
-    x_pieces: Int[np.ndarray, " k"] | None, w_pieces: Int[np.ndarray, " k"] | None, inputs: int, multiple: int
+    x_pieces: Int[Array, " k"] | Int[np.ndarray, " k"] | None,
+    w_pieces: Int[Array, " k"] | Int[np.ndarray, " k"] | None,
+    inputs: int,
+    multiple: int,
 ) -> Channels:
     """List the extra channels, by original channel, then activation piece, then weight piece, and pad K'.
 

@@ -113,4 +113,6 @@ def _decoded(structure: Any, arrays: Mapping[str, np.ndarray]) -> Any:
             return from_json("formats", described)
         case {"record": name, "fields": fields}:
             return RECORDS[name](**{key: _decoded(field, arrays) for key, field in fields.items()})
+        case dict() | list():
+            raise ValueError(f"no structure of a value: {json.dumps(structure)[:80]}")
     return structure

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ import fqjax
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.convert import run as conversion
 from fqjax.convert.plan import estimated_bytes
-from fqjax.drivers.store import DirectoryMemo
+from fqjax.drivers.calibrate import Calibrate
+from fqjax.drivers.rounding import RoundCompensated, RoundNearest
+from fqjax.drivers.store import DirectoryStore
+from fqjax.drivers.trial import Trial
 from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
 from tests.conftest import edit_tensor, make_checkpoint
@@ -62,7 +66,18 @@ def test_every_scheme_converts(asked, scheme):
     assert np.isfinite(variants.logits(fqjax.load(asked.out), tokens)).all()
 
 
-STEPS = {"keep_options": 3, "keep_statistics": 1, "sensitivities": 1, "layer": 4, "keep_finished": 1, "_carry": 2}
+STEPS = {
+    "options": 3,
+    "outlines": 5,
+    "statistics": 1,
+    "span": 8,
+    "sensitivities": 1,
+    "chosen": 1,
+    "costs": 1,
+    "finished": 4,
+    "activations": 2,
+}
+"""Kinds of what a conversion finds out; how many of them are kept before it is interrupted."""
 
 
 @pytest.mark.sample(2)
@@ -70,17 +85,19 @@ STEPS = {"keep_options": 3, "keep_statistics": 1, "sensitivities": 1, "layer": 4
 def test_an_interrupted_conversion_resumes_to_the_same_bits(asked, monkeypatch, tmp_path, step):
     whole = replace(asked, out=tmp_path / "whole")
     conversion.convert(conversion.plan(whole))
-    original, calls = getattr(DirectoryMemo, step), []
+    method = "_carry" if step == "activations" else "__setitem__"
+    original, calls = getattr(DirectoryStore, method), []
 
-    def stop_after(self, *args, **kwargs):
-        result = original(self, *args, **kwargs)
-        calls.append(args)
+    def stop_after(self, key, value):
+        result = original(self, key, value)
+        if step == ("activations" if isinstance(key, Path) else key[0]):
+            calls.append(key)
         if len(calls) == STEPS[step]:
             raise KeyboardInterrupt
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(DirectoryMemo, step, stop_after)
+        patch.setattr(DirectoryStore, method, stop_after)
         with pytest.raises(KeyboardInterrupt):
             conversion.convert(conversion.plan(asked))
     assert not asked.out.exists()
@@ -96,8 +113,8 @@ def test_what_was_remembered_is_not_computed_again(asked, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         conversion.convert(conversion.plan(asked))
     monkeypatch.undo()
-    for name in ("watch", "sensitivities", "assemble"):
-        monkeypatch.setattr(sys.modules["fqjax.drivers.pipeline"], name, _interrupt)
+    for one in (Calibrate, Trial, RoundNearest, RoundCompensated):
+        monkeypatch.setattr(one, "block", _interrupt)
     conversion.convert(conversion.plan(asked), resume=True)
 
 
@@ -112,11 +129,11 @@ def test_a_killed_conversion_leaves_no_directory_that_looks_complete(asked, tmp_
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     staging = conversion.staging_directory(asked.out)
     deadline = time.time() + 120
-    while not list(staging.glob("*.int4.*.npz")) and time.time() < deadline:
+    while not list(staging.glob("options.*.safetensors")) and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(staging.glob("*.int4.*.npz")) and not asked.out.exists()
+    assert list(staging.glob("options.*.safetensors")) and not asked.out.exists()
     assert subprocess.run([*command, "--resume"], stdout=subprocess.DEVNULL).returncode == 0
     assert not staging.exists() and fqjax.load(asked.out)
 
@@ -215,6 +232,6 @@ def test_an_fqjax_checkpoint_is_no_source(asked):
 def test_the_manifest_names_scheme_and_architecture(asked):
     conversion.convert(conversion.plan(asked))
     manifest = json.loads((asked.out / "fqjax.json").read_text())
-    assert manifest["schemes"][0]["name"] == "flattenquant"
+    assert manifest["recipes"][0]["name"] == "flattenquant"
     assert manifest["architecture"]["name"] == "LlamaForCausalLM"
-    assert manifest["format_version"] == 1 and len(manifest["layers"]) == 8
+    assert manifest["format_version"] == 2 and len(manifest["layers"]) == 8

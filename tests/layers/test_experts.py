@@ -13,7 +13,7 @@ from fqjax.drivers.candidates import Outline
 from fqjax.drivers.statistics import calibrate
 from fqjax.drivers.ties import choices, units_of
 from fqjax.layers.experts import route, run_all, run_chosen
-from fqjax.layers.stacked import StackedExperts, quantized_layers, stack, stacked, unstacked, widened
+from fqjax.layers.stacked import StackedExperts, quantized_layers, stack, stacked, unstacked
 from fqjax.layers.surgery import find_linears, select_linears
 from fqjax.runtime.errors import InputError
 from tests.models import variants
@@ -300,7 +300,7 @@ def test_a_wider_layer_computes_the_same(scheme):
     linear = nnx.Linear(80, 48, use_bias=False, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (30, 80))
     layer = fqjax.quantize(nnx.Sequential(linear), scheme, [x])[0].layers[0]
-    wider = widened(layer, layer.weight.get_value().shape[1] + 256)
+    wider = layer.widened(layer.sizes.width + 256)
     assert wider.weight.get_value().shape[1] == wider.input.get_value().width == layer.input.get_value().width + 256
     np.testing.assert_array_equal(wider(x), layer(x))
     assert stack([layer, wider]) is None and stack([wider, wider]) is not None

@@ -10,12 +10,13 @@ from flax import nnx
 from rich.console import Console
 
 import fqjax
+from fqjax.core.formats.grouped import group_sums_of
+from fqjax.core.inputs import PerToken
 from fqjax.core.integer_scale import scaled_bound
 from fqjax.core.overflow import LIMIT
+from fqjax.core.transforms.base import Recipe
 from fqjax.layers import integer_scales as module
-from fqjax.layers.linear import QuantizedLinear, group_sums_of, measured_bound
 from fqjax.layers.stacked import quantized_layers
-from fqjax.models.chain import Simulated
 from fqjax.runtime.errors import InputError
 
 GROUPED = [name for name in fqjax.PRESETS if name.startswith("w4a")]
@@ -119,7 +120,7 @@ def test_integer_scales_for_any_grouped_model(model, data, name, size):
         weight, old = layer.weight.get_value(), quantized_layers(before)[path].weight.get_value()
         np.testing.assert_array_equal(weight.codes, old.codes)
         assert weight.group_scale.dtype == jnp.int16 and int(weight.group_scale.min()) >= 1
-        assert layer.summary.accumulator_bound <= LIMIT
+        assert layer.figures.accumulator_bound <= LIMIT
     np.testing.assert_allclose(error(model, after, data[-1]), error(model, before, data[-1]), rtol=0.03)
 
 
@@ -158,7 +159,7 @@ def test_one_step_past_the_bound_is_refused_when_built_and_when_loaded(tmp_path,
     only = jnp.ones_like(weight.group_scale)
     safe, unsafe = (only.at[0, column].set(value) for value in (most - 10, most + 10))
     assert scaled_bound(sums, np.asarray(safe), 127, 4) <= LIMIT < scaled_bound(sums, np.asarray(unsafe), 127, 4)
-    assert with_weight(layer, dataclasses.replace(weight, group_scale=safe)).summary.accumulator_bound <= LIMIT
+    assert with_weight(layer, dataclasses.replace(weight, group_scale=safe)).figures.accumulator_bound <= LIMIT
     with pytest.raises(InputError, match="int32 accumulator could reach"):
         with_weight(layer, dataclasses.replace(weight, group_scale=unsafe))
     model = nnx.Dict({"first": with_weight(layer, dataclasses.replace(weight, group_scale=safe))})
@@ -173,10 +174,10 @@ def test_one_step_past_the_bound_is_refused_when_built_and_when_loaded(tmp_path,
 
 
 def with_weight(layer, weight):
-    bound = measured_bound(weight, layer.input.get_value())
-    summary = dataclasses.replace(layer.summary, accumulator_bound=bound)
-    kinds = {"dtype": layer.dtype, "param_dtype": layer.param_dtype, "summary": summary}
-    return QuantizedLinear(weight, layer.input.get_value(), layer.bias[...], **kinds)
+    quantizer = layer.input.get_value()
+    return layer.changed(
+        weight, quantizer, dataclasses.replace(layer.figures, accumulator_bound=weight.bound(quantizer.qmax))
+    )
 
 
 def test_a_model_without_groups_is_refused(model, data):
@@ -187,8 +188,12 @@ def test_a_model_without_groups_is_refused(model, data):
 
 @pytest.mark.parametrize("name", ["w4a8-gptq", "w4a8-integer-scale", "w4a8-integer-scale-folded-awq"])
 def test_grouped_layers_can_be_simulated(data, quantized, name):
+    """What a layer stores gives the weight on its original channels, which is all that a simulation multiplies."""
     layer = quantized_layers(quantized[name][0])["first"]
-    np.testing.assert_allclose(Simulated(layer)(data[0]), layer(data[0]), rtol=1e-4, atol=1e-4)
+    quantizer, weight = layer.input.get_value(), layer.weight.get_value()
+    rows = PerToken.of(quantizer.bits).fake(data[0], Recipe(1 / quantizer.multiplier))
+    simulated = rows @ weight.weight(quantizer.source, quantizer.part)().T + layer.bias[...]
+    np.testing.assert_allclose(simulated, layer(data[0]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("setting", ["group_size=48", "amplifier=1000", "amplifier=0", "weights=flattenquant"])

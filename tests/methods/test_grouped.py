@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.formats.uniform import relative_error
-from fqjax.core.layer import LayerInputs
+from fqjax.core.layer import LayerInputs, relative_error
 from fqjax.methods import AWQ, IntegerScale, RoundToNearest
 from fqjax.methods.arrays.grouped import group_scales
 
@@ -20,12 +19,14 @@ def problem(k=384, n=64, outliers=1.0, seed=0):
 NEAREST = RoundToNearest()
 
 
-def grid(layer, method=NEAREST, bits=4):
-    return method.grids(layer, bits, jnp.ones(1))(jnp.int32(0))
+def plan(layer, method=NEAREST, bits=4):
+    (found,) = method.plans(layer, bits)
+    return found
 
 
 def error(layer, method=NEAREST):
-    return float(relative_error(grid(layer, method).round(layer.weight), layer.samples, layer.weight))
+    found = plan(layer, method)
+    return float(relative_error(found, found.round(layer.weight), layer))
 
 
 def test_smaller_groups_are_finer():
@@ -35,9 +36,9 @@ def test_smaller_groups_are_finer():
 
 
 def test_codes_use_all_of_four_bits():
-    codes = grid(problem()).round(problem().weight).w_codes
+    codes = plan(problem()).round(problem().weight)
     assert int(codes.min()) == -8 and int(codes.max()) == 7
-    wide = grid(problem(), bits=8).round(problem().weight).w_codes
+    wide = plan(problem(), bits=8).round(problem().weight)
     assert -127 <= int(wide.min()) < -100
 
 
@@ -60,25 +61,23 @@ def test_scales_are_chosen_by_the_error_of_the_output():
 
 def test_the_last_group_may_be_short():
     layer = problem(k=300)
-    found = grid(layer)
-    assert found.group_scale.shape == (3, 64) and found.steps.shape == (64, 300)
+    grid = plan(layer).grid
+    assert grid.group_scale.shape == (3, 64) and grid.steps(300).shape == (64, 300)
     assert error(layer) < 0.03
 
 
 def test_a_group_of_zeros_does_no_harm():
     layer = problem()
     layer = dataclasses.replace(layer, weight=layer.weight.at[:, :128].set(0))
-    found = grid(layer)
-    assert (
-        bool(jnp.isfinite(found.group_scale).all())
-        and int(jnp.abs(found.round(layer.weight).w_codes[:, :128]).max()) == 0
-    )
+    found = plan(layer)
+    assert bool(jnp.isfinite(found.grid.group_scale).all())
+    assert int(jnp.abs(found.round(layer.weight)[:, :128]).max()) == 0
 
 
 def test_awq_makes_room_for_channels_with_large_activations():
     layer = problem(outliers=20.0)
-    found = grid(layer, AWQ())
-    assert float(found.smoothing[::16].mean()) > 2 * float(found.smoothing[1::16].mean())
+    factors = plan(layer, AWQ()).transform.factors
+    assert float(factors[::16].mean()) > 2 * float(factors[1::16].mean())
     assert error(layer, AWQ()) < 0.75 * error(layer)
     alike = problem()
     assert error(alike, AWQ()) <= 1.05 * error(alike)
@@ -87,9 +86,10 @@ def test_awq_makes_room_for_channels_with_large_activations():
 @pytest.mark.parametrize("weights", [NEAREST, AWQ()])
 def test_folded_scales_cost_little(weights):
     layer, method = problem(), IntegerScale(weights=weights, folded=True)
-    folded = grid(layer, method)
-    assert folded.group_scale.dtype == jnp.int32 and folded.w_scale.shape == (64,)
-    assert 1 <= int(folded.group_scale.min()) and int(folded.group_scale.max()) <= 15
-    product = folded.round(layer.weight).w_codes * jnp.repeat(folded.group_scale.T, 128, axis=1)
+    folded = plan(layer, method)
+    scales = folded.grid.group_scale
+    assert scales.dtype == jnp.int32 and folded.grid.scale.shape == (64,)
+    assert 1 <= int(scales.min()) and int(scales.max()) <= 15
+    product = folded.round(layer.weight) * jnp.repeat(scales.T, 128, axis=1)
     assert int(jnp.abs(product).max()) <= 127
     assert error(layer, method) < 1.2 * error(layer, weights)
