@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.quiet import CLOSED
 from fqjax.scheme import PRESETS, resolve_scheme
 
 app = typer.Typer(
@@ -351,7 +352,7 @@ def _complain(message: str) -> int:
 
 def _quiet_late_reads(unraisable: Any) -> None:
     """Says nothing of reads that end after a failed load closed their event loop; the failure was reported."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    if str(unraisable.exc_value) != CLOSED:
         sys.__unraisablehook__(unraisable)
 
 
