@@ -27,6 +27,7 @@ from fqjax.layers.surgery import replace_modules
 from fqjax.report.report import Report, report_of
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import CannotWrite
+from fqjax.runtime.memory import giving_back
 from fqjax.runtime.progress import track
 
 __all__ = ["Conversion", "Plan", "convert", "plan", "plan_table", "staging_directory"]
@@ -49,7 +50,7 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
     """
     start, out = time.perf_counter(), made.conversion.out
     complete = resume and is_complete(out)  # Looked at before anything is written into the staging directory.
-    with claimed(out, made.fingerprint, resume) as staging:
+    with claimed(out, made.fingerprint, resume) as staging, giving_back():
         try:
             if complete:
                 model, record = load_abstract(out), read_calibration_record(out)
