@@ -14,7 +14,7 @@ from fqjax.drivers.statistics import calibrate
 from fqjax.layers.stacked import quantized_layers
 from fqjax.layers.surgery import find_linears
 from fqjax.models.chain import Feed, chain, places, sweep
-from fqjax.scheme import PRESETS
+from fqjax.presets import PRESETS
 
 
 class Chain(nnx.Module):
