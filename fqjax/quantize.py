@@ -15,17 +15,20 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
+from fqjax.core.integer_scale import AMPLIFIER
 from fqjax.drivers.pipeline import quantize_blocks
-from fqjax.drivers.store import Memo
+from fqjax.drivers.store import Store
 from fqjax.layers.head import head_of, with_int8_head
+from fqjax.layers.integer_scales import has_float_groups, with_integer_scales
 from fqjax.layers.linear import QuantizedLinear
-from fqjax.layers.stacked import stacked
+from fqjax.layers.stacked import quantized_layers, stacked, unstacked
 from fqjax.layers.surgery import replace_modules, select_linears
 from fqjax.models.chain import chain
+from fqjax.presets import resolve_scheme
 from fqjax.report.report import Report, report_of
 from fqjax.rewrites.equalize import equalize
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import Scheme, resolve_scheme
+from fqjax.scheme import Scheme
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -57,23 +60,51 @@ def quantize(
     """
     scheme = resolve_scheme(scheme)
     start = time.perf_counter()
-    check_finite(select_linears(model, ignore).linears)
-    if scheme.int8_head:
+    check_finite(scheme.applied(select_linears(model, ignore)).linears)
+    if scheme.head:
         head_of(model)  # Before the work begins.
-    if scheme.method == "none":
-        copied = with_int8_head(model) if scheme.int8_head else nnx.clone(model)
+    if scheme.method is None:
+        copied = with_int8_head(model) if scheme.head else nnx.clone(model)
         return copied, report_of(copied)
     if calibration is None:
         raise InputError(f"scheme {scheme.name!r} needs calibration data: an iterable of model inputs")
-    model = equalize(model) if scheme.equalize else model
-    linears = select_linears(model, ignore).linears
+    model = equalize(model) if scheme.method.equalize else model
+    linears = scheme.applied(select_linears(model, ignore)).linears
     layers: dict[str, QuantizedLinear] = {}
-    findings = quantize_blocks(Memo(), chain(model, linears), linears, scheme, calibration, layers.update)
+    record = quantize_blocks(Store(), chain(model, linears), linears, scheme, calibration, layers.update)
     quantized = replace_modules(model, layers)
     layers.clear()
     stacked(quantized, in_place=True)
-    quantized = with_int8_head(quantized) if scheme.int8_head else quantized
-    return quantized, report_of(quantized, time.perf_counter() - start, findings)
+    quantized = with_int8_head(quantized) if scheme.head else quantized
+    return quantized, report_of(quantized, time.perf_counter() - start, record)
+
+
+def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = True) -> tuple[ModelT, Report]:
+    """Gives a grouped quantized model integer scales, however it was quantized.
+
+    Args:
+      model: a model with layers that have integer activations, and float scales for groups of input channels; it is not
+        changed.
+      amplifier: most that scales are multiplied with before they are rounded, a power of two.  A layer whose accumulator
+        could overflow takes a smaller one; a layer for which none is safe keeps its float scales.
+      units: divide the scales of an output channel by the largest first; without, they are amplified as they are, as in the
+        paper (:mod:`fqjax.core.integer_scale`).
+
+    Returns:
+      A new model, and the report on it, in which ``scales`` says what became of each layer.  The layers' errors in it are
+      those measured with float scales.
+
+    Raises:
+      InputError: if no layer has float scales for groups.
+    """
+    model = unstacked(model)
+    layers = {name: layer for name, layer in quantized_layers(model).items() if has_float_groups(layer)}
+    if not layers:
+        raise InputError("integer_scales: expected a model with float scales for groups of channels; it has none")
+    changed = replace_modules(
+        model, {name: with_integer_scales(layer, amplifier, units) for name, layer in layers.items()}
+    )
+    return stacked(changed), report_of(changed)
 
 
 def check_finite(linears: Mapping[str, nnx.Linear]) -> None:

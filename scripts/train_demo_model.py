@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fqjax.data.python_docs import held_out_text, training_text
-from fqjax.evaluation.perplexity import cut_windows
+from fqjax.data.text import cut_windows
 from fqjax.models.llama import Llama, LlamaConfig
 
 BOS, EOS = 1, 2

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("fqjax", "jax", "jaxlib", "flax", "numpy", "transformers", "torch")
+from fqjax.version import __version__
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "torch")
 
 
 def environment() -> dict[str, Any]:
     """``device``, ``versions`` and ``date``, as every benchmark's JSON has them."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "fqjax": __version__}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

@@ -18,7 +18,7 @@ from jaxtyping import DTypeLike
 
 from fqjax.checkpoint.compressed.config import Quantization, read_quantization
 from fqjax.checkpoint.compressed.read import StoredLayer, read_layers, stored_layer
-from fqjax.checkpoint.fields import check_counts, check_depth, check_fields, check_value
+from fqjax.checkpoint.fields import check_counts, check_depth
 from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.checkpoint.tokenizer import load_tokenizer
@@ -29,6 +29,7 @@ from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import inside, read_json, reason
 from fqjax.runtime.progress import track
+from fqjax.runtime.validation import check_given, check_value, validated
 
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 """What is downloaded of a hub repository."""
@@ -115,8 +116,8 @@ def read_architecture(directory: Path) -> tuple[str, Any]:
         raise InputError(f"{path}: architecture {name} is not supported; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     check_counts(str(path), raw)
-    check_fields(str(path), family.config, raw, optional=True)
-    check_value(str(path), "model_type", raw.get("model_type"), str)
+    check_given(family.config, raw, str(path))
+    check_value(str, raw.get("model_type"), str(path), "model_type")
     read_quantization(directory)  # What cannot be expressed is better known now than later.
     complete = _completed(path, raw)
     try:
@@ -127,8 +128,7 @@ def read_architecture(directory: Path) -> tuple[str, Any]:
         raise InputError(f"{path}: a {name} configuration needs an entry {error}") from None
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(f"{path}: not a valid {name} configuration ({error})") from None
-    check_fields(str(path), family.config, vars(config))
-    return name, config
+    return name, validated(family.config, vars(config), str(path))
 
 
 def _completed(path: Path, raw: dict[str, Any]) -> dict[str, Any]:

@@ -1,35 +1,35 @@
-"""``fqjax.json``: what a checkpoint's arrays are.  Version, schemes, architecture, and the format of every layer."""
+"""``fqjax.json``, the manifest of a checkpoint's arrays: version, architecture, format of every layer, recipes.
+
+A recipe says what a layer was quantized with.  It is kept as it is and never read: a checkpoint can be loaded by
+programs that know nothing of the method that made it.
+"""
 
 import dataclasses
-from importlib.metadata import version
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqjax.checkpoint.fields import check_depth, check_fields, check_value
-from fqjax.core.channels import padded_width
-from fqjax.core.qtensor import InputQuantizer, QFormat, QTensor
-from fqjax.layers.head import Int8Table
-from fqjax.layers.linear import LayerSummary, QuantizedLinear
+from fqjax.checkpoint.fields import check_depth
+from fqjax.checkpoint.layer_entries import FloatName, LayerEntry, abstract_layer, describe_layer
+from fqjax.checkpoint.manifest_v1 import from_version_1
+from fqjax.layers.head import Int8Table, padded_head_width
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.stacked import quantized_layers
 from fqjax.models import FAMILIES, architecture_of
-from fqjax.report.report import quantized_layers
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import inside, read_json
-from fqjax.scheme import Scheme
+from fqjax.runtime.validation import Size, check_value, validated
+from fqjax.version import __version__
 
-NAME = "fqjax.json"
-FORMAT_VERSION = 1
+MANIFEST_FILE = "fqjax.json"
+FORMAT_VERSION = 2
 
-ENTRIES: dict[str, Any] = {"architecture": dict | None, "layers": dict, "schemes": list[dict]}
+ENTRIES: dict[str, Any] = {"architecture": dict | None, "layers": dict, "recipes": list}
 """Entries that every manifest has, with their types."""
-
-MISSING: dict[str, Any] = {"channel_scales": None, "group_scales": None}
-"""What layers' entries may lack that were written before there was something to say."""
-
-FloatName = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,53 +42,31 @@ class Architecture:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerEntry:
-    """The manifest's entry on a quantized layer, as :func:`describe_layer` writes it."""
-
-    out_features: int
-    in_features: int
-    width: int
-    flattened: int
-    weight: dict
-    channel_scales: bool | None
-    group_scales: Literal["int16", "int32", "float32"] | None
-    activation_bits: Literal[4, 8, 16]
-    activation_scale: Literal["tensor", "token"]
-    bias: FloatName | None
-    dtype: FloatName | None
-    param_dtype: FloatName
-    scheme: int
-    relative_error: float
-    accumulator_bound: int
-    macs: int
-
-
-@dataclasses.dataclass(frozen=True)
 class HeadEntry:
     """The manifest's entry on an output head in INT8."""
 
     name: str
-    out_features: int
-    in_features: int
-    width: int
+    out_features: Size
+    in_features: Size
+    width: Size
     dtype: FloatName
 
 
 def describe(model: nnx.Module) -> dict[str, Any]:
     """The manifest of a model."""
     layers = quantized_layers(model)
-    schemes = list(dict.fromkeys(layer.summary.scheme for layer in layers.values()))
+    recipes = list(dict.fromkeys(layer.recipe for layer in layers.values()))
     name = architecture_of(model)
     head = _describe_head(model)
     return {
         "format": "fqjax",
         "format_version": FORMAT_VERSION,
-        "written_by": f"fqjax {version('fqjax')}",
-        "schemes": [dataclasses.asdict(scheme) for scheme in schemes],
+        "written_by": f"fqjax {__version__}",
+        "recipes": [_opaque(recipe) for recipe in recipes],
         "architecture": None
         if name is None
         else {"name": name, "config": dataclasses.asdict(model.config), "dtype": jnp.dtype(model.dtype).name},  # pyright: ignore
-        "layers": {name: describe_layer(layer, schemes) for name, layer in layers.items()},
+        "layers": {name: describe_layer(layer, recipes.index(layer.recipe)) for name, layer in layers.items()},
     } | ({} if head is None else {"int8_head": dataclasses.asdict(head)})
 
 
@@ -102,15 +80,24 @@ def _describe_head(model: Any) -> HeadEntry | None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Reads and checks a checkpoint's manifest.
+    """Read and check a checkpoint's manifest; one of an earlier version becomes one of this.
 
     Raises:
       InputError: if there is none, it is not one, or a newer fqjax wrote it.
     """
-    path = directory / NAME
+    return current(read_stored_manifest(directory), directory)
+
+
+def read_stored_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of any version that this fqjax reads, as it was written.
+
+    Raises:
+      InputError: as :func:`read_manifest` does.
+    """
+    path = directory / MANIFEST_FILE
     if not path.exists():
-        raise InputError(f"{directory}: not an fqjax checkpoint: it has no {NAME}")
-    manifest = read_json(inside(directory, NAME), "object, and so not a manifest of an fqjax checkpoint")
+        raise InputError(f"{directory}: not an fqjax checkpoint: it has no {MANIFEST_FILE}")
+    manifest = read_json(inside(directory, MANIFEST_FILE), "object, and so not a manifest of an fqjax checkpoint")
     found = manifest.get("format_version")
     if manifest.get("format") != "fqjax" or type(found) is not int or found < 1:
         raise InputError(f"{path}: not a manifest of an fqjax checkpoint (not of the format 'fqjax', with a version)")
@@ -118,12 +105,22 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: format version {found}; this fqjax reads versions up to {FORMAT_VERSION}; install a newer fqjax"
         )
+    return manifest
+
+
+def current(manifest: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """A manifest of this version, of one of any version that is read.
+
+    Raises:
+      InputError: if it is not a valid manifest of its version.
+    """
+    path = directory / MANIFEST_FILE
+    if manifest["format_version"] == 1:
+        manifest = from_version_1(manifest, path)
     for entry, hint in ENTRIES.items():
         if entry not in manifest:
             raise InputError(f"{path}: not a manifest of an fqjax checkpoint (no entry {entry!r})")
-        check_value(str(path), entry, manifest[entry], hint)
-    for i, scheme in enumerate(manifest["schemes"]):
-        check_fields(f"{path}: schemes[{i}]", Scheme, scheme)
+        check_value(hint, manifest[entry], str(path), entry)
     return manifest
 
 
@@ -133,15 +130,14 @@ def read_config(manifest: dict[str, Any], directory: Path) -> Any:
     Raises:
       InputError: if it names no architecture that fqjax has, or a configuration that does not fit it.
     """
-    entry, where = manifest["architecture"], f"{directory / NAME}: no valid architecture"
+    entry, where = manifest["architecture"], f"{directory / MANIFEST_FILE}: no valid architecture"
     if entry is None:
         raise InputError(f"{directory}: holds a model that is not one of fqjax's own; pass it as load(path, model=...)")
-    check_fields(where, Architecture, entry)
+    validated(Architecture, entry, where)
     if entry["name"] not in FAMILIES:
         raise InputError(f"{where}: name {entry['name']!r}; expected one of {', '.join(FAMILIES)}")
     kind = FAMILIES[entry["name"]].config
-    check_fields(where, kind, entry["config"])
-    return kind(**{key: _hashable(value) for key, value in entry["config"].items()})
+    return validated(kind, entry["config"], where)
 
 
 def abstract_architecture(manifest: dict[str, Any], directory: Path, arrays: int) -> nnx.Module:
@@ -156,12 +152,12 @@ def abstract_architecture(manifest: dict[str, Any], directory: Path, arrays: int
       InputError: if the manifest names no architecture that fqjax has, or a configuration that does not fit it.
     """
     config, entry = read_config(manifest, directory), manifest["architecture"]
-    check_depth(f"{directory / NAME}", config, arrays)
+    check_depth(f"{directory / MANIFEST_FILE}", config, arrays)
     try:
         model = FAMILIES[entry["name"]].model
         return nnx.eval_shape(lambda: model(config, dtype=jnp.dtype(entry["dtype"]), rngs=nnx.Rngs(0)))
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{directory / NAME}: no valid architecture ({error})") from None
+        raise InputError(f"{directory / MANIFEST_FILE}: no valid architecture ({error})") from None
 
 
 def abstract_layers(manifest: dict[str, Any], directory: Path) -> dict[str, QuantizedLinear]:
@@ -170,21 +166,19 @@ def abstract_layers(manifest: dict[str, Any], directory: Path) -> dict[str, Quan
     Raises:
       InputError: naming the layer whose entry is not valid, or whose accumulator could overflow.
     """
-    layers = {}
-    for name, entry in manifest["layers"].items():
-        where = f"{directory / NAME}: layer {name!r} has no valid format"
-        if not isinstance(entry, dict):
+    path, layers = directory / MANIFEST_FILE, {}
+    for name, values in manifest["layers"].items():
+        where = f"{path}: layer {name!r} has no valid format"
+        if not isinstance(values, dict):
             raise InputError(f"{where}: expected an object")
-        check_fields(where, LayerEntry, MISSING | entry)
-        check_fields(where, QFormat, entry["weight"])
-        if not 0 <= entry["flattened"] <= entry["width"] - entry["in_features"]:
-            raise InputError(f"{where}: width {entry['width']}: expected room for in_features and flattened channels")
-        if not 0 <= entry["scheme"] < len(manifest["schemes"]):
-            raise InputError(f"{where}: scheme {entry['scheme']}: expected the index of one of schemes")
+        entry = validated(LayerEntry, values, where)
+        if not 0 <= entry.recipe < len(manifest["recipes"]):
+            raise InputError(f"{where}: recipe {entry.recipe}: expected the index of one of recipes")
+        recipe = manifest["recipes"][entry.recipe]
         try:
-            layers[name] = abstract_layer(name, entry, manifest["schemes"])
+            layers[name] = abstract_layer(name, entry, recipe if isinstance(recipe, str) else json.dumps(recipe))
         except InputError as error:
-            raise InputError(f"{directory / NAME}: {error}") from None
+            raise InputError(f"{path}: {error}") from None
         except (TypeError, ValueError) as error:
             raise InputError(f"{where} ({error})") from None
     return layers
@@ -199,10 +193,9 @@ def abstract_head(manifest: dict[str, Any], directory: Path, model: Any) -> dict
     values = manifest.get("int8_head")
     if values is None:
         return {}
-    where = f"{directory / NAME}: int8_head"
-    check_value(where, "int8_head", values, dict)
-    check_fields(where, HeadEntry, values)
-    entry = HeadEntry(**values)
+    where = f"{directory / MANIFEST_FILE}: int8_head"
+    check_value(dict, values, where, "int8_head")
+    entry = validated(HeadEntry, values, where)
     found = getattr(model, entry.name, None) if entry.name == getattr(model, "head_name", None) else None
     shapes = {
         nnx.Embed: lambda: (found.num_embeddings, found.features),  # pyright: ignore[reportOptionalMemberAccess]
@@ -211,7 +204,7 @@ def abstract_head(manifest: dict[str, Any], directory: Path, model: Any) -> dict
     if type(found) not in shapes:
         raise InputError(f"{where}: the model has no output head {entry.name!r}")
     expected = shapes[type(found)]()
-    if (entry.out_features, entry.in_features) != expected or entry.width != padded_width(entry.in_features, 8):
+    if (entry.out_features, entry.in_features) != expected or entry.width != padded_head_width(entry.in_features):
         raise InputError(
             f"{where}: of {entry.out_features} x {entry.in_features}, width {entry.width}; expected {expected}"
         )
@@ -220,76 +213,9 @@ def abstract_head(manifest: dict[str, Any], directory: Path, model: Any) -> dict
     return {entry.name: Int8Table(codes, scale, features=entry.in_features, dtype=entry.dtype)}  # pyright: ignore
 
 
-def describe_layer(layer: QuantizedLinear, schemes: list[Scheme]) -> dict[str, Any]:
-    """A layer's entry; its scheme is the index of one of ``schemes``."""
-    weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-    return {
-        "out_features": weight.shape[0],
-        "in_features": quantizer.multiplier.shape[0],
-        "width": weight.shape[1],
-        "flattened": quantizer.used,
-        "weight": dataclasses.asdict(weight.format),
-        "channel_scales": weight.scale.ndim == 1,
-        "group_scales": None if weight.group_scale is None else weight.group_scale.dtype.name,
-        "activation_bits": quantizer.bits,
-        "activation_scale": "token" if quantizer.scale is None else "tensor",
-        "bias": None if layer.bias is None else layer.bias.get_value().dtype.name,
-        "dtype": None if layer.dtype is None else layer.dtype.name,
-        "param_dtype": layer.param_dtype.name,
-        "scheme": schemes.index(layer.summary.scheme),
-        "relative_error": layer.summary.relative_error,
-        "accumulator_bound": layer.summary.accumulator_bound,
-        "macs": layer.summary.macs,
-    }
-
-
-def abstract_layer(name: str, entry: dict[str, Any], schemes: list[dict[str, Any]]) -> QuantizedLinear:
-    """The layer an entry describes, with shapes in place of arrays."""
-
-    def shaped(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-
-    n, k, width = entry["out_features"], entry["in_features"], entry["width"]
-    weight_format = QFormat(**entry["weight"])
-    stored = width // 2 if weight_format.packed else width
-    per_channel = entry.get("channel_scales")
-    if per_channel is None:  # Written before grouped weights came with scales of either kind.
-        per_channel = weight_format.granularity == "channel"
-    group_scale = None
-    if weight_format.group_size:
-        expected = ("int32", "int16") if weight_format.integer_scales else ("float32",)
-        kind = entry.get("group_scales") or expected[0]
-        if kind not in expected:
-            raise InputError(f"layer {name!r}: group_scales {kind!r}; expected {' or '.join(expected)}")
-        group_scale = shaped((width // weight_format.group_size, n), kind)
-    scale = shaped((n,) if per_channel else (), jnp.float32)
-    weight = QTensor(shaped((n, stored), jnp.int8), scale, weight_format, group_scale)
-    quantizer = InputQuantizer(
-        multiplier=shaped((k,), jnp.float32),
-        source=shaped((width - k,), jnp.int32),
-        part=shaped((width - k,), jnp.int32),
-        scale=None if entry["activation_scale"] == "token" else shaped((), jnp.float32),
-        bits=entry["activation_bits"],
-        used=entry["flattened"],
-    )
-    summary = LayerSummary(
-        scheme=Scheme(**schemes[entry["scheme"]]),
-        relative_error=float(entry["relative_error"]),
-        accumulator_bound=int(entry["accumulator_bound"]),
-        macs=int(entry["macs"]),
-    )
-    bias = None if entry["bias"] is None else shaped((n,), entry["bias"])
-    return QuantizedLinear(
-        weight,
-        quantizer,
-        bias,
-        dtype=entry["dtype"],
-        param_dtype=entry["param_dtype"],
-        summary=summary,
-        name=name,
-    )
-
-
-def _hashable(value: Any) -> Any:
-    """JSON lists back to the tuples they were."""
-    return tuple(_hashable(item) for item in value) if isinstance(value, list) else value
+def _opaque(recipe: str) -> Any:
+    """A recipe as JSON where it is some, for people to read."""
+    try:
+        return json.loads(recipe)
+    except ValueError:
+        return recipe

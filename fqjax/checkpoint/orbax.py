@@ -4,22 +4,21 @@
       state/ ...         the arrays, a nested dictionary (fqjax/checkpoint/tree.py)
       fqjax.json         what they are (fqjax/checkpoint/manifest.py)
       tokenizer/         as transformers saves it, if there is one
-      calibration.safetensors   what was found out on the way, if it is known (fqjax/report/findings.py); loading does without
+      calibration.safetensors   what calibration found out, if it is known (fqjax/checkpoint/calibration_record.py)
 
 Loading builds the quantized model from the manifest alone: no float model is made on the way.  Orbax casts silently when
 it is asked for another dtype than it stored, so stored shapes and dtypes are compared with the manifest's first.
 """
 
 import contextlib
-import gc
+import functools
 import json
-import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,33 +27,45 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool
 from orbax.checkpoint import v1 as ocp
 
+from fqjax.checkpoint.calibration_record import CalibrationRecord
 from fqjax.checkpoint.checksums import checksums, with_checksums, with_sums
 from fqjax.checkpoint.checksums import verify as verify_checksums
 from fqjax.checkpoint.manifest import (
-    NAME,
+    MANIFEST_FILE,
     abstract_architecture,
     abstract_head,
     abstract_layers,
+    current,
     describe,
     read_manifest,
+    read_stored_manifest,
 )
 from fqjax.checkpoint.tokenizer import FOLDER
 from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unnest, with_leaves
-from fqjax.core.qtensor import InputQuantizer, QTensor
+from fqjax.core.table import Sizes, Stored
 from fqjax.layers.head import Int8Table
-from fqjax.layers.linear import QuantizedLinear, measured_bound
-from fqjax.layers.stacked import stacked, unstacked
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.record import abstracted, shape_of
+from fqjax.layers.stacked import quantized_layers, stacked, unstacked
 from fqjax.layers.surgery import find_linears, replace_modules
-from fqjax.report.findings import Findings
-from fqjax.report.report import Report, quantized_layers
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import CannotWrite, reason
+from fqjax.runtime.quiet import collect_late_reads, muted
 
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 """Where arrays go: one sharding for all, or a function of dotted name and shape."""
 
 
-def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None, report: Report | None = None) -> None:
+class HasCalibration(Protocol):
+    """A report (:class:`fqjax.report.report.Report`)."""
+
+    @property
+    def calibration(self) -> CalibrationRecord | None:
+        """What calibration found out; None where it is not known."""
+        ...
+
+
+def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None, report: HasCalibration | None = None) -> None:
     """Saves a model, quantized or not.
 
     Args:
@@ -64,14 +75,14 @@ def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None, report: 
       report: what :func:`fqjax.quantize` gave besides; with it, ``fqjax inspect --plot`` can show what calibration saw.
 
     Raises:
-      InputError: if ``path`` exists or cannot be written.
+      InputError: if ``path`` exists or cannot be written, or other processes hold a part of an array.
     """
     path = Path(path).resolve()
     refuse_existing(path)
     staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(staging, model, tokenizer, report.findings if report else None)
+        write(staging, model, tokenizer, report.calibration if report else None)
         staging.rename(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -79,14 +90,15 @@ def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None, report: 
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write(directory: Path, model: nnx.Module, tokenizer: Any, findings: Findings | None) -> None:
+def write(directory: Path, model: nnx.Module, tokenizer: Any, record: CalibrationRecord | None) -> None:
     """Writes a checkpoint into a directory that does not exist yet."""
     model = unstacked(model)
     _, stored, _ = split_storable(model)
     # Orbax does not store empty arrays; loading makes them again from the manifest.
     leaves = {name: leaf for name, leaf in named_leaves(stored).items() if leaf.size}
+    manifest = with_checksums(describe(model), leaves)
     ocp.save(str(directory), nest(leaves))
-    _write_beside(directory, tokenizer, findings, with_checksums(describe(model), leaves))
+    _write_beside(directory, tokenizer, record, manifest)
 
 
 class Writer:
@@ -112,17 +124,17 @@ class Writer:
         _, stored, _ = split_storable(module)
         start = tuple(path.split("."))
         leaves = {(*start, *name): leaf for name, leaf in named_leaves(stored).items() if leaf.size}
+        self.sums |= checksums(leaves)
         if leaves:
             with _writing(self.directory):
                 ocp.partial.save(str(self.directory), nest(leaves))
-        self.sums |= checksums(leaves)
         if isinstance(module, QuantizedLinear | Int8Table):
-            self.replaced[path] = _abstract(module)
+            self.replaced[path] = abstracted(module)
         for name, layer in quantized_layers(module).items():
             if name:
-                self.replaced[f"{path}.{name}"] = _abstract(layer)
+                self.replaced[f"{path}.{name}"] = abstracted(layer)
 
-    def finish(self, tokenizer: Any, findings: Findings | None) -> nnx.Module:
+    def finish(self, tokenizer: Any, record: CalibrationRecord | None) -> nnx.Module:
         """Writes what goes beside the arrays.
 
         Returns:
@@ -131,28 +143,23 @@ class Writer:
         model = replace_modules(self.skeleton, self.replaced)
         with _writing(self.directory):
             ocp.partial.finalize(str(self.directory))
-            _write_beside(self.directory, tokenizer, findings, with_sums(describe(model), self.sums))
+            _write_beside(self.directory, tokenizer, record, with_sums(describe(model), self.sums))
         return model
 
 
-def _write_beside(directory: Path, tokenizer: Any, findings: Findings | None, manifest: dict[str, Any]) -> None:
+def _write_beside(directory: Path, tokenizer: Any, record: CalibrationRecord | None, manifest: dict[str, Any]) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(directory / FOLDER)
-    if findings is not None:
-        findings.write(directory)
-    (directory / NAME).write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def _abstract(module: nnx.Module) -> nnx.Module:
-    graphdef, state = nnx.split(module)
-    return nnx.merge(graphdef, jax.tree.map(_shape_of, state))
+    if record is not None:
+        record.write(directory)
+    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
     """One line for whatever keeps Orbax, TensorStore, tokenizers and safetensors from writing; each has errors of its own."""
     failure = ""
-    with _quiet():
+    with muted("absl", "asyncio"):
         try:
             yield
             return
@@ -160,7 +167,7 @@ def _writing(directory: Path) -> Iterator[None]:
             failure = error.strerror or reason(error)
         except Exception as error:  # See above.
             failure = reason(error)
-        _drop_unfinished_reads()
+        collect_late_reads()
     raise CannotWrite(f"{directory}: cannot be written ({failure})")
 
 
@@ -193,7 +200,8 @@ def load(
     directory = Path(path).resolve()
     if not directory.is_dir():
         raise InputError(f"{path}: no such directory")
-    manifest = read_manifest(directory)
+    written = read_stored_manifest(directory)
+    manifest = current(written, directory)
     layers = abstract_layers(manifest, directory)
     found = _stored_metadata(directory)
     skeleton, head = _skeleton(manifest, directory, len(found), layers, model)
@@ -203,7 +211,7 @@ def load(
     _check_metadata(directory, found, full)
     arrays = _load_arrays(directory, full, sharding)
     if verify:
-        verify_checksums(manifest, arrays, directory, NAME)
+        verify_checksums(written, arrays, directory, MANIFEST_FILE)
     empty = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
     loaded = nnx.merge(graphdef, with_leaves(stored, arrays | empty), rest)
     arrays.clear()  # Of experts, the model holds others in a moment.
@@ -234,31 +242,31 @@ def _skeleton(
     skeleton = abstract_architecture(manifest, directory, arrays) if model is None else model
     unknown = set(layers) - set(find_linears(skeleton))
     if unknown:
-        raise InputError(f"{directory / NAME}: the model has no linear layer {sorted(unknown)[0]!r}")
+        raise InputError(f"{directory / MANIFEST_FILE}: the model has no linear layer {sorted(unknown)[0]!r}")
     head = abstract_head(manifest, directory, skeleton)
     return replace_modules(skeleton, layers | head), head
 
 
 def _check_layer(where: str, layer: QuantizedLinear) -> None:
-    weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-    if not _is_sound(weight, quantizer):
+    weight, quantizer, figures = layer.weight.get_value(), layer.input.get_value(), layer.figures
+    besides = [v.get_value() for v in (layer.transform, *layer.branches, layer.finish) if v is not None]
+    if not bool(_are_sound((weight, quantizer, *besides), layer.sizes)):
         raise InputError(f"{where} has a scale that is not above 0 or an index out of range; the checkpoint is damaged")
-    bound = measured_bound(weight, quantizer)
-    if bound != layer.summary.accumulator_bound:
-        raise InputError(
-            f"{where} has an accumulator bound of {bound}, {NAME} says {layer.summary.accumulator_bound}; "
-            "the checkpoint is damaged"
-        )
+    measured = {
+        "an accumulator bound": (weight.bound(quantizer.qmax), figures.accumulator_bound),
+        "flattened channels": (quantizer.flattened(), figures.flattened),
+    }
+    for what, (found, expected) in measured.items():
+        if found != expected:
+            raise InputError(
+                f"{where} has {what} of {found}, {MANIFEST_FILE} says {expected}; the checkpoint is damaged"
+            )
 
 
-@jax.jit
-def _is_sound(weight: QTensor, quantizer: InputQuantizer) -> Bool[Array, ""]:
-    """Whether scales are positive and finite, and flattened channels continue channels that there are."""
-    factors = (weight.scale, weight.group_scale, quantizer.multiplier, quantizer.scale)
-    positive = [jnp.all((factor > 0) & jnp.isfinite(factor)) for factor in factors if factor is not None]
-    source, channels = quantizer.source, quantizer.multiplier.shape[0]
-    inside = jnp.all((source >= 0) & (source < channels) & (quantizer.part >= 0))
-    return jnp.all(jnp.stack([*positive, inside]))
+@functools.partial(jax.jit, static_argnums=1)
+def _are_sound(parts: tuple[Stored, ...], sizes: Sizes) -> Bool[Array, ""]:
+    """Whether all parts of a layer keep the invariants that their tables declare."""
+    return jnp.all(jnp.stack([part.is_sound(sizes) for part in parts]))
 
 
 def _load_arrays(
@@ -269,25 +277,25 @@ def _load_arrays(
         name: jax.ShapeDtypeStruct(
             leaf.shape,
             leaf.dtype,
-            sharding=place if isinstance(place, Sharding) else place(".".join(name), _shape_of(leaf)),
+            sharding=place if isinstance(place, Sharding) else place(".".join(name), shape_of(leaf)),
         )
         for name, leaf in full.items()
     }
     failure = ""
-    with _quiet():
+    with muted("absl", "asyncio"):
         try:
             return unnest(ocp.load(str(directory), nest(template)))
         except Exception as error:
             # Orbax and TensorStore raise many kinds; all mean that the files do not hold the arrays.
             failure = reason(error)
-        _drop_unfinished_reads()
+        collect_late_reads()
     raise InputError(f"{directory}: the arrays cannot be read ({failure})")
 
 
 def _stored_metadata(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
     """Shapes and dtypes of the stored arrays, by path."""
     try:
-        with _quiet():
+        with muted("absl", "asyncio"):
             found = unnest(ocp.metadata(str(directory)).metadata)  # pyright: ignore[reportArgumentType]
         return {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in found.items()}
     except Exception as error:  # As above.
@@ -306,36 +314,8 @@ def _check_metadata(
         if (shape, dtype) != (leaf.shape, leaf.dtype):
             raise InputError(
                 f"{directory}: array {'.'.join(name)} is stored as {dtype.name} {shape}, "
-                f"{NAME} says {jnp.dtype(leaf.dtype).name} {leaf.shape}"
+                f"{MANIFEST_FILE} says {jnp.dtype(leaf.dtype).name} {leaf.shape}"
             )
     for name in found:
         if name not in wanted:
-            raise InputError(f"{directory}: array {'.'.join(name)} is stored but {NAME} does not describe it")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax from logging what went wrong, which ends in one line of fqjax's own."""
-    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [log.level for log in logs]
-    try:
-        for log in logs:
-            log.setLevel(logging.CRITICAL + 1)
-        yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-
-
-def _drop_unfinished_reads() -> None:
-    """Collects what a failed read leaves behind: coroutines that complain on stderr when they are collected later."""
-    hook = sys.unraisablehook
-    try:
-        sys.unraisablehook = lambda _: None
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
-
-
-def _shape_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            raise InputError(f"{directory}: array {'.'.join(name)} is stored but {MANIFEST_FILE} does not describe it")

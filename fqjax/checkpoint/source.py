@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fqjax.checkpoint.hugging_face import read_architecture, read_model, resolve_directory
-from fqjax.checkpoint.manifest import NAME, read_config, read_manifest
+from fqjax.checkpoint.manifest import MANIFEST_FILE, read_config, read_manifest
 from fqjax.checkpoint.orbax import load
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.runtime.errors import InputError
@@ -23,14 +23,14 @@ class Source:
 
     def __init__(self, path_or_id: str):
         self.name, self.directory = path_or_id, resolve_directory(path_or_id)
-        self.own = (self.directory / NAME).exists()
+        self.own = (self.directory / MANIFEST_FILE).exists()
         if self.own:
             self.config = read_config(read_manifest(self.directory), self.directory)
         elif (self.directory / "config.json").exists():
             self.architecture, self.config = read_architecture(self.directory)
         else:
             raise InputError(
-                f"{path_or_id}: not a model: neither {NAME} (fqjax) nor config.json (Hugging Face) is in it"
+                f"{path_or_id}: not a model: neither {MANIFEST_FILE} (fqjax) nor config.json (Hugging Face) is in it"
             )
 
     def tokenizer(self, *, required: bool = True) -> Any:

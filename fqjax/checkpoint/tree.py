@@ -11,6 +11,8 @@ import jax
 from flax import nnx
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
+from fqjax.layers.record import Record
+
 Leaf = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -47,8 +49,8 @@ def unnest(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str
 
 
 def split_storable(model: nnx.Module) -> tuple[Any, Any, Any]:
-    """Graph definition, the state that is stored, and the rest (random number generators)."""
-    graphdef, rest, stored = nnx.split(model, nnx.RngState, ...)
+    """Graph definition, the state that is stored, and the rest: random number generators, and figures."""
+    graphdef, rest, stored = nnx.split(model, (nnx.RngState, Record), ...)
     return graphdef, stored, rest
 
 

@@ -7,24 +7,27 @@ shards, calibrated on what the block in front gave, quantized, written, dropped.
 one rename. A conversion may be killed at any moment; ``--resume`` goes on from there.
 """
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
+from fqjax.checkpoint.calibration_record import CalibrationRecord, read_calibration_record
 from fqjax.checkpoint.orbax import Writer, load_abstract, refuse_existing
 from fqjax.convert.plan import Conversion, Plan, plan, plan_table
 from fqjax.convert.staging import claimed, is_complete, publish, remove, staging_directory
 from fqjax.convert.streamed import StreamedModel
 from fqjax.drivers.pipeline import quantize_blocks
-from fqjax.drivers.store import DirectoryMemo
+from fqjax.drivers.store import DirectoryStore
 from fqjax.layers.head import with_int8_head
+from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.surgery import replace_modules
-from fqjax.report.findings import Findings, read_findings
 from fqjax.report.report import Report, report_of
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import CannotWrite
+from fqjax.runtime.memory import giving_back
 from fqjax.runtime.progress import track
 
 __all__ = ["Conversion", "Plan", "convert", "plan", "plan_table", "staging_directory"]
@@ -47,13 +50,13 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
     """
     start, out = time.perf_counter(), made.conversion.out
     complete = resume and is_complete(out)  # Looked at before anything is written into the staging directory.
-    with claimed(out, made.fingerprint, resume) as staging:
+    with claimed(out, made.fingerprint, resume) as staging, giving_back():
         try:
             if complete:
-                model, findings = load_abstract(out), read_findings(out)
+                model, record = load_abstract(out), read_calibration_record(out)
             else:
                 refuse_existing(out)
-                model, findings = _carry_out(made, staging)
+                model, record = _carry_out(made, staging)
         except CannotWrite as error:
             raise CannotWrite(f"{error}; what was done so far can be taken up with --resume") from None
         except InputError:
@@ -61,32 +64,39 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
                 remove(staging)
             raise
         remove(staging)
-    return report_of(model, time.perf_counter() - start, findings)
+    return report_of(model, time.perf_counter() - start, record)
 
 
-def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, Findings | None]:
+def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, CalibrationRecord | None]:
     """Converts; returns the model with shapes in place of arrays."""
     scheme = made.conversion.scheme
-    memo, findings = DirectoryMemo(staging, scheme), None
-    source = StreamedModel(made.directory, *made.architecture, equalized=scheme.method != "none" and scheme.equalize)
-    if scheme.method != "none":
-        findings = quantize_blocks(
-            memo, source.chain(), made.selection.linears, scheme, made.batches, memo.keep_finished
+    store, record = DirectoryStore(staging), None
+    source = StreamedModel(
+        made.directory, *made.architecture, equalized=scheme.method is not None and scheme.method.equalize
+    )
+    if scheme.method is not None:
+        record = quantize_blocks(
+            store, source.chain(), made.selection.linears, scheme, made.batches, functools.partial(_keep, store)
         )
     finished = staging / "checkpoint"
     writer = Writer(finished, source.skeleton)
     blocks = source.chain().blocks
     for path in track(list(blocks), "writing"):
-        names = [name for name in made.selection.linears if name.startswith(f"{path}.")] if findings else []
-        layers = {name.removeprefix(f"{path}."): memo.finished(name) for name in names}
+        names = [name for name in made.selection.linears if name.startswith(f"{path}.")] if record else []
+        layers = {name.removeprefix(f"{path}."): QuantizedLinear(**store["finished", name]) for name in names}
         writer.add(path, replace_modules(blocks[path], layers))  # No name holds the block while the next one is read.
         del layers
     for name in source.outer:
-        writer.add(name, _outer_module(source, name, int8_head=scheme.int8_head))
+        writer.add(name, _outer_module(source, name, int8_head=scheme.head == "int8"))
     source.check_unchanged()
-    model = writer.finish(made.tokenizer, findings)
+    model = writer.finish(made.tokenizer, record)
     publish(finished, made.conversion.out)
-    return model, findings
+    return model, record
+
+
+def _keep(store: DirectoryStore, layers: dict[str, QuantizedLinear]) -> None:
+    for name, layer in layers.items():
+        store["finished", name] = layer.parts()
 
 
 def _outer_module(source: StreamedModel, name: str, *, int8_head: bool) -> nnx.Module:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fqjax.checkpoint.manifest import NAME
+from fqjax.checkpoint.manifest import MANIFEST_FILE
 from fqjax.checkpoint.orbax import refuse_existing
 from fqjax.drivers.store import ACTIVATIONS
 from fqjax.runtime.errors import InputError
@@ -37,7 +37,7 @@ def staging_directory(out: Path) -> Path:
 def is_complete(out: Path) -> bool:
     """Whether a conversion ended but for the removal of its staging directory."""
     staging = staging_directory(out)
-    if not (out / NAME).is_file() or not staging.is_dir():
+    if not (out / MANIFEST_FILE).is_file() or not staging.is_dir():
         return False
     return (staging / COMPLETE).is_file() or not any(staging.iterdir())
 

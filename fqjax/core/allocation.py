@@ -18,22 +18,21 @@ MOST_PAIRED = 2500
 """Changes of one layer, beyond which they are not tried in pairs."""
 
 
-def select_low_bits(errors: Sequence[float], macs: Sequence[int], share: float) -> list[bool]:
+def select_low_bits(errors: Sequence[float], macs: Sequence[int], needed: float) -> list[bool]:
     """Chooses the layers that are computed in the lower precision.
 
-    Layers are taken in the order of rising error per multiply-accumulate until they hold ``share`` of all
+    Layers are taken in the order of rising error per multiply-accumulate until they hold ``needed``
     multiply-accumulates; then those that turn out not to be needed for it are given back, the costliest first.
 
     Args:
       errors: what each layer costs in the lower precision, in any additive measure.
-      macs: multiply-accumulates of each layer.
-      share: least share of the sum of ``macs``, in [0, 1].
+      macs: multiply-accumulates of each layer; 0 for one that is never used, and so never chosen.
+      needed: least number of multiply-accumulates in the lower precision.
 
     Returns:
-      For each layer, whether it was chosen.  No layer if ``share`` is 0, every layer if it is 1.
+      For each layer, whether it was chosen.  No layer if ``needed`` is 0, every used one if it is the sum of ``macs``.
     """
-    needed = share * sum(macs)
-    order = sorted(range(len(errors)), key=lambda i: errors[i] / macs[i])
+    order = sorted((i for i in range(len(errors)) if macs[i]), key=lambda i: errors[i] / macs[i])
     chosen: list[int] = []
     total = 0
     for i in order:

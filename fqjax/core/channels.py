@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int8, Int32
+from jaxtyping import Array, Float, Int, Int8, Int16, Int32
 
 MAX_PIECES = 16
 """Most pieces that one channel of one operand is cut into; the threshold is raised where more would be needed."""
@@ -37,11 +37,12 @@ PADDING = 1 << 20
 """The piece that padding channels hold: beyond any code, so that they are 0."""
 
 
-class Expansion(NamedTuple):
-    """The channels that follow the K original ones in a flattened layer, padding included.
+class Channels(NamedTuple):
+    """The order of the K' channels of a flattened layer: the K original ones, then extra ones, then padding.
 
     Attributes:
-      source: original channel that each one continues, int32 (E,).
+      inputs: K.
+      source: original channel that each of the E further ones continues, int32 (E,).
       x_part: which piece of the activation it holds, int32 (E,).
       w_part: which piece of the weight it holds, int32 (E,).
       used: how many of the E hold something; the rest is padding, for which both parts are :data:`PADDING`.
@@ -49,10 +50,16 @@ class Expansion(NamedTuple):
     Original channel i is the pair of pieces (0, 0); its other pairs are extra channels.
     """
 
+    inputs: int
     source: np.ndarray
     x_part: np.ndarray
     w_part: np.ndarray
     used: int
+
+    @property
+    def width(self) -> int:
+        """K', padding included."""
+        return self.inputs + len(self.source)
 
 
 def piece(codes: Int32[Array, "*shape"], part: Int[Array, "..."] | int, qmax: int) -> Int32[Array, "*shape"]:
@@ -70,21 +77,32 @@ def count_pieces(channel_max: Float[Array, " k"], threshold: Float[Array, ""] | 
     return jnp.maximum(1, jnp.ceil(codes / qmax)).astype(jnp.int32)
 
 
-def expansion(x_pieces: Int[np.ndarray, " k"], w_pieces: Int[np.ndarray, " k"], bits: int) -> Expansion:
-    """Lists the extra channels, by original channel, then activation piece, then weight piece, and pads K'."""
-    x_pieces, w_pieces = np.asarray(x_pieces), np.asarray(w_pieces)
-    source = np.repeat(np.arange(len(x_pieces)), x_pieces * w_pieces - 1)
+def lay_out(
+    x_pieces: Int[Array, " k"] | Int[np.ndarray, " k"] | None,
+    w_pieces: Int[Array, " k"] | Int[np.ndarray, " k"] | None,
+    inputs: int,
+    multiple: int,
+) -> Channels:
+    """List the extra channels, by original channel, then activation piece, then weight piece, and pad K'.
+
+    Args:
+      x_pieces, w_pieces: pieces of every channel of the activations and of the weight; None for one each.
+      inputs: K.
+      multiple: that K' is padded to.
+    """
+    x_pieces, w_pieces = (np.ones(inputs, np.int64) if p is None else np.asarray(p) for p in (x_pieces, w_pieces))
+    source = np.repeat(np.arange(inputs), x_pieces * w_pieces - 1)
     # Number the pairs of each channel 1, 2, ... (pair 0 is the original channel), then read them as (a, b).
     first = np.concatenate([[0], np.cumsum(x_pieces * w_pieces - 1)])[:-1]
     pair = np.arange(len(source)) - first[source] + 1
     x_part, w_part = np.divmod(pair, w_pieces[source])
-    channels = len(x_pieces) + len(source)
-    padding = padded_width(channels, bits) - channels
+    channels = inputs + len(source)
+    padding = rounded_up(channels, multiple) - channels
 
     def pad(values: np.ndarray, value: int) -> np.ndarray:
         return np.pad(values, (0, padding), constant_values=value).astype(np.int32)
 
-    return Expansion(pad(source, 0), pad(x_part, PADDING), pad(w_part, PADDING), len(source))
+    return Channels(inputs, pad(source, 0), pad(x_part, PADDING), pad(w_part, PADDING), len(source))
 
 
 def flatten_codes(
@@ -95,7 +113,26 @@ def flatten_codes(
     return jnp.concatenate([piece(codes, 0, qmax), piece(codes[:, source], part, qmax)], axis=1).astype(jnp.int8)
 
 
-def padded_width(channels: int, bits: int) -> int:
-    """K' rounded up to what the integer matmul takes: 128 channels for 8-bit weights, 256 for packed 4-bit ones."""
-    multiple = 256 if bits == 4 else 128
+def gather_codes(
+    codes: Int8[Array, "n width"], source: Int32[Array, " e"], part: Int32[Array, " e"]
+) -> tuple[Int16[Array, "n k"], Int32[Array, " k"]]:
+    """Undo flattening.
+
+    Args:
+      codes: of a weight, over K' channels.
+      source, part: of the extra channels, as :class:`fqjax.core.inputs.StoredInput` has them.
+
+    Returns:
+      The weight's codes on the K original channels, and the pieces that each channel of the activations has.
+    """
+    k = codes.shape[1] - source.shape[0]
+    real = part != PADDING
+    # Of the pairs (a, b) of an activation's and a weight's pieces, those with a = 0 hold every b once.
+    extra = jnp.where(real & (part == 0), codes[:, k:].astype(jnp.int16), 0)
+    whole = codes[:, :k].astype(jnp.int16).at[:, source].add(extra)
+    return whole, jnp.ones(k, jnp.int32).at[source].max(jnp.where(real, part + 1, 1))
+
+
+def rounded_up(channels: int, multiple: int) -> int:
+    """The smallest multiple of a number that is no less than ``channels``."""
     return math.ceil(channels / multiple) * multiple

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int32
 
-from fqjax.evaluation.perplexity import check_tokens, cut_windows
+from fqjax.models.checks import check_tokens
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.validation import MAX_INDEX
 
 BATCH = 2
 """Windows in a calibration batch; sensitivities are measured on the first batch."""
@@ -92,3 +93,32 @@ def decode_new(tokenizer: Any, config: Any, prompt_ids: list[int], new: Int32[np
     # Decoding the whole keeps a space, or a character split over tokens, that decoding the new part alone would lose.
     before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
     return tokenizer.decode([*prompt_ids, *kept], skip_special_tokens=True)[len(before) :]
+
+
+def cut_windows(
+    token_ids: Int[np.ndarray, " tokens"], window: int, bos_token_id: int, windows: int | None = None
+) -> Int32[np.ndarray, "windows window"]:
+    """Cuts a text's tokens into windows of BOS and ``window - 1`` tokens.
+
+    Args:
+      token_ids: the whole text, without special tokens.
+      window: tokens in a window, BOS among them; at least 2.
+      bos_token_id: what every window begins with.
+      windows: only so many, from the beginning; None for all.
+
+    Raises:
+      InputError: if the text does not fill one window, or a token does not fit into int32.
+    """
+    token_ids = np.asarray(token_ids).reshape(-1)
+    if window < 2:
+        raise InputError(f"window {window}: expected at least 2 tokens")
+    if windows is not None and windows < 1:
+        raise InputError(f"windows {windows}: expected at least 1")
+    count = len(token_ids) // (window - 1)
+    if not count:
+        raise InputError(f"the text has {len(token_ids)} tokens, expected at least {window - 1} for one window")
+    count = min(count, windows or count)
+    body = token_ids[: count * (window - 1)].reshape(count, window - 1)
+    if np.abs(body).max() > MAX_INDEX:
+        raise InputError(f"token {body.flat[np.abs(body).argmax()]}: expected a token id")
+    return np.concatenate([np.full((count, 1), bos_token_id), body], axis=1).astype(np.int32)

@@ -1,22 +1,21 @@
-"""From a layer's integer view to the layer that runs."""
+"""From a layer's plan and codes to the layer that runs."""
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int
 
-from fqjax.core.channels import expansion, flatten_codes
-from fqjax.core.codes import qmax
-from fqjax.core.formats.uniform import WideLinear, relative_error
-from fqjax.core.qtensor import InputQuantizer, QTensor
+from fqjax.core.channels import lay_out
+from fqjax.core.codes import NO_CODE
+from fqjax.core.formats.base import QTensor
+from fqjax.core.inputs import StoredInput
+from fqjax.core.layer import LayerInputs, LayerPlan, relative_error
 from fqjax.drivers.statistics import Span, Statistics
-from fqjax.layers.linear import LayerSummary, QuantizedLinear, measured_bound
-from fqjax.methods import LayerInputs
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.record import Figures
 from fqjax.runtime.compiling import jit
-from fqjax.scheme import Scheme
+from fqjax.runtime.errors import InputError
 
 
 def count_macs(linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Statistics | Span]) -> dict[str, int]:
@@ -36,49 +35,65 @@ def count_macs(linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Stati
 
 
 def assemble(
-    name: str, linear: nnx.Linear, wide: WideLinear, inputs: LayerInputs, scheme: Scheme, macs: int
+    name: str,
+    linear: nnx.Linear,
+    plan: LayerPlan,
+    codes: Int[Array, "n k"],
+    inputs: LayerInputs,
+    *,
+    macs: int,
+    recipe: str = "",
 ) -> QuantizedLinear:
-    """The layer that runs, of its integer view.
+    """The layer that runs.
+
+    Args:
+      name: of the layer, for messages.
+      linear: that it stands for.
+      plan: of the layer.
+      codes: of its weight, (N, K).
+      inputs: on which its error is measured.
+      macs: multiply-accumulates of the layer for one token.
+      recipe: what it is quantized with.
 
     Raises:
-      InputError: naming the layer, if its int32 accumulator could overflow.
+      InputError: naming the layer, if its int32 accumulator could overflow, or its weight could not be rounded.
     """
-    weight, quantizer = expand(wide)
-    error = float(_relative_error(wide, inputs.samples, inputs.weight))
-    bound = measured_bound(weight, quantizer)
-    summary = LayerSummary(scheme=scheme, relative_error=error, accumulator_bound=bound, macs=macs)
-    bias = None if linear.bias is None else linear.bias[...]
+    weight, quantizer, flattened = expand(name, plan, codes)
+    figures = Figures(
+        relative_error=float(_relative_error(plan, codes, inputs)),
+        accumulator_bound=weight.bound(quantizer.qmax),
+        macs=macs,
+        flattened=flattened,
+    )
+    bias = plan.transform.bias(inputs.weight, None if linear.bias is None else linear.bias[...])
     return QuantizedLinear(
-        weight, quantizer, bias, dtype=linear.dtype, param_dtype=linear.param_dtype, summary=summary, name=name
+        weight,
+        quantizer,
+        bias,
+        dtype=linear.dtype,
+        param_dtype=linear.param_dtype,
+        figures=figures,
+        recipe=recipe,
+        transform=None if plan.transform.recipe() is not None else plan.transform,
+        branches=plan.branches,
+        finish=plan.finish,
+        name=name,
     )
 
 
 _relative_error = jit(relative_error)
 
 
-def expand(wide: WideLinear) -> tuple[QTensor, InputQuantizer]:
-    """Lays a layer's integer view out over K' channels, as the integer matmul needs it."""
-    source, x_part, w_part, used = expansion(np.asarray(wide.x_pieces), np.asarray(wide.w_pieces), wide.bits)
-    weight = _expand_weight(wide, jnp.asarray(source), jnp.asarray(w_part))
-    quantizer = InputQuantizer(
-        multiplier=wide.multiplier,
-        source=jnp.asarray(source),
-        part=jnp.asarray(x_part),
-        scale=wide.x_scale,
-        bits=wide.x_bits,
-        used=used,
-    )
-    return weight, quantizer
+def expand(name: str, plan: LayerPlan, codes: Int[Array, "n k"]) -> tuple[QTensor, StoredInput, int]:
+    """Lay a plan out over K' channels, as the integer matmul needs it.
 
+    Returns:
+      The weight, the quantizer of the input, and the number of extra channels that hold something.
 
-@jax.jit
-def _expand_weight(wide: WideLinear, source: Int32[Array, " e"], part: Int32[Array, " e"]) -> QTensor:
-    if wide.group_scale is None:
-        codes = flatten_codes(wide.w_codes, source, part, qmax(wide.bits))
-        return QTensor.from_codes(codes, wide.w_scale, wide.bits)
-    codes = jnp.pad(wide.w_codes.astype(jnp.int8), ((0, 0), (0, len(source))))
-    missing = codes.shape[1] // wide.group_size - len(wide.group_scale)
-    groups = jnp.pad(wide.group_scale, ((0, missing), (0, 0)), constant_values=1)
-    folded = jnp.issubdtype(groups.dtype, jnp.integer)  # A method makes no other integer scales.
-    groups = groups.astype(jnp.int16) if folded else groups  # They are from 1 to 15.
-    return QTensor.from_codes(codes, wide.w_scale, wide.bits, groups, folded=folded)
+    Raises:
+      InputError: naming the layer, if a weight was NaN when it was rounded.
+    """
+    if not bool(jnp.all(codes != NO_CODE)):
+        raise InputError(f"{name}: rounding its weight gave values that are not finite")
+    channels = lay_out(plan.inputs.pieces, plan.grid.pieces, codes.shape[1], plan.grid.format.multiple)
+    return plan.grid.pack(codes, channels), plan.inputs.stored(plan.transform.recipe(), channels), channels.used

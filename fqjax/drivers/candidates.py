@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,14 +13,15 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from fqjax.core.allocation import choose, histogram_divergence, select_low_bits
-from fqjax.core.channels import padded_width
-from fqjax.core.codes import qmax
-from fqjax.core.formats.uniform import Grid, output, relative_error
-from fqjax.drivers.statistics import Statistics
+from fqjax.core.layer import LayerInputs, LayerPlan, channels_used, relative_error
+from fqjax.core.table import bytes_of
+from fqjax.drivers.codec import keepable
+from fqjax.drivers.method import Method
+from fqjax.drivers.settings import Allocation
+from fqjax.drivers.statistics import Statistics, layer_inputs
 from fqjax.layers.linear import layer_bytes
-from fqjax.methods import METHODS, LayerInputs
 from fqjax.runtime.compiling import jit
-from fqjax.scheme import Scheme
+from fqjax.runtime.errors import InputError
 
 ROOM = 1.05
 """How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
@@ -30,10 +32,8 @@ layers that do get smaller would have to be INT4 whatever that costs."""
 
 OutlineT = TypeVar("OutlineT", bound="Outline")
 
-ARRAYS = tuple(field.name for field in dataclasses.fields(Grid) if not field.metadata.get("static"))
-"""The fields of a grid that are arrays."""
 
-
+@keepable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outline:
     """What is known of one way to quantize a layer, in numbers alone: a choice needs no more.
@@ -53,51 +53,39 @@ class Outline:
     bytes: int
 
 
+@keepable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option(Outline):
     """One way to quantize a layer.
 
     Attributes:
-      grid: what its activations and weights may become.
+      plan: of the layer.
     """
 
-    grid: Grid
+    plan: LayerPlan
 
     def outline(self) -> Outline:
         """The option without its arrays."""
         return Outline(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Outline)})
 
 
-def layer_inputs(linear: nnx.Linear, statistics: Statistics, scheme: Scheme) -> LayerInputs:
-    """What a method is told of a layer."""
-    weight = linear.kernel[...].T.astype(jnp.float32)
-    absmax, samples = jnp.asarray(statistics.absmax), jnp.asarray(statistics.samples)
-    if scheme.activation_percentile < 100:
-        usual = jnp.percentile(jnp.abs(samples), scheme.activation_percentile, axis=0)
-        absmax = jnp.where(usual > 0, usual, absmax)  # A channel that is mostly zero keeps its largest value.
-    return LayerInputs(weight, absmax, samples)
-
-
-def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *, int4: bool = True) -> list[Option]:
-    """The options of a layer that a scheme considers: those in INT8 first, then those in INT4 if it may have any, by rising
+def layer_options(linear: nnx.Linear, statistics: Statistics, method: Method, *, int4: bool = True) -> list[Option]:
+    """The options of a layer that a method considers: those in INT8 first, then those in INT4 if it may have any, by rising
     width.
 
     With the selection "budget" a layer may be flattened by as much as fills 0, 1, 2, ... blocks of the padding; else there
     is one option for each number of bits.
     """
-    return _options(layer_inputs(linear, statistics, scheme), linear, scheme, int4)
-
-
-def looks_at_all(scheme: Scheme) -> bool:
-    """Whether a scheme has to see all layers that read the same input to quantize it alike for them.
-
-    With groups and no smoothing, every token has a scale of its own, whichever layer reads it.
-    """
-    return scheme.method != "grouped" or scheme.awq
+    return _options(layer_inputs(linear, statistics, method.activation_percentile), linear, method, int4)
 
 
 def shared_options(
-    linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Statistics], scheme: Scheme, *, int4: bool = True
+    linears: Mapping[str, nnx.Linear],
+    statistics: Mapping[str, Statistics],
+    method: Method,
+    sample_rows: int,
+    *,
+    int4: bool = True,
 ) -> dict[str, list[Option]]:
     """The options of layers that read the same input, experts of one mixture: as many for each, and all of the same number
     quantize the input alike.
@@ -105,150 +93,132 @@ def shared_options(
     They are those of one layer with the outputs of all, judged on some samples of each; then every layer gets its part of the
     scales, and its own error.
     """
-    if not looks_at_all(scheme):
-        return {name: layer_options(linears[name], statistics[name], scheme, int4=int4) for name in linears}
-    parts = {name: layer_inputs(linears[name], statistics[name], scheme) for name in linears}
-    each = -(-scheme.sample_rows // len(parts))
+    if not method.shares_inputs:
+        return {name: layer_options(linears[name], statistics[name], method, int4=int4) for name in linears}
+    parts = {name: layer_inputs(linears[name], statistics[name], method.activation_percentile) for name in linears}
+    each = -(-sample_rows // len(parts))
     whole = LayerInputs(
         jnp.concatenate([part.weight for part in parts.values()]),
         jnp.max(jnp.stack([part.x_max for part in parts.values()]), axis=0),
         jnp.concatenate([part.samples[:each] for part in parts.values()]),
     )
     found: dict[str, list[Option]] = {name: [] for name in linears}
-    for option in _options(whole, next(iter(linears.values())), scheme, int4):
+    for option in _options(whole, next(iter(linears.values())), method, int4):
         for i, (name, linear) in enumerate(linears.items()):
             rows = slice(i * linear.out_features, (i + 1) * linear.out_features)
-            grid = _part(option.grid, rows, whole.weight)
-            error, divergence = map(float, _judged(grid, parts[name]))
-            size = _bytes(linear, grid, option.width)
-            found[name].append(dataclasses.replace(option, grid=grid, error=error, divergence=divergence, bytes=size))
+            plan = _of_rows(option.plan, rows, whole.weight)
+            error, divergence = map(float, _judged(plan, parts[name]))
+            size = plan_bytes(linear, plan, option.width)
+            found[name].append(dataclasses.replace(option, plan=plan, error=error, divergence=divergence, bytes=size))
     return found
 
 
-def _part(grid: Grid, rows: slice, weight: Float32[Array, "n k"]) -> Grid:
-    """The grid of some of a layer's outputs, with a finer step for a whole tensor where their weights leave room for it."""
-    groups = None if grid.group_scale is None else grid.group_scale[:, rows]
-    if grid.w_scale.ndim:
-        return dataclasses.replace(grid, w_scale=grid.w_scale[rows], group_scale=groups)
-    if groups is not None:
-        return dataclasses.replace(grid, group_scale=groups)
-    largest = jnp.max(jnp.abs(weight[rows] * grid.smoothing), axis=0) / grid.w_pieces
-    needed = jnp.maximum(jnp.max(largest) / qmax(grid.bits), jnp.finfo(jnp.float32).tiny)
-    return dataclasses.replace(grid, w_scale=jnp.minimum(grid.w_scale, needed))
+def _of_rows(plan: LayerPlan, rows: slice, weight: Float32[Array, "n k"]) -> LayerPlan:
+    """The plan for some of a layer's outputs."""
+    return dataclasses.replace(plan, grid=plan.grid.rows(rows, plan.transform.weight(weight[rows])))
 
 
 @jit
-def _judged(grid: Grid, inputs: LayerInputs) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+def _judged(plan: LayerPlan, inputs: LayerInputs) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """The error and the divergence of a layer's output."""
-    layer = grid.round(inputs.weight)
-    exact = inputs.samples @ inputs.weight.T
-    return (
-        relative_error(layer, inputs.samples, inputs.weight),
-        histogram_divergence(exact, output(layer, inputs.samples)),
-    )
+    exact, codes = inputs.samples @ inputs.weight.T, plan.round(inputs.weight)
+    return relative_error(plan, codes, inputs), histogram_divergence(exact, plan.product(inputs.samples, codes))
 
 
-def _options(inputs: LayerInputs, linear: nnx.Linear, scheme: Scheme, int4: bool) -> list[Option]:
+def _options(inputs: LayerInputs, linear: nnx.Linear, method: Method, int4: bool) -> list[Option]:
     """:func:`layer_options`; ``linear`` says how large the layer is."""
-    k = linear.in_features
     options = []
-    allowed = {8: not int4 or scheme.int4_share < 1, 4: int4 and scheme.int4_share > 0}
+    share = method.allocation.int4_share
+    allowed = {8: not int4 or share < 1, 4: int4 and share > 0}
     for bits in (bits for bits in allowed if allowed[bits]):
-        budgets = [scheme.max_expansion]
-        if scheme.selection == "budget":
-            block, first = padded_width(1, bits), padded_width(k, bits)
-            most = max(first, int(scheme.max_expansion * k))
-            budgets = [min(width / k, scheme.max_expansion) for width in range(first, most + block, block)]
-        found = _measured(inputs, scheme, bits, jnp.asarray(list(dict.fromkeys(budgets)), jnp.float32))
+        found = _measured(inputs, method, bits)
         widths: list[int] = []
         for i, channels in enumerate(np.asarray(found.channels)):
-            width = padded_width(int(channels), bits)
+            plan: LayerPlan = jax.tree.map(lambda leaf, i=i: leaf[i], found.plan)
+            width = plan.grid.format.padded(int(channels))
             if width in widths:
                 continue
             widths.append(width)
-            arrays: dict[str, Any] = {name: leaf if leaf is None else leaf[i] for name, leaf in found.arrays.items()}
-            group_size = 0 if arrays["group_scale"] is None else scheme.group_size
-            grid = Grid(**arrays, x_bits=int(found.x_bits[i]), bits=bits, group_size=group_size)
-            size = _bytes(linear, grid, width)
+            size = plan_bytes(linear, plan, width)
             error, divergence = float(found.error[i]), float(found.divergence[i])
-            options.append(Option(bits=bits, error=error, divergence=divergence, width=width, bytes=size, grid=grid))
+            options.append(Option(bits=bits, error=error, divergence=divergence, width=width, bytes=size, plan=plan))
     return options
 
 
-def _bytes(linear: nnx.Linear, grid: Grid, width: int) -> int:
-    integers = grid.group_scale is not None and jnp.issubdtype(grid.group_scale.dtype, jnp.integer)
-    return layer_bytes(
-        linear,
-        grid.bits,
-        width,
-        weight_scales=grid.w_scale.size,
-        static=grid.x_scale is not None,
-        group_size=grid.group_size,
-        group_scale_bytes=2 if integers else 4,
-    )
+def plan_bytes(linear: nnx.Linear, plan: LayerPlan, width: int) -> int:
+    """Bytes on the device of the layer that a linear layer becomes, which may be abstract.
+
+    Args:
+      linear: may be abstract.
+      plan: of the layer; its arrays are not used.
+      width: K' with its padding.
+    """
+    besides = [*plan.branches, plan.finish, None if plan.transform.recipe() is not None else plan.transform]
+    return layer_bytes(linear, plan.grid.format, type(plan.inputs).runs, width) + bytes_of(besides)
 
 
 class _Measured(NamedTuple):
-    """The grids of a layer for some budgets, along the leading axis of every array.
+    """The plans of a layer, along the leading axis of every array.
 
     Attributes:
-      arrays: the fields of the grids that are arrays, by name.
-      x_bits: bits of the activations.
+      plan: of all.
       channels: K', before padding.
       error, divergence: as :class:`Option` has them.
     """
 
-    arrays: dict[str, Any]
-    x_bits: Int32[Array, " b"]
+    plan: LayerPlan
     channels: Int32[Array, " b"]
     error: Float32[Array, " b"]
     divergence: Float32[Array, " b"]
 
 
-@functools.partial(jit, static_argnames=("scheme", "bits"))
-def _measured(inputs: LayerInputs, scheme: Scheme, bits: int, budgets: Float32[Array, " b"]) -> _Measured:
-    """Every grid of a layer, with the error of its output and the divergence of its histogram."""
+@functools.partial(jit, static_argnames=("method", "bits"))
+def _measured(inputs: LayerInputs, method: Method, bits: int) -> _Measured:
+    """Every plan of a layer, with the error of its output and the divergence of its histogram."""
     exact = inputs.samples @ inputs.weight.T
-    grid_of = METHODS[scheme.method](inputs, scheme, bits, budgets)
 
-    def measure(i: Array) -> _Measured:
-        grid = grid_of(i)
-        layer = grid.round(inputs.weight)
-        arrays = {name: getattr(grid, name) for name in ARRAYS}
-        channels = jnp.sum(grid.x_pieces * grid.w_pieces)
-        divergence = histogram_divergence(exact, output(layer, inputs.samples))
-        error = relative_error(layer, inputs.samples, inputs.weight)
-        return _Measured(arrays, jnp.int32(grid.x_bits), channels, error, divergence)
+    def measure(plan: LayerPlan) -> _Measured:
+        codes = plan.round(inputs.weight)
+        divergence = histogram_divergence(exact, plan.product(inputs.samples, codes))
+        error = relative_error(plan, codes, inputs)
+        return _Measured(plan, channels_used(plan, inputs.weight.shape[1]), error, divergence)
 
-    return lax.map(measure, jnp.arange(len(budgets)))
+    plans = method.plans(inputs, bits)
+    return lax.map(measure, jax.tree.map(lambda *leaves: jnp.stack(leaves), *plans))
 
 
 def select(
     options: Mapping[str, list[OutlineT]],
     macs: Mapping[str, int],
     plain_bytes: int,
-    scheme: Scheme,
+    allocation: Allocation,
     sensitivities: Callable[[], Mapping[str, float]],
 ) -> dict[str, OutlineT]:
-    """Chooses one option for every layer, by the scheme's selection.
+    """Chooses one option for every layer, by the allocation's selection.
 
     Args:
       options: of every layer.
       macs: multiply-accumulates of every layer.
       plain_bytes: of all of them in bfloat16.
-      scheme: its ``selection``, ``int4_share`` and ``compression``.
+      allocation: what is asked for.
       sensitivities: what each layer's last option costs the model; called only if it is needed.
+
+    Raises:
+      InputError: if layers kept in INT8 put the share of INT4 out of reach.
     """
+    able = [name for name, found in options.items() if found[-1].bits < found[0].bits]
+    check_share(allocation, sum(macs[name] for name in able), sum(macs[name] for name in options))
     if all(len(found) == 1 for found in options.values()):
         return {name: found[0] for name, found in options.items()}
-    if scheme.selection != "budget":
+    least = allocation.int4_share * sum(macs[name] for name in options)
+    if allocation.selection != "budget":
         high, low = ({name: found[i] for name, found in options.items()} for i in (0, -1))
-        if scheme.selection == "kl":
-            errors = {name: low[name].divergence / max(high[name].divergence, 1e-10) for name in options}
+        if allocation.selection == "kl":
+            errors = {name: low[name].divergence / max(high[name].divergence, 1e-10) for name in able}
         else:
             errors = sensitivities()
-        chosen = select_low_bits([errors[name] for name in options], [macs[n] for n in options], scheme.int4_share)
-        return {name: low[name] if is_low else high[name] for name, is_low in zip(options, chosen, strict=True)}
+        chosen = select_low_bits([errors[name] for name in able], [macs[name] for name in able], least)
+        return high | {name: low[name] for name, is_low in zip(able, chosen, strict=True) if is_low}
     measured = sensitivities()
     tables = [
         (_costs(found, measured[n]),
@@ -258,12 +228,29 @@ def select(
     ]  # fmt: skip
     errors, low_macs, sizes = map(list, zip(*tables, strict=True))
     smallest = sum(min(row) for row in sizes)
-    padded = scheme.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes)
-    asked = scheme.compression and not padded
-    most = max(plain_bytes / scheme.compression, ROOM * smallest) if asked else float("inf")
-    least = scheme.int4_share * sum(macs[name] for name in options)
+    padded = allocation.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes)
+    asked = allocation.compression and not padded
+    most = max(plain_bytes / allocation.compression, ROOM * smallest) if asked else float("inf")
     picked = choose(errors, low_macs, sizes, least_macs=least, most_bytes=most)
     return {name: found[i] for (name, found), i in zip(options.items(), picked, strict=True)}
+
+
+def check_share(allocation: Allocation, able: float, macs: float) -> None:
+    """Checks that a share of INT4 can be had; a share of 1 is all that may be in INT4, however little that is.
+
+    Args:
+      allocation: its ``int4_share``.
+      able: multiply-accumulates of the layers that may be in INT4.
+      macs: of all layers.
+
+    Raises:
+      InputError: naming the share that can be reached.
+    """
+    if allocation.int4_share < 1 and able < allocation.int4_share * macs:
+        raise InputError(
+            f"int4_share={allocation.int4_share}: out of reach, as layers kept in INT8 leave {able / macs:.4f} of the "
+            "multiply-accumulates to INT4"
+        )
 
 
 def costs_by_bits(

@@ -7,7 +7,7 @@ layers' inputs X and X' are taken, and with Q(X') as the quantized layer will se
 
 over all calibration rows; for an expert over those that are sent to it, times the squared weight of its output, and
 with hardly any weight over the others.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W
-(:func:`fqjax.core.rounding.gptq.absorb`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is
+(:func:`fqjax.core.rounding.gptq.aim_of`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is
 run, and what it gives goes to the next one.  The layers of one block see what their neighbours, rounded to the nearest,
 make of the block's input.
 
@@ -27,18 +27,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
-from fqjax.core.formats.uniform import Grid, WideLinear, represented
-from fqjax.core.rounding.gptq import Prepared, aim_of, gptq_prepared, prepare, solve_ridge
-from fqjax.layers.linear import QuantizedLinear
+from fqjax.core.formats.base import Grid
+from fqjax.core.layer import LayerPlan, fake_input
+from fqjax.core.rounding.gptq import (
+    DAMPING,
+    Factored,
+    Prepared,
+    aim_of,
+    aim_of_more,
+    factorize,
+    gptq_prepared,
+    invert,
+    solve_ridge,
+)
+from fqjax.core.transforms.base import Transform
+from fqjax.layers.simulated import Simulated
 from fqjax.layers.surgery import dotted, find_linears, replace_modules
 from fqjax.layers.taps import Watcher
-from fqjax.models.chain import Chain, Feed, Simulated, run
+from fqjax.models.chain import Chain, Feed, run
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.memory import give_back
 
-DAMPING = 0.01
+DAMPING_RAISES = 3
+"""How often ten times the damping is tried where the damped moments have no Cholesky factor."""
 UNUSED = 1e-3
 """How much a row counts that is not sent to an expert, next to one of which nothing else is used: what an expert that
 calibration never or hardly reached is rounded by."""
@@ -57,14 +70,8 @@ class Moments(NamedTuple):
 class _Rounding(NamedTuple):
     """What becomes of a layer's input: arrays alone, so that 4 or 8 bits are the same to the compiler."""
 
-    smoothing: Float32[Array, " k"]
-    multiplier: Float32[Array, " k"]
-    limit: Float32[Array, " k"]
-    x_scale: Float32[Array, ""] | None
-
-    @classmethod
-    def of(cls, grid: Grid) -> "_Rounding":
-        return cls(grid.smoothing, grid.multiplier, grid.x_limit, grid.x_scale)
+    transform: Any
+    inputs: Any
 
 
 class _Seen(nnx.Variable):
@@ -94,49 +101,52 @@ def twice(feed: Feed) -> list[tuple[Any, Any]]:
 def compensated(
     parts: Chain,
     block: nnx.Module,
-    rough: Callable[[], Mapping[str, QuantizedLinear]],
-    grids: Mapping[str, Grid],
+    rough: Callable[[], Mapping[str, Simulated]],
+    plans: Mapping[str, LayerPlan],
     feed: Feed,
     inputs: Iterable[tuple[Any, Any]],
-    finish: Mapping[str, Callable[[Callable[[], WideLinear]], QuantizedLinear]],
     upstream: float,
-) -> dict[str, QuantizedLinear]:
-    """Rounds the weights of a block's quantized layers anew; all are named by their dotted path in the block.
+    damping: float = DAMPING,
+) -> dict[str, Callable[[], Int[Array, "n k"]]]:
+    """Round the weights of a block's quantized layers anew; all are named by their dotted path in the block.
 
     Args:
       parts: what the block belongs to.
       block: of the float model.
       rough: makes its quantized layers, weights rounded to the nearest; called once, if at all.
-      grids: the grid of each.
+      plans: the plan of each.
       feed: the batches.
       inputs: of the block, from the float model and from the quantized blocks in front; gone through once, if at all.
-      finish: makes each layer of a function that works its integer view out.
       upstream: r above.
+      damping: of the moments, relative to the mean of their diagonal; more where there is no Cholesky factor.
+
+    Returns:
+      For each layer what rounds its weight to codes; called once each, as the moments are used up.
     """
     linears = find_linears(block)
 
     @functools.cache
     def moments() -> dict[str, Moments]:
-        return _moments(parts.call, block, rough, grids, feed.paired(inputs), upstream)
+        return _moments(parts.call, block, rough, plans, feed.paired(inputs), upstream)
 
-    def view(short: str) -> WideLinear:
+    def codes(short: str) -> Int[Array, "n k"]:
         found = moments().pop(short)
-        rounded = _rounded(linears[short].kernel[...].T, grids[short], found)
+        rounded = _rounded(linears[short].kernel[...].T, plans[short], found, damping)
         give_back()
         return rounded
 
-    return {short: make(functools.partial(view, short)) for short, make in finish.items()}
+    return {short: functools.partial(codes, short) for short in plans}
 
 
 def propagated(
     parts: Chain,
     block: nnx.Module,
-    layers: Mapping[str, QuantizedLinear],
+    layers: Mapping[str, Simulated],
     feed: Feed,
     inputs: Iterable[tuple[Any, Any]],
 ) -> Iterator[tuple[Any, Any]]:
     """What the float block gives, and what it gives with quantized layers, for the inputs that :func:`compensated` takes."""
-    quantized = nnx.split(replace_modules(block, {short: Simulated(layer) for short, layer in layers.items()}))
+    quantized = nnx.split(replace_modules(block, layers))
     plain = nnx.split(block)
     for (exact, approximate), others in feed.paired(inputs):
         yield run(parts, plain, exact, others), run(parts, quantized, approximate, others)
@@ -145,18 +155,19 @@ def propagated(
 def _moments(
     call: Callable[..., Any],
     block: nnx.Module,
-    rough: Callable[[], Mapping[str, QuantizedLinear]],
-    grids: Mapping[str, Grid],
+    rough: Callable[[], Mapping[str, Simulated]],
+    plans: Mapping[str, LayerPlan],
     inputs: Iterable[tuple[tuple[Any, Any], Any]],
     upstream: float,
 ) -> dict[str, Moments]:
     """The moments of all layers of a block, over all batches."""
-    exact_def, exact = nnx.split(replace_modules(block, lambda path, node: _Tap(node) if path in grids else node))
+    exact_def, exact = nnx.split(replace_modules(block, lambda path, node: _Tap(node) if path in plans else node))
     approximate_def, approximate = nnx.split(
-        replace_modules(block, {path: _Tap(Simulated(layer)) for path, layer in rough().items()})
+        replace_modules(block, {path: _Tap(layer) for path, layer in rough().items()})
     )
-    rounding = {path: _Rounding.of(grid) for path, grid in grids.items()}
-    moments = {path: _no_moments(grid) for path, grid in grids.items()}
+    rounding = {path: _Rounding(plan.transform, plan.inputs) for path, plan in plans.items()}
+    linears = find_linears(block)
+    moments = {path: _no_moments(linears[path].in_features, plan) for path, plan in plans.items()}
     for (x, seen), others in inputs:
         found = _inputs(call, exact_def, approximate_def, exact, approximate, rounding, upstream, x, seen, others)
         moments = {path: _with_rows(moments[path], *rows) for path, rows in found.items()}
@@ -165,10 +176,9 @@ def _moments(
     return moments
 
 
-def _no_moments(grid: Grid) -> Moments:
-    shape = (len(grid.smoothing),) * 2
-    gram = jnp.zeros(shape, jnp.float32)
-    return Moments(gram, jnp.zeros(shape, jnp.float32) if grid.x_bits == 4 else None)
+def _no_moments(k: int, plan: LayerPlan) -> Moments:
+    gram = jnp.zeros((k, k), jnp.float32)
+    return Moments(gram, jnp.zeros_like(gram) if plan.inputs.is_coarse() else None)
 
 
 @functools.partial(jit, static_argnums=(0, 1, 2))
@@ -192,8 +202,9 @@ def _inputs(
     found = {}
     for path, rule in rounding.items():
         (x_wanted, _), (x_given, counts) = wanted[path], given[path]
-        rows = represented(x_given, rule.multiplier, rule.limit, rule.x_scale)
-        found[path] = rows * counts[:, None], rows, (x_given + upstream * (x_wanted - x_given)) / rule.smoothing
+        rows = fake_input(rule.transform, rule.inputs, x_given)
+        aim = rule.transform.inputs(x_given + upstream * (x_wanted - x_given))
+        found[path] = rows * counts[:, None], rows, aim
     return found
 
 
@@ -228,38 +239,65 @@ def _taken(module: nnx.Module) -> dict[str, tuple[Float32[Array, "rows k"], Floa
     return {path: (tap.seen.get_value(), tap.counts.get_value()) for path, tap in taps.items()}
 
 
-def _rounded(weight: Float[Array, "n k"], grid: Grid, moments: Moments) -> WideLinear:
+def _rounded(weight: Float[Array, "n k"], plan: LayerPlan, moments: Moments, damping: float) -> Int[Array, "n k"]:
     """The weight that makes up for the errors in its input, rounded so that it makes up for its own.
 
     The moments are used up.  It goes step by step, so that no more arrays of their size are there at once than must be.
+    Where they have no Cholesky factor whatever the damping, the codes are those of NaN
+    (:data:`fqjax.core.codes.NO_CODE`).
     """
-    target = _smoothed(weight, grid.smoothing)
+    target = _transformed(weight, plan.transform)
     if moments.cross is not None:
-        aim = jax.block_until_ready(_aim_of(target, *moments))
+        aim = jax.block_until_ready(_aim_of(target, *moments, damping=damping))
         moments.cross.delete()
-        target = _solve_ridge(moments.gram, aim)
+        target = _solved(moments.gram, aim, target, damping)
         del aim
-    prepared = jax.block_until_ready(_prepare(moments.gram))
-    return jax.block_until_ready(_round_in_order(target, grid, prepared))
+    factored = _factored(moments.gram, damping)
+    moments.gram.delete()
+    prepared = jax.block_until_ready(_invert(factored))
+    return jax.block_until_ready(_round_in_order(target, plan.grid, prepared))
 
 
-_aim_of = jit(functools.partial(aim_of, damping=DAMPING))
-_solve_ridge = jit(functools.partial(solve_ridge, damping=DAMPING))
-_prepare = jit(functools.partial(prepare, damping=DAMPING, act_order=True), donate_argnums=0)
+def _solved(
+    gram: Float32[Array, "k k"], aim: Float32[Array, "k n"], weight: Float32[Array, "n k"], least: float
+) -> Float32[Array, "n k"]:
+    """The weight that ``aim`` asks for, with the least damping with which there is one."""
+    found, finite = _solve_ridge(gram, aim, damping=least)
+    for damping in _more(least):
+        if bool(finite):
+            break
+        more = _aim_of_more(aim, weight, gram, damping=damping, before=least)
+        found, finite = _solve_ridge(gram, more, damping=damping)
+    return found
+
+
+def _factored(gram: Float32[Array, "k k"], least: float) -> Factored:
+    """The Cholesky factor with the least damping with which there is one."""
+    found = _factorize(gram, damping=least)
+    for damping in _more(least):
+        if bool(found.finite):
+            break
+        found = _factorize(gram, damping=damping)
+    return found
+
+
+def _more(damping: float) -> list[float]:
+    """Dampings to try after one that was not enough."""
+    return [damping * 10**i for i in range(1, DAMPING_RAISES + 1)]
+
+
+_aim_of = functools.partial(jit, static_argnames="damping")(aim_of)
+_aim_of_more = functools.partial(jit, static_argnames=("damping", "before"))(aim_of_more)
+_solve_ridge = functools.partial(jit, static_argnames="damping")(solve_ridge)
+_factorize = functools.partial(jit, static_argnames="damping")(functools.partial(factorize, act_order=True))
+_invert = jit(invert, donate_argnums=0)
 
 
 @jax.jit
-def _smoothed(weight: Float[Array, "n k"], smoothing: Float32[Array, " k"]) -> Float32[Array, "n k"]:
-    return weight.astype(jnp.float32) * smoothing
+def _transformed(weight: Float[Array, "n k"], transform: Transform) -> Float32[Array, "n k"]:
+    return transform.weight(weight)
 
 
 @jit
-def _round_in_order(target: Float32[Array, "n k"], grid: Grid, prepared: Prepared) -> WideLinear:
-    lowest, largest = grid.code_range
-    steps = jnp.atleast_2d(grid.steps)  # Not as large as the weight unless it has groups.
-
-    def quantize_column(column: Array, i: Array) -> Array:
-        step = steps[:, i] if steps.shape[1] > 1 else steps[:, 0]
-        return jnp.clip(jnp.round(column / step), lowest[i], largest[i]) * step
-
-    return grid.with_smoothed(gptq_prepared(target, prepared, quantize_column))
+def _round_in_order(target: Float32[Array, "n k"], grid: Grid, prepared: Prepared) -> Int[Array, "n k"]:
+    return grid.round(gptq_prepared(target, prepared, grid.column))

@@ -12,7 +12,7 @@ each for all batches are held for the next.
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from fqjax.core.layer import LayerInputs
+from fqjax.drivers.codec import keepable
 from fqjax.layers.surgery import dotted, replace_modules
 from fqjax.layers.taps import Watcher
 from fqjax.models.chain import Chain, Feed, chain, places, sweep
@@ -27,9 +29,10 @@ from fqjax.runtime.compiling import jit
 from fqjax.runtime.errors import InputError
 
 
+@keepable
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What calibration saw of one linear layer's input.
+    """Statistics of one linear layer's input, from calibration.
 
     Attributes:
       absmax: largest magnitude of each channel, float32 (K,).
@@ -46,13 +49,36 @@ class Statistics:
     rows: int
     passed: int
 
+    def span(self) -> "Span":
+        """The statistics without samples."""
+        return Span(self.absmax, self.rows, self.passed)
 
-class Span(NamedTuple):
-    """What is small of :class:`Statistics`; the fields are the same."""
+
+@keepable
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """The small part of :class:`Statistics`; the fields are the same."""
 
     absmax: np.ndarray
     rows: int
     passed: int
+
+
+def layer_inputs(linear: nnx.Linear, statistics: Statistics, percentile: float = 100.0) -> LayerInputs:
+    """A layer and the statistics of its input, as a method sees them.
+
+    Args:
+      linear: the layer in floating point.
+      statistics: of its input.
+      percentile: of a channel's magnitudes in the sampled rows, that counts as its largest; at 100 it is the largest of all
+        rows that passed.
+    """
+    weight = linear.kernel[...].T.astype(jnp.float32)
+    absmax, samples = jnp.asarray(statistics.absmax), jnp.asarray(statistics.samples)
+    if percentile < 100:
+        usual = jnp.percentile(jnp.abs(samples), percentile, axis=0)
+        absmax = jnp.where(usual > 0, usual, absmax)  # A channel that is mostly zero keeps its largest value.
+    return LayerInputs(weight, absmax, samples)
 
 
 class _Statistic(nnx.Variable):

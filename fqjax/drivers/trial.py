@@ -2,7 +2,7 @@
 
 The error of a layer's own output says little about this: a layer that writes small corrections into the residual stream
 can be coarse, one that feeds attention scores cannot.  So every layer is tried for real: its block runs with both versions
-of each layer behind a switch, then the blocks behind it run as they are.  That costs half as many forward passes as there
+of each layer behind a switch, then the blocks after it run as they are.  That costs half as many forward passes as there
 are layers, and two compiled programs.
 """
 
@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
-from fqjax.layers.linear import QuantizedLinear
+from fqjax.core.layer import LayerPlan
+from fqjax.drivers.base import BlockRun, Pass, Run
+from fqjax.layers.simulated import Simulated
 from fqjax.layers.surgery import replace_modules
-from fqjax.models.chain import Chain, Feed, Simulated, as_arguments, places, run
+from fqjax.models.chain import Chain, Feed, as_arguments, places, run, sweep
 from fqjax.runtime.compiling import jit
 
 
@@ -35,58 +37,115 @@ class Probe(nnx.Module):
         return jax.lax.cond(self.up[...] == self.number, self.quantized, self.linear, x)
 
 
+class Trial(Pass):
+    """Every layer, or all of a unit together, quantized alone to its last option; ``store["sensitivities",]`` by unit."""
+
+    name, title = "tried", "measuring sensitivity"
+    batches, keeps_outputs = 1, True
+
+    def needed(self, run: Run) -> bool:
+        options = [run.store["outlines", name] for name in run.linears]
+        return run.method.allocation.selection != "kl" and any(len(some) > 1 for some in options)
+
+    def begin(self, run: Run) -> None:
+        self.feed = Feed(run.chain, [run.first_batch])
+
+    def block(self, block: BlockRun, inputs: Iterable[Any]) -> Iterator[Any]:
+        run = block.run
+        unit = {name: label for label, names in run.units.items() for name in names}
+        labels = list(dict.fromkeys(unit[name] for name in block.names.values()))
+        numbers = {short: labels.index(unit[name]) for short, name in block.names.items()}
+
+        def low() -> dict[str, Simulated]:
+            plans = {short: run.store["options", name][-1].plan for short, name in block.names.items()}
+            return {short: nearest(block.linears[short], plan) for short, plan in plans.items()}
+
+        yield from tried(run.chain, block.module, low, numbers, self.feed, inputs)
+
+    def end(self, run: Run, outputs: Iterable[Any]) -> None:
+        unit = {name: label for label, names in run.units.items() for name in names}
+        labels = dict.fromkeys(unit[name] for names in run.inside.values() for name in names.values())
+        run.store["sensitivities",] = divergences(run.chain, list(labels), run.first_batch, outputs)
+
+
+def nearest(linear: nnx.Linear, plan: LayerPlan) -> Simulated:
+    """A layer with its weight rounded to the nearest codes of a plan."""
+    return Simulated.of(linear, plan, rounded(plan, linear.kernel[...]))
+
+
+@jit
+def rounded(plan: LayerPlan, kernel: Float[Array, "k n"]) -> Int[Array, "n k"]:
+    """The nearest codes of a linear layer's kernel."""
+    return plan.round(kernel.T.astype(jnp.float32))
+
+
 def sensitivities(
-    parts: Chain,
-    names: Iterable[str],
-    low: Callable[[str, nnx.Module], Mapping[str, QuantizedLinear]],
-    batch: Any,
-    go: Callable[..., Iterable[Any]],
-    units: Mapping[str, Iterable[str]] | None = None,
+    parts: Chain, names: Iterable[str], low: Callable[[str, nnx.Module], Mapping[str, Simulated]], batch: Any
 ) -> dict[str, float]:
-    """Runs a batch through a model with one layer quantized at a time.
+    """Run a batch through a model with one layer quantized at a time.
 
     One block is needed at a time: the outputs with each of the layers tried so far go through it.
 
     Args:
       parts: the float model.
       names: of the layers to try, in the order of the blocks.
-      low: (path, block) -> quantized layers by dotted path in the block; called block after block.
+      low: (path, block) -> simulated layers by dotted path in the block; called block after block.
       batch: one model input, as :func:`fqjax.drivers.statistics.calibrate` takes them.
-      go: goes through the blocks, as :func:`fqjax.models.chain.sweep` does.
-      units: layers that are tried together, by a name for them, by which the result has them; each on its own by default.
 
     Returns:
-      For each layer, or unit, the divergence of the model's output from the float model's (:func:`divergence`).
+      For each layer the divergence of the model's output from the float model's (:func:`divergence`).
     """
-    feed, inside = Feed(parts, [batch]), places(parts.blocks, names)
-    unit = {name: label for label, some in (units or {}).items() for name in some}
-    labels = {
-        path: list(dict.fromkeys(unit.get(name, name) for name in some.values())) for path, some in inside.items()
-    }
+    feed, inside = Feed(parts, [batch]), places(parts.blocks, names := list(names))
 
     def step(path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
-        # First the exact output; then those with one of the layers in front quantized; then those with one of this block's.
-        plain, others, exact = nnx.split(block), None, None
-        for x in inputs:
-            if others is None:
-                (exact, others), *_ = feed.paired([x])
-            yield run(parts, plain, x, others)
-        numbers = {short: labels[path].index(unit.get(name, name)) for short, name in inside[path].items()}
-        graphdef, up, rest = nnx.split(_probed(block, low(path, block), numbers), _Number, ...)
-        for number in range(len(labels[path])):
-            yield _run_probed(parts.call, graphdef, up, rest, jnp.int32(number), exact, others)
+        numbers = {short: i for i, short in enumerate(inside[path])}
+        return tried(parts, block, functools.partial(low, path, block), numbers, feed, inputs)
 
-    outputs = iter(go(parts.blocks, feed.first, step, "measuring sensitivity", keep_last=True))
+    outputs = sweep(parts.blocks, feed.first, step, Trial.title, keep_last=True)
+    return divergences(parts, [name for path in parts.blocks for name in inside[path].values()], batch, outputs)
+
+
+def tried(
+    parts: Chain,
+    block: nnx.Module,
+    low: Callable[[], Mapping[str, Simulated]],
+    numbers: Mapping[str, int],
+    feed: Feed,
+    inputs: Iterable[Any],
+) -> Iterator[Any]:
+    """Outputs of a block: of the exact input, of those with a layer of the blocks before quantized, and of the exact input
+    with one of this block's layers quantized.
+
+    Args:
+      parts: what the block belongs to.
+      block: of the float model.
+      low: makes its quantized layers, by dotted path in the block; called once.
+      numbers: of its layers; those of one number are tried together.
+      feed: of one batch.
+      inputs: of the block, the exact one first.
+    """
+    plain, others, exact = nnx.split(block), None, None
+    for x in inputs:
+        if others is None:
+            (exact, others), *_ = feed.paired([x])
+        yield run(parts, plain, x, others)
+    graphdef, up, rest = nnx.split(_probed(block, low(), numbers), _Number, ...)
+    for number in range(max(numbers.values(), default=-1) + 1):
+        yield _run_probed(parts.call, graphdef, up, rest, jnp.int32(number), exact, others)
+
+
+def divergences(parts: Chain, labels: Iterable[str], batch: Any, outputs: Iterable[Any]) -> dict[str, float]:
+    """Divergence of each of the last block's outputs from the first of them, by a label each."""
+    outputs = iter(outputs)
     exact, is_text = parts.end(next(outputs)), _is_token_batch(as_arguments(batch)[0])
-    tried = [label for path in parts.blocks for label in labels[path]]
-    return {name: float(divergence(exact, parts.end(y), is_text)) for name, y in zip(tried, outputs, strict=True)}
+    return {name: float(divergence(exact, parts.end(y), is_text)) for name, y in zip(labels, outputs, strict=True)}
 
 
-def _probed(block: nnx.Module, low: Mapping[str, QuantizedLinear], numbers: Mapping[str, int]) -> nnx.Module:
+def _probed(block: nnx.Module, low: Mapping[str, Simulated], numbers: Mapping[str, int]) -> nnx.Module:
     up = _Number(jnp.int32(-1))
     return replace_modules(
         block,
-        lambda path, node: Probe(node, Simulated(low[path]), numbers[path], up) if path in numbers else node,
+        lambda path, node: Probe(node, low[path], numbers[path], up) if path in numbers else node,
     )
 
 

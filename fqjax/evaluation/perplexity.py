@@ -6,7 +6,6 @@ are float32, and an incomplete last window is dropped.
 """
 
 import functools
-import inspect
 import math
 from typing import Any
 
@@ -14,38 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Int, Int32
+from jaxtyping import Array, Float32, Int32
 
+from fqjax.data.text import cut_windows
+from fqjax.layers.record import split_to_run
 from fqjax.models.cache import Kind, dtype_of
+from fqjax.models.checks import check_takes, check_tokens
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
-
-
-def cut_windows(
-    token_ids: Int[np.ndarray, " tokens"], window: int, bos_token_id: int, windows: int | None = None
-) -> Int32[np.ndarray, "windows window"]:
-    """Cuts a text's tokens into windows of BOS and ``window - 1`` tokens.
-
-    Args:
-      token_ids: the whole text, without special tokens.
-      window: tokens in a window, BOS among them; at least 2.
-      bos_token_id: what every window begins with.
-      windows: only so many, from the beginning; None for all.
-
-    Raises:
-      InputError: if the text does not fill one window.
-    """
-    token_ids = np.asarray(token_ids).reshape(-1)
-    if window < 2:
-        raise InputError(f"window {window}: expected at least 2 tokens")
-    if windows is not None and windows < 1:
-        raise InputError(f"windows {windows}: expected at least 1")
-    count = len(token_ids) // (window - 1)
-    if not count:
-        raise InputError(f"the text has {len(token_ids)} tokens, expected at least {window - 1} for one window")
-    count = min(count, windows or count)
-    body = token_ids[: count * (window - 1)].reshape(count, window - 1)
-    return np.concatenate([np.full((count, 1), bos_token_id), body], axis=1).astype(np.int32)
 
 
 def perplexity(
@@ -74,6 +49,8 @@ def perplexity(
       InputError: if the text does not fill one window, a token is not in the vocabulary, or the window is longer than
         the model allows.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: expected at least 1")
     config = getattr(model, "config", None)
     bos = bos_token_id if bos_token_id is not None else getattr(config, "bos_token_id", None)
     if bos is None:
@@ -83,7 +60,7 @@ def perplexity(
     cache_dtype = dtype_of(kv_cache)
     if cache_dtype is not None:
         check_takes(type(model).__call__, "cache_dtype", f"kv_cache {kv_cache!r}: the model's call")
-    graphdef, state = nnx.split(model)
+    graphdef, state = split_to_run(model)
     total = 0.0
     batches = [cut[i : i + batch_size] for i in range(0, len(cut), batch_size)]
     for batch in track(batches, "evaluating"):
@@ -91,33 +68,6 @@ def perplexity(
         filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
         total += float(np.asarray(_window_losses(graphdef, state, filled, cache_dtype), np.float64)[: len(batch)].sum())
     return math.exp(total / (len(cut) * (window - 1)))
-
-
-def check_tokens(tokens: Int[np.ndarray, "..."], config: Any, length: int) -> None:
-    """Refuses tokens outside the vocabulary and sequences longer than the model has positions.
-
-    Raises:
-      InputError: naming the token or the length.
-    """
-    limit = getattr(config, "max_length", None)
-    if limit is not None and length > limit:
-        raise InputError(f"a sequence of {length} tokens is longer than the {limit} positions of the model")
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is None or not tokens.size:
-        return
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise InputError(f"token {low if low < 0 else high} is not in the model's vocabulary of {vocabulary}")
-
-
-def check_takes(function: Any, argument: str, what: str) -> None:
-    """Refuses a function without an argument of that name.
-
-    Raises:
-      InputError: beginning with ``what``.
-    """
-    if argument not in inspect.signature(function).parameters:
-        raise InputError(f"{what} does not take {argument}, as fqjax.models.causal_lm.CausalLM's does")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

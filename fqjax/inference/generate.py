@@ -5,6 +5,7 @@ it, so positions are those it would have alone, and padding is overwritten befor
 """
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from fqjax.evaluation.perplexity import check_takes, check_tokens
 from fqjax.inference.sampling import is_end, sample
+from fqjax.layers.record import split_to_run
 from fqjax.models.cache import Kind, dtype_of
+from fqjax.models.checks import check_takes, check_tokens
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.validation import MAX_INDEX
 
 GRAPHS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
@@ -26,6 +29,12 @@ GRAPHS = {
 the device in every turn, to see whether there is another, and then launches some hundred kernels one by one."""
 BUCKET = 64
 """Prompts are padded to a multiple of this, so that lengths share compiled programs."""
+
+MAX_NEW_TOKENS = 2**30
+"""Positions are int32, and a prompt has some, too."""
+
+MIN_TEMPERATURE = 1e-6
+"""Logits divided by less overflow in float32."""
 
 CHUNK = 2048
 """Tokens of a prompt taken up at once, unless told otherwise."""
@@ -59,7 +68,7 @@ def generate(
       max_new_tokens: how many tokens to append at most.
       temperature: 0 takes the most likely token; above 0 tokens are drawn.
       top_p: in (0, 1]; draw only from the most likely tokens that hold this much probability.
-      seed: of the draws; row i of a batch is drawn with seed ``seed + i``.
+      seed: of the draws, any whole number, modulo 2**32; row i of a batch is drawn with seed ``seed + i``.
       eos_token_id: token or tokens that end a sequence; None takes the model's own, an empty list none.
       kv_cache: "int8" keeps keys and values as INT8 codes with a scale for each token and head; None in the model's dtype.
       prefill_chunk: tokens of a prompt taken up at once: longer prompts go in piece by piece, in memory that their length
@@ -74,7 +83,7 @@ def generate(
         settings out of range.
     """
     prompts, single = as_prompts(prompt_tokens)
-    check_settings(max_new_tokens, temperature, top_p)
+    check_settings(max_new_tokens, temperature, top_p, seed)
     if prefill_chunk < 1:
         raise InputError(f"prefill_chunk {prefill_chunk}: expected at least 1")
     config = getattr(model, "config", None)
@@ -82,20 +91,33 @@ def generate(
     for prompt in prompts:
         check_tokens(prompt, config, longest + max_new_tokens)
     eos = eos_of(model, eos_token_id)
-    keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts), dtype=jnp.uint32) + np.uint32(seed))
+    keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts), dtype=jnp.uint32) + seed_of(seed))
     sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
     tokens, counts = _padded(prompts)
     cache = empty_cache(model, len(prompts), tokens.shape[1] + max_new_tokens, kv_cache)
-    graphdef, state = nnx.split(model)
+    graphdef, state = split_to_run(model)
     logits, cache = _take_up(graphdef, state, tokens, counts, cache, prefill_chunk)
     new, _ = decode(graphdef, state, cache, logits, keys, sampling, max_new_tokens, eos)
     return np.asarray(new)[0] if single else np.asarray(new)
 
 
 def eos_of(model: Any, eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
-    """The tokens that end a sequence: those named, or for None the model's own."""
+    """The tokens that end a sequence: those named, or for None the model's own.
+
+    Raises:
+      InputError: naming one that is no token id.
+    """
     eos = getattr(getattr(model, "config", None), "eos_token_id", ()) if eos_token_id is None else eos_token_id
-    return (int(eos),) if isinstance(eos, int | np.integer) else tuple(eos or ())
+    tokens = (eos,) if isinstance(eos, int | np.integer) else tuple(eos or ())
+    for token in tokens:
+        if not isinstance(token, int | np.integer) or abs(token) > MAX_INDEX:
+            raise InputError(f"eos_token_id {token}: expected a token id")
+    return tuple(map(int, tokens))
+
+
+def seed_of(seed: int) -> np.uint32:
+    """The seed of a random key: any whole number, modulo 2**32."""
+    return np.uint32(int(seed) % 2**32)
 
 
 def empty_cache(model: Any, batch: int, capacity: int, kv_cache: Kind | None) -> Any:
@@ -228,15 +250,20 @@ def as_prompts(prompt_tokens: Any) -> tuple[list[np.ndarray], bool]:
     return prompts, single
 
 
-def check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     """Refuses settings out of range.
 
     Raises:
       InputError: naming the setting.
     """
+    for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
+        if not isinstance(value, int | np.integer):
+            raise InputError(f"{name} {value!r}: expected a whole number")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: expected at least 1")
-    if not temperature >= 0:
-        raise InputError(f"temperature {temperature}: expected 0 or more")
+    if max_new_tokens > MAX_NEW_TOKENS:
+        raise InputError(f"max_new_tokens {max_new_tokens}: expected at most {MAX_NEW_TOKENS}")
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
+        raise InputError(f"temperature {temperature}: expected 0, or a finite number of at least {MIN_TEMPERATURE}")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p {top_p}: expected a number above 0, at most 1")

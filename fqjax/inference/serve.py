@@ -31,11 +31,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from fqjax.evaluation.perplexity import check_tokens
-from fqjax.inference.generate import GRAPHS, as_prompts, check_settings, empty_cache, eos_of, take_up
+from fqjax.inference.generate import GRAPHS, as_prompts, check_settings, empty_cache, eos_of, seed_of, take_up
 from fqjax.inference.sampling import is_end, sample
+from fqjax.layers.record import split_to_run
 from fqjax.models.cache import Kind
+from fqjax.models.checks import check_tokens
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.validation import MAX_INDEX
 
 NO_TOKEN = -1
 """What a step gives for a slot that does not decode."""
@@ -174,11 +176,13 @@ class Server:
         ):
             if value < least:
                 raise InputError(f"{name} {value}: expected at least {least}")
+            if value > MAX_INDEX:
+                raise InputError(f"{name} {value}: expected at most {MAX_INDEX}")
         self.config, self.capacity = getattr(model, "config", None), capacity
         self.chunk, self.burst, self.eos = min(chunk, capacity), burst, eos_of(model, eos_token_id)
         self.waiting: deque[_Running] = deque()
         self.running: list[_Running | None] = [None] * slots
-        self.graphdef, self.state = nnx.split(model)
+        self.graphdef, self.state = split_to_run(model)
         # Whole pieces fit: a write behind the capacity would be moved in front of it.
         self.whole, self.kv_cache = -(-capacity // self.chunk) * self.chunk, kv_cache
         self.cache = empty_cache(model, slots, self.whole, kv_cache)
@@ -206,7 +210,7 @@ class Server:
         (prompt, *others), single = as_prompts(request.prompt)
         if others or not single:
             raise InputError("request: expected the tokens of one prompt, got several prompts")
-        check_settings(request.max_new_tokens, request.temperature, request.top_p)
+        check_settings(request.max_new_tokens, request.temperature, request.top_p, request.seed)
         length = len(prompt) + request.max_new_tokens
         if length > self.capacity:
             raise InputError(
@@ -250,9 +254,7 @@ class Server:
         if running.taken_up == len(running.prompt):
             r = running.request
             settings = np.int32(r.max_new_tokens), np.float32(r.temperature), np.float32(r.top_p)
-            self.slots, first = _begin(
-                self.slots, logits, np.int32(slot), np.uint32(r.seed % 2**32), *settings, self.eos
-            )
+            self.slots, first = _begin(self.slots, logits, np.int32(slot), seed_of(r.seed), *settings, self.eos)
             running.tokens.append(int(first))
 
     def _append(self, new: np.ndarray) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fqjax.core.channels import padded_width
-from fqjax.core.qtensor import LARGEST_GROUP, QTensor
+from fqjax.core.formats.base import QTensor
+from fqjax.core.formats.grouped import LARGEST_GROUP, Grouped, GroupedTensor
+from fqjax.core.formats.uniform import Uniform, UniformTensor
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.runtime.errors import InputError
 
@@ -33,12 +34,13 @@ def to_qwix(layer: QuantizedLinear) -> Any:
       InputError: if qwix is not installed, or the layer has flattened channels.
     """
     qwix = _qwix()
-    weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-    if quantizer.used:
-        raise InputError(f"to_qwix: {quantizer.used} flattened channels cannot be expressed in a QArray; expected none")
-    k = quantizer.multiplier.shape[0]
+    weight, k, flattened = layer.weight.get_value(), layer.sizes.inputs, layer.figures.flattened
+    if flattened:
+        raise InputError(f"to_qwix: {flattened} flattened channels cannot be expressed in a QArray; expected none")
+    if not isinstance(weight, UniformTensor | GroupedTensor):
+        raise InputError(f"to_qwix: format {weight.format.kind!r} cannot be expressed in a QArray")
     codes = weight.unpacked()[:, :k].T.astype(jnp.int4 if weight.format.bits == 4 else jnp.int8)
-    if weight.group_scale is None:
+    if isinstance(weight, UniformTensor):
         return qwix.QArray(codes, weight.scale.reshape(1, -1))
     # Where groups do not divide the input, smaller ones with the same scale do.
     size = math.gcd(weight.format.group_size, k)
@@ -77,17 +79,18 @@ def from_qwix(array: Any) -> QTensor:
         raise InputError(
             f"from_qwix: scales {scale.shape} of an array {shape}; expected (groups, {n}), (1, {n}) or (1, 1)"
         )
-    width = padded_width(k, bits)
+    width = Uniform(bits=bits).padded(k)  # pyright: ignore[reportArgumentType]
     codes = jnp.pad(jnp.asarray(array.qvalue).astype(jnp.int8).T, ((0, 0), (0, width - k)))
     if groups == 1:
-        return QTensor.from_codes(codes, scale[0, 0] if columns == 1 else scale[0], bits)
+        form = Uniform(bits=bits, granularity="tensor" if columns == 1 else "channel")  # pyright: ignore
+        return form.store(codes, scale[0, 0] if columns == 1 else scale[0])
     whole = k // groups
     if whole % 16:
         raise InputError(f"from_qwix: groups of {whole} channels; expected a multiple of 16")
     size = math.gcd(LARGEST_GROUP, whole)
     every = jnp.repeat(jnp.broadcast_to(scale, (groups, n)), whole // size, axis=0)
     padded = jnp.pad(every, ((0, width // size - len(every)), (0, 0)), constant_values=1)
-    return QTensor.from_codes(codes, jnp.float32(1), bits, padded)
+    return Grouped(bits=bits, group_size=size).store(codes, jnp.float32(1), padded)  # pyright: ignore
 
 
 def _qwix() -> Any:

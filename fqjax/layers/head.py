@@ -13,14 +13,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
 
-from fqjax.core.channels import padded_width
+from fqjax.core.channels import rounded_up
 from fqjax.core.overflow import accumulator_bound, check_accumulator
-from fqjax.layers.linear import Quantized
+from fqjax.layers.linear import QuantizedVariable
 from fqjax.layers.surgery import replace_modules
 from fqjax.runtime.errors import InputError
 from pallas_kernels import int8_matmul, quantize_per_token
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+
+def padded_head_width(features: int) -> int:
+    """K' of a table with K features."""
+    return rounded_up(features, 128)
 
 
 class Int8Table(nnx.Module):
@@ -45,7 +50,7 @@ class Int8Table(nnx.Module):
         dtype: DTypeLike,
     ):
         check_accumulator(accumulator_bound(127 * features, 127), "output head")
-        self.codes, self.scale = Quantized(codes), Quantized(scale)
+        self.codes, self.scale = QuantizedVariable(codes), QuantizedVariable(scale)
         self.features, self.dtype = features, jnp.dtype(dtype)
 
     def __call__(self, tokens: Int32[Array, "..."]) -> Float[Array, "... features"]:
@@ -109,4 +114,4 @@ def head_of(model: Any) -> str:
 @jax.jit
 def _quantized(table: Array) -> tuple[Int8[Array, "vocabulary width"], Float32[Array, " vocabulary"]]:
     features = table.shape[1]
-    return quantize_per_token(table, jnp.ones(features), qmax=127, width=padded_width(features, 8))
+    return quantize_per_token(table, jnp.ones(features), qmax=127, width=padded_head_width(features))

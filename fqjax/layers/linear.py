@@ -1,59 +1,38 @@
 """The layer that replaces ``nnx.Linear``: quantize the input, multiply integers, scale once."""
 
-import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
+from jaxtyping import Array, DTypeLike, Float
 
-from fqjax.core.integer_scale import group_sums, scaled_bound
-from fqjax.core.overflow import accumulator_bound, check_accumulator, row_sums
-from fqjax.core.qtensor import InputQuantizer, QTensor, bytes_of
-from fqjax.scheme import Scheme
-from pallas_kernels import (
-    gated_matmul,
-    grouped_int4_matmul,
-    grouped_int8_matmul,
-    int4_matmul,
-    int8_matmul,
-    weight_only_int4_matmul,
-)
+from fqjax.core.formats.base import Format, QTensor
+from fqjax.core.inputs import Quantized, StoredInput
+from fqjax.core.overflow import check_accumulator
+from fqjax.core.table import Sizes, bytes_of
+from fqjax.layers.record import Figures, Record
+from pallas_kernels import gated_matmul
 
 
-class Quantized(nnx.Variable):
+class QuantizedVariable(nnx.Variable):
     """Holds the integer parts of a model; not an ``nnx.Param``, so optimisers and gradients leave it alone."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerSummary:
-    """What is known about a quantized layer beyond its arrays; static, and stored with the checkpoint.
-
-    Attributes:
-      scheme: what it was quantized with.
-      relative_error: mean squared error of the layer's output on the calibration sample over the output's mean square; 0
-        where it is not known.
-      accumulator_bound: largest magnitude the int32 accumulator can reach, for any activations; 0 if it is a float.
-      macs: multiply-accumulates of the unquantized layer for one token.
-    """
-
-    scheme: Scheme
-    relative_error: float
-    accumulator_bound: int
-    macs: int
-
-
 class QuantizedLinear(nnx.Module):
-    """``y = x @ W.T + b`` on integer codes, with int32 accumulation; or on real activations, with integer weights.
+    """``y = finish(weight @ input(transform(x)) + sum of branches + bias)``, on integer codes with int32 accumulation.
 
     Attributes:
-      weight: :class:`~fqjax.core.qtensor.QTensor`, codes (out, K').
-      input: :class:`~fqjax.core.qtensor.InputQuantizer`, from (..., K) real to (..., K') codes.
+      weight: a :class:`~fqjax.core.formats.base.QTensor`, codes (out, K').
+      input: a :class:`~fqjax.core.inputs.StoredInput`, from (..., K) real to (..., K') codes.
       bias: (out,) or None.
+      transform: what runs before ``input`` does; None where that has taken it up, or there is none.
+      branches: what is added to the product, each a function of the transformed input.
+      finish: what becomes of the output; None for nothing.
       dtype: dtype of the output; None promotes the input's dtype with ``param_dtype``, as ``nnx.Linear`` does.
       param_dtype: dtype that the unquantized weights had.
-      summary: :class:`LayerSummary`.
+      record: :class:`~fqjax.layers.record.Figures`.
+      recipe: what the layer was quantized with, text that nothing depends on.
 
     Raises:
       InputError: when it is built, if the int32 accumulator could overflow.
@@ -62,102 +41,115 @@ class QuantizedLinear(nnx.Module):
     def __init__(
         self,
         weight: QTensor,
-        input: InputQuantizer,
-        bias: Float[Array, " out"] | None,
+        input: StoredInput,
+        bias: Float[Array, " out"] | None = None,
         *,
         dtype: DTypeLike | None,
         param_dtype: DTypeLike,
-        summary: LayerSummary,
+        figures: Figures | None = None,
+        recipe: str = "",
+        transform: Any = None,
+        branches: Sequence[Any] = (),
+        finish: Any = None,
         name: str = "linear layer",
     ):
+        figures = figures or Figures()
         if weight.shape[1] != input.width:
             raise ValueError(f"{name}: weight {weight.shape} does not take {input.width} input channels")
-        form = weight.format
-        if input.bits == 16 and (not form.packed or form.granularity != "group" or form.integer_scales):
+        if input.qmax is None and not weight.format.takes_floating:
             raise ValueError(f"{name}: activations in floating point need packed weights with float scales of groups")
-        check_accumulator(summary.accumulator_bound, name)
-        self.weight = Quantized(weight)
-        self.input = Quantized(input)
+        check_accumulator(figures.accumulator_bound, name)
+        self.weight = QuantizedVariable(weight)
+        self.input = QuantizedVariable(input)
         self.bias = None if bias is None else nnx.Param(bias)
+        self.transform = None if transform is None else QuantizedVariable(transform)
+        self.branches = nnx.List([QuantizedVariable(branch) for branch in branches]) if branches else ()
+        self.finish = None if finish is None else QuantizedVariable(finish)
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.param_dtype = jnp.dtype(param_dtype)
-        self.summary = summary
+        self.record = Record(figures.encoded())
+        self.recipe = recipe
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
-        """Maps (..., K) to (..., out)."""
-        codes, scale = self.input.get_value()(x)
-        return self.multiply(codes, scale, x.dtype)
+        """Map (..., K) to (..., out)."""
+        changed = x if self.transform is None else self.transform.get_value().inputs(x)
+        codes = self.input.get_value()(changed)
+        if not self.branches and self.finish is None:
+            return self.multiply(codes, x.dtype)
+        y = self.weight.get_value().matmul(codes, out_dtype=jnp.float32)
+        y = y + sum(branch.get_value()(changed) for branch in self.branches)
+        y = y if self.bias is None else y + self.bias[...]
+        y = y if self.finish is None else self.finish.get_value()(y)
+        return y.astype(self.result_dtype(x.dtype))
 
-    def multiply(
-        self,
-        codes: Int8[Array, "*rows width"] | Float[Array, "*rows width"],
-        scale: Float32[Array, "..."] | None,
-        dtype: DTypeLike,
-    ) -> Float[Array, "*rows out"]:
-        """What the layer gives for an input that has been quantized.
+    def multiply(self, x: Quantized, dtype: DTypeLike) -> Float[Array, "*rows out"]:
+        """The output for an input that has been quantized, of a layer that :attr:`is_plain`.
 
         Args:
-          codes, scale: as ``input`` makes them; no scale stands for a fixed one.
+          x: as ``input`` makes it.
           dtype: of the input before.
         """
-        weight, quantizer = self.weight.get_value(), self.input.get_value()
-        scale = quantizer.scale if scale is None else scale
         bias = None if self.bias is None else self.bias[...]
-        dtype = self.result_dtype(dtype)
-        if quantizer.bits == 16:
-            groups = weight.group_scale
-            return weight_only_int4_matmul(codes, weight.codes, groups, weight.scale, bias, out_dtype=dtype)
-        if weight.group_scale is not None:
-            grouped = grouped_int4_matmul if weight.format.packed else grouped_int8_matmul
-            kinds = {"out_dtype": dtype, "folded": weight.format.folded}
-            return grouped(codes, weight.codes, scale, weight.group_scale, weight.scale, bias, **kinds)
-        matmul = int4_matmul if weight.format.packed else int8_matmul
-        return matmul(codes, weight.codes, scale, weight.scale, bias, out_dtype=dtype)
+        return self.weight.get_value().matmul(x, bias, out_dtype=self.result_dtype(dtype))
 
-    def with_summary(self, summary: LayerSummary) -> "QuantizedLinear":
-        """The same layer with another summary."""
-        bias = None if self.bias is None else self.bias[...]
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return QuantizedLinear(self.weight.get_value(), self.input.get_value(), bias, summary=summary, **kinds)
-
-    def gate(
-        self,
-        codes: Int8[Array, "*rows width"],
-        scale: Float32[Array, "..."] | None,
-        dtype: DTypeLike,
-        quantizer: InputQuantizer,
-        activation: str,
-    ) -> tuple[Int8[Array, "*rows next"], Float32[Array, "..."] | None]:
-        """What :meth:`multiply` gives, its first half gating the second, as the next layer takes it.
+    def gate(self, x: Quantized, dtype: DTypeLike, following: StoredInput, activation: str) -> Quantized:
+        """:meth:`multiply`, its first half gating the second, as the next layer takes it; for a layer that :attr:`gates`.
 
         Args:
-          codes, scale, dtype: as for :meth:`multiply`; this layer's activations are codes.
-          quantizer: of the next layer.
-          activation: what the first half goes through, one of :data:`pallas_kernels.reference.ACTIVATIONS`.
+          x, dtype: as for :meth:`multiply`; this layer's activations are codes.
+          following: quantizer of the next layer's input.
+          activation: of the first half, one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
         """
-        weight = self.weight.get_value()
+        operand, recipe = self.weight.get_value().operand(), following.recipe()
+        assert operand is not None and recipe is not None
         found = gated_matmul(
-            codes,
-            weight.codes,
-            self.input.get_value().scale if scale is None else scale,
-            weight.scale,
-            quantizer.multiplier,
-            quantizer.source,
-            quantizer.part,
-            bits=4 if weight.format.packed else 8,
+            x.codes,
+            operand.codes,
+            x.scale,
+            operand.scale,
+            recipe.multiplier,
+            recipe.source,
+            recipe.part,
+            bits=operand.bits,  # pyright: ignore[reportArgumentType]
             activation=activation,
-            qmax=quantizer.qmax,
-            group_scale=weight.group_scale,
+            qmax=recipe.qmax,
+            group_scale=operand.group_scale,
             bias=None if self.bias is None else self.bias[...],
-            folded=weight.format.folded,
-            per_token=quantizer.scale is None,
+            folded=operand.folded,
+            per_token=recipe.per_token,
             out_dtype=self.result_dtype(dtype),
         )
-        return found.codes, found.scale
+        return following.scaled(found.codes, found.scale)
 
     def result_dtype(self, dtype: DTypeLike) -> jnp.dtype:
-        """Of the output, for an input that had some dtype before it was quantized."""
+        """Dtype of the output, for an input that had some dtype before it was quantized."""
         return jnp.dtype(self.dtype or jnp.result_type(dtype, self.param_dtype))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer is no more than codes of its input times codes of its weight."""
+        return self.transform is None and not self.branches and self.finish is None
+
+    @property
+    def fuses(self) -> bool:
+        """Whether another kernel can quantize the layer's input in its own pass."""
+        return self.is_plain and self.input.get_value().recipe() is not None
+
+    @property
+    def gates(self) -> bool:
+        """Whether :meth:`gate` works."""
+        return self.fuses and self.weight.get_value().operand() is not None
+
+    @property
+    def sizes(self) -> Sizes:
+        """N, K and K'."""
+        outputs, width = self.weight.get_value().shape
+        return Sizes(outputs, self.input.get_value().inputs, width)
+
+    @property
+    def figures(self) -> Figures:
+        """What was measured of the layer; not under ``jax.jit``."""
+        return Figures.decoded(self.record.get_value())
 
     @property
     def bits(self) -> int:
@@ -166,67 +158,54 @@ class QuantizedLinear(nnx.Module):
 
     @property
     def expansion(self) -> float:
-        """K'/K before padding."""
-        return self.input.get_value().expansion
+        """K'/K before padding; not under ``jax.jit``."""
+        inputs = self.input.get_value().inputs
+        return (inputs + self.figures.flattened) / inputs
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device: codes, scales, the input's recipe, the bias."""
-        bias = None if self.bias is None else self.bias.get_value()
-        return self.weight.get_value().nbytes + self.input.get_value().nbytes + bytes_of(bias)
+        """Bytes on the device: codes, scales, the input's quantizer, the bias, and what else there is."""
+        others = (self.transform, *self.branches, self.finish)
+        parts = [self.weight.get_value(), self.input.get_value()]
+        parts += [part.get_value() for part in others if part is not None]
+        return bytes_of([*parts, None if self.bias is None else self.bias.get_value()])
+
+    def changed(self, weight: QTensor, input: StoredInput, figures: Figures) -> "QuantizedLinear":
+        """The same layer with another weight, quantizer of the input, and figures."""
+        return QuantizedLinear(**self.parts() | {"weight": weight, "input": input, "figures": figures})
+
+    def parts(self) -> dict[str, Any]:
+        """What the layer is built of, by argument."""
+        return {
+            "weight": self.weight.get_value(),
+            "input": self.input.get_value(),
+            "bias": None if self.bias is None else self.bias[...],
+            "dtype": None if self.dtype is None else self.dtype.name,
+            "param_dtype": self.param_dtype.name,
+            "figures": self.figures,
+            "recipe": self.recipe,
+            "transform": None if self.transform is None else self.transform.get_value(),
+            "branches": [branch.get_value() for branch in self.branches],
+            "finish": None if self.finish is None else self.finish.get_value(),
+        }
+
+    def widened(self, width: int) -> "QuantizedLinear":
+        """The layer with more channels of padding, up to a width."""
+        weight, quantizer, sizes = self.weight.get_value(), self.input.get_value(), self.sizes
+        if width == sizes.width:
+            return self
+        return self.changed(weight.padded(sizes, width), quantizer.padded(sizes, width), self.figures)
 
 
-def layer_bytes(
-    linear: nnx.Linear,
-    bits: int,
-    width: int,
-    *,
-    weight_scales: int,
-    static: bool,
-    group_size: int = 0,
-    group_scale_bytes: int = 4,
-) -> int:
-    """What :attr:`QuantizedLinear.nbytes` will be of the layer that a linear layer becomes.
+def layer_bytes(linear: nnx.Linear, form: Format, quantizer: type[StoredInput], width: int) -> int:
+    """:attr:`QuantizedLinear.nbytes` of the layer that a linear layer becomes, before it is made.
 
     Args:
       linear: may be abstract.
-      bits: of the weight's codes.
+      form: of the weight.
+      quantizer: of the input.
       width: K' with its padding.
-      weight_scales: number of the weight's scales, those of groups not counted.
-      static: whether activations have one scale, rather than one a token.
-      group_size: input channels of a group; 0 without groups.
-      group_scale_bytes: of a group's scale: 2 for integers that fit into int16, 4 for others and floats.
     """
-    codes = linear.out_features * width * bits // 8
-    groups = linear.out_features * width // group_size * group_scale_bytes if group_size else 0
-    words = linear.in_features + weight_scales + static  # float32: what activations are multiplied with, and scales;
-    words += 2 * (width - linear.in_features)  # int32: the source and the part of every channel that was added.
+    sizes = Sizes(linear.out_features, linear.in_features, width)
     bias = None if linear.bias is None else linear.bias.get_value()
-    return codes + groups + 4 * words + bytes_of(bias)
-
-
-def measured_bound(weight: QTensor, input: InputQuantizer) -> int:
-    """The accumulator bound of a layer, from its codes and, where they are integers, the scales of its groups.
-
-    With float scales every group has an accumulator of its own; with activations in floating point there is none, and the
-    bound is 0.
-    """
-    if input.bits == 16:
-        return 0
-    if weight.group_scale is None:
-        return accumulator_bound(int(_largest_row(weight)), input.qmax)
-    sums = np.asarray(group_sums_of(weight))
-    if not weight.format.integer_scales:
-        return accumulator_bound(int(sums.max(initial=0)), input.qmax)
-    return scaled_bound(sums, np.asarray(weight.group_scale), input.qmax, weight.format.bits)
-
-
-@jax.jit
-def group_sums_of(weight: QTensor) -> Int32[Array, "groups out"]:
-    """Sum of the magnitudes of the codes in each group of input channels."""
-    return group_sums(weight.unpacked(), weight.format.group_size)
-
-
-@jax.jit
-def _largest_row(weight: QTensor) -> Int32[Array, ""]:
-    return jnp.max(row_sums(weight.unpacked()))
+    return form.bytes(linear.out_features, width) + quantizer.bytes_for(sizes) + bytes_of(bias)

@@ -5,7 +5,6 @@ runs has them stacked: :func:`stacked` where a model was quantized or loaded, :f
 that are not quantized alike (some in floating point, or with other scales) stay as they are, and run one by one.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -13,49 +12,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, DTypeLike, Float, Float32, UInt32
 
-from fqjax.core.channels import PADDING
-from fqjax.core.qtensor import InputQuantizer, QTensor
+from fqjax.core.formats.base import QTensor
+from fqjax.core.inputs import Quantized, StoredInput
+from fqjax.core.table import Stored
 from fqjax.layers.experts import Expert, MixtureOfExperts, Routing, Sorted
-from fqjax.layers.linear import LayerSummary, Quantized, QuantizedLinear
-from fqjax.layers.surgery import find_linears
-from pallas_kernels.experts import (
-    expert_matmul,
-    quantize_for_experts,
-    quantize_per_token_for_experts,
-    row_alignment,
-)
-from pallas_kernels.reference import activated
+from fqjax.layers.linear import QuantizedLinear, QuantizedVariable
+from fqjax.layers.record import Figures, Record
+from fqjax.layers.surgery import dotted, find_linears
+from pallas_kernels.matmul.experts import expert_matmul, row_alignment
+from pallas_kernels.matmul.reference import activated
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
+StoredT = TypeVar("StoredT", bound=Stored)
 
 
 class StackedLinear(nnx.Module):
     """The same layer of several experts.
 
     Attributes:
-      weight: :class:`~fqjax.core.qtensor.QTensor` whose arrays have an axis more, the first: the experts.
-      input: :class:`~fqjax.core.qtensor.InputQuantizer`: one for all experts, or with that axis too.
+      weight: a :class:`~fqjax.core.formats.base.QTensor` whose arrays have an axis more, the first: the experts.
+      input: a :class:`~fqjax.core.inputs.StoredInput`: one for all experts, or with that axis too.
       shared: whether it is one for all.
-      used: flattened channels of each expert's input.
-      summaries: of each expert's layer.
+      record: figures of each expert's layer, (experts, 4).
+      recipes: of each expert's layer.
       dtype, param_dtype: as :class:`~fqjax.layers.linear.QuantizedLinear` has them.
     """
 
     def __init__(
         self,
         weight: QTensor,
-        input: InputQuantizer,
+        input: StoredInput,
         *,
         shared: bool,
-        used: tuple[int, ...],
-        summaries: tuple[LayerSummary, ...],
-        dtype: Any,
-        param_dtype: Any,
+        record: UInt32[Array, "experts 4"],
+        recipes: tuple[str, ...],
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
     ):
-        self.weight, self.input = Quantized(weight), Quantized(input)
-        self.shared, self.used, self.summaries = shared, used, summaries
+        self.weight, self.input, self.record = QuantizedVariable(weight), QuantizedVariable(input), Record(record)
+        self.shared, self.recipes = shared, recipes
         self.dtype, self.param_dtype = dtype, param_dtype
 
     def of_tokens(self, x: Float[Array, "tokens k"], pairs: Sorted) -> Float[Array, "rows n"]:
@@ -63,49 +60,44 @@ class StackedLinear(nnx.Module):
         if not self.shared:
             return self.of_pairs(x[pairs.token], pairs)
         codes, scale = self.input.get_value()(x)
-        return self._multiply(codes[pairs.token], scale[pairs.token] if scale.ndim else scale, pairs, x.dtype)
+        scale = scale[pairs.token] if scale.ndim else scale
+        return self._multiply(Quantized(codes[pairs.token], scale), pairs, x.dtype)
 
     def of_pairs(self, x: Float[Array, "rows k"], pairs: Sorted) -> Float[Array, "rows n"]:
         """The outputs where every pair has an input of its own."""
-        codes, scale = self.input.get_value()(x) if self.shared else self._quantized(x, pairs)
-        return self._multiply(codes, scale, pairs, x.dtype)
+        quantizer = self.input.get_value()
+        return self._multiply(quantizer(x) if self.shared else quantizer.of_experts(x, pairs.expert), pairs, x.dtype)
 
-    def _quantized(self, x: Float[Array, "rows k"], pairs: Sorted) -> tuple[Array, Float32[Array, "..."]]:
-        q = self.input.get_value()
-        width = q.multiplier.shape[1] + q.source.shape[1]
-        if q.bits == 16:
-            smooth = (x.astype(jnp.float32) * q.multiplier[pairs.expert]).astype(x.dtype)
-            return jnp.pad(smooth, ((0, 0), (0, width - x.shape[1]))), jnp.float32(1)
-        if q.scale is None:
-            return quantize_per_token_for_experts(x, pairs.expert, q.multiplier, qmax=q.qmax, width=width)
-        codes = quantize_for_experts(x, pairs.expert, q.multiplier, q.source, q.part, qmax=q.qmax)
-        return codes, q.scale[pairs.expert]
-
-    def _multiply(self, codes: Array, scale: Float32[Array, "..."], pairs: Sorted, dtype: Any) -> Array:
-        weight = self.weight.get_value()
+    def _multiply(self, x: Quantized, pairs: Sorted, dtype: DTypeLike) -> Float[Array, "rows n"]:
+        operand = self.weight.get_value().operand()
+        assert operand is not None  # Else they would not have been stacked.
         return expert_matmul(
-            codes,
-            weight.codes,
+            x.codes,
+            operand.codes,
             pairs.sizes,
-            scale,
-            weight.scale,
-            weight.group_scale,
-            bits=weight.format.bits,  # pyright: ignore[reportArgumentType]
-            folded=weight.format.folded,
+            x.scale,
+            operand.scale,
+            operand.group_scale,
+            bits=operand.bits,  # pyright: ignore[reportArgumentType]
+            folded=operand.folded,
             out_dtype=self.dtype or jnp.result_type(dtype, self.param_dtype),
             alignment=row_alignment(),
         )
 
     def layers(self) -> list[QuantizedLinear]:
         """Every expert's layer by itself."""
-        quantizer = self.input.get_value()
-        made = []
-        for i, (used, summary) in enumerate(zip(self.used, self.summaries, strict=True)):
-            own = quantizer if self.shared else jax.tree.map(lambda leaf, i=i: _taken(leaf, i), quantizer)
-            weight = jax.tree.map(lambda leaf, i=i: _taken(leaf, i), self.weight.get_value())
-            kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "summary": summary}
-            made.append(QuantizedLinear(weight, dataclasses.replace(own, used=used), None, **kinds))
-        return made
+        quantizer, weight = self.input.get_value(), self.weight.get_value()
+        return [
+            QuantizedLinear(
+                _taken(weight, i),
+                quantizer if self.shared else _taken(quantizer, i),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                figures=Figures.decoded(record),
+                recipe=recipe,
+            )
+            for i, (record, recipe) in enumerate(zip(np.asarray(self.record.get_value()), self.recipes, strict=True))
+        ]
 
 
 class StackedExperts(nnx.Module):
@@ -116,7 +108,7 @@ class StackedExperts(nnx.Module):
 
     def __call__(self, rows: Float[Array, "tokens hidden"], routing: Routing) -> Float32[Array, "tokens hidden"]:
         """What the experts make of tokens, added up by weight."""
-        pairs = routing.sorted(len(self.down_proj.summaries), row_alignment())
+        pairs = routing.sorted(len(self.down_proj.recipes), row_alignment())
         hidden = activated(self.gate_up_proj.of_tokens(rows, pairs), "silu", gated=True)
         return routing.mixed(self.down_proj.of_pairs(hidden, pairs), pairs)
 
@@ -151,6 +143,12 @@ def unstacked(model: ModelT) -> ModelT:
     return copy
 
 
+def quantized_layers(model: nnx.Module) -> dict[str, QuantizedLinear]:
+    """The model's quantized layers by dotted path, those of experts each by itself."""
+    nodes = nnx.iter_graph(unstacked(model))
+    return {dotted(path): node for path, node in nodes if isinstance(node, QuantizedLinear)}
+
+
 def _stackable(model: nnx.Module) -> list[MixtureOfExperts]:
     """Those all of whose experts are quantized."""
     return [node for node in _mixtures(model, nnx.List) if not find_linears(node.experts)]
@@ -163,63 +161,41 @@ def _mixtures(model: nnx.Module, kind: type) -> list[MixtureOfExperts]:
 
 
 def stack(layers: Sequence[Any]) -> StackedLinear | None:
-    """Layers of one shape in one; None if some are not quantized, have a bias, or differ in kind."""
-    quantized = all(isinstance(layer, QuantizedLinear) and layer.bias is None for layer in layers)
+    """Layers of one shape in one; None if some are not quantized, have a bias, differ in kind, or no kernel takes them."""
+    quantized = all(isinstance(layer, QuantizedLinear) and layer.bias is None and layer.is_plain for layer in layers)
     if not quantized or len({_kind(layer) for layer in layers}) > 1:
         return None
-    weights, quantizers = zip(*(_parts(layer) for layer in layers), strict=True)
+    first, weights = layers[0], [layer.weight.get_value() for layer in layers]
+    if weights[0].operand() is None:
+        return None
+    quantizers = [layer.input.get_value() for layer in layers]
     shared = all(_equal(quantizers[0], other) for other in quantizers[1:])
-    first = layers[0]
     return StackedLinear(
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights),
         quantizers[0] if shared else jax.tree.map(lambda *leaves: jnp.stack(leaves), *quantizers),
         shared=shared,
-        used=tuple(layer.input.get_value().used for layer in layers),
-        summaries=tuple(layer.summary for layer in layers),
+        record=jnp.stack([layer.record.get_value() for layer in layers]),
+        recipes=tuple(layer.recipe for layer in layers),
         dtype=first.dtype,
         param_dtype=first.param_dtype,
     )
 
 
 def _kind(layer: QuantizedLinear) -> tuple[Any, ...]:
-    """What layers have to have in common."""
-    weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-    numbers = (weight.shape, quantizer.multiplier.shape, weight.scale.ndim, quantizer.bits, quantizer.scale is None)
-    return weight.format, *numbers, layer.dtype, layer.param_dtype
+    """What layers have to have in common: types, shapes and dtypes."""
+    leaves, structure = jax.tree.flatten((layer.weight.get_value(), layer.input.get_value()))
+    shapes = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
+    return structure, shapes, layer.dtype, layer.param_dtype
 
 
-def _parts(layer: QuantizedLinear) -> tuple[QTensor, InputQuantizer]:
-    """Weight and recipe, which leaves the number of flattened channels out."""
-    return layer.weight.get_value(), dataclasses.replace(layer.input.get_value(), used=0)
-
-
-def widened(layer: QuantizedLinear, width: int) -> QuantizedLinear:
-    """The layer with more channels of padding, up to a width."""
-    weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-    missing = width - weight.shape[1]
-    if not missing:
-        return layer
-    codes = jnp.pad(weight.codes, ((0, 0), (0, missing // (2 if weight.format.packed else 1))))
-    groups = weight.group_scale
-    if groups is not None:
-        groups = jnp.pad(groups, ((0, missing // weight.format.group_size), (0, 0)), constant_values=1)
-    source = jnp.pad(quantizer.source, (0, missing))
-    part = jnp.pad(quantizer.part, (0, missing), constant_values=PADDING)
-    return QuantizedLinear(
-        dataclasses.replace(weight, codes=codes, group_scale=groups),
-        dataclasses.replace(quantizer, source=source, part=part),
-        None if layer.bias is None else layer.bias[...],
-        dtype=layer.dtype,
-        param_dtype=layer.param_dtype,
-        summary=layer.summary,
-    )
-
-
-def _equal(a: InputQuantizer, b: InputQuantizer) -> bool:
+def _equal(a: StoredInput, b: StoredInput) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def _taken(leaf: Any, i: int) -> Any:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-    return leaf[i]
+def _taken(stacked: StoredT, i: int) -> StoredT:
+    """One expert's part of what is stacked; arrays may be shapes."""
+
+    def take(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf[i]
+
+    return jax.tree.map(take, stacked)

@@ -1,24 +1,32 @@
-"""Published methods, one a file: each composes pieces of :mod:`fqjax.core` into one function.
+"""Published methods, one paper a file: its settings, and how it composes pieces of :mod:`fqjax.core`.
 
-A method is a pure function ``(layer, scheme, bits, budgets) -> (i -> Grid)``: from what is known of a layer
-(:class:`LayerInputs`), the bits of its weights and some bounds on K'/K to a function that gives, for the i-th bound,
-the numbers that its activations and weights may become (:class:`fqjax.core.formats.uniform.Grid`).  All of it is
-jitted, i is traced.  How the weights are rounded to these numbers is another choice, the same for every method.
+Settings are frozen dataclasses that check themselves (:mod:`fqjax.runtime.settings`).  Importing them imports no JAX: array
+code is imported when a layer is quantized.
 """
 
-from collections.abc import Callable
+from fqjax.drivers.method import Method
+from fqjax.drivers.settings import Allocation, Compensated, Nearest
+from fqjax.methods.absmax import Absmax
+from fqjax.methods.awq import AWQ
+from fqjax.methods.base import GroupedMethod, PerTensorMethod
+from fqjax.methods.flattenquant import FlattenQuant
+from fqjax.methods.gptq import GPTQ
+from fqjax.methods.integer_scale import IntegerScale
+from fqjax.methods.round_to_nearest import RoundToNearest
+from fqjax.methods.smoothquant import SmoothQuant
 
-from jaxtyping import Array, Float
-
-from fqjax.core.formats.uniform import Grid
-from fqjax.core.layer import LayerInputs
-from fqjax.methods import absmax, flattenquant, grouped, smoothquant
-from fqjax.scheme import Scheme
-
-METHODS: dict[str, Callable[[LayerInputs, Scheme, int, Float[Array, " b"]], Callable[[Array], Grid]]] = {
-    "absmax": absmax.grids,
-    "smoothquant": smoothquant.grids,
-    "flattenquant": flattenquant.grids,
-    "grouped": grouped.grids,
-}
-"""Every method but "none", by the name that :class:`~fqjax.scheme.Scheme` gives it."""
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "Absmax",
+    "Allocation",
+    "Compensated",
+    "FlattenQuant",
+    "GroupedMethod",
+    "IntegerScale",
+    "Method",
+    "Nearest",
+    "PerTensorMethod",
+    "RoundToNearest",
+    "SmoothQuant",
+]

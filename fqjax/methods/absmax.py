@@ -5,32 +5,37 @@
 The baseline.  One channel that is fifty times larger than the rest leaves the rest a fiftieth of the codes.
 """
 
-from collections.abc import Callable
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from fqjax.methods.base import PerTensorMethod
+from fqjax.registry import register
 
-from fqjax.core.codes import absmax_scale
-from fqjax.core.formats.uniform import Grid
-from fqjax.core.layer import LayerInputs
-from fqjax.scheme import Scheme
-
-
-def grids(layer: LayerInputs, scheme: Scheme, bits: int, budgets: Float[Array, " b"]) -> Callable[[Array], Grid]:
-    """The same grid for every budget; see :mod:`fqjax.methods` for the arguments."""
-    grid = absmax_grid(layer, jnp.ones(layer.weight.shape[1], jnp.float32), bits)
-    return lambda _: grid
+if TYPE_CHECKING:
+    from fqjax.core.formats.base import Format
+    from fqjax.core.inputs import StoredInput
+    from fqjax.core.layer import LayerInputs, LayerPlan
 
 
-def absmax_grid(layer: LayerInputs, smoothing: Float[Array, " k"], bits: int) -> Grid:
-    """One scale per tensor from the largest value left after smoothing; nothing is flattened."""
-    whole = jnp.ones(layer.weight.shape[1], jnp.int32)
-    return Grid(
-        smoothing=smoothing,
-        x_scale=absmax_scale(jnp.max(layer.x_max / smoothing), bits),
-        w_scale=absmax_scale(jnp.max(jnp.abs(layer.weight * smoothing)), bits),
-        x_pieces=whole,
-        w_pieces=whole,
-        x_bits=bits,
-        bits=bits,
-    )
+@register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Absmax(PerTensorMethod):
+    """One scale per tensor, from its largest value.
+
+    Attributes:
+      allocation, equalize, activation_percentile: as in :class:`~fqjax.drivers.method.Method`.
+    """
+
+    kind: ClassVar[str] = "absmax"
+
+    naive = True
+
+    def formats(self, bits: int) -> "tuple[Format, type[StoredInput]]":
+        from fqjax.methods.arrays import absmax
+
+        return absmax.formats(bits)
+
+    def plans(self, layer: "LayerInputs", bits: int) -> "list[LayerPlan]":
+        from fqjax.methods.arrays import absmax
+
+        return absmax.plans(layer, bits)

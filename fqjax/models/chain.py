@@ -1,22 +1,12 @@
-"""A model as blocks one after the other, and layers that behave as quantized ones without their expanded channels.
-
-Both are there for compile time: the blocks of a language model have the same shapes, and so have the layers of this module
-whatever the bits and the extra channels of those they stand for.  What is jitted for one block serves all.
-"""
+"""A model as blocks one after the other.  Those of a language model are alike: what is jitted for one serves all."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int16, Int32
 
-from fqjax.core.codes import steps
-from fqjax.core.formats.uniform import represented
-from fqjax.layers.linear import QuantizedLinear
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.progress import track
 
@@ -165,58 +155,3 @@ def _run(call: Callable[..., Any], graphdef: Any, state: Any, x: Any, others: An
 def end(graphdef: Any, state: Any, hidden: Any) -> Any:
     """A model's output, of what its last block gives."""
     return nnx.merge(graphdef, state).end(hidden)
-
-
-class Simulated(nnx.Module):
-    """Computes what a quantized layer computes, in float32 on the channels as they were before they were expanded."""
-
-    def __init__(self, layer: QuantizedLinear):
-        quantizer, weight = layer.input.get_value(), layer.weight.get_value()
-        codes, limit = fold(layer)
-        self.multiplier, self.limit = nnx.Variable(quantizer.multiplier), nnx.Variable(limit)
-        self.codes, self.scale = nnx.Variable(codes), nnx.Variable(weight.scale)
-        self.group_scale = None if weight.group_scale is None else nnx.Variable(weight.group_scale)
-        self.group_size = weight.format.group_size
-        self.x_scale = None if quantizer.scale is None else nnx.Variable(quantizer.scale)
-        self.bias = None if layer.bias is None else nnx.Variable(layer.bias[...])
-        self.dtype, self.param_dtype = layer.dtype, layer.param_dtype
-
-    def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
-        y = self.product(x)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
-
-    def product(self, x: Float[Array, "*rows k"]) -> Float32[Array, "*rows out"]:
-        """The output without the bias, as float32."""
-        x_scale = None if self.x_scale is None else self.x_scale[...]
-        return represented(x, self.multiplier[...], self.limit[...], x_scale) @ self._weight().T
-
-    def _weight(self) -> Float32[Array, "out k"]:
-        """Made anew for every call: the codes take half of its bytes."""
-        codes, groups = self.codes[...], None if self.group_scale is None else self.group_scale[...]
-        each = steps(self.scale[...], groups, self.group_size)
-        return codes * (each if groups is None else each[:, : codes.shape[1]])
-
-
-def fold(layer: QuantizedLinear) -> tuple[Int16[Array, "out k"], Float32[Array, " k"]]:
-    """Takes flattening back.
-
-    Returns:
-      The weight's codes on the layer's K input channels, and the largest code of each channel's activations.
-    """
-    quantizer = layer.input.get_value()
-    return _fold(layer.weight.get_value().unpacked(), quantizer.source, quantizer.part, quantizer.used, quantizer.qmax)
-
-
-@jax.jit
-def _fold(
-    codes: Array, source: Int32[Array, " e"], part: Int32[Array, " e"], used: int, largest: int
-) -> tuple[Int16[Array, "out k"], Float32[Array, " k"]]:
-    k = codes.shape[1] - source.shape[0]
-    real = jnp.arange(source.shape[0]) < used
-    # Of the pairs (a, b) of an activation's and a weight's pieces, those with a = 0 hold every b once.
-    extra = jnp.where(real & (part == 0), codes[:, k:].astype(jnp.int16), 0)
-    whole = codes[:, :k].astype(jnp.int16).at[:, source].add(extra)
-    pieces = jnp.ones(k, jnp.int32).at[source].max(jnp.where(real, part + 1, 1))
-    return whole, (pieces * largest).astype(jnp.float32)

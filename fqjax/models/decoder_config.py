@@ -7,6 +7,7 @@ from fqjax.models.causal_lm import eos_ids
 from fqjax.models.hf_config import check_choice, check_divides, check_number, sizes
 from fqjax.models.rotary import read_rope
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.validation import LayerCount, PositionCount, Positive, Scalar, Size, TokenId
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -24,24 +25,24 @@ class DecoderConfig:
       layer_types: ``FULL`` or ``SLIDING`` for each layer; empty where all see everything.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: tuple[tuple[str, Any], ...] = ()
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: LayerCount
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    max_position_embeddings: PositionCount
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 10000.0
+    rope_scaling: tuple[tuple[str, Scalar], ...] = ()
     attention_bias: bool = False
     mlp_bias: bool = False
-    sliding_window: int | None = None
+    sliding_window: Size | None = None
     layer_types: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: tuple[int, ...] = ()
+    bos_token_id: TokenId | None = None
+    eos_token_id: tuple[TokenId, ...] = ()
 
     qk_norm: ClassVar[bool] = False
     """Whether each head's queries and keys pass through a norm."""

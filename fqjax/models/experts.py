@@ -10,6 +10,7 @@ from fqjax.layers.experts import Expert, MixtureOfExperts
 from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.hf_config import sizes
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.validation import ExpertCount, Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,10 @@ class ExpertsConfig(DecoderConfig):
       norm_topk_prob: whether the weights of a token's experts are divided by their sum.
     """
 
-    num_experts: int = 1
-    num_experts_per_tok: int = 1
-    moe_intermediate_size: int | None = None
-    decoder_sparse_step: int = 1
+    num_experts: ExpertCount = 1
+    num_experts_per_tok: Size = 1
+    moe_intermediate_size: Size | None = None
+    decoder_sparse_step: Size = 1
     mlp_only_layers: tuple[int, ...] = ()
     norm_topk_prob: bool = True
 

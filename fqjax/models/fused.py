@@ -1,7 +1,8 @@
 """Linear layers together with what stands in front of them.
 
 A quantized layer takes its input through the norm or the activation function, or from the parts of a decoding step's
-attention, through the quantization and the flattening in one pass (:mod:`pallas_kernels.rows`); any other layer is called as
+attention, through the quantization and the flattening in one pass
+(:mod:`pallas_kernels.quantize`); any other layer is called as
 usual, also one that stands in for it while a model is calibrated.
 """
 
@@ -11,12 +12,13 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from fqjax.core.inputs import Quantized
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.models.attention import attend, decode_step, decodes
 from fqjax.models.cache import LayerCache
 from fqjax.models.rotary import Rotation
 from pallas_kernels import quantize_activated, quantize_normalized, quantized_decode_attention
-from pallas_kernels.reference import activated
+from pallas_kernels.matmul.reference import activated
 
 
 def after_norm(
@@ -36,8 +38,8 @@ def after_norm(
     x, residual = _pending(linear, x, residual)
     if not _quantizes(linear):
         return linear(norm(x)), x
-    codes, scale, x = _normalized(linear, norm, x, residual)
-    return linear.multiply(codes, scale, x.dtype), x
+    quantized, x = _normalized(linear, norm, x, residual)
+    return linear.multiply(quantized, x.dtype), x
 
 
 def gated(
@@ -53,14 +55,14 @@ def gated(
     Args:
       gate_up, down: modules that are called with (..., K) and (..., half of what gate_up gives).
       norm, x, residual: as for :func:`after_norm`.
-      activation: one of :data:`pallas_kernels.reference.ACTIVATIONS`.
+      activation: one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
     """
-    if not (_quantizes(gate_up) and _quantizes(down)):
+    if not (_quantizes(gate_up) and gate_up.gates and _quantizes(down)):
         y, x = after_norm(gate_up, norm, x, residual)
         return after_activation(down, y, activation, gated=True), x
-    codes, scale, x = _normalized(gate_up, norm, *_pending(gate_up, x, residual))
-    found = gate_up.gate(codes, scale, x.dtype, down.input.get_value(), activation)
-    return down.multiply(*found, gate_up.result_dtype(x.dtype)), x
+    quantized, x = _normalized(gate_up, norm, *_pending(gate_up, x, residual))
+    hidden = gate_up.gate(quantized, x.dtype, down.input.get_value(), activation)
+    return down.multiply(hidden, gate_up.result_dtype(x.dtype)), x
 
 
 def after_activation(
@@ -71,17 +73,24 @@ def after_activation(
     Args:
       linear: a module that is called with (..., K).
       x: (..., K), or (..., 2 K) if gated.
-      activation: one of :data:`pallas_kernels.reference.ACTIVATIONS`.
+      activation: one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
       gated: whether there are two halves.
     """
     if not _quantizes(linear):
         return linear(activated(x, activation, gated))
     quantizer = linear.input.get_value()
-    kinds: Any = {"activation": activation, "gated": gated, "per_token": quantizer.scale is None}
+    recipe = quantizer.recipe()
     codes, scale, _ = quantize_activated(
-        x, quantizer.multiplier, quantizer.source, quantizer.part, qmax=quantizer.qmax, **kinds
+        x,
+        recipe.multiplier,
+        recipe.source,
+        recipe.part,
+        qmax=recipe.qmax,
+        activation=activation,
+        gated=gated,
+        per_token=recipe.per_token,
     )
-    return linear.multiply(codes, scale, x.dtype)
+    return linear.multiply(quantizer.scaled(codes, scale), x.dtype)
 
 
 def after_attention(
@@ -100,16 +109,16 @@ def after_attention(
       linear: a module that is called with (batch, length, heads * dim).
       qkv, kv_heads, cache, lengths, rotation, window: as :func:`fqjax.models.attention.attend` takes them.
     """
-    kinds: Any = {"rotation": rotation, "window": window}
     if not (decodes(qkv, cache, lengths) and _quantizes(linear)):
-        out, cache = attend(qkv, kv_heads, cache, lengths, **kinds)
+        out, cache = attend(qkv, kv_heads, cache, lengths, rotation=rotation, window=window)
         return linear(out.reshape(*out.shape[:2], -1)), cache
     quantizer = linear.input.get_value()
-    recipe = quantizer.multiplier, quantizer.source, quantizer.part
-    attention = functools.partial(quantized_decode_attention, qmax=quantizer.qmax, per_token=quantizer.scale is None)
-    *found, arrays = decode_step(attention, qkv, cache, lengths, *recipe, **kinds)
-    codes, scale = (None if array is None else array[:, None] for array in found)
-    return linear.multiply(codes, scale, qkv.dtype), LayerCache(*arrays)
+    recipe = quantizer.recipe()
+    attention = functools.partial(quantized_decode_attention, qmax=recipe.qmax, per_token=recipe.per_token)
+    operands = recipe.multiplier, recipe.source, recipe.part
+    codes, scale, arrays = decode_step(attention, qkv, cache, lengths, *operands, rotation=rotation, window=window)
+    quantized = quantizer.scaled(codes[:, None], None if scale is None else scale[:, None])
+    return linear.multiply(quantized, qkv.dtype), LayerCache(*arrays)
 
 
 def _pending(linear: Any, x: Array, residual: Array | None) -> tuple[Array, Array | None]:
@@ -121,26 +130,26 @@ def _pending(linear: Any, x: Array, residual: Array | None) -> tuple[Array, Arra
 
 def _normalized(
     linear: QuantizedLinear, norm: nnx.RMSNorm | nnx.LayerNorm, x: Array, residual: Array | None
-) -> tuple[Array, Array | None, Array]:
-    """Codes of ``norm(x + residual)`` for a layer, their scales if they have any of their own, and ``x + residual``."""
-    quantizer = linear.input.get_value()
-    bias = getattr(norm, "bias", None)
+) -> tuple[Quantized, Array]:
+    """``norm(x + residual)`` as a layer takes it, and ``x + residual``."""
+    quantizer, bias = linear.input.get_value(), getattr(norm, "bias", None)
+    recipe = quantizer.recipe()
     codes, scale, total = quantize_normalized(
         x,
-        quantizer.multiplier,
-        quantizer.source,
-        quantizer.part,
+        recipe.multiplier,
+        recipe.source,
+        recipe.part,
         epsilon=norm.epsilon,
-        qmax=quantizer.qmax,
+        qmax=recipe.qmax,
         weight=None if norm.scale is None else norm.scale[...],
         bias=None if bias is None else bias[...],
         center=isinstance(norm, nnx.LayerNorm),
         residual=residual,
-        per_token=quantizer.scale is None,
+        per_token=recipe.per_token,
     )
-    return codes, scale, x if total is None else total
+    return quantizer.scaled(codes, scale), x if total is None else total
 
 
 def _quantizes(linear: Any) -> bool:
-    """Whether a layer quantizes its input."""
-    return isinstance(linear, QuantizedLinear) and linear.input.get_value().bits != 16
+    """Whether a layer's input can be quantized in the pass before it."""
+    return isinstance(linear, QuantizedLinear) and linear.fuses

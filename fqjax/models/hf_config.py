@@ -1,10 +1,14 @@
 """Checks of Hugging Face configurations that the families share."""
 
-import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Gt
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.validation import Size, check_value
+
+WHERE = "config.json"
 
 
 def sizes(hf: dict[str, Any], *names: str) -> dict[str, int]:
@@ -13,11 +17,7 @@ def sizes(hf: dict[str, Any], *names: str) -> dict[str, int]:
     Raises:
       InputError: naming one that is not a whole number above 0.
     """
-    for name in names:
-        value = hf[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"config.json: {name} {value!r}: expected a whole number above 0")
-    return {name: hf[name] for name in names}
+    return {name: check_value(Size, hf[name], WHERE, name) for name in names}
 
 
 def check_divides(hf: dict[str, Any], divisor: str, of: str) -> None:
@@ -27,7 +27,7 @@ def check_divides(hf: dict[str, Any], divisor: str, of: str) -> None:
       InputError: naming both.
     """
     if hf[of] % hf[divisor]:
-        raise InputError(f"config.json: {of} {hf[of]}: expected a multiple of {divisor} {hf[divisor]}")
+        raise InputError(f"{WHERE}: {of} {hf[of]}: expected a multiple of {divisor} {hf[divisor]}")
 
 
 def check_choice(hf: dict[str, Any], name: str, supported: Iterable[str]) -> None:
@@ -38,7 +38,7 @@ def check_choice(hf: dict[str, Any], name: str, supported: Iterable[str]) -> Non
     """
     if hf[name] not in supported:
         expected = ", ".join(map(repr, supported))
-        raise InputError(f"config.json: {name} {hf[name]!r} is not supported; expected {expected}")
+        raise InputError(f"{WHERE}: {name} {hf[name]!r} is not supported; expected {expected}")
 
 
 def check_number(name: str, value: Any, above: float = 0) -> None:
@@ -47,6 +47,4 @@ def check_number(name: str, value: Any, above: float = 0) -> None:
     Raises:
       InputError: naming the entry and the bound.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= above:
-        raise InputError(f"config.json: {name} {value!r}: expected a number above {above}")
+    check_value(Annotated[float, Gt(above)], value, WHERE, name)

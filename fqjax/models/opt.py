@@ -15,6 +15,7 @@ from fqjax.models.causal_lm import Block, CausalLM, eos_ids
 from fqjax.models.fused import after_activation, after_attention, after_norm
 from fqjax.models.hf_config import check_choice, check_divides, sizes
 from fqjax.rewrites.equalize import ScalingPath
+from fqjax.runtime.validation import LayerCount, PositionCount, Size, TokenId
 
 POSITION_OFFSET = 2
 """OPT's position table starts with two rows that are not positions."""
@@ -26,21 +27,21 @@ ACTIVATIONS = ("relu", "gelu")
 class OPTConfig:
     """Sizes and constants of an OPT model, named as in Hugging Face configurations."""
 
-    vocab_size: int
-    hidden_size: int
-    ffn_dim: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    word_embed_proj_dim: int
-    max_position_embeddings: int
+    vocab_size: Size
+    hidden_size: Size
+    ffn_dim: Size
+    num_hidden_layers: LayerCount
+    num_attention_heads: Size
+    word_embed_proj_dim: Size
+    max_position_embeddings: PositionCount
     activation_function: str = "relu"
     do_layer_norm_before: bool = True
     remove_final_layer_norm: bool = False
     enable_bias: bool = True
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: tuple[int, ...] = ()
+    bos_token_id: TokenId | None = None
+    eos_token_id: tuple[TokenId, ...] = ()
 
     @property
     def max_length(self) -> int | None:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from fqjax.checkpoint.calibration_record import CalibrationRecord
+from fqjax.core.channels import gather_codes
 from fqjax.core.codes import qmax
 from fqjax.layers.linear import QuantizedLinear
-from fqjax.models.chain import fold
-from fqjax.report.findings import Findings
-from fqjax.report.report import LayerReport, Report, quantized_layers
+from fqjax.layers.stacked import quantized_layers
+from fqjax.report.report import LayerReport, Report, ratio
 from fqjax.runtime.errors import InputError
 
 COLORS = {4: "tab:orange", 8: "tab:blue"}
@@ -35,9 +36,7 @@ def plot_report(model: nnx.Module, report: Report, directory: Path) -> list[Path
       InputError: if matplotlib is not installed, the directory cannot be written, or the model has no quantized layer.
     """
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
+        import matplotlib  # noqa: F401
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install 'fqjax[plots]'") from None
     layers = quantized_layers(model)
@@ -47,7 +46,7 @@ def plot_report(model: nnx.Module, report: Report, directory: Path) -> list[Path
     try:
         directory.mkdir(parents=True, exist_ok=True)
         written = [
-            _plot_channels(layers, report.findings, directory / "channels.png"),
+            _plot_channels(layers, report.calibration, directory / "channels.png"),
             _plot_bits(rows, report.scheme, directory / "bits.png"),
             _plot_layers(report, rows, directory / "layers.png"),
             _write_csv(directory / "layers.csv", LAYER_COLUMNS, ([getattr(r, c) for c in LAYER_COLUMNS] for r in rows)),
@@ -93,9 +92,11 @@ class Channels(NamedTuple):
 
 def weight_channels(layer: QuantizedLinear) -> Channels:
     """The input channels of a layer's weight."""
-    used = layer.input.get_value().used
-    codes = np.abs(np.asarray(layer.weight.get_value().unpacked(), np.int32)).max(axis=0)
-    whole = np.abs(np.asarray(fold(layer)[0], np.int32)).max(axis=0)
+    quantizer, weight = layer.input.get_value(), layer.weight.get_value().unpacked()
+    used = layer.figures.flattened
+    codes = np.abs(np.asarray(weight, np.int32)).max(axis=0)
+    gathered, _ = gather_codes(weight, quantizer.source, quantizer.part)
+    whole = np.abs(np.asarray(gathered, np.int32)).max(axis=0)
     return Channels(whole, codes[: len(whole) + used], qmax(layer.bits))
 
 
@@ -103,29 +104,29 @@ def activation_channels(layer: QuantizedLinear, absmax: np.ndarray) -> Channels:
     """The channels of a layer's input, of which ``absmax``, (K,), is the largest that calibration saw."""
     quantizer = layer.input.get_value()
     codes, limit = absmax * np.asarray(quantizer.multiplier), quantizer.qmax
-    source, part = (np.asarray(array)[: quantizer.used] for array in (quantizer.source, quantizer.part))
+    used = layer.figures.flattened
+    source, part = (np.asarray(array)[:used] for array in (quantizer.source, quantizer.part))
     added = np.clip(codes[source] - part * limit, 0, limit)
     return Channels(codes, np.concatenate([np.minimum(codes, limit), added]), limit)
 
 
-def _plot_channels(layers: dict[str, QuantizedLinear], findings: Findings | None, path: Path) -> Path:
+def _plot_channels(layers: dict[str, QuantizedLinear], record: CalibrationRecord | None, path: Path) -> Path:
     """Largest activation and weight of each channel, before and after flattening."""
-    import matplotlib.pyplot as plt
-
     shown = sorted(layers, key=lambda name: -layers[name].expansion)[:MOST]
-    shape = (len(shown), 2 if findings else 1)
-    figure, axes = plt.subplots(*shape, figsize=(6 * shape[1], 2.3 * shape[0]), layout="constrained", squeeze=False)
+    shape = (len(shown), 2 if record else 1)
+    figure = _figure(6 * shape[1], 2.3 * shape[0])
+    axes = figure.subplots(*shape, squeeze=False)
     for line, name in zip(axes, shown, strict=True):
         operands = {"weight": weight_channels(layers[name])}
-        if findings and name in findings.activations:
-            operands = {"activation": activation_channels(layers[name], findings.activations[name])} | operands
+        if record and name in record.activations:
+            operands = {"activation": activation_channels(layers[name], record.activations[name])} | operands
         for axis, (operand, channels) in zip(line, operands.items(), strict=False):
             k = len(channels.before)
             axis.plot(channels.before, linewidth=0.7, color="tab:red", label="before flattening")
             axis.plot(channels.after, linewidth=0.7, color="tab:blue", label="after")
             axis.axhline(channels.limit, color="black", linewidth=0.7, linestyle="--", label="largest code there is")
             axis.axvline(k - 0.5, color="grey", linewidth=0.7, linestyle=":")
-            bits = layers[name].input.get_value().bits if operand == "activation" else layers[name].bits
+            bits = layers[name].input.get_value().code_bits if operand == "activation" else layers[name].bits
             axis.set_title(f"{name}, {operand}s in INT{bits}: {k} channels + {len(channels.after) - k}", fontsize=8)
             axis.set_ylabel(f"largest |{operand}|, in codes", fontsize=7)
             axis.set_ylim(bottom=0)
@@ -138,13 +139,13 @@ def _plot_channels(layers: dict[str, QuantizedLinear], findings: Findings | None
 
 def _plot_bits(rows: list[LayerReport], scheme: str, path: Path) -> Path:
     """Bits of every layer: blocks from top to bottom, the layers of a block from left to right."""
-    import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
 
     places = {row.name: _place(row.name) for row in rows}
     blocks, kinds = (list(dict.fromkeys(place[i] for place in places.values())) for i in (0, 1))
     picture = np.ones((len(blocks), len(kinds), 3))
-    figure, axis = plt.subplots(figsize=(2 + 1.5 * len(kinds), 1.4 + 0.28 * len(blocks)), layout="constrained")
+    figure = _figure(2 + 1.5 * len(kinds), 1.4 + 0.28 * len(blocks))
+    axis = figure.subplots()
     for row in rows:
         block, kind = (names.index(part) for names, part in zip((blocks, kinds), places[row.name], strict=True))
         picture[block, kind] = to_rgb(COLORS[row.bits])
@@ -165,11 +166,10 @@ def _place(name: str) -> tuple[str, str]:
 
 def _plot_layers(report: Report, rows: list[LayerReport], path: Path) -> Path:
     """K'/K and error of every layer."""
-    import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    height = max(2.5, 0.22 * len(rows) + 1)
-    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(10, height), layout="constrained")
+    figure = _figure(10, max(2.5, 0.22 * len(rows) + 1))
+    left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(rows))
     colors = [COLORS[row.bits] for row in rows]
     left.barh(places, [100 * (row.expansion - 1) for row in rows], color=colors)
@@ -190,13 +190,12 @@ def _plot_layers(report: Report, rows: list[LayerReport], path: Path) -> Path:
 
 def _plot_share(report: Report, rows: list[LayerReport], path: Path) -> Path:
     """What more INT4 costs, and where the model is."""
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = _figure(6, 3.6)
+    axis = figure.subplots()
     shares, costs = np.transpose(report.trade_off)
     axis.plot(100 * shares, costs, marker=".", color="tab:grey", label="the cheapest layers first")
-    if report.findings is not None:
-        cost = report.findings.cost({row.name: row.bits for row in rows})
+    if report.calibration is not None:
+        cost = report.calibration.cost({row.name: row.bits for row in rows})
         axis.plot(100 * report.int4_mac_share, cost, "o", color="tab:orange", label="this model")
     axis.set_xlabel("share of the multiply-accumulates in INT4, %")
     axis.set_ylabel("divergence of the model's output,\nlayers quantized one at a time, summed", fontsize=8)
@@ -206,12 +205,19 @@ def _plot_share(report: Report, rows: list[LayerReport], path: Path) -> Path:
 
 
 def _share(rows: list[LayerReport], bits: int) -> float:
-    return sum(row.macs for row in rows if row.bits == bits) / sum(row.macs for row in rows)
+    return ratio(sum(row.macs for row in rows if row.bits == bits), sum(row.macs for row in rows))
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure of its own, of a size in inches: not one of pyplot's, whose backend belongs to the caller."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path

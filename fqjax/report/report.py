@@ -1,6 +1,7 @@
 """What quantization did, layer by layer: bits, K'/K, error, bytes, overflow margin."""
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -8,12 +9,13 @@ from flax import nnx
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from fqjax.checkpoint.calibration_record import CalibrationRecord
 from fqjax.core.overflow import LIMIT
-from fqjax.core.qtensor import QTensor, bytes_of
+from fqjax.core.table import bytes_of
 from fqjax.layers.linear import QuantizedLinear
-from fqjax.layers.stacked import unstacked
+from fqjax.layers.record import Record, abstracted
+from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.surgery import dotted, select_linears
-from fqjax.report.findings import Findings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class Report:
       skipped: linear layers left in floating point, each with the reason.
       model_bytes: all arrays of the model, on the device.
       seconds: time that calibration and quantization took; 0 where nothing was timed.
-      findings: what calibration found out; None where it is not known.
+      calibration: what calibration found out; None where it is not known.
     """
 
     scheme: str
@@ -68,22 +70,22 @@ class Report:
     skipped: dict[str, str]
     model_bytes: int
     seconds: float = 0.0
-    findings: Findings | None = dataclasses.field(default=None, repr=False, compare=False)
+    calibration: CalibrationRecord | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def int4_mac_share(self) -> float:
         """Share of the linear layers' multiply-accumulates computed on 4-bit weights."""
-        return _ratio(sum(row.macs for row in self.layers if row.bits == 4), sum(row.macs for row in self.layers))
+        return ratio(sum(row.macs for row in self.layers if row.bits == 4), sum(row.macs for row in self.layers))
 
     @property
     def int4_layer_share(self) -> float:
         """Share of the linear layers whose weights have 4 bits."""
-        return _ratio(sum(row.bits == 4 for row in self.layers), len(self.layers))
+        return ratio(sum(row.bits == 4 for row in self.layers), len(self.layers))
 
     @property
     def expansion(self) -> float:
         """K'/K, averaged over multiply-accumulates."""
-        return _ratio(sum(row.expansion * row.macs for row in self.layers), sum(row.macs for row in self.layers))
+        return ratio(sum(row.expansion * row.macs for row in self.layers), sum(row.macs for row in self.layers))
 
     @property
     def bytes(self) -> int:
@@ -102,10 +104,10 @@ class Report:
 
     @property
     def trade_off(self) -> list[tuple[float, float]]:
-        """(share of INT4, sum of the layers' costs) as INT4 is given to one layer after the other; see :class:`Findings`."""
-        if self.findings is None:
+        """(share of INT4, sum of the layers' costs), layer by layer; see :meth:`CalibrationRecord.trade_off`."""
+        if self.calibration is None:
             return []
-        return self.findings.trade_off({row.name: row.macs for row in self.layers})
+        return self.calibration.trade_off({row.name: row.macs for row in self.layers})
 
     def to_json(self) -> dict[str, Any]:
         """What ``fqjax inspect --json`` writes."""
@@ -158,15 +160,15 @@ class Report:
             second = f"Float group scales: {floats} of {len(grouped)} layers."
         return (
             f"INT4: {self.int4_mac_share:.2%} of the multiply-accumulates.  {second}\n"
-            f"Linear layers: {format_bytes(self.bytes)}, {_ratio(self.bytes_bf16, self.bytes):.2f} x less than in bf16.  "
+            f"Linear layers: {format_bytes(self.bytes)}, {ratio(self.bytes_bf16, self.bytes):.2f} x less than in bf16.  "
             f"Whole model: {format_bytes(self.model_bytes)}.\n"
             "error: mean square, of the layer's output.  margin: bits before int32 overflows."
         )
 
 
-def report_of(model: nnx.Module, seconds: float = 0.0, findings: Findings | None = None) -> Report:
+def report_of(model: nnx.Module, seconds: float = 0.0, record: CalibrationRecord | None = None) -> Report:
     """Reports on a model's linear layers as they are, quantized or not."""
-    model = unstacked(nnx.eval_shape(lambda: model))
+    model = unstacked(abstracted(model))
     quantized = quantized_layers(model)
     rows = [_quantized_row(name, layer) for name, layer in quantized.items()]
     selection = select_linears(model, required=False)
@@ -174,19 +176,13 @@ def report_of(model: nnx.Module, seconds: float = 0.0, findings: Findings | None
     order = {dotted(path): i for i, (path, _) in enumerate(nnx.iter_graph(model))}
     rows.sort(key=lambda row: order[row.name])
     return Report(
-        scheme=", ".join(dict.fromkeys(layer.summary.scheme.name for layer in quantized.values())) or "none",
+        scheme=", ".join(dict.fromkeys(_scheme_name(layer.recipe) for layer in quantized.values())) or "none",
         layers=tuple(rows),
         skipped=selection.skipped,
-        model_bytes=bytes_of(nnx.state(model)),
+        model_bytes=bytes_of(nnx.state(model, nnx.Not(Record))),
         seconds=seconds,
-        findings=findings,
+        calibration=record,
     )
-
-
-def quantized_layers(model: nnx.Module) -> dict[str, QuantizedLinear]:
-    """The model's quantized layers by dotted path, those of experts each by itself."""
-    nodes = nnx.iter_graph(unstacked(model))
-    return {dotted(path): node for path, node in nodes if isinstance(node, QuantizedLinear)}
 
 
 def narrow_table(title: str, caption: str) -> Table:
@@ -212,31 +208,32 @@ def format_bytes(count: float) -> str:
 
 
 def _quantized_row(name: str, layer: QuantizedLinear) -> LayerReport:
-    n, k = layer.weight.get_value().shape[0], layer.input.get_value().multiplier.shape[0]
+    sizes, figures = layer.sizes, layer.figures
     return LayerReport(
         name=name,
         bits=layer.bits,
         expansion=layer.expansion,
-        relative_error=layer.summary.relative_error,
+        relative_error=figures.relative_error,
         bytes=layer.nbytes,
-        bytes_bf16=2 * (n * k + (n if layer.bias is not None else 0)),
-        macs=layer.summary.macs,
-        accumulator_bound=layer.summary.accumulator_bound,
-        scales=_describe_scales(layer.weight.get_value()),
+        bytes_bf16=2 * (sizes.outputs * sizes.inputs + (sizes.outputs if layer.bias is not None else 0)),
+        macs=figures.macs,
+        accumulator_bound=figures.accumulator_bound,
+        scales=layer.weight.get_value().format.label,
     )
+
+
+def _scheme_name(recipe: str) -> str:
+    """The name of the scheme that a recipe is of, where it is one that this fqjax writes."""
+    try:
+        found = json.loads(recipe)
+        return str(found["name"])
+    except (ValueError, TypeError, KeyError):
+        return "unknown"
 
 
 def _short(scales: str) -> str:
     """``LayerReport.scales`` in few letters."""
     return scales.removeprefix("group of ").replace(", integer", " int").replace(", folded", " fold")
-
-
-def _describe_scales(weight: QTensor) -> str:
-    form = weight.format
-    if not form.group_size:
-        return form.granularity
-    kind = ", folded" if form.folded else ", integer" if form.integer_scales else ""
-    return f"group of {form.group_size}{kind}"
 
 
 def _float_row(name: str, linear: nnx.Linear) -> LayerReport:
@@ -254,5 +251,6 @@ def _float_row(name: str, linear: nnx.Linear) -> LayerReport:
     )
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """A share; 0 of nothing."""
     return part / whole if whole else 0.0

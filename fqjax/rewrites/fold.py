@@ -32,7 +32,8 @@ class Folding:
 def smoothing_of(layer: QuantizedLinear) -> np.ndarray:
     """What a layer divides its input by, channel by channel, float64 (K,); ones without smoothing."""
     quantizer = layer.input.get_value()
-    scale = 1.0 if quantizer.scale is None else np.float64(quantizer.scale)
+    fixed = quantizer.fixed_scale()
+    scale = 1.0 if fixed is None else np.float64(fixed)
     factors = 1 / (np.asarray(quantizer.multiplier, np.float64) * scale)
     return np.ones_like(factors) if np.abs(factors - 1).max() <= TOLERANCE else factors
 

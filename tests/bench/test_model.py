@@ -11,8 +11,7 @@ from fqjax.bench import model as bench
 from fqjax.bench import model_record
 from fqjax.bench.random_models import CONFIGS, architecture, described, random_model
 from fqjax.cli.main import main
-from fqjax.layers.stacked import StackedExperts
-from fqjax.report.report import quantized_layers
+from fqjax.layers.stacked import StackedExperts, quantized_layers
 from fqjax.runtime.errors import InputError
 from tests.models import variants
 
@@ -49,17 +48,19 @@ def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
     scheme = fqjax.PRESETS[scheme]
     model = random_model(*described(hf), scheme, extra=0.1)
     layers = quantized_layers(model)
-    assert bool(layers) == (scheme.method != "none")
+    assert bool(layers) == (scheme.method is not None)
     macs = sum(layer.summary.macs for layer in layers.values())
     share = sum(layer.summary.macs for layer in layers.values() if layer.bits == 4) / max(macs, 1)
-    assert scheme.int4_share <= share <= min(1.0, scheme.int4_share + 0.2) or not layers
+    least = scheme.method.allocation.int4_share if layers else 0.0
+    assert least <= share <= min(1.0, least + 0.2) or not layers
+    grouped = scheme.name.startswith("w4a")
     for layer in layers.values():
         weight, quantizer = layer.weight.get_value(), layer.input.get_value()
         assert (weight.format.group_size, weight.format.folded) == (
-            (128, scheme.scales == "folded") if scheme.method == "grouped" else (0, False)
+            (128, scheme.name.endswith("folded")) if grouped else (0, False)
         )
-        assert (quantizer.scale is None) == (scheme.method == "grouped")
-        assert quantizer.used == (round(0.1 * quantizer.multiplier.size) if scheme.method == "flattenquant" else 0)
+        assert (quantizer.scale is None) == grouped
+        assert quantizer.used == (0 if grouped else round(0.1 * quantizer.multiplier.size))
     logits = model(jnp.arange(12).reshape(1, 12))
     assert bool(jnp.isfinite(logits).all()) and 0.01 < float(jnp.std(logits)) < 100
     if hf is MIXTRAL and layers:
@@ -121,7 +122,7 @@ def test_floors_are_those_of_bytes_and_products():
 )
 def test_names_of_variants(text, head, cache):
     variant = bench.parse_variant(text)
-    assert (variant.scheme.int8_head, variant.kv_cache, variant.name) == (head, cache, text)
+    assert (variant.scheme.head == "int8", variant.kv_cache, variant.name) == (head, cache, text)
     both = bench.parse_variant("w4a8+int8-cache+int8-head")
     assert both.name == "w4a8+int8-head+int8-cache"
     with pytest.raises(InputError, match=r"scheme w4a8\+fp8: 'fp8' follows; expected \+int8-head or \+int8-cache"):

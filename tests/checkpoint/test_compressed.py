@@ -13,9 +13,9 @@ import fqjax
 from fqjax.checkpoint.compressed import write
 from fqjax.checkpoint.compressed.packing import pack_int32, unpack_int32
 from fqjax.layers.head import with_int8_head
+from fqjax.layers.stacked import quantized_layers
 from fqjax.models import FAMILIES
 from fqjax.models.to_hf import config_to_hf
-from fqjax.report.report import quantized_layers
 from tests.conftest import refused
 from tests.models import variants
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fqjax
-from fqjax.report.report import quantized_layers
+from fqjax.layers.stacked import quantized_layers
 from tests.models import variants
 
 pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]

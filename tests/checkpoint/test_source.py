@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import fqjax
+from fqjax.checkpoint.calibration_record import CalibrationRecord, read_calibration_record
 from fqjax.cli import main as cli
 from fqjax.convert import run as conversion
 from fqjax.data.text import encode
 from fqjax.demo.run import CHECKPOINT
-from fqjax.drivers.store import DirectoryMemo
-from fqjax.report.findings import Findings, read_findings
+from fqjax.drivers.store import DirectoryStore
+from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS
 from tests.models import variants
 
 
@@ -62,19 +62,27 @@ def test_a_text_that_the_tokenizer_cannot_encode():
         encode(tokenizer, "text")
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-30], lambda _: b"", lambda _: b"PK nothing"])
+DAMAGES = {
+    "cut": lambda content: content[:-30],
+    "empty": lambda _: b"",
+    "other": lambda _: b"PK nothing",
+    "structure": lambda content: content.replace(b"fields", b"fielda"),
+    "kind": lambda content: content.replace(b"Statistics", b"Statistica"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_what_a_conversion_remembers_may_be_damaged(tmp_path, damage):
-    memo = DirectoryMemo(tmp_path, PRESETS["w8a8"])
+    store = DirectoryStore(tmp_path)
     statistics = fqjax.drivers.statistics.Statistics(np.ones(4, np.float32), np.ones((2, 4), np.float32), 2, 2)
-    memo.keep_statistics("layers.0", {"layer": statistics})
-    path = tmp_path / "statistics.layers.0.npz"
+    store["statistics", "layers.0"] = statistics
+    path = tmp_path / "statistics.layers.0.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=rf"layers.0.npz: damaged \(.*remove {tmp_path}, and begin anew") as caught:
-        memo.statistics("layers.0")
+    with pytest.raises(
+        InputError, match=rf"layers.0.safetensors: damaged \(.*remove {tmp_path}, and begin anew"
+    ) as caught:
+        store["statistics", "layers.0"]
     assert "\n" not in str(caught.value)
-    (tmp_path / "sensitivities.json").write_text("[")
-    with pytest.raises(InputError, match="sensitivities.json: not a JSON"):
-        memo.sensitivities(dict)
 
 
 def test_the_record_of_a_conversion_may_be_damaged(checkpoint, tmp_path):
@@ -100,6 +108,6 @@ def test_the_record_of_a_conversion_may_be_damaged(checkpoint, tmp_path):
     ],
 )
 def test_findings_about_something_else(tmp_path, activations, costs, part):
-    Findings({"a": np.ones(4, np.float32)} | activations, costs).write(tmp_path)
+    CalibrationRecord({"a": np.ones(4, np.float32)} | activations, costs).write(tmp_path)
     with pytest.raises(InputError, match=f"calibration.safetensors: .*{part}"):
-        read_findings(tmp_path, {"a": (4, 8)})
+        read_calibration_record(tmp_path, {"a": (4, 8)})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fqjax.cli import main as cli
+from fqjax.presets import PRESETS
 from tests.conftest import edit_tensor, make_checkpoint
 
 
@@ -106,7 +107,17 @@ def test_a_dry_run_says_which_layers_stay_in_int8(capsys, checkpoint, text, tmp_
     assert code == 0 and len(kinds) == 8
     assert all(kind == ("INT8" if "down_proj" in name else "INT4") for name, kind in kinds.items())
     complains(capsys, "int8_layers=nowhere", *common, "--set", "int8_layers=nowhere")
+    beyond = ("--set", "int4_share=0.9", "--set", "int8_layers=down_proj")
+    complains(capsys, "int4_share=0.9: out of reach", *common, "--dry-run", *beyond)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_inspect_makes_no_json_that_nobody_asked_for(capsys, converted, monkeypatch):
+    def never(report):
+        raise AssertionError("asked for JSON")
+
+    monkeypatch.setattr("fqjax.report.report.Report.to_json", never)
+    assert run(capsys, "inspect", converted / "out")[0] == 0
 
 
 def test_inspect_takes_a_float_model(capsys, converted):
@@ -142,7 +153,7 @@ def test_inspect_draws_without_what_calibration_found(capsys, converted, tmp_pat
 
 def test_schemes_lists_every_preset(capsys):
     code, out, _ = run(capsys, "schemes")
-    assert code == 0 and all(name in out for name in cli.PRESETS)
+    assert code == 0 and all(name in out for name in PRESETS)
 
 
 @pytest.mark.parametrize("command", [[], ["convert"], ["eval"], ["generate"], ["inspect"], ["demo"], ["schemes"]])
@@ -161,8 +172,11 @@ def complains(capsys, message, *arguments):
 
 CONVERT_ERRORS = {
     "unknown scheme": (["--scheme", "w2a2"], "unknown scheme 'w2a2'"),
-    "unknown field": (["--set", "bits=3"], "no field 'bits'"),
-    "bad value": (["--set", "int4_share=2"], "int4_share=2.0: expected a number from 0 to 1"),
+    "unknown field": (
+        ["--set", "bits=3"],
+        "--set bits=3: scheme 'flattenquant' has no setting 'bits'; its settings are: int4_share",
+    ),
+    "bad value": (["--set", "int4_share=2"], "int4_share=2: expected a number from 0 to 1"),
     "unmatched pattern": (["--ignore", "lm_tail"], "'lm_tail' matches no linear layer"),
     "bad pattern": (["--ignore", "("], "not a regular expression"),
     "no samples": (["--samples", "0"], "--samples 0"),
@@ -261,6 +275,8 @@ def test_bad_requests_of_the_other_commands(capsys, converted, tmp_path):
     complains(capsys, "--kv-cache fp8: expected int8", "eval", out, "--text", tmp_path / "x", "--kv-cache", "fp8")
     complains(capsys, "top_p 2.0", "generate", out, "--prompt", "x", "--top-p", 2)
     complains(capsys, "max_new_tokens 0", "generate", out, "--prompt", "x", "--max-new-tokens", 0)
+    complains(capsys, "max_new_tokens 9999999999", "generate", out, "--prompt", "x", "--max-new-tokens", 9999999999)
+    complains(capsys, "temperature inf", "generate", out, "--prompt", "x", "--temperature", "inf")
     complains(capsys, "directory does not exist", "inspect", out, "--json", tmp_path / "no" / "where.json")
     complains(capsys, "cannot be written", "inspect", out, "--json", tmp_path)
     complains(capsys, "no quantized layer", "inspect", converted / "source", "--plot", tmp_path / "plots")
@@ -269,7 +285,7 @@ def test_bad_requests_of_the_other_commands(capsys, converted, tmp_path):
 
 def test_the_installed_command_runs_and_exits_with_2():
     result = subprocess.run(
-        [sys.executable, "-m", "fqjax.cli.main", "inspect", "/no/such/place"], capture_output=True, text=True
+        [sys.executable, "-m", "fqjax.cli", "inspect", "/no/such/place"], capture_output=True, text=True
     )
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and not result.stdout
 
@@ -278,6 +294,6 @@ def test_an_interruption_says_so(capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fqjax.cli.main.resolve_scheme", interrupt)
+    monkeypatch.setattr("fqjax.presets.resolve_scheme", interrupt)
     code, _, err = run(capsys, "convert", "a", "b")
     assert code == 130 and err == "fqjax: interrupted\n"

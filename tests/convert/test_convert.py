@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +17,12 @@ import fqjax
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.convert import run as conversion
 from fqjax.convert.plan import estimated_bytes
-from fqjax.drivers.store import DirectoryMemo
+from fqjax.drivers.calibrate import Calibrate
+from fqjax.drivers.rounding import RoundCompensated, RoundNearest
+from fqjax.drivers.store import DirectoryStore
+from fqjax.drivers.trial import Trial
+from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS
 from tests.conftest import edit_tensor, make_checkpoint
 from tests.models import variants
 
@@ -62,7 +66,18 @@ def test_every_scheme_converts(asked, scheme):
     assert np.isfinite(variants.logits(fqjax.load(asked.out), tokens)).all()
 
 
-STEPS = {"keep_options": 3, "keep_statistics": 1, "sensitivities": 1, "layer": 4, "keep_finished": 1, "_carry": 2}
+STEPS = {
+    "options": 3,
+    "outlines": 5,
+    "statistics": 1,
+    "span": 8,
+    "sensitivities": 1,
+    "chosen": 1,
+    "costs": 1,
+    "finished": 4,
+    "activations": 2,
+}
+"""Kinds of what a conversion finds out; how many of them are kept before it is interrupted."""
 
 
 @pytest.mark.sample(2)
@@ -70,17 +85,19 @@ STEPS = {"keep_options": 3, "keep_statistics": 1, "sensitivities": 1, "layer": 4
 def test_an_interrupted_conversion_resumes_to_the_same_bits(asked, monkeypatch, tmp_path, step):
     whole = replace(asked, out=tmp_path / "whole")
     conversion.convert(conversion.plan(whole))
-    original, calls = getattr(DirectoryMemo, step), []
+    method = "_carry" if step == "activations" else "__setitem__"
+    original, calls = getattr(DirectoryStore, method), []
 
-    def stop_after(self, *args, **kwargs):
-        result = original(self, *args, **kwargs)
-        calls.append(args)
+    def stop_after(self, key, value):
+        result = original(self, key, value)
+        if step == ("activations" if isinstance(key, Path) else key[0]):
+            calls.append(key)
         if len(calls) == STEPS[step]:
             raise KeyboardInterrupt
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(DirectoryMemo, step, stop_after)
+        patch.setattr(DirectoryStore, method, stop_after)
         with pytest.raises(KeyboardInterrupt):
             conversion.convert(conversion.plan(asked))
     assert not asked.out.exists()
@@ -96,8 +113,8 @@ def test_what_was_remembered_is_not_computed_again(asked, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         conversion.convert(conversion.plan(asked))
     monkeypatch.undo()
-    for name in ("watch", "sensitivities", "assemble"):
-        monkeypatch.setattr(sys.modules["fqjax.drivers.pipeline"], name, _interrupt)
+    for one in (Calibrate, Trial, RoundNearest, RoundCompensated):
+        monkeypatch.setattr(one, "block", _interrupt)
     conversion.convert(conversion.plan(asked), resume=True)
 
 
@@ -107,16 +124,16 @@ def _interrupt(*args, **kwargs):
 
 @pytest.mark.thorough
 def test_a_killed_conversion_leaves_no_directory_that_looks_complete(asked, tmp_path):
-    command = [sys.executable, "-m", "fqjax.cli.main", "convert", asked.source, str(asked.out)]
+    command = [sys.executable, "-m", "fqjax.cli", "convert", asked.source, str(asked.out)]
     command += ["--calibration", str(asked.calibration), "--samples", "4", "--window", "64"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     staging = conversion.staging_directory(asked.out)
     deadline = time.time() + 120
-    while not list(staging.glob("*.int4.*.npz")) and time.time() < deadline:
+    while not list(staging.glob("options.*.safetensors")) and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(staging.glob("*.int4.*.npz")) and not asked.out.exists()
+    assert list(staging.glob("options.*.safetensors")) and not asked.out.exists()
     assert subprocess.run([*command, "--resume"], stdout=subprocess.DEVNULL).returncode == 0
     assert not staging.exists() and fqjax.load(asked.out)
 
@@ -181,19 +198,22 @@ def test_planning_reads_no_weights(asked, monkeypatch, checkpoint):
 @pytest.mark.parametrize(
     ("variant", "scheme", "settings"),
     [
-        ("llama-grouped", "w8a8", {}),
-        ("opt", "smoothquant", {"weight_scales": "channel"}),
-        ("llama-grouped", "flattenquant-hopper-int4", {"int8_layers": r"layers\.0"}),
-        ("opt", "w4a8", {"int8_layers": r"layers\.0"}),
-        ("llama-grouped", "w4a8-integer-scale", {"int8_layers": r"layers\.0", "group_size": 64}),
-        ("opt", "w4a8-integer-scale-folded", {}),
-        ("llama-grouped", "w4a16", {}),
+        ("llama-grouped", "w8a8", []),
+        ("opt", "smoothquant", []),
+        (
+            "llama-grouped",
+            "flattenquant-hopper-int4",
+            [r"int8_layers=layers\.0", "max_expansion=1", "rounding=nearest"],
+        ),
+        ("opt", "w4a8", [r"int8_layers=layers\.0"]),
+        ("llama-grouped", "w4a8-integer-scale", [r"int8_layers=layers\.0", "group_size=64"]),
+        ("opt", "w4a8-integer-scale-folded", []),
+        ("llama-grouped", "w4a16", []),
     ],
 )
 def test_a_plan_knows_the_bytes_of_layers_that_are_not_flattened(asked, tmp_path, variant, scheme, settings):
     source = make_checkpoint(tmp_path / "planned", variant)
-    chosen = replace(PRESETS[scheme], max_expansion=1.0, rounding="nearest", **settings)
-    made = conversion.plan(replace(asked, source=str(source), scheme=chosen))
+    made = conversion.plan(replace(asked, source=str(source), scheme=PRESETS[scheme].override(settings)))
     report = conversion.convert(made)
     assert estimated_bytes(made) == {layer.name: layer.bytes for layer in report.layers}
 
@@ -212,6 +232,6 @@ def test_an_fqjax_checkpoint_is_no_source(asked):
 def test_the_manifest_names_scheme_and_architecture(asked):
     conversion.convert(conversion.plan(asked))
     manifest = json.loads((asked.out / "fqjax.json").read_text())
-    assert manifest["schemes"][0]["name"] == "flattenquant"
+    assert manifest["recipes"][0]["name"] == "flattenquant"
     assert manifest["architecture"]["name"] == "LlamaForCausalLM"
-    assert manifest["format_version"] == 1 and len(manifest["layers"]) == 8
+    assert manifest["format_version"] == 2 and len(manifest["layers"]) == 8

@@ -15,10 +15,10 @@ import fqjax
 from fqjax.checkpoint.orbax import Writer
 from fqjax.cli import main as cli
 from fqjax.convert import run as conversion
-from fqjax.drivers.pipeline import _Passes
+from fqjax.drivers.rounding import RoundNearest
+from fqjax.presets import PRESETS
 from fqjax.runtime import files
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS
 from tests.conftest import edit_tensor
 
 KILLS = 12
@@ -222,7 +222,7 @@ def test_a_shard_that_changes_between_runs(asked, checkpoint, monkeypatch, capsy
     assert conversion.staging_directory(asked.out).is_dir()
 
 
-@pytest.mark.parametrize(("kind", "method", "path"), [(_Passes, "_round", "layers.0"), (Writer, "add", "norm")])
+@pytest.mark.parametrize(("kind", "method", "path"), [(RoundNearest, "block", "layers.0"), (Writer, "add", "norm")])
 @pytest.mark.parametrize("how", ["changed", "gone"])
 def test_a_shard_that_changes_during_a_run(asked, checkpoint, monkeypatch, how, kind, method, path):
     """In the middle, or when everything has been read."""
@@ -230,7 +230,7 @@ def test_a_shard_that_changes_during_a_run(asked, checkpoint, monkeypatch, how, 
     original = getattr(kind, method)
 
     def spoil(self, *args):
-        if path in args:
+        if path in (args[0], getattr(args[0], "path", "")):
             shard.unlink() if how == "gone" else os.utime(shard, (1, 1))
         return original(self, *args)
 

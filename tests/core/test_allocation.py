@@ -15,23 +15,28 @@ LAYERS = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 1000)), min_size=1, 
 @given(layers=LAYERS, share=st.floats(0, 1))
 def test_the_share_is_reached_and_no_chosen_layer_is_dispensable(layers, share):
     errors, macs = [e for e, _ in layers], [m for _, m in layers]
-    chosen = select_low_bits(errors, macs, share)
+    chosen = select_low_bits(errors, macs, share * sum(macs))
     total = sum(m for m, low in zip(macs, chosen, strict=True) if low)
     assert total >= share * sum(macs)
     assert all(total - m < share * sum(macs) for m, low in zip(macs, chosen, strict=True) if low)
 
 
 def test_the_least_sensitive_layers_are_chosen():
-    assert select_low_bits([0.5, 0.1, 0.9, 0.2], [10, 10, 10, 10], 0.5) == [False, True, False, True]
+    assert select_low_bits([0.5, 0.1, 0.9, 0.2], [10, 10, 10, 10], 20.0) == [False, True, False, True]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, False), (1.0, True)])
 def test_the_ends(share, expected):
-    assert select_low_bits([0.3, 0.0], [1, 5], share) == [expected] * 2
+    assert select_low_bits([0.3, 0.0], [1, 5], 6 * share) == [expected] * 2
+
+
+@pytest.mark.parametrize("needed", [0.0, 10.0])
+def test_layers_without_arithmetic_are_not_chosen(needed):
+    assert select_low_bits([0.0, 0.3, 0.0], [0, 10, 0], needed) == [False, needed > 0, False]
 
 
 def test_sensitivity_counts_by_arithmetic():
-    assert select_low_bits([0.2, 0.3], [10, 100], 0.5) == [False, True]
+    assert select_low_bits([0.2, 0.3], [10, 100], 55.0) == [False, True]
 
 
 def all_choices(errors, macs, sizes, least, most):

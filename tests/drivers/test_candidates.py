@@ -1,17 +1,19 @@
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fqjax.drivers.assemble import assemble
 from fqjax.drivers.candidates import Outline, costs_by_bits, layer_inputs, layer_options, select
+from fqjax.drivers.settings import Allocation
 from fqjax.drivers.statistics import Statistics
+from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS
 
 SCHEME = PRESETS["flattenquant"]
+WIDE = SCHEME.override(["max_expansion=3"]).method
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +30,9 @@ def seen():
 
 
 def test_a_percentile_leaves_out_single_extreme_tokens(linear, seen):
-    whole = layer_inputs(linear, seen, SCHEME)
+    whole = layer_inputs(linear, seen, SCHEME.method)
     np.testing.assert_array_equal(whole.x_max, seen.absmax)
-    usual = layer_inputs(linear, seen, dataclasses.replace(SCHEME, activation_percentile=99)).x_max
+    usual = layer_inputs(linear, seen, SCHEME.override(["activation_percentile=99"]).method).x_max
     np.testing.assert_allclose(usual[10:], np.percentile(np.abs(seen.samples), 99, axis=0)[10:], rtol=1e-5)
     assert usual[3] < 4 and usual[5] == seen.absmax[5]
 
@@ -38,11 +40,11 @@ def test_a_percentile_leaves_out_single_extreme_tokens(linear, seen):
 @pytest.mark.parametrize("percentile", [49, 100.5, "most"])
 def test_a_percentile_that_is_none_is_refused(percentile):
     with pytest.raises(InputError, match="activation_percentile"):
-        dataclasses.replace(SCHEME, activation_percentile=percentile)
+        SCHEME.override([f"activation_percentile={percentile}"])
 
 
 def test_options_are_of_rising_width_and_falling_error(linear, seen):
-    options = layer_options(linear, seen, dataclasses.replace(SCHEME, max_expansion=3.0))
+    options = layer_options(linear, seen, WIDE)
     by_bits = {bits: [option for option in options if option.grid.bits == bits] for bits in (8, 4)}
     assert [option.grid.bits for option in options] == [8] * len(by_bits[8]) + [4] * len(by_bits[4])
     for bits, block in ((8, 128), (4, 256)):
@@ -55,7 +57,7 @@ def test_options_are_of_rising_width_and_falling_error(linear, seen):
 
 
 def test_a_layer_costs_as_chosen_or_as_little_as_the_other_bits_can(linear, seen):
-    options = layer_options(linear, seen, dataclasses.replace(SCHEME, max_expansion=3.0))
+    options = layer_options(linear, seen, WIDE)
     low = [option for option in options if option.grid.bits == 4]
     costs = costs_by_bits({"a": options}, {"a": low[0]}, {"a": 2.0})["a"]
     assert costs[4] == pytest.approx(2 * low[0].error / low[-1].error)
@@ -68,12 +70,37 @@ def test_a_layer_costs_as_chosen_or_as_little_as_the_other_bits_can(linear, seen
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scheme", ["flattenquant", "flattenquant-hopper", "w4a8", "w4a8-integer-scale-folded"])
 def test_an_option_takes_the_bytes_of_the_layer_made_of_it(seen, scheme, bias):
-    scheme = dataclasses.replace(PRESETS[scheme], max_expansion=3.0)
+    method = PRESETS[scheme].override(["max_expansion=3"] if scheme.startswith("flatten") else []).method
     linear = nnx.Linear(300, 64, use_bias=bias, rngs=nnx.Rngs(0))
-    inputs = layer_inputs(linear, seen, scheme)
-    for option in layer_options(linear, seen, scheme):
-        layer = assemble("a", linear, option.grid.round(inputs.weight), inputs, scheme, macs=1)
+    inputs = layer_inputs(linear, seen, method)
+    for option in layer_options(linear, seen, method):
+        layer = assemble("a", linear, option.grid.round(inputs.weight), inputs, "{}", macs=1)
         assert layer.nbytes == option.bytes
+
+
+@pytest.mark.parametrize("selection", ["sensitivity", "kl", "budget"])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), share=st.floats(0, 0.99))
+def test_every_selection_keeps_the_share_whatever_layers_have_no_option_in_int4(selection, data, share):
+    layers = st.tuples(st.booleans(), st.integers(0, 9), st.floats(0.01, 1))
+    drawn = data.draw(st.lists(layers, min_size=1, max_size=8).filter(lambda some: sum(m for _, m, _ in some) > 0))
+    options = {
+        str(i): [
+            Outline(bits=bits, error=error / bits, divergence=error / bits, width=256, bytes=bits)
+            for bits in ((8, 4) if able else (8,))
+        ]
+        for i, (able, _, error) in enumerate(drawn)
+    }
+    macs = {str(i): m for i, (_, m, _) in enumerate(drawn)}
+    costs = {str(i): error for i, (*_, error) in enumerate(drawn)}
+    allocation = Allocation(selection=selection, int4_share=share)
+    able = sum(macs[name] for name, some in options.items() if len(some) > 1)
+    if able < share * sum(macs.values()):
+        with pytest.raises(InputError, match=r"^int4_share=.*: out of reach, as layers kept in INT8"):
+            select(options, macs, 400, allocation, lambda: costs)
+        return
+    picked = select(options, macs, 400, allocation, lambda: costs)
+    assert sum(macs[name] for name in options if picked[name].bits == 4) >= share * sum(macs.values())
 
 
 @pytest.mark.parametrize(("saved", "chosen"), [(0.5, 4), (0.1, 8)])
@@ -86,5 +113,5 @@ def test_bytes_are_asked_for_where_int4_saves_some(saved, chosen):
 
     options = {"arithmetic": outlines(100), "bytes": outlines(round(100 - 200 * saved))}
     macs, costs = {"arithmetic": 10, "bytes": 1}, {"arithmetic": 0.1, "bytes": 5.0}
-    picked = select(options, macs, 400, SCHEME, lambda: costs)
+    picked = select(options, macs, 400, SCHEME.method.allocation, lambda: costs)
     assert (picked["arithmetic"].bits, picked["bytes"].bits) == (4, chosen)

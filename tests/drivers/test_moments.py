@@ -11,10 +11,10 @@ from fqjax.drivers.assemble import assemble, count_macs
 from fqjax.drivers.candidates import layer_inputs, layer_options
 from fqjax.drivers.moments import Moments
 from fqjax.drivers.statistics import calibrate
+from fqjax.layers.stacked import quantized_layers
 from fqjax.layers.surgery import find_linears
 from fqjax.models.chain import Feed, chain, places, sweep
-from fqjax.report.report import quantized_layers
-from fqjax.scheme import PRESETS
+from fqjax.presets import PRESETS
 
 
 class Chain(nnx.Module):
@@ -107,6 +107,36 @@ def test_compensated_layers_are_closer_to_the_model(setup):
 
     assert set(done) == set(nearest)
     assert error(done) < 0.7 * error(nearest)
+
+
+def less_definite(monkeypatch, by):
+    """Takes some times the mean of its diagonal from every Hessian's diagonal."""
+    whole = module._moments
+
+    def changed(*args):
+        return {
+            name: found._replace(gram=found.gram - by * jnp.mean(jnp.diagonal(found.gram)) * jnp.eye(len(found.gram)))
+            for name, found in whole(*args).items()
+        }
+
+    monkeypatch.setattr(module, "_moments", changed)
+
+
+def test_moments_without_a_cholesky_factor_are_damped_more(setup, monkeypatch):
+    model, nearest, grids, data, finish = setup
+    less_definite(monkeypatch, by=0.05)
+    done = compensate(model, nearest, grids, data, finish, upstream=0.3)
+    x = jnp.concatenate(data)
+    wanted, given, rounded = (layers["first"](x) for layers in (find_linears(model), done, nearest))
+    assert jnp.mean((given - wanted) ** 2) < 2 * jnp.mean((rounded - wanted) ** 2)
+
+
+@pytest.mark.parametrize("scheme", ["flattenquant-w4a4", "w4a8-gptq"])
+def test_moments_that_no_damping_helps_are_refused_with_the_layers_name(scheme, monkeypatch):
+    less_definite(monkeypatch, by=100)
+    model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
+    with pytest.raises(InputError, match=r"^layers\.0: rounding its weight gave values that are not finite$"):
+        fqjax.quantize(model, scheme, batches())
 
 
 def test_layers_come_block_after_block_and_only_as_they_are_asked_for(setup):

@@ -9,7 +9,7 @@ from fqjax.drivers.statistics import calibrate
 from fqjax.drivers.trial import divergence, sensitivities
 from fqjax.layers.surgery import find_linears, replace_modules
 from fqjax.models.chain import chain, sweep
-from fqjax.scheme import PRESETS
+from fqjax.presets import PRESETS
 
 
 class Scorer(nnx.Module):
@@ -31,10 +31,10 @@ def setup():
     linears = find_linears(model)
     seen = calibrate(model, [batch], linears)
     macs = count_macs(linears, seen)
-    scheme, candidates = PRESETS["flattenquant"], {}
+    method, candidates = PRESETS["flattenquant"].method, {}
     for name, linear in linears.items():
-        inputs, option = layer_inputs(linear, seen[name], scheme), layer_options(linear, seen[name], scheme)[-1]
-        candidates[name] = assemble(name, linear, option.grid.round(inputs.weight), inputs, scheme, macs[name])
+        inputs, option = layer_inputs(linear, seen[name], method), layer_options(linear, seen[name], method)[-1]
+        candidates[name] = assemble(name, linear, option.grid.round(inputs.weight), inputs, "{}", macs[name])
     return model, batch, candidates
 
 

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from fqjax.checkpoint.hugging_face import load_hf
-from fqjax.evaluation.perplexity import cut_windows, perplexity
+from fqjax.data.text import cut_windows
+from fqjax.evaluation.perplexity import perplexity
 from fqjax.runtime.errors import InputError
 from tests.models import variants
 
@@ -57,6 +58,17 @@ def test_only_so_many_windows():
 def test_a_model_without_bos_needs_one_named():
     with pytest.raises(InputError, match="bos_token_id"):
         perplexity(Bigram(), np.zeros(50, int), 6)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_without_windows_is_refused(batch_size):
+    with pytest.raises(InputError, match=f"batch_size {batch_size}: expected at least 1"):
+        perplexity(Bigram(), np.zeros(50, int), 6, bos_token_id=1, batch_size=batch_size)
+
+
+def test_a_token_that_int32_cannot_hold_is_refused():
+    with pytest.raises(InputError, match="token 4294967297: expected a token id"):
+        perplexity(Bigram(), np.full(50, 2**32 + 1), 6, bos_token_id=1)
 
 
 def test_what_does_not_fit_the_model_is_named(tmp_path):

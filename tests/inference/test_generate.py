@@ -107,6 +107,21 @@ def test_generation_stops_early_when_all_have_ended(model):
     assert generate(model, PROMPTS[0], 50, eos_token_id=int(eos)).tolist() == [eos] * 50
 
 
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("seed", [-1, -(10**30), 2**32, 2**64 + 3, np.int64(-5)])
+def test_any_whole_number_is_a_seed_and_counts_modulo_2_to_the_32(model, seed):
+    settings = {"max_new_tokens": 6, "temperature": 3.0, "eos_token_id": []}
+    drawn = generate(model, PROMPTS[0], seed=seed, **settings)
+    np.testing.assert_array_equal(drawn, generate(model, PROMPTS[0], seed=int(seed) % 2**32, **settings))
+
+
+@pytest.mark.sample(1)
+def test_rows_of_a_batch_are_drawn_with_seeds_that_wrap_around(model):
+    settings = {"max_new_tokens": 6, "temperature": 3.0, "eos_token_id": []}
+    both = generate(model, [PROMPTS[0], PROMPTS[0]], seed=2**32 - 1, **settings)
+    np.testing.assert_array_equal(both[1], generate(model, PROMPTS[0], seed=0, **settings))
+
+
 @pytest.mark.sample(1)
 def test_arrays_of_prompts_are_taken(model):
     rows = np.array([[5, 9, 11], [8, 8, 8]])
@@ -132,7 +147,15 @@ def test_a_quantized_model_generates(model):
         ([-1], {"max_new_tokens": 4}, "token -1 is not in"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens 0"),
         ([1], {"temperature": -1.0}, "temperature -1"),
+        ([1], {"max_new_tokens": 2**31}, "max_new_tokens 2147483648: expected at most"),
+        ([1], {"max_new_tokens": 10**30}, "max_new_tokens 1000000000000000000000000000000: expected at most"),
+        ([1], {"max_new_tokens": 2.5}, "max_new_tokens 2.5: expected a whole number"),
+        ([1], {"max_new_tokens": 4, "seed": 0.5}, "seed 0.5: expected a whole number"),
+        ([1], {"max_new_tokens": 4, "eos_token_id": 2**31}, "eos_token_id 2147483648: expected a token id"),
         ([1], {"temperature": float("nan")}, "temperature nan"),
+        ([1], {"temperature": float("inf")}, "temperature inf"),
+        ([1], {"temperature": 1e-40}, "temperature 1e-40: expected 0, or a finite number of at least 1e-06"),
+        ([1], {"top_p": float("nan")}, "top_p nan"),
         ([1], {"top_p": 0.0}, "top_p 0"),
         ([1], {"top_p": 1.5}, "top_p 1.5"),
         ([1], {"prefill_chunk": 0}, "prefill_chunk 0"),
@@ -155,7 +178,7 @@ def test_learned_positions_set_a_limit(tmp_path):
 @pytest.mark.parametrize("dtype", [None, jnp.int8])
 def test_the_loop_moves_no_cache_on_a_hopper_gpu(dtype, monkeypatch):
     """Compiled for one: entries are written in place, and the kernel reads the cache as it lies."""
-    monkeypatch.setattr("pallas_kernels.attention.capability", lambda: (9, 0))
+    monkeypatch.setattr("pallas_kernels.attention.api.capability", lambda: (9, 0))
     sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 4096}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     config = LlamaConfig(**sizes, **heads, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=False)

@@ -140,6 +140,8 @@ def test_the_cache_is_donated(model):
         ({"prompt": [5], "max_new_tokens": 0}, "max_new_tokens 0"),
         ({"prompt": [5], "max_new_tokens": 3, "top_p": 0.0}, "top_p 0"),
         ({"prompt": [5], "max_new_tokens": 3, "temperature": -1.0}, "temperature -1"),
+        ({"prompt": [5], "max_new_tokens": 3, "temperature": 1e-40}, "temperature 1e-40: expected 0, or"),
+        ({"prompt": [5], "max_new_tokens": 3, "seed": "one"}, "seed 'one': expected a whole number"),
     ],
 )
 def test_requests_that_cannot_be_served_are_refused(model, settings, message):
@@ -153,3 +155,5 @@ def test_requests_that_cannot_be_served_are_refused(model, settings, message):
 def test_settings_out_of_range_are_named(model, name):
     with pytest.raises(InputError, match=f"{name} 0: expected at least"):
         serve(model, [], **{name: 0})
+    with pytest.raises(InputError, match=f"{name} 4294967296: expected at most"):
+        serve(model, [], **{name: 2**32})

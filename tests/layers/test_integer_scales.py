@@ -10,12 +10,13 @@ from flax import nnx
 from rich.console import Console
 
 import fqjax
+from fqjax.core.formats.grouped import group_sums_of
+from fqjax.core.inputs import PerToken
 from fqjax.core.integer_scale import scaled_bound
 from fqjax.core.overflow import LIMIT
+from fqjax.core.transforms.base import Recipe
 from fqjax.layers import integer_scales as module
-from fqjax.layers.linear import QuantizedLinear, group_sums_of, measured_bound
-from fqjax.models.chain import Simulated
-from fqjax.report.report import quantized_layers
+from fqjax.layers.stacked import quantized_layers
 from fqjax.runtime.errors import InputError
 
 GROUPED = [name for name in fqjax.PRESETS if name.startswith("w4a")]
@@ -111,7 +112,7 @@ def test_checkpoints(tmp_path, data, quantized, name):
 @pytest.mark.parametrize("name", ["w4a8", "w4a8-gptq", "w4a8-awq"])
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_integer_scales_for_any_grouped_model(model, data, name, size):
-    scheme = dataclasses.replace(fqjax.PRESETS[name], group_size=size)
+    scheme = fqjax.PRESETS[name].override([f"group_size={size}"])
     before, _ = fqjax.quantize(model, scheme, data)
     after, report = fqjax.integer_scales(before)
     assert {row.scales for row in report.layers} == {f"group of {size}, integer"}
@@ -119,12 +120,12 @@ def test_integer_scales_for_any_grouped_model(model, data, name, size):
         weight, old = layer.weight.get_value(), quantized_layers(before)[path].weight.get_value()
         np.testing.assert_array_equal(weight.codes, old.codes)
         assert weight.group_scale.dtype == jnp.int16 and int(weight.group_scale.min()) >= 1
-        assert layer.summary.accumulator_bound <= LIMIT
+        assert layer.figures.accumulator_bound <= LIMIT
     np.testing.assert_allclose(error(model, after, data[-1]), error(model, before, data[-1]), rtol=0.03)
 
 
 def test_integer_scales_for_groups_in_int8(model, data):
-    scheme = dataclasses.replace(fqjax.PRESETS["w4a8"], int4_share=0.0, group_size=64)
+    scheme = fqjax.PRESETS["w4a8"].override(["int4_share=0", "group_size=64"])
     before, report = fqjax.quantize(model, scheme, data)
     assert {row.bits for row in report.layers} == {8}
     after, report = fqjax.integer_scales(before, 256)
@@ -158,7 +159,7 @@ def test_one_step_past_the_bound_is_refused_when_built_and_when_loaded(tmp_path,
     only = jnp.ones_like(weight.group_scale)
     safe, unsafe = (only.at[0, column].set(value) for value in (most - 10, most + 10))
     assert scaled_bound(sums, np.asarray(safe), 127, 4) <= LIMIT < scaled_bound(sums, np.asarray(unsafe), 127, 4)
-    assert with_weight(layer, dataclasses.replace(weight, group_scale=safe)).summary.accumulator_bound <= LIMIT
+    assert with_weight(layer, dataclasses.replace(weight, group_scale=safe)).figures.accumulator_bound <= LIMIT
     with pytest.raises(InputError, match="int32 accumulator could reach"):
         with_weight(layer, dataclasses.replace(weight, group_scale=unsafe))
     model = nnx.Dict({"first": with_weight(layer, dataclasses.replace(weight, group_scale=safe))})
@@ -173,10 +174,10 @@ def test_one_step_past_the_bound_is_refused_when_built_and_when_loaded(tmp_path,
 
 
 def with_weight(layer, weight):
-    bound = measured_bound(weight, layer.input.get_value())
-    summary = dataclasses.replace(layer.summary, accumulator_bound=bound)
-    kinds = {"dtype": layer.dtype, "param_dtype": layer.param_dtype, "summary": summary}
-    return QuantizedLinear(weight, layer.input.get_value(), layer.bias[...], **kinds)
+    quantizer = layer.input.get_value()
+    return layer.changed(
+        weight, quantizer, dataclasses.replace(layer.figures, accumulator_bound=weight.bound(quantizer.qmax))
+    )
 
 
 def test_a_model_without_groups_is_refused(model, data):
@@ -187,19 +188,23 @@ def test_a_model_without_groups_is_refused(model, data):
 
 @pytest.mark.parametrize("name", ["w4a8-gptq", "w4a8-integer-scale", "w4a8-integer-scale-folded-awq"])
 def test_grouped_layers_can_be_simulated(data, quantized, name):
+    """What a layer stores gives the weight on its original channels, which is all that a simulation multiplies."""
     layer = quantized_layers(quantized[name][0])["first"]
-    np.testing.assert_allclose(Simulated(layer)(data[0]), layer(data[0]), rtol=1e-4, atol=1e-4)
+    quantizer, weight = layer.input.get_value(), layer.weight.get_value()
+    rows = PerToken.of(quantizer.bits).fake(data[0], Recipe(1 / quantizer.multiplier))
+    simulated = rows @ weight.weight(quantizer.source, quantizer.part)().T + layer.bias[...]
+    np.testing.assert_allclose(simulated, layer(data[0]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"group_size": 48}, {"amplifier": 1000}, {"amplifier": 0}, {"scales": "complex"}])
-def test_settings_that_do_not_fit_are_refused(settings):
-    with pytest.raises(InputError, match=next(iter(settings))):
-        dataclasses.replace(fqjax.PRESETS["w4a8"], **settings)
+@pytest.mark.parametrize("setting", ["group_size=48", "amplifier=1000", "amplifier=0", "weights=flattenquant"])
+def test_settings_that_do_not_fit_are_refused(setting):
+    with pytest.raises(InputError, match=f"^{setting}: expected"):
+        fqjax.PRESETS["w4a8-integer-scale"].override([setting])
 
 
 def test_activations_in_floating_point_need_float_scales():
-    with pytest.raises(InputError, match="int4_activation_bits=16: expected method=grouped and scales=float"):
-        dataclasses.replace(fqjax.PRESETS["w4a8-integer-scale"], int4_activation_bits=16)
+    with pytest.raises(InputError, match="activation_bits=16: integer scales need integer activations"):
+        fqjax.PRESETS["w4a8-integer-scale"].override(["activation_bits=16"])
 
 
 def test_the_table_says_which_layers_have_integer_scales(quantized, monkeypatch):

@@ -4,10 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.formats.uniform import relative_error
-from fqjax.methods import LayerInputs, grouped
-from fqjax.methods.grouped import group_scales
-from fqjax.scheme import PRESETS
+from fqjax.core.layer import LayerInputs, relative_error
+from fqjax.methods import AWQ, IntegerScale, RoundToNearest
+from fqjax.methods.arrays.grouped import group_scales
 
 
 def problem(k=384, n=64, outliers=1.0, seed=0):
@@ -17,25 +16,29 @@ def problem(k=384, n=64, outliers=1.0, seed=0):
     return LayerInputs(*(jnp.asarray(a, jnp.float32) for a in (w, np.abs(x).max(axis=0), x)))
 
 
-def grid(layer, bits=4, **settings):
-    scheme = dataclasses.replace(PRESETS["w4a8"], **settings)
-    return grouped.grids(layer, scheme, bits, jnp.ones(1))(jnp.int32(0))
+NEAREST = RoundToNearest()
 
 
-def error(layer, **settings):
-    return float(relative_error(grid(layer, **settings).round(layer.weight), layer.samples, layer.weight))
+def plan(layer, method=NEAREST, bits=4):
+    (found,) = method.plans(layer, bits)
+    return found
+
+
+def error(layer, method=NEAREST):
+    found = plan(layer, method)
+    return float(relative_error(found, found.round(layer.weight), layer))
 
 
 def test_smaller_groups_are_finer():
     layer = problem()
-    errors = [error(layer, group_size=size) for size in (32, 64, 128)]
+    errors = [error(layer, RoundToNearest(group_size=size)) for size in (32, 64, 128)]
     assert errors == sorted(errors) and errors[-1] > 1.1 * errors[0]
 
 
 def test_codes_use_all_of_four_bits():
-    codes = grid(problem()).round(problem().weight).w_codes
+    codes = plan(problem()).round(problem().weight)
     assert int(codes.min()) == -8 and int(codes.max()) == 7
-    wide = grid(problem(), bits=8).round(problem().weight).w_codes
+    wide = plan(problem(), bits=8).round(problem().weight)
     assert -127 <= int(wide.min()) < -100
 
 
@@ -58,36 +61,35 @@ def test_scales_are_chosen_by_the_error_of_the_output():
 
 def test_the_last_group_may_be_short():
     layer = problem(k=300)
-    found = grid(layer)
-    assert found.group_scale.shape == (3, 64) and found.steps.shape == (64, 300)
+    grid = plan(layer).grid
+    assert grid.group_scale.shape == (3, 64) and grid.steps(300).shape == (64, 300)
     assert error(layer) < 0.03
 
 
 def test_a_group_of_zeros_does_no_harm():
     layer = problem()
     layer = dataclasses.replace(layer, weight=layer.weight.at[:, :128].set(0))
-    found = grid(layer)
-    assert (
-        bool(jnp.isfinite(found.group_scale).all())
-        and int(jnp.abs(found.round(layer.weight).w_codes[:, :128]).max()) == 0
-    )
+    found = plan(layer)
+    assert bool(jnp.isfinite(found.grid.group_scale).all())
+    assert int(jnp.abs(found.round(layer.weight)[:, :128]).max()) == 0
 
 
 def test_awq_makes_room_for_channels_with_large_activations():
     layer = problem(outliers=20.0)
-    found = grid(layer, awq=True)
-    assert float(found.smoothing[::16].mean()) > 2 * float(found.smoothing[1::16].mean())
-    assert error(layer, awq=True) < 0.75 * error(layer)
+    factors = plan(layer, AWQ()).transform.factors
+    assert float(factors[::16].mean()) > 2 * float(factors[1::16].mean())
+    assert error(layer, AWQ()) < 0.75 * error(layer)
     alike = problem()
-    assert error(alike, awq=True) <= 1.05 * error(alike)
+    assert error(alike, AWQ()) <= 1.05 * error(alike)
 
 
-@pytest.mark.parametrize("awq", [False, True])
-def test_folded_scales_cost_little(awq):
-    layer = problem()
-    folded = grid(layer, scales="folded", awq=awq)
-    assert folded.group_scale.dtype == jnp.int32 and folded.w_scale.shape == (64,)
-    assert 1 <= int(folded.group_scale.min()) and int(folded.group_scale.max()) <= 15
-    product = folded.round(layer.weight).w_codes * jnp.repeat(folded.group_scale.T, 128, axis=1)
+@pytest.mark.parametrize("weights", [NEAREST, AWQ()])
+def test_folded_scales_cost_little(weights):
+    layer, method = problem(), IntegerScale(weights=weights, folded=True)
+    folded = plan(layer, method)
+    scales = folded.grid.group_scale
+    assert scales.dtype == jnp.int32 and folded.grid.scale.shape == (64,)
+    assert 1 <= int(scales.min()) and int(scales.max()) <= 15
+    product = folded.round(layer.weight) * jnp.repeat(scales.T, 128, axis=1)
     assert int(jnp.abs(product).max()) <= 127
-    assert error(layer, scales="folded", awq=awq) < 1.2 * error(layer, awq=awq)
+    assert error(layer, method) < 1.2 * error(layer, weights)

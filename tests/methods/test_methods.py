@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.formats.uniform import relative_error
-from fqjax.methods import METHODS, LayerInputs
-from fqjax.scheme import PRESETS, Scheme
+from fqjax.core.layer import LayerInputs, relative_error
+from fqjax.methods import AWQ, GPTQ, Absmax, FlattenQuant, IntegerScale, RoundToNearest, SmoothQuant
 
 
 def problem(x_outliers=1.0, w_outliers=1.0, seed=0):
@@ -20,35 +19,56 @@ def problem(x_outliers=1.0, w_outliers=1.0, seed=0):
     return jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
 
 
-def error(method, x, w, bits, **settings):
-    scheme = dataclasses.replace(PRESETS["flattenquant"], **settings)
-    grid_of = METHODS[method](LayerInputs(w, jnp.abs(x).max(0), x), scheme, bits, jnp.asarray([scheme.max_expansion]))
-    wide = grid_of(jnp.int32(0)).round(w)
-    return float(relative_error(wide, x, w)), wide
+SEARCHED = FlattenQuant(threshold_rule="search", max_expansion=1.5)
+METHODS = [
+    Absmax(),
+    SmoothQuant(),
+    SEARCHED,
+    RoundToNearest(),
+    GPTQ(),
+    AWQ(),
+    IntegerScale(),
+    IntegerScale(folded=True),
+]
 
 
-def test_every_method_but_none_is_listed():
-    assert set(METHODS) | {"none"} == set(Scheme.__dataclass_fields__["method"].type.__args__)
+def error(method, x, w, bits):
+    """The error of a layer's output, and its plan: the one that may be flattened the most."""
+    inputs = LayerInputs(w, jnp.abs(x).max(0), x)
+    plan = list(method.plans(inputs, bits))[-1]
+    return float(relative_error(plan, plan.round(w), inputs)), plan
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.kind)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_method_says_what_it_stores(method, bits):
+    """The format of its grid, but for scales that become integers afterwards, and the kind of stored input."""
+    x, w = problem()
+    plan = error(method, x, w, bits)[1]
+    form, quantizer = method.formats(bits)
+    if isinstance(method, IntegerScale) and not method.folded:
+        form = dataclasses.replace(form, scales="float", granularity="tensor")
+    assert (form, quantizer) == (plan.grid.format, plan.inputs.runs)
 
 
 def test_outliers_break_absmax_and_smoothing_mends_it():
     x, w = problem(x_outliers=50)
-    assert error("smoothquant", x, w, 8)[0] < 0.2 * error("absmax", x, w, 8)[0]
+    assert error(SmoothQuant(), x, w, 8)[0] < 0.2 * error(Absmax(), x, w, 8)[0]
 
 
 def test_flattening_mends_what_smoothing_cannot():
     x, w = problem(x_outliers=50, w_outliers=50)
-    smoothed, _ = error("smoothquant", x, w, 4)
-    flattened, wide = error("flattenquant", x, w, 4, max_expansion=1.25)
+    smoothed, _ = error(SmoothQuant(), x, w, 4)
+    flattened, plan = error(dataclasses.replace(SEARCHED, max_expansion=1.25), x, w, 4)
     assert flattened < 0.3 * smoothed
-    assert 1 < float(wide.expansion) <= 1.25
+    assert 1 < float(plan.expansion(256)) <= 1.25
 
 
 @pytest.mark.parametrize("operand", ["activations", "weights"])
 def test_either_operand_can_be_kept_whole(operand):
     x, w = problem(x_outliers=50, w_outliers=50)
-    _, wide = error("flattenquant", x, w, 4, **{f"flatten_{operand}": False})
-    pieces = {"activations": wide.x_pieces, "weights": wide.w_pieces}
+    _, plan = error(dataclasses.replace(SEARCHED, **{f"flatten_{operand}": False}), x, w, 4)
+    pieces = {"activations": plan.inputs.pieces, "weights": plan.grid.pieces}
     assert int(pieces.pop(operand).max()) == 1
     assert int(pieces.popitem()[1].max()) > 1
 
@@ -56,23 +76,23 @@ def test_either_operand_can_be_kept_whole(operand):
 @pytest.mark.parametrize("budget", [1.0, 1.01, 1.05])
 def test_the_expansion_is_capped(budget):
     x, w = problem(x_outliers=30, w_outliers=30)
-    _, wide = error("flattenquant", x, w, 4, max_expansion=budget)
-    assert float(wide.expansion) <= budget
+    _, plan = error(dataclasses.replace(SEARCHED, max_expansion=budget), x, w, 4)
+    assert float(plan.expansion(256)) <= budget
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_stay_within_their_pieces(bits):
     x, w = problem(x_outliers=30, w_outliers=30)
-    _, wide = error("flattenquant", x, w, bits)
-    limit = 2 ** (bits - 1) - 1
-    assert (np.abs(wide.w_codes).max(axis=0) <= limit * np.asarray(wide.w_pieces)).all()
+    _, plan = error(SEARCHED, x, w, bits)
+    largest, limit = np.abs(plan.round(w)).max(axis=0), 2 ** (bits - 1) - 1
+    assert (largest <= limit * np.asarray(plan.grid.pieces)).all()
     # No channel has a piece more than its codes need.
-    assert (np.abs(wide.w_codes).max(axis=0) > limit * (np.asarray(wide.w_pieces) - 1)).all()
+    assert (largest > limit * (np.asarray(plan.grid.pieces) - 1)).all()
 
 
 def test_a_dead_channel_does_no_harm():
     x, w = problem()
     x, w = x.at[:, 0].set(0), w.at[:, 1].set(0)
-    for method in METHODS:
-        value, wide = error(method, x, w, 8)
-        assert value < 1e-3 and np.isfinite(wide.multiplier).all()
+    for method in (Absmax(), SmoothQuant(), SEARCHED):
+        value, plan = error(method, x, w, 8)
+        assert value < 1e-3 and np.isfinite(1 / plan.transform.factors).all()

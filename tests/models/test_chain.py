@@ -4,12 +4,16 @@ import pytest
 from flax import nnx
 
 import fqjax
+from fqjax.core.channels import gather_codes
+from fqjax.core.codes import qmax
 from fqjax.drivers import moments as compensate
+from fqjax.drivers import rounding
 from fqjax.drivers import trial as sensitivity
+from fqjax.layers.simulated import Simulated
+from fqjax.layers.stacked import quantized_layers
 from fqjax.models import chain as blocks
-from fqjax.models.chain import Simulated, chain, fold, run
+from fqjax.models.chain import chain, run
 from fqjax.models.llama import Llama, LlamaConfig
-from fqjax.report.report import quantized_layers
 
 CONFIG = LlamaConfig(
     vocab_size=96,
@@ -45,25 +49,36 @@ def outlying(model):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("scheme", ["flattenquant-w4a4", "flattenquant-w8a8", "flattenquant-hopper-int4"])
-def test_a_simulated_layer_computes_what_the_layer_computes(model, batches, scheme):
+def test_a_simulated_layer_computes_what_the_layer_computes(model, batches, scheme, monkeypatch):
+    simulated, original = {}, rounding.assemble
+
+    def assemble(name, linear, plan, codes, *args, **kwargs):
+        simulated[name] = Simulated.of(linear, plan, codes)
+        return original(name, linear, plan, codes, *args, **kwargs)
+
+    monkeypatch.setattr(rounding, "assemble", assemble)
     quantized, report = fqjax.quantize(outlying(model), scheme, batches)
-    assert report.expansion > 1
-    for layer in quantized_layers(quantized).values():
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(20, layer.input.get_value().multiplier.shape[0])) * 9)
-        exact, simulated = (np.asarray(f(x.astype(jnp.bfloat16)), np.float32) for f in (layer, Simulated(layer)))
-        np.testing.assert_allclose(simulated, exact, rtol=1e-2, atol=1e-3 * np.abs(exact).max())
+    layers = quantized_layers(quantized)
+    assert report.expansion > 1 and simulated.keys() == layers.keys()
+    for name, layer in layers.items():
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(20, layer.sizes.inputs)) * 9, jnp.bfloat16)
+        exact, found = (np.asarray(f(x), np.float32) for f in (layer, simulated[name]))
+        np.testing.assert_allclose(found, exact, rtol=1e-2, atol=1e-3 * np.abs(exact).max())
 
 
-def test_folding_takes_flattening_back(model, batches):
+def test_gathering_takes_flattening_back(model, batches):
     quantized, _ = fqjax.quantize(outlying(model), "flattenquant-w8a8", batches)
     flattened = 0
     for layer in quantized_layers(quantized).values():
         quantizer, weight = layer.input.get_value(), np.asarray(layer.weight.get_value().unpacked(), np.int64)
-        codes, limit = (np.asarray(array, np.int64) for array in fold(layer))
-        flattened += quantizer.used
+        gathered, pieces = gather_codes(layer.weight.get_value().unpacked(), quantizer.source, quantizer.part)
+        codes, limit = np.asarray(gathered, np.int64), qmax(quantizer.bits) * np.asarray(pieces, np.int64)
+        used = quantizer.flattened()
+        assert used == layer.figures.flattened
+        flattened += used
         # What the integer matmul makes of one channel at its limit is that limit times the channel's whole weight.
         k = len(limit)
-        for channel in np.unique(np.r_[0, np.asarray(quantizer.source)[: quantizer.used]]):
+        for channel in np.unique(np.r_[0, np.asarray(quantizer.source)[:used]]):
             x = np.zeros(k)
             x[channel] = limit[channel] / np.asarray(quantizer.multiplier)[channel]
             given, _ = quantizer(jnp.asarray(x[None], jnp.float32))

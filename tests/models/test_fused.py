@@ -11,7 +11,7 @@ from flax import nnx
 from fqjax.bench.random_models import architecture, random_model
 from fqjax.layers import linear
 from fqjax.models.fused import after_activation, after_norm, gated
-from fqjax.scheme import resolve_scheme
+from fqjax.presets import resolve_scheme
 
 
 @pytest.fixture(scope="module", params=["flattenquant-hopper-int4", "flattenquant-w8a8", "w4a8-integer-scale"])

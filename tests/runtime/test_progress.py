@@ -3,7 +3,7 @@ import io
 import numpy as np
 from rich.console import Console
 
-from fqjax.drivers.pipeline import _peek
+from fqjax.drivers.base import _peek
 from fqjax.runtime import progress
 
 

@@ -18,16 +18,23 @@ from jaxtyping import DTypeLike
 from fqjax.checkpoint.compressed.config import LayerScheme, Quantization
 from fqjax.checkpoint.compressed.packing import unpack_int32
 from fqjax.checkpoint.safetensors import FLOATS, TensorFiles
-from fqjax.core.channels import PADDING, padded_width
-from fqjax.core.qtensor import LARGEST_GROUP, InputQuantizer, QTensor
-from fqjax.layers.linear import LayerSummary, QuantizedLinear, measured_bound
+from fqjax.core.channels import PADDING
+from fqjax.core.formats.base import QTensor
+from fqjax.core.formats.grouped import LARGEST_GROUP, Grouped
+from fqjax.core.formats.uniform import Uniform
+from fqjax.core.inputs import FloatingInput, PerTokenInput, StaticInput, StoredInput
+from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.record import Figures
 from fqjax.layers.surgery import find_linears
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
-from fqjax.scheme import Scheme
 
 OPTIONAL = ("weight_zero_point", "input_zero_point", "weight_g_idx", "weight_shape")
 """Tensors that a module may have, and that say nothing new where fqjax can express it."""
+
+
+RECIPE = '{"name": "compressed-tensors", "summary": "Read from a compressed-tensors checkpoint."}'
+"""Of layers read: another program quantized them."""
 
 
 class Part(NamedTuple):
@@ -115,19 +122,14 @@ def read_layer(files: TensorFiles, layer: StoredLayer, bias: Any, dtype: DTypeLi
     weight = _weight(files, layer)
     quantizer = _input_quantizer(layer, weight.shape[1])
     n, k = sum(part.shape[0] for part in layer.parts), layer.parts[0].shape[1]
-    summary = LayerSummary(
-        scheme=_scheme(layer, weight),
-        relative_error=0.0,
-        accumulator_bound=measured_bound(weight, quantizer),
-        macs=n * k,
-    )
     return QuantizedLinear(
         weight,
         quantizer,
         bias,
         dtype=dtype,
         param_dtype=dtype,
-        summary=summary,
+        figures=Figures(accumulator_bound=weight.bound(quantizer.qmax), macs=n * k),
+        recipe=RECIPE,
         name=f"{files.directory}: {layer.name}",
     )
 
@@ -192,7 +194,8 @@ def _weight(files: TensorFiles, layer: StoredLayer) -> QTensor:
     codes = np.concatenate([_codes(files, part) for part in layer.parts])
     scales = [_scales(files, part) for part in layer.parts]
     strategies = {part.scheme.strategy for part in layer.parts}
-    k, width = codes.shape[1], padded_width(codes.shape[1], layer.bits)
+    k = codes.shape[1]
+    width = Uniform(bits=layer.bits).padded(k)  # pyright: ignore[reportArgumentType]
     scale, group_scale = jnp.float32(1), None
     if "group" in strategies:
         group_scale = _group_scales(layer, scales, width)
@@ -204,7 +207,13 @@ def _weight(files: TensorFiles, layer: StoredLayer) -> QTensor:
         # Weight-only layers have groups; here all of a channel have its scale.
         group_scale = jnp.ones((width // LARGEST_GROUP, len(codes)), jnp.float32)
     padded = jnp.asarray(np.pad(codes, ((0, 0), (0, width - k))))
-    return QTensor.from_codes(padded, scale, layer.bits, group_scale)
+    granularity = "channel" if scale.ndim else "tensor"
+    if group_scale is None:
+        form = Uniform(bits=layer.bits, granularity=granularity)  # pyright: ignore[reportArgumentType]
+        return form.store(padded, scale)
+    size = width // group_scale.shape[0]
+    grouped = Grouped(bits=layer.bits, group_size=size, granularity=granularity)  # pyright: ignore[reportArgumentType]
+    return grouped.store(padded, scale, group_scale)
 
 
 def _group_scales(layer: StoredLayer, scales: list[np.ndarray], width: int) -> Any:
@@ -274,33 +283,13 @@ def _input_scale(files: TensorFiles, name: str, parts: tuple[Part, ...]) -> floa
     return found[parts[0].module]
 
 
-def _input_quantizer(layer: StoredLayer, width: int) -> InputQuantizer:
+def _input_quantizer(layer: StoredLayer, width: int) -> StoredInput:
     k, weight_only = layer.parts[0].shape[1], layer.parts[0].scheme.activations is None
-    multiplier, scale = jnp.ones(k, jnp.float32), None
-    if layer.input_scale is not None:
-        scale = jnp.float32(layer.input_scale)
-        multiplier = multiplier / scale
-    return InputQuantizer(
-        multiplier=multiplier,
-        source=jnp.zeros(width - k, jnp.int32),
-        part=jnp.full(width - k, PADDING, jnp.int32),
-        scale=scale,
-        bits=16 if weight_only else 8,
-        used=0,
-    )
-
-
-def _scheme(layer: StoredLayer, weight: QTensor) -> Scheme:
-    """What a scheme would say that quantizes like this."""
-    grouped = weight.group_scale is not None
-    return Scheme(
-        name="compressed-tensors",
-        summary="Read from a compressed-tensors checkpoint.",
-        method="grouped" if grouped else "absmax",
-        alpha=None,
-        equalize=False,
-        int4_share=1.0 if layer.bits == 4 else 0.0,
-        int4_activation_bits=16 if layer.parts[0].scheme.activations is None else 8,
-        weight_scales="channel" if weight.format.granularity == "channel" else "tensor",
-        group_size=weight.format.group_size or LARGEST_GROUP,
-    )
+    multiplier = jnp.ones(k, jnp.float32)
+    source, part = jnp.zeros(width - k, jnp.int32), jnp.full(width - k, PADDING, jnp.int32)
+    if weight_only:
+        return FloatingInput(multiplier=multiplier, source=source, part=part)
+    if layer.input_scale is None:
+        return PerTokenInput(multiplier=multiplier, source=source, part=part, bits=8)
+    scale = jnp.float32(layer.input_scale)
+    return StaticInput(multiplier=multiplier / scale, source=source, part=part, scale=scale, bits=8)

@@ -29,13 +29,14 @@ from fqjax.checkpoint.compressed.packing import pack_int32
 from fqjax.checkpoint.hugging_face import source_of
 from fqjax.checkpoint.orbax import refuse_existing
 from fqjax.checkpoint.safetensors import INDEX, SINGLE
+from fqjax.core.formats.grouped import Grouped
+from fqjax.core.formats.uniform import Uniform, UniformTensor
 from fqjax.layers.head import Int8Table
 from fqjax.layers.linear import QuantizedLinear
-from fqjax.layers.stacked import unstacked
+from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.surgery import find_linears
 from fqjax.models import FAMILIES, architecture_of
 from fqjax.models.to_hf import config_to_hf, part_sizes
-from fqjax.report.report import quantized_layers
 from fqjax.rewrites.fold import Folding, fold_smoothing
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
@@ -96,10 +97,15 @@ def check_expressible(model: Any) -> tuple[dict[str, LayerScheme], Folding]:
             "the model has no quantized layer; expected one, as in floating point there is nothing to write"
         )
     for name, layer in layers.items():
-        quantizer = layer.input.get_value()
-        if quantizer.used:
+        quantizer, flattened = layer.input.get_value(), layer.figures.flattened
+        if not isinstance(layer.weight.get_value().format, Uniform | Grouped) or not layer.is_plain:
             raise InputError(
-                f"{name}: {quantizer.used} flattened channels cannot be expressed in compressed-tensors; expected a scheme "
+                f"{name}: its format cannot be expressed in compressed-tensors; expected codes with scales of tensors, "
+                "channels or groups"
+            )
+        if flattened:
+            raise InputError(
+                f"{name}: {flattened} flattened channels cannot be expressed in compressed-tensors; expected a scheme "
                 "that does not flatten, such as smoothquant, w4a8 or w4a16"
             )
         if quantizer.bits == 4:
@@ -111,12 +117,13 @@ def check_expressible(model: Any) -> tuple[dict[str, LayerScheme], Folding]:
 def _scheme(layer: QuantizedLinear, by_channel: bool) -> LayerScheme:
     """How a layer is written; ``by_channel``: its output channels are divided by factors of their own."""
     weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-    activations = None if quantizer.bits == 16 else "token" if quantizer.scale is None else "static"
-    if weight.group_scale is None:
+    fixed = quantizer.fixed_scale() is not None
+    activations = None if quantizer.qmax is None else "static" if fixed else "token"
+    if isinstance(weight, UniformTensor):
         tensor = not weight.scale.ndim and not by_channel
         return LayerScheme(bits=layer.bits, strategy="tensor" if tensor else "channel", activations=activations)
     # Where groups do not divide the input, smaller ones with the same scale do.
-    size = math.gcd(weight.format.group_size, quantizer.multiplier.shape[0])
+    size = math.gcd(weight.format.group_size, quantizer.inputs)
     return LayerScheme(bits=layer.bits, strategy="group", group_size=size, activations=activations)
 
 
@@ -164,7 +171,7 @@ def _quantized(
 ) -> Iterator[Tensors]:
     """A quantized layer's tensors, part by part."""
     weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-    modules, k = _modules(model, name), quantizer.multiplier.shape[0]
+    modules, k = _modules(model, name), quantizer.inputs
     codes = np.asarray(weight.unpacked())[:, :k]
     scales = _scales(layer, scheme)
     scales = scales if factors is None else _divided(scales, factors)
@@ -176,8 +183,8 @@ def _quantized(
         start += rows
         tensors = _stored_codes(module, codes[here], scheme)
         tensors[f"{module}.weight_scale"] = scales if scheme.strategy == "tensor" else scales[here]
-        if quantizer.scale is not None:
-            tensors[f"{module}.input_scale"] = np.asarray(quantizer.scale, np.float32).reshape(1)
+        if (fixed := quantizer.fixed_scale()) is not None:
+            tensors[f"{module}.input_scale"] = np.asarray(fixed, np.float32).reshape(1)
         if bias is not None:
             tensors[f"{module}.bias"] = bias[here]
         yield tensors

@@ -1,132 +1,179 @@
-"""A quantized linear layer before its channels are expanded.
+"""Uniform symmetric codes with one scale for the whole weight, or one for every output channel.
 
-Flattening commutes with rounding (:mod:`fqjax.core.channels`), so a layer is fully described, and its error measured, by
-codes that may reach several times ``qmax`` on the K original channels.  Everything that decides *how* to quantize works
-on this view; only the layer that runs holds the K' expanded channels.
+    w = codes * scale,    codes in [-pieces * qmax, pieces * qmax] on the original channels
+
+A channel that FlattenQuant cuts into several pieces has codes that reach several times qmax; laid out over K' channels, all
+are in [-qmax, qmax], 127 for 8 bits and 7 for 4.  Codes of 4 bits share bytes (:mod:`pallas_kernels.packing`).
 """
 
 import dataclasses
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int16, Int32
+from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int16, Int32
 
-from fqjax.core.codes import qmax, steps
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The numbers that a layer's activations and weights may become: everything but the weights' codes.
-
-    Attributes:
-      smoothing: what activations are divided by, and weights multiplied by, (K,).
-      x_scale: float32 scalar; None gives every token a scale of its own.
-      w_scale: float32 scalar, or one for every output channel, (N,).
-      x_pieces, w_pieces: pieces each channel is cut into; codes of channel i reach ``pieces[i] * qmax``, int32 (K,).
-      x_bits, bits: of the activations, and of the weights; 4 or 8.  Activations in floating point count as 16 bits with a
-        scale for every token: what rounding them so would change is less than bfloat16 does.
-      group_scale: what ``w_scale`` is multiplied with in each group of ``group_size`` neighbouring input channels, the last
-        of which may have fewer, (groups, N), float32 or int32; None without groups.  With groups, codes of 4 bits reach down
-        to -8.
-    """
-
-    smoothing: Float32[Array, " k"]
-    x_scale: Float32[Array, ""] | None
-    w_scale: Float32[Array, "..."]
-    x_pieces: Int32[Array, " k"]
-    w_pieces: Int32[Array, " k"]
-    x_bits: int = dataclasses.field(metadata={"static": True})
-    bits: int = dataclasses.field(metadata={"static": True})
-    group_scale: Float32[Array, "groups n"] | Int32[Array, "groups n"] | None = None
-    group_size: int = dataclasses.field(default=0, metadata={"static": True})
-
-    @property
-    def multiplier(self) -> Float32[Array, " k"]:
-        """What an activation is multiplied with before it is rounded."""
-        return 1 / (self.smoothing if self.x_scale is None else self.smoothing * self.x_scale)
-
-    @property
-    def expansion(self) -> Float32[Array, ""]:
-        """K'/K, before padding."""
-        return jnp.mean(self.x_pieces * self.w_pieces)
-
-    @property
-    def steps(self) -> Float32[Array, "..."]:
-        """The weight's scales, so shaped that they multiply an (N, K) array."""
-        each = steps(self.w_scale, self.group_scale, self.group_size)
-        return each if self.group_scale is None else each[:, : self.smoothing.shape[0]]
-
-    @property
-    def code_range(self) -> tuple[Int32[Array, " k"], Int32[Array, " k"]]:
-        """Smallest and largest code of the weight in every channel."""
-        largest = self.w_pieces * qmax(self.bits)
-        return (-largest if self.group_scale is None or self.bits == 8 else -largest - 1), largest
-
-    def activations(self, x: Float[Array, "rows k"]) -> Float32[Array, "rows k"]:
-        """What the layer makes of its input: smoothed, rounded, clipped, and scaled back."""
-        return represented(x, self.multiplier, self.x_limit, self.x_scale)
-
-    @property
-    def x_limit(self) -> Float32[Array, " k"]:
-        """Largest code of the activations in every channel."""
-        return (self.x_pieces * qmax(self.x_bits)).astype(jnp.float32)
-
-    def round(self, weight: Float[Array, "n k"]) -> "WideLinear":
-        """The layer with its weight, which is not smoothed yet, rounded to the nearest codes."""
-        return self.with_smoothed(weight.astype(jnp.float32) * self.smoothing)
-
-    def with_smoothed(self, weight: Float32[Array, "n k"]) -> "WideLinear":
-        """The same for a weight that is smoothed already."""
-        codes = jnp.clip(jnp.round(weight / self.steps), *self.code_range).astype(jnp.int16)
-        return WideLinear(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Grid)}, w_codes=codes
-        )
+from fqjax.core.channels import Channels, flatten_codes, gather_codes
+from fqjax.core.codes import nearest_codes, qmax
+from fqjax.core.formats.base import Format, Operand, QTensor
+from fqjax.core.inputs import Quantized
+from fqjax.core.overflow import accumulator_bound, row_sums
+from fqjax.core.ste import straight_through
+from fqjax.core.table import Sizes, Stored, array, static
+from fqjax.registry import register
+from pallas_kernels import int4_matmul, int8_matmul, pack_int4, unpack_int4
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WideLinear(Grid):
-    """``y = (x_codes * x_scale) @ (w_codes * w_scale).T``, with a range of its own for the codes of every input channel.
+class UniformTensor(QTensor):
+    """A weight of the format :class:`Uniform`.
 
     Attributes:
-      w_codes: int16 (N, K): at most 16 pieces of 127.
+      codes: int8 (out, K'), two codes a byte with 4 bits.  Codes from other programs may be -qmax - 1.
+      scale: float32, scalar or (out,).
     """
 
-    w_codes: Int16[Array, "n k"]
+    kind = "uniform"
+
+    codes: Int8[Array, "out stored"] = array("out", "stored")
+    scale: Float32[Array, "..."] = array("channel", dtype="float32", positive=True)
 
     @property
-    def weight(self) -> Float32[Array, "n k"]:
-        """The weight as it is represented, still smoothed."""
-        return self.w_codes * self.steps
+    def shape(self) -> tuple[int, int]:
+        out, stored = self.codes.shape
+        return out, stored * self.format.codes_per_byte
+
+    def unpacked(self) -> Int8[Array, "out width"]:
+        return self.codes if self.format.bits == 8 else unpack_int4(self.codes)
+
+    def dequantize(self) -> Float32[Array, "out width"]:
+        return self.unpacked().astype(jnp.float32) * columns(self.scale)
+
+    def matmul(
+        self, x: Quantized, bias: Float[Array, " out"] | None = None, *, out_dtype: DTypeLike
+    ) -> Float[Array, "*rows out"]:
+        product = int8_matmul if self.format.bits == 8 else int4_matmul
+        return product(x.codes, self.codes, x.scale, self.scale, bias, out_dtype=out_dtype)
+
+    def operand(self) -> Operand:
+        return Operand(self.codes, self.scale, None, self.format.bits, folded=False)
+
+    def bound(self, qmax: int | None) -> int:
+        return 0 if qmax is None else accumulator_bound(int(_largest_row(self)), qmax)
+
+    def weight(self, source: Int32[Array, " e"], part: Int32[Array, " e"]) -> "ScaledCodes":
+        codes, _ = gather_codes(self.unpacked(), source, part)
+        return ScaledCodes(codes=codes, scale=self.scale)
 
 
-def represented(
-    x: Float[Array, "*rows k"],
-    multiplier: Float32[Array, " k"],
-    limit: Float32[Array, " k"],
-    scale: Float32[Array, ""] | None,
-) -> Float32[Array, "*rows k"]:
-    """What a layer makes of its input: smoothed, rounded, clipped, and scaled back; without a scale, by one for every row."""
-    x = x.astype(jnp.float32) * multiplier
-    if scale is None:
-        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        step = jnp.maximum(largest, 1e-8) / limit[0]  # as pallas_kernels.quantize_per_token has it
-        return jnp.round(x / step) * step
-    return jnp.clip(jnp.round(x), -limit, limit) * scale
+@register("formats")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uniform(Format):
+    """Symmetric codes without groups.
+
+    Attributes:
+      bits: 4 or 8.
+      granularity: what one scale covers: the whole tensor, or one output channel.
+    """
+
+    kind: ClassVar[str] = "uniform"
+    tensor: ClassVar[type[QTensor]] = UniformTensor
+
+    bits: Literal[4, 8]  # pyright: ignore[reportIncompatibleVariableOverride]
+    granularity: Literal["tensor", "channel"] = "tensor"
+
+    @property
+    def codes_per_byte(self) -> int:
+        """Codes that share a byte."""
+        return 8 // self.bits
+
+    @property
+    def multiple(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 128 * self.codes_per_byte
+
+    @property
+    def label(self) -> str:
+        return self.granularity
+
+    def axes(self, sizes: Sizes) -> dict[str, int | None]:
+        channel = sizes.outputs if self.granularity == "channel" else None
+        return {"stored": sizes.width // self.codes_per_byte, "channel": channel}
+
+    def store(self, codes: Int8[Array, "out width"], scale: Float32[Array, "..."]) -> UniformTensor:
+        """The tensor with some codes and scales."""
+        stored = codes if self.bits == 8 else pack_int4(codes)
+        return UniformTensor(codes=stored, scale=scale, format=self)
 
 
-def output(layer: WideLinear, x: Float[Array, "rows k"]) -> Float32[Array, "rows n"]:
-    """What the quantized layer computes, in float32 arithmetic on the unexpanded codes."""
-    return layer.activations(x) @ layer.weight.T
+class ScaledCodes(Stored):
+    """Codes on the original channels and their scales; the same type for 4 and 8 bits."""
+
+    kind = "scaled_codes"
+
+    codes: Int16[Array, "n k"]
+    scale: Float32[Array, "..."]
+
+    def __call__(self) -> Float32[Array, "n k"]:
+        """The weight, made anew for every call: the codes take half of its bytes."""
+        return self.codes * columns(self.scale)
 
 
-def relative_error(layer: WideLinear, x: Float[Array, "rows k"], weight: Float[Array, "n k"]) -> Float32[Array, ""]:
-    """Mean squared error of the layer's output over the mean square of the unquantized output; 0 if both are 0."""
-    return relative_square(output(layer, x), x.astype(jnp.float32) @ weight.astype(jnp.float32).T)
+class UniformGrid(Stored):
+    """Numbers that a weight may become in the format :class:`Uniform`.
+
+    Attributes:
+      scale: float32, scalar or (N,).
+      pieces: that each channel is cut into, int32 (K,).
+      format: of the tensor.
+    """
+
+    kind = "uniform_grid"
+
+    scale: Float32[Array, "..."]
+    pieces: Int32[Array, " k"]
+    format: Uniform = static()
+
+    @property
+    def largest(self) -> Int32[Array, " k"]:
+        """Largest code of every channel."""
+        return self.pieces * qmax(self.format.bits)
+
+    def round(self, w: Float32[Array, "n k"]) -> Int16[Array, "n k"]:
+        return nearest_codes(w / columns(self.scale), -self.largest, self.largest)
+
+    def column(self, w: Float32[Array, " n"], i: Int32[Array, ""]) -> Float32[Array, " n"]:
+        largest = self.pieces[i] * qmax(self.format.bits)
+        return jnp.clip(jnp.round(w / self.scale), -largest, largest) * self.scale
+
+    def fake(self, w: Float32[Array, "n k"]) -> Float32[Array, "n k"]:
+        return straight_through(w, self.round(w) * columns(self.scale))
+
+    def weight(self, codes: Int[Array, "n k"]) -> ScaledCodes:
+        return ScaledCodes(codes=codes.astype(jnp.int16), scale=self.scale)
+
+    def rows(self, rows: slice, w: Float32[Array, "n k"]) -> "UniformGrid":
+        """With one scale for all rows, a finer one where these rows leave room for it."""
+        if self.scale.ndim:
+            return dataclasses.replace(self, scale=self.scale[rows])
+        largest = jnp.max(jnp.abs(w), axis=0) / self.pieces
+        needed = jnp.maximum(jnp.max(largest) / qmax(self.format.bits), jnp.finfo(jnp.float32).tiny)
+        return dataclasses.replace(self, scale=jnp.minimum(self.scale, needed))
+
+    def pack(self, codes: Int[Array, "n k"], channels: Channels) -> UniformTensor:
+        return _packed(self, codes, jnp.asarray(channels.source), jnp.asarray(channels.w_part))
 
 
-def relative_square(given: Float32[Array, "..."], exact: Float32[Array, "..."]) -> Float32[Array, ""]:
-    """Squared difference over the square of what is exact; 0 if both are 0."""
-    error = jnp.sum((given - exact) ** 2)
-    return jnp.where(error > 0, error / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny), 0.0)
+def columns(scale: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """Scales so shaped that they multiply an (N, K) array."""
+    return scale[:, None] if scale.ndim else scale
+
+
+@jax.jit
+def _packed(
+    grid: UniformGrid, codes: Int[Array, "n k"], source: Int32[Array, " e"], part: Int32[Array, " e"]
+) -> UniformTensor:
+    return grid.format.store(flatten_codes(codes, source, part, qmax(grid.format.bits)), grid.scale)
+
+
+@jax.jit
+def _largest_row(weight: UniformTensor) -> Int32[Array, ""]:
+    return jnp.max(row_sums(weight.unpacked()))

@@ -8,7 +8,39 @@ that few are left.  fqjax never folds ``s`` into the layer before: it is part of
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-SMALLEST = 1e-5
+from fqjax.core.table import Stored, array
+from fqjax.core.transforms.base import Recipe
+from fqjax.registry import register
+
+SMALLEST_FACTOR = 1e-5
+
+
+@register("transforms")
+class Diagonal(Stored):
+    """Smoothing: inputs are divided by ``factors``, the weight's columns multiplied by them.
+
+    Attributes:
+      factors: s, positive, (K,).
+    """
+
+    kind = "diagonal"
+
+    factors: Float32[Array, " k"] = array("in", dtype="float32", positive=True)
+
+    def weight(self, w: Float[Array, "n k"]) -> Float32[Array, "n k"]:
+        return w.astype(jnp.float32) * self.factors
+
+    def inputs(self, x: Float[Array, "*rows k"]) -> Float32[Array, "*rows k"]:
+        return x.astype(jnp.float32) / self.factors
+
+    def bias(self, w: Float[Array, "n k"], b: Float[Array, " n"] | None) -> Float[Array, " n"] | None:
+        return b
+
+    def inverse(self) -> "Diagonal":
+        return Diagonal(factors=1 / self.factors)
+
+    def recipe(self) -> Recipe:
+        return Recipe(self.factors)
 
 
 def smoothing_factors(
@@ -26,5 +58,5 @@ def smoothing_factors(
     """
     dead = (x_max <= 0) | (w_max <= 0)
     x, w = jnp.where(dead, 1.0, x_max), jnp.where(dead, 1.0, w_max)
-    factors = jnp.maximum(x**alpha / w ** (1 - alpha), SMALLEST)
+    factors = jnp.maximum(x**alpha / w ** (1 - alpha), SMALLEST_FACTOR)
     return jnp.where(dead, 1.0, factors).astype(jnp.float32)

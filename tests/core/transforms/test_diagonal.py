@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from fqjax.core.transforms.diagonal import smoothing_factors
+from fqjax.core.transforms.diagonal import Diagonal, smoothing_factors
 
 
 def test_half_makes_both_ranges_equal():
@@ -24,5 +24,9 @@ def test_dead_channels_are_left_alone():
 def test_smoothing_keeps_the_product():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(5, 8)), rng.normal(size=(3, 8))
-    s = np.asarray(smoothing_factors(jnp.abs(x).max(0), jnp.abs(w).max(0)))
-    np.testing.assert_allclose((x / s) @ (w * s).T, x @ w.T, rtol=1e-5, atol=1e-6)
+    transform = Diagonal(factors=smoothing_factors(jnp.abs(x).max(0), jnp.abs(w).max(0)))
+    found = transform.inputs(jnp.asarray(x)) @ transform.weight(jnp.asarray(w)).T
+    np.testing.assert_allclose(found, x @ w.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(transform.inverse().weight(transform.weight(jnp.asarray(w))), w, rtol=1e-6)
+    np.testing.assert_array_equal(transform.recipe().divisors, transform.factors)
+    assert transform.bias(jnp.asarray(w), None) is None
