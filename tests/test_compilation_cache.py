@@ -36,12 +36,12 @@ def run(folder: Path) -> tuple[tuple[int, int], str]:
 
 def test_a_second_process_finds_what_the_first_compiled_and_is_whole(tmp_path):
     (hits, misses), _ = run(tmp_path)
-    assert hits == 0 < misses and list(tmp_path.glob("*/*-cache"))
+    assert hits == 0 < misses and list(tmp_path.glob("*/*/*-cache"))
     (again, compiled), complaints = run(tmp_path)
     if again == 0 and COMPLAINT in complaints:
         pytest.skip("XLA rejects on this machine what it compiled on it, and compiles it again")
     assert (again, compiled) == (misses, 0) and COMPLAINT not in complaints
-    for path in tmp_path.glob("*/*-cache"):
+    for path in tmp_path.glob("*/*/*-cache"):
         path.write_bytes(path.read_bytes()[:-20])
     (hits, _), complaints = run(tmp_path)
     assert hits == 0 and COMPLAINT in complaints
@@ -55,3 +55,30 @@ def test_other_flags_have_another_directory(tmp_path, monkeypatch):
     assert compilation_cache.directory() != usual
     monkeypatch.setenv("FQJAX_TEST_CACHE", "off")
     assert compilation_cache.directory() is None
+
+
+def test_processes_of_a_run_begin_with_the_programs_of_all(tmp_path):
+    for name, text in (("gw0/a-cache", "of one"), ("gw1/b-cache", "of another"), ("main/lock", "")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    compilation_cache.share(tmp_path)
+    for worker in ("gw0", "gw1", "main"):
+        assert [(tmp_path / worker / name).read_text() for name in ("a-cache", "b-cache")] == ["of one", "of another"]
+
+
+def test_too_many_programs_are_deleted(tmp_path, monkeypatch):
+    program = tmp_path / "gw0" / "a-cache"
+    program.parent.mkdir()
+    program.write_text("12345")
+    for most in (5, 4):
+        monkeypatch.setattr(compilation_cache, "MOST_BYTES", most)
+        compilation_cache.share(tmp_path)
+        assert program.exists() == (most == 5)
+
+
+def test_a_directory_that_another_run_has_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation_cache, "LOCKS", [])
+    assert compilation_cache.locked(tmp_path) and not compilation_cache.locked(tmp_path)
+    compilation_cache.LOCKS.pop().close()
+    assert compilation_cache.locked(tmp_path)
+    compilation_cache.LOCKS.pop().close()
