@@ -1,7 +1,7 @@
 """Entries of a manifest on single layers: what their arrays are, by the tables that their types declare."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from fqjax.core.table import Sizes, Stored
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Figures
 from fqjax.registry import from_json, lookup, to_json
-from fqjax.runtime.validation import Count, Finite, Size
+from fqjax.runtime.validation import Count, Finite, Size, check_value
 
 FloatName = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -118,6 +118,12 @@ def _described(value: Stored) -> dict[str, Any]:
 
 def _abstract(group: str, described: dict[str, Any], sizes: Sizes) -> Any:
     """The stored type that is described, with shapes in place of arrays."""
-    statics = dict(described)
-    kind = statics.pop("kind", None)
-    return lookup(group, kind).abstract(sizes, **statics)
+    kind = described.get("kind")
+    cls = lookup(group, kind)
+    statics = {name: value for name, value in described.items() if name != "kind"}
+    hints, known = get_type_hints(cls, include_extras=True), cls.static_names()
+    for name, value in statics.items():
+        if name not in known:
+            raise ValueError(f"{kind}: unknown entry {name!r}; expected {', '.join(known) or 'none'}")
+        check_value(hints[name], value, kind, name)
+    return cls.abstract(sizes, **statics)

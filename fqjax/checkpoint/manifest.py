@@ -178,8 +178,9 @@ def abstract_layers(manifest: dict[str, Any], directory: Path) -> dict[str, Quan
         try:
             layers[name] = abstract_layer(name, entry, recipe if isinstance(recipe, str) else json.dumps(recipe))
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except (TypeError, ValueError) as error:
+            told = str(error)
+            raise InputError(f"{path}: {told}" if told.startswith(f"{name}:") else f"{where} ({told})") from None
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{where} ({error})") from None
     return layers
 

@@ -10,10 +10,11 @@ up and gives codes over K' channels in one pass:
 Everything about a quantizer but its type is an array, so that programs are the same for 4 and 8 bits.
 """
 
-from typing import ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Annotated, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Le
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from fqjax.core.channels import PADDING, Channels
@@ -27,6 +28,9 @@ from pallas_kernels.experts import quantize_for_experts, quantize_per_token_for_
 FLOATING_BITS = 16
 """Bits that activations in floating point are simulated with: rounding them so changes less than bfloat16 does."""
 
+
+CodeBits = Annotated[int, Ge(2), Le(8)]
+"""Bits of an integer code of activations."""
 
 COARSE_BITS = 4
 """Bits of a code, at most, for which a weight makes up for the rounding of its input (:mod:`fqjax.drivers.moments`)."""
@@ -135,7 +139,7 @@ class StaticInput(StoredInput):
     kind = "static"
 
     scale: Float32[Array, ""] = array(dtype="float32", positive=True)
-    bits: int = static()
+    bits: CodeBits = static()
 
     @property
     def code_bits(self) -> int:
@@ -164,7 +168,7 @@ class PerTokenInput(StoredInput):
 
     kind = "per_token"
 
-    bits: int = static()
+    bits: CodeBits = static()
 
     @property
     def code_bits(self) -> int:

@@ -142,10 +142,14 @@ class Stored:
         shapes = {n: [s for a in d.axes if (s := lengths[a]) is not None] for n, d in cls.table().items()}
         return sum(math.prod(shapes[n]) * jnp.dtype(d.dtypes[0]).itemsize for n, d in cls.table().items())
 
+    @classmethod
+    def static_names(cls) -> list[str]:
+        """Names of the fields that are no arrays."""
+        return [f.name for f in dataclasses.fields(cls) if FIELD not in f.metadata]  # pyright: ignore[reportArgumentType]
+
     def statics(self) -> dict[str, Any]:
         """The fields that are no arrays."""
-        names = [f.name for f in dataclasses.fields(self) if FIELD not in f.metadata]  # pyright: ignore[reportArgumentType]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.static_names()}
 
     def arrays(self) -> dict[str, Array]:
         """The arrays, by field."""
