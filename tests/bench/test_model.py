@@ -11,6 +11,8 @@ from fqjax.bench import model as bench
 from fqjax.bench import model_record
 from fqjax.bench.random_models import CONFIGS, architecture, described, random_model
 from fqjax.cli.main import main
+from fqjax.core.formats.uniform import Uniform
+from fqjax.core.inputs import FloatingInput, PerTokenInput, StaticInput
 from fqjax.layers.stacked import StackedExperts, quantized_layers
 from fqjax.runtime.errors import InputError
 from tests.models import variants
@@ -49,16 +51,18 @@ def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
     model = random_model(*described(hf), scheme, extra=0.1)
     layers = quantized_layers(model)
     assert bool(layers) == (scheme.method != "none")
-    macs = sum(layer.summary.macs for layer in layers.values())
-    share = sum(layer.summary.macs for layer in layers.values() if layer.bits == 4) / max(macs, 1)
+    macs = sum(layer.figures.macs for layer in layers.values())
+    share = sum(layer.figures.macs for layer in layers.values() if layer.bits == 4) / max(macs, 1)
     assert scheme.int4_share <= share <= min(1.0, scheme.int4_share + 0.2) or not layers
     for layer in layers.values():
         weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-        assert (weight.format.group_size, weight.format.folded) == (
-            (128, scheme.scales == "folded") if scheme.method == "grouped" else (0, False)
-        )
-        assert (quantizer.scale is None) == (scheme.method == "grouped")
-        assert quantizer.used == (round(0.1 * quantizer.multiplier.size) if scheme.method == "flattenquant" else 0)
+        if scheme.method == "grouped":
+            assert (weight.format.group_size, weight.format.scales) == (128, scheme.scales)
+            assert type(quantizer) is (FloatingInput if scheme.int4_activation_bits == 16 else PerTokenInput)
+        else:
+            assert isinstance(weight.format, Uniform) and isinstance(quantizer, StaticInput)
+        flattened = round(0.1 * quantizer.inputs) if scheme.method == "flattenquant" else 0
+        assert quantizer.flattened() == layer.figures.flattened == flattened
     logits = model(jnp.arange(12).reshape(1, 12))
     assert bool(jnp.isfinite(logits).all()) and 0.01 < float(jnp.std(logits)) < 100
     if hf is MIXTRAL and layers:

@@ -105,7 +105,7 @@ def test_flattened_channels_hold_what_the_large_ones_held():
     x = np.random.default_rng(0).normal(size=(64, 64)) * np.r_[np.full(3, 30.0), np.ones(61)]
     model, report = fqjax.quantize(Two(), "flattenquant-w8a8", [jnp.asarray(x, jnp.float32)])
     layer = quantized_layers(model)["first"]
-    source = np.asarray(layer.input.get_value().source)[: layer.input.get_value().used]
+    source = np.asarray(layer.input.get_value().source)[: layer.figures.flattened]
     assert len(source)
     for channels in (weight_channels(layer), activation_channels(layer, report.calibration.activations["first"])):
         assert len(channels.before) == 64 and len(channels.after) == 64 + len(source)

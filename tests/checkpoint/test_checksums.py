@@ -175,8 +175,16 @@ def layer(**changes):
     return lambda m: m["layers"][LAYER].update(changes)
 
 
-def scheme(**changes):
-    return lambda m: m["schemes"][0].update(changes)
+def weight(**changes):
+    return lambda m: m["layers"][LAYER]["weight"].update(changes)
+
+
+def quantizer(**changes):
+    return lambda m: m["layers"][LAYER]["input"].update(changes)
+
+
+def figures(**changes):
+    return lambda m: m["layers"][LAYER]["figures"].update(changes)
 
 
 def config(**changes):
@@ -189,9 +197,8 @@ MANIFESTS = [
     (lambda m: m.update(format_version=True), "not of the format 'fqjax'"),
     (lambda m: m.update(format_version=0), "not of the format 'fqjax'"),
     (lambda m: m.update(format_version=7), "format version 7"),
-    (lambda m: m.update(schemes={}), "schemes {}: expected a list"),
-    (lambda m: m.update(schemes=[3]), "schemes [3]: expected a list"),
-    (lambda m: m.update(schemes=[]), "scheme 0: expected the index of one of schemes"),
+    (lambda m: m.update(recipes={}), "recipes {}: expected a list"),
+    (lambda m: m.update(recipes=[]), "recipe 0: expected the index of one of recipes"),
     (lambda m: m.update(layers=[]), "layers []: expected an object"),
     (lambda m: m.update(architecture="llama"), "architecture 'llama': expected an object or null"),
     (lambda m: m.update(architecture={}), "no entry 'name'"),
@@ -200,26 +207,44 @@ MANIFESTS = [
     (lambda m: m["architecture"].update(dtype=None), "dtype None"),
     (lambda m: m["architecture"].update(name=["Llama"]), "name ['Llama']: expected text"),
     (lambda m: m["architecture"].update(config=3), "config 3: expected an object"),
-    (scheme(future=1), "schemes[0]: unknown entry 'future'"),
-    (scheme(method="gguf"), "schemes[0]: method 'gguf'"),
-    (scheme(alpha=7), "alpha=7"),
-    (scheme(int4_share="1"), "schemes[0]: int4_share '1': expected a number"),
     (layer(weight=None), "weight None: expected an object"),
-    (layer(weight={"bits": 8, "zero_point": 1}), "unknown entry 'zero_point'"),
-    (layer(weight={"bits": "8"}), "bits '8'"),
-    (layer(weight={"bits": 8, "group_size": -1}), LAYER),
+    (layer(weight={}), LAYER),
+    (layer(weight={"kind": "uniform", "bits": 8, "zero_point": 1}), "zero_point"),
+    (layer(weight={"kind": "uniform"}), "bits"),
+    (layer(weight={"kind": "grouped", "bits": 4, "group_size": -1}), "group_size -1: expected a divisor of 128"),
+    (layer(weight={"kind": "grouped", "bits": 4, "group_size": 48}), LAYER),
+    (weight(kind="future"), "'future'"),
+    (weight(kind=["uniform"]), LAYER),
+    (weight(bits="8"), LAYER),
+    (weight(bits=5), LAYER),
+    (weight(granularity="row"), LAYER),
+    (layer(dtypes={"scale": "float64"}), "scale is float64; expected float32"),
+    (layer(dtypes={"zeros": "int8"}), "zeros: not an array of uniform"),
+    (layer(dtypes={"scale": 8}), LAYER),
+    (layer(input=None), "input None: expected an object"),
+    (layer(input={}), LAYER),
+    (quantizer(kind="future"), "'future'"),
+    (quantizer(kind="static_plan"), LAYER),
+    (quantizer(bits=5), LAYER),
+    (quantizer(bits="8"), LAYER),
+    (quantizer(zero=1), "zero"),
+    (layer(transform={"kind": "future"}), "'future'"),
+    (layer(branches=[{"kind": "future"}]), "'future'"),
+    (layer(branches=None), "branches None"),
+    (layer(finish={"kind": "future"}), "'future'"),
     (layer(out_features=-1), "out_features -1: expected a whole number from 1"),
     (layer(out_features=10**15), "out_features 1000000000000000: expected a whole number from 1 to 16777216"),
     (layer(in_features=48.0), "in_features 48.0"),
     (layer(width=True), "width True"),
     (layer(width=8), "width 8: expected room"),
-    (layer(flattened=-1), "expected room"),
-    (layer(activation_bits=5), "activation_bits 5: expected 4 or 8"),
-    (layer(activation_scale="row"), "activation_scale 'row': expected 'tensor' or 'token'"),
+    (layer(width=129), "width 129: expected a multiple of 128"),
+    (figures(flattened=-1), "flattened -1"),
+    (figures(flattened=10**6), "expected room"),
     (layer(dtype="object"), "dtype 'object'"),
-    (layer(scheme=-1), "scheme -1"),
-    (layer(scheme=1), "scheme 1"),
-    (layer(relative_error="small"), "relative_error 'small'"),
+    (layer(recipe=-1), "recipe -1"),
+    (layer(recipe=1), "recipe 1"),
+    (figures(relative_error="small"), "relative_error 'small'"),
+    (figures(future=1), "unknown entry 'future'"),
     (lambda m: m["layers"].update({LAYER: 3}), "expected an object"),
     (config(vocab_size=10**15), "vocab_size 1000000000000000: expected a whole number from 1 to"),
     (config(num_hidden_layers=9999), "num_hidden_layers 9999: expected fewer"),
@@ -229,7 +254,7 @@ MANIFESTS = [
     (config(eos_token_id=["a"]), "eos_token_id ['a']: expected a list, each a whole number"),
     (config(future=1), "unknown entry 'future'"),
     (config(rope_theta=20000.0), "fqjax.json: not what was saved, by its checksum"),
-    (layer(macs=1), "fqjax.json: not what was saved, by its checksum"),
+    (figures(macs=1), "fqjax.json: not what was saved, by its checksum"),
 ]
 
 
