@@ -24,10 +24,11 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.stacked import quantized_layers, stacked, unstacked
 from fqjax.layers.surgery import replace_modules, select_linears
 from fqjax.models.chain import chain
+from fqjax.presets import resolve_scheme
 from fqjax.report.report import Report, report_of
 from fqjax.rewrites.equalize import equalize
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import Scheme, resolve_scheme
+from fqjax.scheme import Scheme
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -59,22 +60,22 @@ def quantize(
     """
     scheme = resolve_scheme(scheme)
     start = time.perf_counter()
-    check_finite(select_linears(model, ignore).linears)
-    if scheme.int8_head:
+    check_finite(scheme.applied(select_linears(model, ignore)).linears)
+    if scheme.head:
         head_of(model)  # Before the work begins.
-    if scheme.method == "none":
-        copied = with_int8_head(model) if scheme.int8_head else nnx.clone(model)
+    if scheme.method is None:
+        copied = with_int8_head(model) if scheme.head else nnx.clone(model)
         return copied, report_of(copied)
     if calibration is None:
         raise InputError(f"scheme {scheme.name!r} needs calibration data: an iterable of model inputs")
-    model = equalize(model) if scheme.equalize else model
-    linears = select_linears(model, ignore).linears
+    model = equalize(model) if scheme.method.equalize else model
+    linears = scheme.applied(select_linears(model, ignore)).linears
     layers: dict[str, QuantizedLinear] = {}
     record = quantize_blocks(Store(), chain(model, linears), linears, scheme, calibration, layers.update)
     quantized = replace_modules(model, layers)
     layers.clear()
     stacked(quantized, in_place=True)
-    quantized = with_int8_head(quantized) if scheme.int8_head else quantized
+    quantized = with_int8_head(quantized) if scheme.head else quantized
     return quantized, report_of(quantized, time.perf_counter() - start, record)
 
 

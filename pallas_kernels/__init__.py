@@ -3,7 +3,8 @@
 The package stands alone; nothing in it knows of models or quantization methods.
 """
 
-from pallas_kernels.api import (
+from pallas_kernels.attention.api import decode_attention, quantized_decode_attention
+from pallas_kernels.matmul.api import (
     can_use_mosaic,
     grouped_int4_matmul,
     grouped_int8_matmul,
@@ -11,10 +12,9 @@ from pallas_kernels.api import (
     int8_matmul,
     weight_only_int4_matmul,
 )
-from pallas_kernels.attention import decode_attention, quantized_decode_attention
-from pallas_kernels.gated import gated_matmul
+from pallas_kernels.matmul.gated import gated_matmul
 from pallas_kernels.packing import pack_int4, unpack_int4
-from pallas_kernels.quantization import (
+from pallas_kernels.quantize.api import (
     quantize_activated,
     quantize_activations,
     quantize_normalized,

@@ -20,7 +20,7 @@ def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
         start = time.perf_counter()
         jax.block_until_ready(run())
         return [("wall clock", 1e6 * (time.perf_counter() - start))]
-    from pallas_kernels import compat
+    from pallas_kernels.mosaic import compat
 
     compat.start_profiler()
     try:

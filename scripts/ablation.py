@@ -7,36 +7,34 @@ Examples:
 A variant is the preset ``flattenquant`` with a few settings changed.
 """
 
-import dataclasses
-from typing import Any
-
 import fqjax
 from fqjax.bench import quality
 
-FREE: dict[str, Any] = {"compression": 0.0}
-NEAREST: dict[str, Any] = {"rounding": "nearest"}
-RULE: dict[str, Any] = {"threshold_rule": "tukey", "selection": "sensitivity", "max_expansion": 1.25} | FREE
-VARIANTS: dict[str, dict[str, Any]] = {
-    "everything": {},
-    "no smoothing": {"alpha": None},
-    "nothing flattened": {"flatten_activations": False, "flatten_weights": False},
-    "activations flattened alone": {"flatten_weights": False},
-    "weights flattened alone": {"flatten_activations": False},
-    "no equalization": {"equalize": False},
+FREE = ["compression=0"]
+NEAREST = ["rounding=nearest"]
+RULE = ["threshold_rule=tukey", "selection=sensitivity", "max_expansion=1.25", *FREE]
+VARIANTS: dict[str, list[str]] = {
+    "everything": [],
+    "no smoothing": ["alpha=none"],
+    "nothing flattened": ["flatten_activations=false", "flatten_weights=false"],
+    "activations flattened alone": ["flatten_weights=false"],
+    "weights flattened alone": ["flatten_activations=false"],
+    "no equalization": ["equalize=false"],
     "thresholds by rule": RULE,
     "rounded to the nearest": NEAREST,
-    "thresholds by rule, rounded to the nearest": RULE | NEAREST,
-    "layers by sensitivity": {"selection": "sensitivity"} | FREE,
-    "layers by the KL criterion": {"selection": "kl"} | FREE,
-    "activations up to the 99.9th percentile": {"activation_percentile": 99.9},
-    "earlier errors left alone (upstream 0)": {"upstream": 0.0},
-    "earlier errors taken back whole (upstream 1)": {"upstream": 1.0},
-    "INT4 share 0": {"int4_share": 0.0} | FREE,
-    "INT4 share 25 %": {"int4_share": 0.25} | FREE,
-    "INT4 share 50 %": {"int4_share": 0.5} | FREE,
-    "INT4 share 75 %": {"int4_share": 0.75} | FREE,
-    "INT4 share 100 %": {"int4_share": 1.0} | FREE,
+    "thresholds by rule, rounded to the nearest": RULE + NEAREST,
+    "layers by sensitivity": ["selection=sensitivity", *FREE],
+    "layers by the KL criterion": ["selection=kl", *FREE],
+    "activations up to the 99.9th percentile": ["activation_percentile=99.9"],
+    "earlier errors left alone (upstream 0)": ["upstream=0"],
+    "earlier errors taken back whole (upstream 1)": ["upstream=1"],
+    "INT4 share 0": ["int4_share=0", *FREE],
+    "INT4 share 25 %": ["int4_share=0.25", *FREE],
+    "INT4 share 50 %": ["int4_share=0.5", *FREE],
+    "INT4 share 75 %": ["int4_share=0.75", *FREE],
+    "INT4 share 100 %": ["int4_share=1", *FREE],
 }
+"""Settings of the preset ``flattenquant``, as ``--set`` takes them."""
 HEADING = [
     "# What each piece of FlattenQuant is worth",
     "",
@@ -50,5 +48,5 @@ if __name__ == "__main__":
     command.add_argument("--variants", nargs="*", choices=list(VARIANTS), metavar="VARIANT", help="some of them")
     a = command.parse_args()
     preset = fqjax.PRESETS["flattenquant"]
-    schemes = {name: dataclasses.replace(preset, **VARIANTS[name]) for name in a.variants or VARIANTS}
+    schemes = {name: preset.override(VARIANTS[name]) for name in a.variants or VARIANTS}
     quality.run(a, schemes, HEADING, "variant", timed=False)

@@ -105,7 +105,7 @@ def peak_memory_of(command: list[str]) -> int:
 def convert(source: Path, out: Path, *options: str) -> tuple[int, float]:
     """Converts in a process of its own; returns its peak memory in bytes, and the seconds."""
     start = time.perf_counter()
-    peak = peak_memory_of([sys.executable, "-m", "fqjax.cli.main", "convert", str(source), str(out), *options])
+    peak = peak_memory_of([sys.executable, "-m", "fqjax.cli", "convert", str(source), str(out), *options])
     return peak, time.perf_counter() - start
 
 

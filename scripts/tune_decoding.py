@@ -4,8 +4,9 @@ Examples:
     python scripts/tune_decoding.py                                  # Llama-3-8B's shapes; needs an NVIDIA GPU
     python scripts/tune_decoding.py --batches 64 --what attention    # some of it
 
-What is best is written by hand into ``best_cut`` of ``pallas_kernels.attention_kernel`` and of
-``pallas_kernels.hopper.attention``, ``pallas_kernels.rows.best_piece`` and ``pallas_kernels.tuning``.
+The best is written by hand into ``best_cut`` of ``pallas_kernels.attention.triton`` and of
+``pallas_kernels.attention.hopper``, ``pallas_kernels.quantize.dispatch.best_piece`` and
+``pallas_kernels.matmul.hopper.tuning``.
 """
 
 import argparse
@@ -24,20 +25,15 @@ import jax
 import jax.numpy as jnp
 
 from fqjax.bench.environment import describe, environment
-from pallas_kernels import (
-    attention,
-    attention_kernel,
-    grouped_int4_matmul,
-    int4_matmul,
-    int8_matmul,
-    quantize_activated,
-    rows,
-    tuning,
-)
-from pallas_kernels.attention_codes import Recipe
-from pallas_kernels.attention_kernel import Cut, best_cut
-from pallas_kernels.dispatch import capability, problem
-from pallas_kernels.parts import MOST_PARTS, Parts
+from pallas_kernels import grouped_int4_matmul, int4_matmul, int8_matmul, quantize_activated
+from pallas_kernels.attention import api as attention
+from pallas_kernels.attention import triton as attention_kernel
+from pallas_kernels.attention.codes import Recipe
+from pallas_kernels.attention.parts import MOST_PARTS, Parts
+from pallas_kernels.attention.triton import Cut, best_cut
+from pallas_kernels.matmul.dispatch import capability, problem
+from pallas_kernels.matmul.hopper import tuning
+from pallas_kernels.quantize import dispatch as rows
 from pallas_kernels.timing import copies_beyond_cache, kernel_times
 
 HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, EXTRA = 32, 8, 128, 4096, 14336, 256
@@ -95,7 +91,7 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
 
     copies = copies_beyond_cache(batch * capacity * KV_HEADS * DIM * (2 if codes else 4), 4, 40)
     operands = [[qkv, lengths, rotation, how, cache(i)] for i in range(copies)]
-    from pallas_kernels.hopper import attention as hopper
+    from pallas_kernels.attention import hopper
 
     by_hopper = codes and capability() == (9, 0)
     heads = batch * KV_HEADS
@@ -135,8 +131,8 @@ def of_gates(batch: int, bits: Any, groups: bool) -> Iterator[Case]:
     With groups, whose scales are integers, activations have a scale for every row, and the one kernel leaves the quantization
     to a second, which does less than otherwise.
     """
-    from pallas_kernels.hopper import matmul
-    from pallas_kernels.hopper.problem import Gate
+    from pallas_kernels.matmul.hopper import launch as matmul
+    from pallas_kernels.matmul.hopper.problem import Gate
 
     n, k = 2 * INTERMEDIATE, HIDDEN if groups else HIDDEN + EXTRA
     how = recipe(INTERMEDIATE, groups)
@@ -180,7 +176,7 @@ def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Ca
     heads = batch * KV_HEADS
     parts = best_cut(heads, HEADS // KV_HEADS, DIM, True).programs(heads, context + NEW)
     if capability() == (9, 0):
-        from pallas_kernels.hopper import attention as hopper
+        from pallas_kernels.attention import hopper
 
         parts = hopper.best_cut(heads, context + NEW).splits
     x = {"norm": HIDDEN, "gated": 2 * INTERMEDIATE, "known": INTERMEDIATE, "attended": HIDDEN * parts}[name]

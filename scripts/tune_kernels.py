@@ -22,10 +22,10 @@ import jax.numpy as jnp
 
 from fqjax.bench.environment import environment
 from fqjax.bench.kernels import close, parse_shape
-from pallas_kernels import pack_int4, tuning
-from pallas_kernels.dispatch import Matmul, problem
-from pallas_kernels.hopper import unpack
-from pallas_kernels.hopper.problem import Problem
+from pallas_kernels import pack_int4
+from pallas_kernels.matmul.dispatch import Matmul, problem
+from pallas_kernels.matmul.hopper import tuning, unpack
+from pallas_kernels.matmul.hopper.problem import Problem
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 

@@ -26,7 +26,10 @@ from safetensors.numpy import load_file, save_file
 
 from fqjax.demo.run import CHECKPOINT
 from fqjax.runtime.errors import InputError
+from tests import compilation_cache
 from tests.models import variants
+
+compilation_cache.use()
 
 pytest_plugins = ["pytester", "tests.tiers"]
 

@@ -1,7 +1,5 @@
 """``quantize`` on any NNX module: the user's own, nested, shared, called several times."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -253,36 +251,35 @@ def test_a_layer_that_could_overflow_is_refused(monkeypatch, mlp):
         fqjax.quantize(mlp, "w8a8", batches())
 
 
-SPARING = {"w4a8": {}, "w4a16": {"int4_share": 0.4}, "flattenquant": {}, "flattenquant-hopper": {"selection": "kl"}}
-SPARING |= {"flattenquant-hopper-int4": {"int4_share": 0.45, "rounding": "nearest"}}
+SPARING = {"w4a8": [], "w4a16": ["int4_share=0.4"], "flattenquant": [], "flattenquant-hopper": ["selection=kl"]}
+SPARING |= {"flattenquant-hopper-int4": ["int4_share=0.45", "rounding=nearest"]}
 """Presets with what is changed of them, so that every selection is among them, and all of INT4 or some."""
 
 
 @pytest.mark.parametrize("preset", SPARING)
 def test_layers_can_be_kept_in_int8_and_the_share_of_int4_is_kept(preset):
     data = [jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)), jnp.float32)]
-    scheme = dataclasses.replace(fqjax.PRESETS[preset], int8_layers=r"middle\.0|^tail", **SPARING[preset])
+    scheme = fqjax.PRESETS[preset].override([r"int8_layers=middle\.0|^tail", *SPARING[preset]])
     _, report = fqjax.quantize(MLP(nnx.Rngs(0)), scheme, data)
     bits = {row.name: row.bits for row in report.layers}
     kept = {name for name in bits if name.startswith(("middle.0", "tail"))}
     assert len(kept) == 3 and {bits[name] for name in kept} == {8}
-    if scheme.int4_share < 1:
-        assert report.int4_mac_share >= scheme.int4_share
+    share = scheme.method.allocation.int4_share
+    if share < 1:
+        assert report.int4_mac_share >= share
     else:
         assert {bits[name] for name in set(bits) - kept} == {4}
 
 
 def test_a_share_of_int4_that_layers_in_int8_put_out_of_reach_is_refused():
     data = [jnp.asarray(np.random.default_rng(0).normal(size=(32, 24)), jnp.float32)]
-    scheme = dataclasses.replace(fqjax.PRESETS["flattenquant-hopper"], int8_layers=r"middle|^tail")
-    with pytest.raises(
-        InputError, match=r"int4_share=0.4829: out of reach, as int8_layers=middle\|\^tail leaves 0\.4\d*"
-    ):
+    scheme = fqjax.PRESETS["flattenquant-hopper"].override(["int8_layers=middle|^tail"])
+    with pytest.raises(InputError, match=r"int4_share=0.4829: out of reach, as layers kept in INT8 leave 0\.4\d*"):
         fqjax.quantize(MLP(nnx.Rngs(0)), scheme, data)
 
 
 @pytest.mark.parametrize("pattern", ["nowhere", "("])
 def test_a_pattern_for_int8_that_fits_nothing_is_refused(pattern):
     with pytest.raises(InputError, match="int8_layers"):
-        scheme = dataclasses.replace(fqjax.PRESETS["w4a8"], int8_layers=pattern)
+        scheme = fqjax.PRESETS["w4a8"].override([f"int8_layers={pattern}"])
         fqjax.quantize(MLP(nnx.Rngs(0)), scheme, [jnp.ones((4, 24))])

@@ -32,15 +32,9 @@ from jax import lax
 from fqjax.bench import activations
 from fqjax.bench.environment import describe, environment
 from fqjax.runtime.errors import InputError
-from pallas_kernels import (
-    grouped_int4_matmul,
-    int4_matmul,
-    int8_matmul,
-    pack_int4,
-    reference,
-    weight_only_int4_matmul,
-)
-from pallas_kernels.dispatch import hopper_device
+from pallas_kernels import grouped_int4_matmul, int4_matmul, int8_matmul, pack_int4, weight_only_int4_matmul
+from pallas_kernels.matmul import reference
+from pallas_kernels.matmul.dispatch import hopper_device
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
@@ -250,7 +244,7 @@ def ceilings() -> dict[str, float]:
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
     bf16 = 2e-6 * size**3 / microseconds(jax.jit(_bf16), [(a, b)])
     if hopper_device():
-        from pallas_kernels.hopper import ceiling
+        from pallas_kernels.matmul.hopper import ceiling
 
         int8 = 1e-6 * ceiling.operations() / microseconds(jax.jit(ceiling.build()), [ceiling.operands()])
     else:

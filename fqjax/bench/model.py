@@ -22,14 +22,16 @@ from fqjax.bench.environment import describe, environment
 from fqjax.bench.kernels import ceilings
 from fqjax.bench.random_models import random_model, unit_macs
 from fqjax.checkpoint.hugging_face import abstract_model
+from fqjax.core.inputs import FloatingInput
 from fqjax.drivers.ties import units_of
 from fqjax.inference.generate import decode, prefill
 from fqjax.layers.record import split_to_run
 from fqjax.layers.surgery import select_linears
 from fqjax.models.cache import KeyValueCache
 from fqjax.models.causal_lm import CausalLM
+from fqjax.presets import resolve_scheme
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import Scheme, resolve_scheme
+from fqjax.scheme import Scheme
 from pallas_kernels.timing import kernel_times
 
 PLAIN = "bf16"
@@ -76,14 +78,14 @@ SCHEMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A scheme as it is measured: its output head may be INT8 (``scheme.int8_head``), and so may the cache."""
+    """A scheme as it is measured: its output head may be INT8 (``scheme.head``), and so may the cache."""
 
     scheme: Scheme
     kv_cache: Literal["int8"] | None = None
 
     @property
     def name(self) -> str:
-        return self.scheme.name + HEAD * self.scheme.int8_head + CACHE * (self.kv_cache is not None)
+        return self.scheme.name + HEAD * (self.scheme.head == "int8") + CACHE * (self.kv_cache is not None)
 
 
 def parse_variant(text: str) -> Variant:
@@ -98,7 +100,7 @@ def parse_variant(text: str) -> Variant:
             raise InputError(f"scheme {text}: {option!r} follows; expected {HEAD} or {CACHE}")
     scheme = resolve_scheme(name)
     if HEAD[1:] in options:
-        scheme = dataclasses.replace(scheme, int8_head=True)
+        scheme = dataclasses.replace(scheme, head="int8")
     return Variant(scheme, "int8" if CACHE[1:] in options else None)
 
 
@@ -213,7 +215,8 @@ def floor(
         entry = (dim + 4 if variant.kv_cache else 2 * dim) * kv_heads  # An INT8 token and head has a scale.
         weights = used - (0 if config.tie_word_embeddings else 2 * table)
         return (weights + 2 * layers * tokens * entry) / ceilings["copy_tb_per_s"] / 1e9
-    exact = variant.scheme.method != "none" and variant.scheme.int4_activation_bits != 16
+    method = variant.scheme.method
+    exact = method is not None and method.formats(4)[1] is not FloatingInput
     attention = layers * config.num_attention_heads * dim * case.batch * case.length**2
     bf16 = attention + case.batch * table + (0 if exact else macs * tokens)
     return 2e-9 * (bf16 / ceilings["bf16_tflops"] + exact * macs * tokens / ceilings["int8_tops"])

@@ -18,7 +18,8 @@ from fqjax.bench.environment import describe, environment
 from fqjax.data.python_docs import held_out_text, reference_text
 from fqjax.data.text import encode, read_text
 from fqjax.demo.run import CHECKPOINT
-from fqjax.scheme import PRESETS, Scheme
+from fqjax.presets import PRESETS
+from fqjax.scheme import Scheme
 
 MUCH = 1.06
 """Ratios above it stand out in :func:`overview`."""
@@ -203,7 +204,7 @@ def overview(results: Mapping[str, Any], notes: Mapping[str, str]) -> list[str]:
       results: the record; of it, the models measured from the beginning of their text.
       notes: a sentence on a model, by its name, for the text below the table.
     """
-    presets = [preset for preset in PRESETS.values() if preset.method != "none"]
+    presets = [preset for preset in PRESETS.values() if preset.method is not None]
     models = [name for name, result in results.items() if not result.get("skipped")]
     lines = [
         "",

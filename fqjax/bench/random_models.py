@@ -5,6 +5,7 @@ drawn, from a normal distribution as those of models are (with few different val
 stays higher), and scales are such that activations keep their size from layer to layer.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,11 @@ from flax import nnx
 from fqjax.checkpoint.hugging_face import abstract_model, read_architecture
 from fqjax.core.channels import PADDING
 from fqjax.core.codes import qmax
+from fqjax.core.formats.base import Format, QTensor
 from fqjax.core.formats.grouped import Grouped
 from fqjax.core.formats.uniform import Uniform
-from fqjax.core.inputs import FloatingInput, PerTokenInput, StaticInput
+from fqjax.core.inputs import FloatingInput, PerTokenInput, StaticInput, StoredInput
+from fqjax.drivers.method import Method
 from fqjax.drivers.ties import units_of
 from fqjax.layers.experts import Expert, MixtureOfExperts
 from fqjax.layers.head import with_int8_head
@@ -121,22 +124,25 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
     Args:
       name: of the architecture, one of :data:`fqjax.models.FAMILIES`.
       config: its configuration.
-      scheme: with an ``int4_share``, layers get 4 bits in turns, as nearly in that share as may be.
-      extra: with the method "flattenquant", extra channels over channels, K'/K - 1.
+      scheme: layers get 4 bits in turns, as nearly in its method's ``int4_share`` as may be.
+      extra: with a method that flattens, extra channels over channels, K'/K - 1.
       seed: of the weights.
     """
     skeleton = abstract_model(name, config, jnp.bfloat16)
     keys = map(functools.partial(jax.random.fold_in, jax.random.key(seed)), range(1 << 30))
     made, done, total = {}, 0, 0
-    linears = select_linears(skeleton).linears if scheme.method != "none" else {}
+    method = scheme.method
+    linears = select_linears(skeleton).linears if method is not None else {}
     for names in units_of(linears).values():
         linear = linears[names[0]]
         all_macs = unit_macs(linear, len(names), config)
-        bits = 4 if done < scheme.int4_share * (total + all_macs) else 8
+        assert method is not None
+        bits = 4 if done < method.allocation.int4_share * (total + all_macs) else 8
         done, total = done + all_macs * (bits == 4), total + all_macs
         for layer in names:
-            made[layer] = functools.partial(_layer, linear=linear, scheme=scheme, bits=bits, extra=extra)
+            made[layer] = functools.partial(_layer, linear=linear, method=method, recipe=scheme.recipe(), bits=bits)
             made[layer].keywords["macs"] = all_macs // len(names)
+            made[layer].keywords["extra"] = extra if method.max_expansion > 1 else 0.0
 
     def quantized(path: str, node: Any) -> Any:
         if path in made and ".experts." not in path:
@@ -156,7 +162,7 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
         return leaf if isinstance(leaf, jax.Array) else _parameter(next(keys), names, leaf)
 
     model = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))
-    return with_int8_head(model) if scheme.int8_head else model
+    return with_int8_head(model) if scheme.head else model
 
 
 def unit_macs(linear: nnx.Linear, layers: int, config: Any) -> int:
@@ -164,46 +170,52 @@ def unit_macs(linear: nnx.Linear, layers: int, config: Any) -> int:
     return linear.in_features * linear.out_features * (1 if layers == 1 else config.num_experts_per_tok)
 
 
-def _layer(key: jax.Array, linear: nnx.Linear, scheme: Scheme, bits: int, extra: float, macs: int) -> QuantizedLinear:
+def _layer(
+    key: jax.Array, linear: nnx.Linear, method: Method, recipe: str, bits: int, extra: float, macs: int
+) -> QuantizedLinear:
     k, n = linear.in_features, linear.out_features
-    grouped = scheme.method == "grouped"
-    used = round(extra * k) if scheme.method == "flattenquant" else 0
-    granularity = "channel" if grouped or scheme.weight_scales == "channel" else "tensor"
-    form: Any = Uniform(bits=bits, granularity=granularity)  # pyright: ignore[reportArgumentType]
-    if grouped:
-        group = scheme.group_size
-        form = Grouped(bits=bits, group_size=group, scales=scheme.scales, granularity=granularity)  # pyright: ignore
-    width = form.padded(k + used)
-    x_bits = scheme.int4_activation_bits if bits == 4 else 8
-    codes, group_scale, unit = _codes(
-        key, n, width, bits, scheme.group_size if grouped else 0, scheme.scales if grouped else "float"
-    )
-    scale = jnp.full((n,) if granularity == "channel" else (), unit / np.sqrt(k), jnp.float32)
-    weight = form.store(codes, scale, group_scale) if grouped else form.store(codes, scale)
-    token = grouped or x_bits == 16
-    x_scale = 4 / qmax(x_bits) if not token else 1.0  # Static scales reach to 4 standard deviations.
-    index = np.arange(width - k)
-    multiplier = jnp.full(k, 1 / x_scale, jnp.float32)
-    source = jnp.asarray(index * k // max(used, 1) % k, jnp.int32)
-    part = jnp.asarray(np.where(index < used, 1, PADDING), jnp.int32)
-    if x_bits == 16:
-        quantizer = FloatingInput(multiplier=multiplier, source=source, part=part)
-    elif token:
-        quantizer = PerTokenInput(multiplier=multiplier, source=source, part=part, bits=x_bits)
-    else:
-        quantizer = StaticInput(
-            multiplier=multiplier, source=source, part=part, scale=jnp.float32(x_scale), bits=x_bits
-        )
+    form, quantizer = method.formats(bits)
+    used = round(extra * k)
+    x_bits = 4 if bits == 4 and method.coarse_activations else 8
+    figures = Figures(macs=macs, flattened=used)
+    weight = _weight(key, form, n, k, form.padded(k + used))
+    source = _input(quantizer, k, used, weight.shape[1], x_bits)
     bias = jnp.zeros(n, jnp.bfloat16) if linear.bias is not None else None
     return QuantizedLinear(
-        weight,
-        quantizer,
-        bias,
-        dtype=jnp.bfloat16,
-        param_dtype=jnp.bfloat16,
-        figures=Figures(macs=macs, flattened=used),
-        recipe=scheme.recipe(),
+        weight, source, bias, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, figures=figures, recipe=recipe
     )
+
+
+def _weight(key: jax.Array, form: Format, n: int, k: int, width: int) -> QTensor:
+    """Random codes (n, width) in a format, with scales such that outputs are as large as inputs.
+
+    Raises:
+      InputError: for a format of which no random weights can be made.
+    """
+    if isinstance(form, Uniform):
+        codes, _, unit = _codes(key, n, width, form.bits, 0, "float")
+        return form.store(
+            codes, jnp.full((n,) if form.granularity == "channel" else (), unit / np.sqrt(k), jnp.float32)
+        )
+    if isinstance(form, Grouped):
+        codes, scales, unit = _codes(key, n, width, form.bits, form.group_size, form.scales)
+        per_channel = dataclasses.replace(form, granularity="channel")
+        return per_channel.store(codes, jnp.full((n,), unit / np.sqrt(k), jnp.float32), scales)
+    raise InputError(f"format {form.kind!r}: no random weights can be made of it; expected uniform or grouped")
+
+
+def _input(quantizer: type[StoredInput], k: int, used: int, width: int, bits: int) -> StoredInput:
+    """A quantizer of inputs with a deviation of 1, of which static scales reach to 4 deviations."""
+    static = quantizer is StaticInput
+    scale, index = 4 / qmax(bits) if static else 1.0, np.arange(width - k)
+    multiplier = jnp.full(k, 1 / scale, jnp.float32)
+    source = jnp.asarray(index * k // max(used, 1) % k, jnp.int32)
+    part = jnp.asarray(np.where(index < used, 1, PADDING), jnp.int32)
+    if quantizer is FloatingInput:
+        return FloatingInput(multiplier=multiplier, source=source, part=part)
+    if quantizer is PerTokenInput:
+        return PerTokenInput(multiplier=multiplier, source=source, part=part, bits=bits)
+    return StaticInput(multiplier=multiplier, source=source, part=part, scale=jnp.float32(scale), bits=bits)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))

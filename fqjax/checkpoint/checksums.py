@@ -28,7 +28,16 @@ def with_checksums(manifest: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
 
 
 def checksums(arrays: Arrays) -> dict[str, str]:
-    """The checksum of every array, by its dotted path."""
+    """The checksum of every array, by its dotted path.
+
+    Raises:
+      InputError: naming an array of which other processes hold a part.
+    """
+    for name, array in arrays.items():
+        if not _is_whole(array):
+            raise InputError(
+                f"array {'.'.join(name)}: other processes hold a part of it; expected a model that this process holds whole"
+            )
     return {".".join(name): array_checksum(array) for name, array in arrays.items()}
 
 
@@ -58,7 +67,7 @@ def verify(manifest: dict[str, Any], arrays: Arrays, directory: Path, file: str)
         dotted = ".".join(name)
         if dotted not in recorded:
             raise InputError(f"{where}: none of array {dotted}; the checkpoint is damaged")
-        if array.is_fully_addressable and array_checksum(array) != recorded[dotted]:
+        if _is_whole(array) and array_checksum(array) != recorded[dotted]:
             raise InputError(
                 f"{directory}: array {dotted} is not what was saved, by its checksum; the checkpoint is damaged"
             )
@@ -70,7 +79,11 @@ def verify(manifest: dict[str, Any], arrays: Arrays, directory: Path, file: str)
 
 
 def array_checksum(array: jax.Array | np.ndarray) -> str:
-    """Eight hexadecimal digits: CRC-32 of the array's elements in C order, little endian, wherever the array is."""
+    """Eight hexadecimal digits: CRC-32 of the array's elements in C order, little endian, wherever the array is.
+
+    Raises:
+      ValueError: for an array of which other processes hold a part.
+    """
     host = _on_host(array)
     host = np.ascontiguousarray(host, host.dtype.newbyteorder("<"))
     return f"{zlib.crc32(host.reshape(-1).view(np.uint8).data):08x}"
@@ -82,12 +95,19 @@ def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(rest, sort_keys=True, separators=(',', ':')).encode()):08x}"
 
 
+def _is_whole(array: jax.Array | np.ndarray) -> bool:
+    """Whether this process holds all of an array's elements."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
+
+
 def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """An array's values, put together from its shards; JAX is kept from holding on to a copy beside the array."""
     if not isinstance(array, jax.Array):
         return array
     if array.is_fully_replicated:
         return np.asarray(array.addressable_data(0))
+    if not _is_whole(array):
+        raise ValueError("other processes hold a part of the array")
     host = np.empty(array.shape, array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:

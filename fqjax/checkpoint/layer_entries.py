@@ -91,7 +91,7 @@ def abstract_layer(name: str, entry: LayerEntry, recipe: str) -> QuantizedLinear
     sizes = Sizes(entry.out_features, entry.in_features, entry.width)
     if not 0 <= entry.figures.flattened <= sizes.width - sizes.inputs:
         raise ValueError(f"width {sizes.width}: expected room for in_features and flattened channels")
-    form = from_json("formats", entry.weight)
+    form = from_json("formats", entry.weight, f"layer {name!r}: weight")
     if sizes.width % form.multiple:
         raise ValueError(f"width {sizes.width}: expected a multiple of {form.multiple}")
     weight: QTensor = form.abstract(sizes, entry.dtypes)

@@ -12,9 +12,7 @@ it is asked for another dtype than it stored, so stored shapes and dtypes are co
 
 import contextlib
 import functools
-import gc
 import json
-import logging
 import os
 import shutil
 import sys
@@ -52,6 +50,7 @@ from fqjax.layers.stacked import quantized_layers, stacked, unstacked
 from fqjax.layers.surgery import find_linears, replace_modules
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import CannotWrite, reason
+from fqjax.runtime.quiet import collect_late_reads, muted
 
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 """Where arrays go: one sharding for all, or a function of dotted name and shape."""
@@ -76,7 +75,7 @@ def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None, report: 
       report: what :func:`fqjax.quantize` gave besides; with it, ``fqjax inspect --plot`` can show what calibration saw.
 
     Raises:
-      InputError: if ``path`` exists or cannot be written.
+      InputError: if ``path`` exists or cannot be written, or other processes hold a part of an array.
     """
     path = Path(path).resolve()
     refuse_existing(path)
@@ -97,8 +96,9 @@ def write(directory: Path, model: nnx.Module, tokenizer: Any, record: Calibratio
     _, stored, _ = split_storable(model)
     # Orbax does not store empty arrays; loading makes them again from the manifest.
     leaves = {name: leaf for name, leaf in named_leaves(stored).items() if leaf.size}
+    manifest = with_checksums(describe(model), leaves)
     ocp.save(str(directory), nest(leaves))
-    _write_beside(directory, tokenizer, record, with_checksums(describe(model), leaves))
+    _write_beside(directory, tokenizer, record, manifest)
 
 
 class Writer:
@@ -124,10 +124,10 @@ class Writer:
         _, stored, _ = split_storable(module)
         start = tuple(path.split("."))
         leaves = {(*start, *name): leaf for name, leaf in named_leaves(stored).items() if leaf.size}
+        self.sums |= checksums(leaves)
         if leaves:
             with _writing(self.directory):
                 ocp.partial.save(str(self.directory), nest(leaves))
-        self.sums |= checksums(leaves)
         if isinstance(module, QuantizedLinear | Int8Table):
             self.replaced[path] = abstracted(module)
         for name, layer in quantized_layers(module).items():
@@ -159,7 +159,7 @@ def _write_beside(directory: Path, tokenizer: Any, record: CalibrationRecord | N
 def _writing(directory: Path) -> Iterator[None]:
     """One line for whatever keeps Orbax, TensorStore, tokenizers and safetensors from writing; each has errors of its own."""
     failure = ""
-    with _quiet():
+    with muted("absl", "asyncio"):
         try:
             yield
             return
@@ -167,7 +167,7 @@ def _writing(directory: Path) -> Iterator[None]:
             failure = error.strerror or reason(error)
         except Exception as error:  # See above.
             failure = reason(error)
-        _drop_unfinished_reads()
+        collect_late_reads()
     raise CannotWrite(f"{directory}: cannot be written ({failure})")
 
 
@@ -282,20 +282,20 @@ def _load_arrays(
         for name, leaf in full.items()
     }
     failure = ""
-    with _quiet():
+    with muted("absl", "asyncio"):
         try:
             return unnest(ocp.load(str(directory), nest(template)))
         except Exception as error:
             # Orbax and TensorStore raise many kinds; all mean that the files do not hold the arrays.
             failure = reason(error)
-        _drop_unfinished_reads()
+        collect_late_reads()
     raise InputError(f"{directory}: the arrays cannot be read ({failure})")
 
 
 def _stored_metadata(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
     """Shapes and dtypes of the stored arrays, by path."""
     try:
-        with _quiet():
+        with muted("absl", "asyncio"):
             found = unnest(ocp.metadata(str(directory)).metadata)  # pyright: ignore[reportArgumentType]
         return {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in found.items()}
     except Exception as error:  # As above.
@@ -319,27 +319,3 @@ def _check_metadata(
     for name in found:
         if name not in wanted:
             raise InputError(f"{directory}: array {'.'.join(name)} is stored but {MANIFEST_FILE} does not describe it")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax from logging what went wrong, which ends in one line of fqjax's own."""
-    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [log.level for log in logs]
-    try:
-        for log in logs:
-            log.setLevel(logging.CRITICAL + 1)
-        yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-
-
-def _drop_unfinished_reads() -> None:
-    """Collects what a failed read leaves behind: coroutines that complain on stderr when they are collected later."""
-    hook = sys.unraisablehook
-    try:
-        sys.unraisablehook = lambda _: None
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook

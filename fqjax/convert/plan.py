@@ -27,15 +27,17 @@ from fqjax.convert.staging import is_complete
 from fqjax.core.table import bytes_of
 from fqjax.data.python_docs import reference_text
 from fqjax.data.text import calibration_batches, encode, read_text
-from fqjax.drivers.candidates import check_share, looks_at_all
+from fqjax.drivers.candidates import check_share
+from fqjax.drivers.method import Method
+from fqjax.drivers.settings import Compensated
 from fqjax.drivers.ties import reads_the_same, units_of
 from fqjax.layers.linear import layer_bytes
 from fqjax.layers.surgery import Selection, select_linears
-from fqjax.methods import FORMATS
 from fqjax.models import FAMILIES
+from fqjax.presets import PRESETS
 from fqjax.report.report import format_bytes, narrow_table
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS, Scheme
+from fqjax.scheme import Scheme
 
 PROCESS, COPIES = 800e6, 6
 """Bytes of the process without a model, and copies of a layer in float32 that are there at once, from what
@@ -123,12 +125,12 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
         check_tensors(files, FAMILIES[name], parameters, layers)
     if layers:
         conversion = _as_it_is(conversion)
-    selection = select_linears(model, conversion.ignore)
+    selection = conversion.scheme.applied(select_linears(model, conversion.ignore))
     _check_share(conversion.scheme, selection.linears, config)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size, directory)
     text, batches, lacking = "", [], [f"{directory / file}: missing" for file in files.missing]
-    if conversion.scheme.method != "none":
+    if conversion.scheme.method is not None:
         if tokenizer is None and dry_run:
             lacking.append(f"{conversion.source}: has no tokenizer, which calibration needs")
         else:
@@ -148,20 +150,22 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
 
 
 def _check_share(scheme: Scheme, linears: dict[str, nnx.Linear], config: Any) -> None:
-    """Refuses layers to keep in INT8 that are none, or that put the share of INT4 out of reach.
+    """Refuses layers to keep in INT8 that put the share of INT4 out of reach.
 
     A token passes every layer once, but of a mixture's experts only some.
     """
+    if scheme.method is None:
+        return
     kept, experts = scheme.kept_in_int8(linears), getattr(config, "num_experts_per_tok", 1)
     units = units_of(linears)
     macs = {unit: _size(linears[names[0]]) * min(len(names), experts) for unit, names in units.items()}
     able = sum(macs[unit] for unit, names in units.items() if kept.isdisjoint(names))
-    check_share(scheme, able, sum(macs.values()))
+    check_share(scheme.method.allocation, able, sum(macs.values()))
 
 
 def _as_it_is(conversion: Conversion) -> Conversion:
     """The conversion of a source that is quantized already, in which nothing is quantized anew."""
-    if conversion.scheme.method != "none" and not conversion.any_scheme:
+    if conversion.scheme.method is not None and not conversion.any_scheme:
         raise InputError(
             f"{conversion.source}: quantized already, in the format compressed-tensors; expected no scheme, settings or "
             "layers to ignore, as it is converted as it is"
@@ -173,7 +177,7 @@ def plan_table(made: Plan) -> Table:
     """The plan as ``--dry-run`` prints it: every linear layer with its shape, format and estimated bytes."""
     scheme = made.conversion.scheme
     kinds = {0.0: "INT8", 1.0: "INT4"}
-    kind = "bf16" if scheme.method == "none" else kinds.get(scheme.int4_share, "INT4 or INT8")
+    kind = "bf16" if scheme.method is None else kinds.get(scheme.method.allocation.int4_share, "INT4 or INT8")
     kept = scheme.kept_in_int8(made.selection.linears)
     table = narrow_table(f"{made.directory} to {made.conversion.out}, scheme {scheme.name}", "")
     for heading in ("layer", "out x in", "format", "bf16", "estimate"):
@@ -186,7 +190,7 @@ def plan_table(made: Plan) -> Table:
         shape = f"{linear.out_features} x {linear.in_features}"
         table.add_row(name, shape, label, format_bytes(plain[name]), format_bytes(estimate[name]))
     for name in made.selection.skipped:
-        table.add_row(name, "", "INT8" if scheme.int8_head and name == "lm_head" else "float", "", "", style="dim")
+        table.add_row(name, "", "INT8" if scheme.head and name == "lm_head" else "float", "", "", style="dim")
     windows = sum(len(batch) for batch in made.batches)
     reasons = "".join(f"\n{name}: {reason}." for name, reason in made.selection.skipped.items())
     lacking = "".join(f"\n{line}" for line in made.lacking)
@@ -212,16 +216,16 @@ def peak_memory(made: Plan) -> float:
     scheme, linears = made.conversion.scheme, made.selection.linears
     outer = 2 * max(made.outer_bytes.values(), default=0)
     weights = {name: 2 * _size(linear) for name, linear in linears.items()}
-    if scheme.method == "none":
+    if scheme.method is None:
         return PROCESS + max(outer, 3 * _largest_block(weights))
     rows = {name: 4 * scheme.sample_rows * linear.in_features for name, linear in linears.items()}
-    largest, together = max(_size(linear) for linear in linears.values()), looks_at_all(scheme)
+    largest, together = max(_size(linear) for linear in linears.values()), scheme.method.shares_inputs
     sizes = [
         _size(linears[names[0]]) * (len(names) if together and reads_the_same(unit) else 1)
         for unit, names in units_of(linears).items()
     ]
     work = 4 * COPIES * max(sizes)
-    if scheme.rounding == "gptq":
+    if isinstance(scheme.method.rounding, Compensated):
         moments = {name: 8 * linear.in_features**2 for name, linear in linears.items()}
         # While they are summed up, codes of 16 bits and two weights in float32; then as much again as the largest take.
         besides = max(_largest_block(weights) + 8 * largest, max(moments.values()))
@@ -247,16 +251,16 @@ def estimated_bytes(made: Plan) -> dict[str, float]:
     kept = scheme.kept_in_int8(made.selection.linears)
     found: dict[str, float] = {}
     for name, linear in made.selection.linears.items():
-        if scheme.method == "none":
+        if scheme.method is None:
             found[name] = 2 * _size(linear) * made.stored_bits.get(name, 16) / 16
         else:
-            share = 0.0 if name in kept else scheme.int4_share
-            found[name] = share * _bytes(linear, scheme, 4) + (1 - share) * _bytes(linear, scheme, 8)
+            share = 0.0 if name in kept else scheme.method.allocation.int4_share
+            found[name] = share * _bytes(linear, scheme.method, 4) + (1 - share) * _bytes(linear, scheme.method, 8)
     return found
 
 
-def _bytes(linear: nnx.Linear, scheme: Scheme, bits: int) -> int:
-    form, quantizer = FORMATS[scheme.method](scheme, bits)
+def _bytes(linear: nnx.Linear, method: Method, bits: int) -> int:
+    form, quantizer = method.formats(bits)
     return layer_bytes(linear, form, quantizer, form.padded(linear.in_features))
 
 
@@ -286,7 +290,7 @@ def _fingerprint(conversion: Conversion, files: TensorFiles, text: str) -> dict[
     return {
         "files": files.signature(),
         "text": hashlib.sha256(text.encode()).hexdigest(),
-        "scheme": dataclasses.asdict(conversion.scheme),
+        "scheme": conversion.scheme.to_json(),
         "samples": conversion.samples,
         "window": conversion.window,
         "ignore": list(conversion.ignore),

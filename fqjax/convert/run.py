@@ -27,6 +27,7 @@ from fqjax.layers.surgery import replace_modules
 from fqjax.report.report import Report, report_of
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import CannotWrite
+from fqjax.runtime.memory import giving_back
 from fqjax.runtime.progress import track
 
 __all__ = ["Conversion", "Plan", "convert", "plan", "plan_table", "staging_directory"]
@@ -49,7 +50,7 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
     """
     start, out = time.perf_counter(), made.conversion.out
     complete = resume and is_complete(out)  # Looked at before anything is written into the staging directory.
-    with claimed(out, made.fingerprint, resume) as staging:
+    with claimed(out, made.fingerprint, resume) as staging, giving_back():
         try:
             if complete:
                 model, record = load_abstract(out), read_calibration_record(out)
@@ -70,8 +71,10 @@ def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, CalibrationRecord
     """Converts; returns the model with shapes in place of arrays."""
     scheme = made.conversion.scheme
     store, record = DirectoryStore(staging), None
-    source = StreamedModel(made.directory, *made.architecture, equalized=scheme.method != "none" and scheme.equalize)
-    if scheme.method != "none":
+    source = StreamedModel(
+        made.directory, *made.architecture, equalized=scheme.method is not None and scheme.method.equalize
+    )
+    if scheme.method is not None:
         record = quantize_blocks(
             store, source.chain(), made.selection.linears, scheme, made.batches, functools.partial(_keep, store)
         )
@@ -84,7 +87,7 @@ def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, CalibrationRecord
         writer.add(path, replace_modules(blocks[path], layers))  # No name holds the block while the next one is read.
         del layers
     for name in source.outer:
-        writer.add(name, _outer_module(source, name, int8_head=scheme.int8_head))
+        writer.add(name, _outer_module(source, name, int8_head=scheme.head == "int8"))
     source.check_unchanged()
     model = writer.finish(made.tokenizer, record)
     publish(finished, made.conversion.out)

@@ -4,12 +4,24 @@ A b-bit code lies in [-qmax, qmax] with ``qmax = 2**(b-1) - 1``: 127 for 8 bits,
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int16
 
 
 def qmax(bits: int) -> int:
     """Largest code of a symmetric signed integer of that many bits."""
     return 2 ** (bits - 1) - 1
+
+
+NO_CODE = -(2**15)
+"""Stands for NaN among codes, which reach 16 * 127 at most; a layer that has it cannot be assembled."""
+
+
+def nearest_codes(
+    values: Float[Array, "*shape"], lowest: int | Int[Array, "..."], largest: int | Int[Array, "..."]
+) -> Int16[Array, "*shape"]:
+    """Round values to codes in a range, half to even; NaN becomes :data:`NO_CODE`."""
+    codes = jnp.clip(jnp.round(values), lowest, largest)
+    return jnp.where(jnp.isnan(codes), NO_CODE, codes).astype(jnp.int16)
 
 
 def absmax_scale(largest: Float[Array, "*shape"], bits: int) -> Float32[Array, "*shape"]:

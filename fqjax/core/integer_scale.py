@@ -84,7 +84,7 @@ def safe_amplifier(
     """The largest power of two, at most ``most``, with which the accumulator cannot overflow.
 
     A smaller one than ``most`` is taken only as long as the largest scale of every output channel becomes :data:`LEAST` at
-    least.
+    least, groups without codes left out.
 
     Args:
       scales: float scales, divided by their units.
@@ -96,7 +96,9 @@ def safe_amplifier(
     Returns:
       The amplifier; None if there is none, and the layer has to keep its float scales.
     """
-    smallest, host = float(jnp.min(jnp.max(scales, axis=0))), np.asarray(sums)
+    host = np.asarray(sums)
+    largest = np.max(np.asarray(scales), axis=0, initial=0, where=host > 0)  # 0 in channels without codes.
+    smallest = np.min(largest, initial=np.inf, where=largest > 0)
     amplifier = most
     while True:
         if scaled_bound(host, np.asarray(amplify(scales, amplifier)), x_qmax, bits) <= LIMIT:

@@ -84,9 +84,9 @@ def relative_error(plan: LayerPlan, codes: Int[Array, "n k"], layer: LayerInputs
 
 
 def relative_square(given: Float32[Array, "..."], exact: Float32[Array, "..."]) -> Float32[Array, ""]:
-    """Squared difference over the square of what is exact; 0 if both are 0."""
+    """Squared difference over the square of what is exact; 0 if both are 0, NaN if one is."""
     error = jnp.sum((given - exact) ** 2)
-    return jnp.where(error > 0, error / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny), 0.0)
+    return jnp.where(error == 0, 0.0, error / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny))
 
 
 __all__ = ["Grid", "LayerInputs", "LayerPlan", "Weight", "fake_input", "relative_error", "relative_square"]

@@ -12,7 +12,7 @@ from fqjax.drivers.ties import Units, choices
 
 
 class Allocate(Pass):
-    """Chooses by the scheme's selection, for all layers of a unit alike.
+    """Chooses by the method's allocation, for all layers of a unit alike.
 
     Keeps ``("macs",)``, ``("chosen",)`` with the number of each layer's option, ``("widths",)`` with K', to which the layers
     of a unit are padded, and ``("costs",)``: by the bits of its weight, what a layer costs the model.
@@ -30,7 +30,7 @@ class Allocate(Pass):
         options = {unit: [choice.outline for choice in some] for unit, some in choosing.items()}
         macs = {unit: sum(layer_macs[name] for name in names) for unit, names in units.items()}
         costs = store["sensitivities",] if ("sensitivities",) in store else {}
-        picked = select(options, macs, _bytes_in_bf16(run.linears.values()), run.scheme, lambda: costs)
+        picked = select(options, macs, _bytes_in_bf16(run.linears.values()), run.method.allocation, lambda: costs)
         chosen: dict[str, int] = {}
         widths: dict[str, int] = {}
         for unit, option in picked.items():

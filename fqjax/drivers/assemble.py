@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
 from fqjax.core.channels import lay_out
+from fqjax.core.codes import NO_CODE
 from fqjax.core.formats.base import QTensor
 from fqjax.core.inputs import StoredInput
 from fqjax.core.layer import LayerInputs, LayerPlan, relative_error
@@ -13,6 +15,7 @@ from fqjax.drivers.statistics import Span, Statistics
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Figures
 from fqjax.runtime.compiling import jit
+from fqjax.runtime.errors import InputError
 
 
 def count_macs(linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Statistics | Span]) -> dict[str, int]:
@@ -53,9 +56,9 @@ def assemble(
       recipe: what it is quantized with.
 
     Raises:
-      InputError: naming the layer, if its int32 accumulator could overflow.
+      InputError: naming the layer, if its int32 accumulator could overflow, or its weight could not be rounded.
     """
-    weight, quantizer, flattened = expand(plan, codes)
+    weight, quantizer, flattened = expand(name, plan, codes)
     figures = Figures(
         relative_error=float(_relative_error(plan, codes, inputs)),
         accumulator_bound=weight.bound(quantizer.qmax),
@@ -81,11 +84,16 @@ def assemble(
 _relative_error = jit(relative_error)
 
 
-def expand(plan: LayerPlan, codes: Int[Array, "n k"]) -> tuple[QTensor, StoredInput, int]:
+def expand(name: str, plan: LayerPlan, codes: Int[Array, "n k"]) -> tuple[QTensor, StoredInput, int]:
     """Lay a plan out over K' channels, as the integer matmul needs it.
 
     Returns:
       The weight, the quantizer of the input, and the number of extra channels that hold something.
+
+    Raises:
+      InputError: naming the layer, if a weight was NaN when it was rounded.
     """
+    if not bool(jnp.all(codes != NO_CODE)):
+        raise InputError(f"{name}: rounding its weight gave values that are not finite")
     channels = lay_out(plan.inputs.pieces, plan.grid.pieces, codes.shape[1], plan.grid.format.multiple)
     return plan.grid.pack(codes, channels), plan.inputs.stored(plan.transform.recipe(), channels), channels.used

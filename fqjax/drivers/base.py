@@ -3,13 +3,14 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
 
 from fqjax.core.layer import LayerInputs
+from fqjax.drivers.method import Method
 from fqjax.drivers.statistics import Span, Statistics, layer_inputs
 from fqjax.drivers.store import Store
 from fqjax.drivers.ties import Units, units_of
@@ -17,10 +18,31 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.surgery import find_linears
 from fqjax.models.chain import Chain, Feed, places
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import Scheme
 
 Keep = Callable[[dict[str, QuantizedLinear]], None]
 """Takes the finished layers of a block, by dotted path in the model."""
+
+
+class Request(Protocol):
+    """What a quantization is asked for (:class:`fqjax.scheme.Scheme`)."""
+
+    @property
+    def method(self) -> Method | None:
+        """A published method with its settings."""
+        ...
+
+    @property
+    def sample_rows(self) -> int:
+        """Rows of every layer's input kept by calibration."""
+        ...
+
+    def kept_in_int8(self, names: Iterable[str]) -> set[str]:
+        """Those layers, by dotted path, that are kept out of INT4."""
+        ...
+
+    def recipe(self) -> str:
+        """The request as text, kept with what is quantized by it."""
+        ...
 
 
 class Run:
@@ -28,9 +50,9 @@ class Run:
 
     Args:
       store: keeps what the passes find out; an unfinished quantization goes on from there.
-      chain: the float model as blocks, equalized where the scheme says so.
+      chain: the float model as blocks, equalized where the method says so.
       linears: layers to quantize, by dotted path in the model's order; their arrays are not used and may be abstract.
-      scheme: with a method.
+      request: with a method.
       calibration: model inputs.
       keep: is given the finished layers, block after block.
 
@@ -38,6 +60,8 @@ class Run:
       InputError: if the calibration data holds no batch.
 
     Attributes:
+      method, sample_rows, recipe: of the request.
+      kept_in_int8: layers that may have no option in INT4.
       units: layers that are quantized alike, by the name of the unit.
       feed: the calibration data; may be gone through once only, unless :attr:`repeats`.
     """
@@ -47,13 +71,16 @@ class Run:
         store: Store,
         chain: Chain,
         linears: Mapping[str, nnx.Linear],
-        scheme: Scheme,
+        request: Request,
         calibration: Iterable[Any],
         keep: Keep,
         *,
         repeats: bool,
     ):
-        self.store, self.chain, self.linears, self.scheme, self.keep = store, chain, linears, scheme, keep
+        assert request.method is not None
+        self.method, self.sample_rows, self.recipe = request.method, request.sample_rows, request.recipe()
+        self.kept_in_int8 = request.kept_in_int8(linears)
+        self.store, self.chain, self.linears, self.keep = store, chain, linears, keep
         self.units: Units = units_of(linears)
         self.first_batch, batches = _peek(calibration)
         self.feed = Feed(chain, list(batches) if repeats else batches)
@@ -95,7 +122,7 @@ class BlockRun(NamedTuple):
 
     def inputs(self, short: str) -> LayerInputs:
         """A layer and the statistics of its input, as a method sees them."""
-        percentile = self.run.scheme.activation_percentile
+        percentile = self.run.method.activation_percentile
         return layer_inputs(self.linears[short], self.statistics(short), percentile)
 
 

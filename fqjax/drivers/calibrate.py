@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fqjax.drivers.base import BlockRun, Pass, Run
+from fqjax.drivers.base import BlockRun, Pass
 from fqjax.drivers.candidates import Option, layer_options, shared_options
 from fqjax.drivers.statistics import Statistics, watch
 from fqjax.drivers.ties import shared_inputs
@@ -17,13 +17,9 @@ class Calibrate(Pass):
 
     name, title = "calibrated", "calibrating"
 
-    def begin(self, run: Run) -> None:
-        self.int8_only = run.scheme.kept_in_int8(run.linears)
-
     def block(self, block: BlockRun, inputs: Iterable[Any]) -> Iterator[Any]:
         run = block.run
-        rows = run.scheme.sample_rows
-        seen = yield from watch(run.chain, block.module, block.names, run.feed.paired(inputs), rows)
+        seen = yield from watch(run.chain, block.module, block.names, run.feed.paired(inputs), run.sample_rows)
         for shorts in _reading_alike(block):
             for name, options in self._options(block, shorts, seen).items():
                 run.store["options", name] = options
@@ -35,13 +31,13 @@ class Calibrate(Pass):
         self, block: BlockRun, shorts: tuple[str, ...], seen: dict[str, Statistics]
     ) -> dict[str, list[Option]]:
         """The options of layers that read the same input."""
-        scheme, units = block.run.scheme, block.run.units
-        unit = {name: names for names in units.values() for name in names}
+        run = block.run
+        unit = {name: names for names in run.units.values() for name in names}
         layers = {block.names[short]: block.linears[short] for short in shorts}
-        int4 = self.int8_only.isdisjoint(name for layer in layers for name in unit[layer])
+        int4 = run.kept_in_int8.isdisjoint(name for layer in layers for name in unit[layer])
         if len(layers) > 1:
-            return shared_options(layers, seen, scheme, int4=int4)
-        return {name: layer_options(layers[name], seen[name], scheme, int4=int4) for name in layers}
+            return shared_options(layers, seen, run.method, run.sample_rows, int4=int4)
+        return {name: layer_options(layers[name], seen[name], run.method, int4=int4) for name in layers}
 
 
 def _reading_alike(block: BlockRun) -> list[tuple[str, ...]]:

@@ -16,12 +16,12 @@ from fqjax.core.allocation import choose, histogram_divergence, select_low_bits
 from fqjax.core.layer import LayerInputs, LayerPlan, channels_used, relative_error
 from fqjax.core.table import bytes_of
 from fqjax.drivers.codec import keepable
+from fqjax.drivers.method import Method
+from fqjax.drivers.settings import Allocation
 from fqjax.drivers.statistics import Statistics, layer_inputs
 from fqjax.layers.linear import layer_bytes
-from fqjax.methods import METHODS
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import Scheme
 
 ROOM = 1.05
 """How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
@@ -69,26 +69,23 @@ class Option(Outline):
         return Outline(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Outline)})
 
 
-def layer_options(linear: nnx.Linear, statistics: Statistics, scheme: Scheme, *, int4: bool = True) -> list[Option]:
-    """The options of a layer that a scheme considers: those in INT8 first, then those in INT4 if it may have any, by rising
+def layer_options(linear: nnx.Linear, statistics: Statistics, method: Method, *, int4: bool = True) -> list[Option]:
+    """The options of a layer that a method considers: those in INT8 first, then those in INT4 if it may have any, by rising
     width.
 
     With the selection "budget" a layer may be flattened by as much as fills 0, 1, 2, ... blocks of the padding; else there
     is one option for each number of bits.
     """
-    return _options(layer_inputs(linear, statistics, scheme.activation_percentile), linear, scheme, int4)
-
-
-def looks_at_all(scheme: Scheme) -> bool:
-    """Whether a scheme has to see all layers that read the same input to quantize it alike for them.
-
-    With groups and no smoothing, every token has a scale of its own, whichever layer reads it.
-    """
-    return scheme.method != "grouped" or scheme.awq
+    return _options(layer_inputs(linear, statistics, method.activation_percentile), linear, method, int4)
 
 
 def shared_options(
-    linears: Mapping[str, nnx.Linear], statistics: Mapping[str, Statistics], scheme: Scheme, *, int4: bool = True
+    linears: Mapping[str, nnx.Linear],
+    statistics: Mapping[str, Statistics],
+    method: Method,
+    sample_rows: int,
+    *,
+    int4: bool = True,
 ) -> dict[str, list[Option]]:
     """The options of layers that read the same input, experts of one mixture: as many for each, and all of the same number
     quantize the input alike.
@@ -96,17 +93,17 @@ def shared_options(
     They are those of one layer with the outputs of all, judged on some samples of each; then every layer gets its part of the
     scales, and its own error.
     """
-    if not looks_at_all(scheme):
-        return {name: layer_options(linears[name], statistics[name], scheme, int4=int4) for name in linears}
-    parts = {name: layer_inputs(linears[name], statistics[name], scheme.activation_percentile) for name in linears}
-    each = -(-scheme.sample_rows // len(parts))
+    if not method.shares_inputs:
+        return {name: layer_options(linears[name], statistics[name], method, int4=int4) for name in linears}
+    parts = {name: layer_inputs(linears[name], statistics[name], method.activation_percentile) for name in linears}
+    each = -(-sample_rows // len(parts))
     whole = LayerInputs(
         jnp.concatenate([part.weight for part in parts.values()]),
         jnp.max(jnp.stack([part.x_max for part in parts.values()]), axis=0),
         jnp.concatenate([part.samples[:each] for part in parts.values()]),
     )
     found: dict[str, list[Option]] = {name: [] for name in linears}
-    for option in _options(whole, next(iter(linears.values())), scheme, int4):
+    for option in _options(whole, next(iter(linears.values())), method, int4):
         for i, (name, linear) in enumerate(linears.items()):
             rows = slice(i * linear.out_features, (i + 1) * linear.out_features)
             plan = _of_rows(option.plan, rows, whole.weight)
@@ -128,12 +125,13 @@ def _judged(plan: LayerPlan, inputs: LayerInputs) -> tuple[Float32[Array, ""], F
     return relative_error(plan, codes, inputs), histogram_divergence(exact, plan.product(inputs.samples, codes))
 
 
-def _options(inputs: LayerInputs, linear: nnx.Linear, scheme: Scheme, int4: bool) -> list[Option]:
+def _options(inputs: LayerInputs, linear: nnx.Linear, method: Method, int4: bool) -> list[Option]:
     """:func:`layer_options`; ``linear`` says how large the layer is."""
     options = []
-    allowed = {8: not int4 or scheme.int4_share < 1, 4: int4 and scheme.int4_share > 0}
+    share = method.allocation.int4_share
+    allowed = {8: not int4 or share < 1, 4: int4 and share > 0}
     for bits in (bits for bits in allowed if allowed[bits]):
-        found = _measured(inputs, scheme, bits)
+        found = _measured(inputs, method, bits)
         widths: list[int] = []
         for i, channels in enumerate(np.asarray(found.channels)):
             plan: LayerPlan = jax.tree.map(lambda leaf, i=i: leaf[i], found.plan)
@@ -174,8 +172,8 @@ class _Measured(NamedTuple):
     divergence: Float32[Array, " b"]
 
 
-@functools.partial(jit, static_argnames=("scheme", "bits"))
-def _measured(inputs: LayerInputs, scheme: Scheme, bits: int) -> _Measured:
+@functools.partial(jit, static_argnames=("method", "bits"))
+def _measured(inputs: LayerInputs, method: Method, bits: int) -> _Measured:
     """Every plan of a layer, with the error of its output and the divergence of its histogram."""
     exact = inputs.samples @ inputs.weight.T
 
@@ -185,7 +183,7 @@ def _measured(inputs: LayerInputs, scheme: Scheme, bits: int) -> _Measured:
         error = relative_error(plan, codes, inputs)
         return _Measured(plan, channels_used(plan, inputs.weight.shape[1]), error, divergence)
 
-    plans = METHODS[scheme.method](inputs, scheme, bits)
+    plans = method.plans(inputs, bits)
     return lax.map(measure, jax.tree.map(lambda *leaves: jnp.stack(leaves), *plans))
 
 
@@ -193,29 +191,29 @@ def select(
     options: Mapping[str, list[OutlineT]],
     macs: Mapping[str, int],
     plain_bytes: int,
-    scheme: Scheme,
+    allocation: Allocation,
     sensitivities: Callable[[], Mapping[str, float]],
 ) -> dict[str, OutlineT]:
-    """Chooses one option for every layer, by the scheme's selection.
+    """Chooses one option for every layer, by the allocation's selection.
 
     Args:
       options: of every layer.
       macs: multiply-accumulates of every layer.
       plain_bytes: of all of them in bfloat16.
-      scheme: its ``selection``, ``int4_share`` and ``compression``.
+      allocation: what is asked for.
       sensitivities: what each layer's last option costs the model; called only if it is needed.
 
     Raises:
       InputError: if layers kept in INT8 put the share of INT4 out of reach.
     """
     able = [name for name, found in options.items() if found[-1].bits < found[0].bits]
-    check_share(scheme, sum(macs[name] for name in able), sum(macs[name] for name in options))
+    check_share(allocation, sum(macs[name] for name in able), sum(macs[name] for name in options))
     if all(len(found) == 1 for found in options.values()):
         return {name: found[0] for name, found in options.items()}
-    least = scheme.int4_share * sum(macs[name] for name in options)
-    if scheme.selection != "budget":
+    least = allocation.int4_share * sum(macs[name] for name in options)
+    if allocation.selection != "budget":
         high, low = ({name: found[i] for name, found in options.items()} for i in (0, -1))
-        if scheme.selection == "kl":
+        if allocation.selection == "kl":
             errors = {name: low[name].divergence / max(high[name].divergence, 1e-10) for name in able}
         else:
             errors = sensitivities()
@@ -230,28 +228,28 @@ def select(
     ]  # fmt: skip
     errors, low_macs, sizes = map(list, zip(*tables, strict=True))
     smallest = sum(min(row) for row in sizes)
-    padded = scheme.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes)
-    asked = scheme.compression and not padded
-    most = max(plain_bytes / scheme.compression, ROOM * smallest) if asked else float("inf")
+    padded = allocation.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes)
+    asked = allocation.compression and not padded
+    most = max(plain_bytes / allocation.compression, ROOM * smallest) if asked else float("inf")
     picked = choose(errors, low_macs, sizes, least_macs=least, most_bytes=most)
     return {name: found[i] for (name, found), i in zip(options.items(), picked, strict=True)}
 
 
-def check_share(scheme: Scheme, able: float, macs: float) -> None:
-    """Checks that a scheme's share of INT4 can be had; a share of 1 is all that may be in INT4, however little that is.
+def check_share(allocation: Allocation, able: float, macs: float) -> None:
+    """Checks that a share of INT4 can be had; a share of 1 is all that may be in INT4, however little that is.
 
     Args:
-      scheme: its ``int4_share`` and ``int8_layers``.
+      allocation: its ``int4_share``.
       able: multiply-accumulates of the layers that may be in INT4.
       macs: of all layers.
 
     Raises:
       InputError: naming the share that can be reached.
     """
-    if scheme.int4_share < 1 and able < scheme.int4_share * macs:
+    if allocation.int4_share < 1 and able < allocation.int4_share * macs:
         raise InputError(
-            f"int4_share={scheme.int4_share}: out of reach, as int8_layers={scheme.int8_layers} leaves {able / macs:.4f} of "
-            "the multiply-accumulates to INT4"
+            f"int4_share={allocation.int4_share}: out of reach, as layers kept in INT8 leave {able / macs:.4f} of the "
+            "multiply-accumulates to INT4"
         )
 
 

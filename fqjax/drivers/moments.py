@@ -7,7 +7,7 @@ layers' inputs X and X' are taken, and with Q(X') as the quantized layer will se
 
 over all calibration rows; for an expert over those that are sent to it, times the squared weight of its output, and
 with hardly any weight over the others.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W
-(:func:`fqjax.core.rounding.gptq.absorb`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is
+(:func:`fqjax.core.rounding.gptq.aim_of`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is
 run, and what it gives goes to the next one.  The layers of one block see what their neighbours, rounded to the nearest,
 make of the block's input.
 
@@ -31,7 +31,17 @@ from jaxtyping import Array, Float, Float32, Int
 
 from fqjax.core.formats.base import Grid
 from fqjax.core.layer import LayerPlan, fake_input
-from fqjax.core.rounding.gptq import Prepared, aim_of, gptq_prepared, prepare, solve_ridge
+from fqjax.core.rounding.gptq import (
+    DAMPING,
+    Factored,
+    Prepared,
+    aim_of,
+    aim_of_more,
+    factorize,
+    gptq_prepared,
+    invert,
+    solve_ridge,
+)
 from fqjax.core.transforms.base import Transform
 from fqjax.layers.simulated import Simulated
 from fqjax.layers.surgery import dotted, find_linears, replace_modules
@@ -40,7 +50,8 @@ from fqjax.models.chain import Chain, Feed, run
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.memory import give_back
 
-DAMPING = 0.01
+DAMPING_RAISES = 3
+"""How often ten times the damping is tried where the damped moments have no Cholesky factor."""
 UNUSED = 1e-3
 """How much a row counts that is not sent to an expert, next to one of which nothing else is used: what an expert that
 calibration never or hardly reached is rounded by."""
@@ -95,6 +106,7 @@ def compensated(
     feed: Feed,
     inputs: Iterable[tuple[Any, Any]],
     upstream: float,
+    damping: float = DAMPING,
 ) -> dict[str, Callable[[], Int[Array, "n k"]]]:
     """Round the weights of a block's quantized layers anew; all are named by their dotted path in the block.
 
@@ -106,6 +118,7 @@ def compensated(
       feed: the batches.
       inputs: of the block, from the float model and from the quantized blocks in front; gone through once, if at all.
       upstream: r above.
+      damping: of the moments, relative to the mean of their diagonal; more where there is no Cholesky factor.
 
     Returns:
       For each layer what rounds its weight to codes; called once each, as the moments are used up.
@@ -118,7 +131,7 @@ def compensated(
 
     def codes(short: str) -> Int[Array, "n k"]:
         found = moments().pop(short)
-        rounded = _rounded(linears[short].kernel[...].T, plans[short], found)
+        rounded = _rounded(linears[short].kernel[...].T, plans[short], found, damping)
         give_back()
         return rounded
 
@@ -226,24 +239,58 @@ def _taken(module: nnx.Module) -> dict[str, tuple[Float32[Array, "rows k"], Floa
     return {path: (tap.seen.get_value(), tap.counts.get_value()) for path, tap in taps.items()}
 
 
-def _rounded(weight: Float[Array, "n k"], plan: LayerPlan, moments: Moments) -> Int[Array, "n k"]:
+def _rounded(weight: Float[Array, "n k"], plan: LayerPlan, moments: Moments, damping: float) -> Int[Array, "n k"]:
     """The weight that makes up for the errors in its input, rounded so that it makes up for its own.
 
     The moments are used up.  It goes step by step, so that no more arrays of their size are there at once than must be.
+    Where they have no Cholesky factor whatever the damping, the codes are those of NaN
+    (:data:`fqjax.core.codes.NO_CODE`).
     """
     target = _transformed(weight, plan.transform)
     if moments.cross is not None:
-        aim = jax.block_until_ready(_aim_of(target, *moments))
+        aim = jax.block_until_ready(_aim_of(target, *moments, damping=damping))
         moments.cross.delete()
-        target = _solve_ridge(moments.gram, aim)
+        target = _solved(moments.gram, aim, target, damping)
         del aim
-    prepared = jax.block_until_ready(_prepare(moments.gram))
+    factored = _factored(moments.gram, damping)
+    moments.gram.delete()
+    prepared = jax.block_until_ready(_invert(factored))
     return jax.block_until_ready(_round_in_order(target, plan.grid, prepared))
 
 
-_aim_of = jit(functools.partial(aim_of, damping=DAMPING))
-_solve_ridge = jit(functools.partial(solve_ridge, damping=DAMPING))
-_prepare = jit(functools.partial(prepare, damping=DAMPING, act_order=True), donate_argnums=0)
+def _solved(
+    gram: Float32[Array, "k k"], aim: Float32[Array, "k n"], weight: Float32[Array, "n k"], least: float
+) -> Float32[Array, "n k"]:
+    """The weight that ``aim`` asks for, with the least damping with which there is one."""
+    found, finite = _solve_ridge(gram, aim, damping=least)
+    for damping in _more(least):
+        if bool(finite):
+            break
+        more = _aim_of_more(aim, weight, gram, damping=damping, before=least)
+        found, finite = _solve_ridge(gram, more, damping=damping)
+    return found
+
+
+def _factored(gram: Float32[Array, "k k"], least: float) -> Factored:
+    """The Cholesky factor with the least damping with which there is one."""
+    found = _factorize(gram, damping=least)
+    for damping in _more(least):
+        if bool(found.finite):
+            break
+        found = _factorize(gram, damping=damping)
+    return found
+
+
+def _more(damping: float) -> list[float]:
+    """Dampings to try after one that was not enough."""
+    return [damping * 10**i for i in range(1, DAMPING_RAISES + 1)]
+
+
+_aim_of = functools.partial(jit, static_argnames="damping")(aim_of)
+_aim_of_more = functools.partial(jit, static_argnames=("damping", "before"))(aim_of_more)
+_solve_ridge = functools.partial(jit, static_argnames="damping")(solve_ridge)
+_factorize = functools.partial(jit, static_argnames="damping")(functools.partial(factorize, act_order=True))
+_invert = jit(invert, donate_argnums=0)
 
 
 @jax.jit

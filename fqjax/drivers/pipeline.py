@@ -1,25 +1,27 @@
-"""Quantization of a model's linear layers: the passes of a scheme's method, one after the other."""
+"""Quantization of a model's linear layers: the passes of a method, one after the other."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
 
 from fqjax.checkpoint.calibration_record import CalibrationRecord
 from fqjax.drivers.allocate import Allocate
-from fqjax.drivers.base import Keep, Pass, Run, execute
+from fqjax.drivers.base import Keep, Pass, Request, Run, execute
 from fqjax.drivers.calibrate import Calibrate
+from fqjax.drivers.method import Method
 from fqjax.drivers.rounding import RoundCompensated, RoundNearest
+from fqjax.drivers.settings import Compensated
 from fqjax.drivers.store import Store
 from fqjax.drivers.trial import Trial
 from fqjax.models.chain import Chain
-from fqjax.scheme import Scheme
 
 
-def passes_of(scheme: Scheme) -> list[Pass]:
-    """The passes that a scheme takes."""
-    last = RoundCompensated() if scheme.rounding == "gptq" else RoundNearest()
+def usual_passes(method: Method) -> list[Pass]:
+    """The passes of a method that has none of its own: calibrate, try what the choice of bits needs, choose, round."""
+    rounding = method.rounding
+    last = RoundCompensated(rounding) if isinstance(rounding, Compensated) else RoundNearest()
     return [Calibrate(), Trial(), Allocate(), last]
 
 
@@ -27,22 +29,25 @@ def quantize_blocks(
     store: Store,
     chain: Chain,
     linears: Mapping[str, nnx.Linear],
-    scheme: Scheme,
+    request: Request,
     calibration: Iterable[Any],
     keep: Keep,
 ) -> CalibrationRecord:
     """Quantize a model's linear layers.
 
     Args:
-      store, chain, linears, scheme, calibration, keep: as :class:`fqjax.drivers.base.Run` takes them.
+      store, chain, linears, request, calibration, keep: as :class:`fqjax.drivers.base.Run` takes them.
 
     Raises:
       InputError: as :func:`fqjax.quantize` does.
     """
-    passes = passes_of(scheme)
+    assert request.method is not None
+    own = request.method.passes()
+    passes = usual_passes(request.method) if own is None else cast("list[Pass]", list(own))
     repeats = sum(one.visits and one.inputs != "none" and one.batches is None for one in passes) > 1
-    run = Run(store, chain, linears, scheme, calibration, keep, repeats=repeats)
+    run = Run(store, chain, linears, request, calibration, keep, repeats=repeats)
     # On a GPU, float32 would else be multiplied with 10 bits of mantissa.
     with jax.default_matmul_precision("float32"):
         execute(run, passes)
-    return CalibrationRecord({name: run.span(name).absmax for name in linears}, store["costs",])
+    costs = store["costs",] if ("costs",) in store else {}
+    return CalibrationRecord({name: run.span(name).absmax for name in linears}, costs)

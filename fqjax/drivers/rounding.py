@@ -13,13 +13,13 @@ from fqjax.core.layer import LayerInputs, LayerPlan, fake_input, relative_square
 from fqjax.core.transforms.base import Transform
 from fqjax.drivers.assemble import assemble
 from fqjax.drivers.base import BlockRun, Pass
+from fqjax.drivers.method import Method
 from fqjax.drivers.moments import compensated, propagated
+from fqjax.drivers.settings import Compensated
 from fqjax.drivers.trial import nearest, rounded
-from fqjax.layers.integer_scales import with_integer_scales
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.simulated import Simulated
 from fqjax.runtime.compiling import jit
-from fqjax.scheme import Scheme
 
 Codes = Callable[[], Int[Array, "n k"]]
 
@@ -40,13 +40,18 @@ class RoundCompensated(Pass):
 
     name, title, inputs = "rounded", "quantizing", "both"
 
+    def __init__(self, rounding: Compensated):
+        self.rounding = rounding
+
     def block(self, block: BlockRun, inputs: Iterable[Any]) -> Iterator[Any]:
         run, plans = block.run, chosen_plans(block)
 
         def rough() -> dict[str, Simulated]:
             return {short: nearest(block.linears[short], plan) for short, plan in plans.items()}
 
-        codes = compensated(run.chain, block.module, rough, plans, run.feed, inputs, run.scheme.upstream)
+        codes = compensated(
+            run.chain, block.module, rough, plans, run.feed, inputs, self.rounding.upstream, self.rounding.damping
+        )
         is_last = block.path == next(reversed(run.inside))
         kept = finish(block, plans, codes, simulate=not is_last)
         if not is_last:
@@ -75,21 +80,21 @@ def finish(
       The layers as they behave before their scales are made integers, if they are needed.
     """
     run, made, kept = block.run, {}, {}
-    macs, widths, recipe = run.macs(), run.store["widths",], run.scheme.recipe()
+    macs, widths, recipe = run.macs(), run.store["widths",], run.recipe
     for short, name in block.names.items():
         linear, plan = block.linears[short], plans[short]
         found = codes[short]()  # Before the weight in float32 is there, as rounding may take much memory itself.
         layer = assemble(name, linear, plan, found, block.inputs(short), macs=macs[name], recipe=recipe)
-        made[name] = _finished(layer, plan, block.inputs(short), run.scheme).widened(widths[name])
+        made[name] = _finished(layer, plan, block.inputs(short), run.method).widened(widths[name])
         if simulate:
             kept[short] = Simulated.of(linear, plan, found)
     run.keep(made)
     return kept
 
 
-def _finished(layer: QuantizedLinear, plan: LayerPlan, inputs: LayerInputs, scheme: Scheme) -> QuantizedLinear:
+def _finished(layer: QuantizedLinear, plan: LayerPlan, inputs: LayerInputs, method: Method) -> QuantizedLinear:
     """The layer as the method leaves it, and, if it changed it, its error measured again."""
-    changed = with_integer_scales(layer, scheme.amplifier) if scheme.scales == "integer" else layer
+    changed = method.finished(layer)
     if changed is layer:
         return layer
     quantizer, weight = changed.input.get_value(), changed.weight.get_value()

@@ -45,7 +45,7 @@ class Trial(Pass):
 
     def needed(self, run: Run) -> bool:
         options = [run.store["outlines", name] for name in run.linears]
-        return run.scheme.selection != "kl" and any(len(some) > 1 for some in options)
+        return run.method.allocation.selection != "kl" and any(len(some) > 1 for some in options)
 
     def begin(self, run: Run) -> None:
         self.feed = Feed(run.chain, [run.first_batch])

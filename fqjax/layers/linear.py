@@ -98,7 +98,7 @@ class QuantizedLinear(nnx.Module):
         Args:
           x, dtype: as for :meth:`multiply`; this layer's activations are codes.
           following: quantizer of the next layer's input.
-          activation: of the first half, one of :data:`pallas_kernels.reference.ACTIVATIONS`.
+          activation: of the first half, one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
         """
         operand, recipe = self.weight.get_value().operand(), following.recipe()
         assert operand is not None and recipe is not None

@@ -21,8 +21,8 @@ from fqjax.layers.experts import Expert, MixtureOfExperts, Routing, Sorted
 from fqjax.layers.linear import QuantizedLinear, QuantizedVariable
 from fqjax.layers.record import Figures, Record
 from fqjax.layers.surgery import dotted, find_linears
-from pallas_kernels.experts import expert_matmul, row_alignment
-from pallas_kernels.reference import activated
+from pallas_kernels.matmul.experts import expert_matmul, row_alignment
+from pallas_kernels.matmul.reference import activated
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 StoredT = TypeVar("StoredT", bound=Stored)

@@ -23,6 +23,11 @@ class Selection(NamedTuple):
     linears: dict[str, nnx.Linear]
     skipped: dict[str, str]
 
+    def leaving(self, reasons: Mapping[str, str]) -> "Selection":
+        """The selection with some of the layers to quantize among those to leave, each with the reason."""
+        linears = {name: linear for name, linear in self.linears.items() if name not in reasons}
+        return Selection(linears, self.skipped | dict(reasons))
+
 
 def dotted(path: Iterable[Any]) -> str:
     """A module's path as text: ``layers.0.mlp.down_proj``."""

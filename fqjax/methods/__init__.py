@@ -1,31 +1,32 @@
-"""Published methods, one a file: each composes pieces of :mod:`fqjax.core` into one function.
+"""Published methods, one paper a file: its settings, and how it composes pieces of :mod:`fqjax.core`.
 
-A method is a pure function ``(layer, scheme, bits) -> plans``: from what is known of a layer (:class:`LayerInputs`) and
-the bits of its weight to the ways in which it can be quantized (:class:`~fqjax.core.layer.LayerPlan`), which are alike but
-for the numbers in their arrays.  All of it is jitted.  How the weights are rounded is another choice, the same for every
-method.
+Settings are frozen dataclasses that check themselves (:mod:`fqjax.runtime.settings`).  Importing them imports no JAX: array
+code is imported when a layer is quantized.
 """
 
-from collections.abc import Callable
+from fqjax.drivers.method import Method
+from fqjax.drivers.settings import Allocation, Compensated, Nearest
+from fqjax.methods.absmax import Absmax
+from fqjax.methods.awq import AWQ
+from fqjax.methods.base import GroupedMethod, PerTensorMethod
+from fqjax.methods.flattenquant import FlattenQuant
+from fqjax.methods.gptq import GPTQ
+from fqjax.methods.integer_scale import IntegerScale
+from fqjax.methods.round_to_nearest import RoundToNearest
+from fqjax.methods.smoothquant import SmoothQuant
 
-from fqjax.core.formats.base import Format
-from fqjax.core.inputs import StoredInput
-from fqjax.core.layer import LayerInputs, LayerPlan
-from fqjax.methods import absmax, flattenquant, grouped, smoothquant
-from fqjax.scheme import Scheme
-
-METHODS: dict[str, Callable[[LayerInputs, Scheme, int], list[LayerPlan]]] = {
-    "absmax": absmax.plans,
-    "smoothquant": smoothquant.plans,
-    "flattenquant": flattenquant.plans,
-    "grouped": grouped.plans,
-}
-"""Every method but "none", by the name that :class:`~fqjax.scheme.Scheme` gives it."""
-
-FORMATS: dict[str, Callable[[Scheme, int], tuple[Format, type[StoredInput]]]] = {
-    "absmax": absmax.formats,
-    "smoothquant": absmax.formats,
-    "flattenquant": flattenquant.formats,
-    "grouped": grouped.formats,
-}
-"""What each method stores for weights of some bits: the weight's format, and the quantizer of the input."""
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "Absmax",
+    "Allocation",
+    "Compensated",
+    "FlattenQuant",
+    "GroupedMethod",
+    "IntegerScale",
+    "Method",
+    "Nearest",
+    "PerTensorMethod",
+    "RoundToNearest",
+    "SmoothQuant",
+]

@@ -5,34 +5,37 @@
 The baseline.  One channel that is fifty times larger than the rest leaves the rest a fiftieth of the codes.
 """
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
 
-from fqjax.core.codes import absmax_scale
-from fqjax.core.formats.uniform import Uniform, UniformGrid
-from fqjax.core.inputs import Static, StaticInput
-from fqjax.core.layer import LayerInputs, LayerPlan
-from fqjax.core.transforms.diagonal import Diagonal
-from fqjax.scheme import Scheme
+from fqjax.methods.base import PerTensorMethod
+from fqjax.registry import register
 
-
-def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
-    """The one plan of a layer; see :mod:`fqjax.methods` for the arguments."""
-    return [absmax_plan(layer, jnp.ones(layer.weight.shape[1], jnp.float32), bits)]
+if TYPE_CHECKING:
+    from fqjax.core.formats.base import Format
+    from fqjax.core.inputs import StoredInput
+    from fqjax.core.layer import LayerInputs, LayerPlan
 
 
-def formats(scheme: Scheme, bits: int) -> tuple[Uniform, type[StaticInput]]:
-    """What is stored of a layer: the weight's format, and the quantizer of its input."""
-    return Uniform(bits=bits), StaticInput  # pyright: ignore[reportArgumentType]
+@register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Absmax(PerTensorMethod):
+    """One scale per tensor, from its largest value.
 
+    Attributes:
+      allocation, equalize, activation_percentile: as in :class:`~fqjax.drivers.method.Method`.
+    """
 
-def absmax_plan(layer: LayerInputs, smoothing: Float[Array, " k"], bits: int) -> LayerPlan:
-    """One scale per tensor from the largest value left after smoothing; nothing is flattened."""
-    whole = jnp.ones(layer.weight.shape[1], jnp.int32)
-    x_scale = absmax_scale(jnp.max(layer.x_max / smoothing), bits)
-    w_scale = absmax_scale(jnp.max(jnp.abs(layer.weight * smoothing)), bits)
-    return LayerPlan(
-        transform=Diagonal(factors=smoothing),
-        inputs=Static.of(x_scale, whole, bits),
-        grid=UniformGrid(scale=w_scale, pieces=whole, format=Uniform(bits=bits)),  # pyright: ignore[reportArgumentType]
-    )
+    kind: ClassVar[str] = "absmax"
+
+    naive = True
+
+    def formats(self, bits: int) -> "tuple[Format, type[StoredInput]]":
+        from fqjax.methods.arrays import absmax
+
+        return absmax.formats(bits)
+
+    def plans(self, layer: "LayerInputs", bits: int) -> "list[LayerPlan]":
+        from fqjax.methods.arrays import absmax
+
+        return absmax.plans(layer, bits)

@@ -11,91 +11,79 @@ layers is :mod:`fqjax.core.allocation`; what is open in the paper, and how it is
 documentation.
 """
 
-import jax
-import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from fqjax.core.channels import count_pieces
-from fqjax.core.codes import qmax
-from fqjax.core.formats.uniform import Uniform, UniformGrid
-from fqjax.core.inputs import Static, StaticInput
-from fqjax.core.layer import LayerInputs, LayerPlan
-from fqjax.core.threshold_search import ALPHAS, Found, channel_scales, search
-from fqjax.core.thresholds import threshold, within_budget
-from fqjax.core.transforms.diagonal import Diagonal
-from fqjax.methods.smoothquant import smooth
-from fqjax.scheme import Scheme
+from annotated_types import Ge, Le
 
+from fqjax.drivers.settings import Nearest, Rounding
+from fqjax.methods.base import PerTensorMethod
+from fqjax.registry import register
+from fqjax.runtime.settings import Share
 
-def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
-    """One plan for every budget (:func:`budgets`); see :mod:`fqjax.methods` for the arguments."""
-    bounds = budgets(layer.weight.shape[1], scheme, bits)
-    found = _found(layer, scheme, bits, jnp.asarray(bounds, jnp.float32))
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(len(bounds))]
+if TYPE_CHECKING:
+    from fqjax.core.formats.base import Format
+    from fqjax.core.inputs import StoredInput
+    from fqjax.core.layer import LayerInputs, LayerPlan
+
+Strength = Annotated[float, Ge(0), Le(100)]
 
 
-def formats(scheme: Scheme, bits: int) -> tuple[Uniform, type[StaticInput]]:
-    """What is stored of a layer: the weight's format, and the quantizer of its input."""
-    return Uniform(bits=bits, granularity=scheme.weight_scales), StaticInput  # pyright: ignore[reportArgumentType]
+@register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlattenQuant(PerTensorMethod):
+    """Smoothing, then large channels cut into pieces; one scale per tensor.
 
-
-def budgets(k: int, scheme: Scheme, bits: int) -> list[float]:
-    """Bounds on K'/K: the scheme's, or, where the bytes of layers are chosen too, as much as fills 0, 1, 2, ... blocks of
-    padding.
+    Attributes:
+      alpha: smoothing strength in [0, 1] (:mod:`fqjax.core.transforms.diagonal`), which a search chooses for itself; None
+        for no smoothing.
+      flatten_activations, flatten_weights: which operand may be flattened.
+      activation_bits: of the activations of layers with 4-bit weights.
+      weight_scales: "tensor" for one scale a weight, "channel" for one every output channel.
+      threshold_rule: how it is decided where channels are cut: a rule (:mod:`fqjax.core.thresholds`), or "search" for the
+        best thresholds and smoothing of each layer in INT4 (:mod:`fqjax.core.threshold_search`).
+      threshold_strength, threshold_strength_int8: the rule's parameter for layers whose activations have 4 bits, and 8,
+        where a coarser cut does as well and costs fewer extra channels.
+      max_expansion: most that a layer's K'/K may be, at least 1.
+      rounding: of the weights.
+      allocation, equalize, activation_percentile: as in :class:`~fqjax.drivers.method.Method`.
     """
-    if scheme.selection != "budget":
-        return [scheme.max_expansion]
-    form = Uniform(bits=bits)  # pyright: ignore[reportArgumentType]
-    block, first = form.padded(1), form.padded(k)
-    most = max(first, int(scheme.max_expansion * k))
-    return list(dict.fromkeys(min(width / k, scheme.max_expansion) for width in range(first, most + block, block)))
 
+    kind: ClassVar[str] = "flattenquant"
 
-def _found(layer: LayerInputs, scheme: Scheme, bits: int, bounds: Float[Array, " b"]) -> LayerPlan:
-    """The plans of all budgets, with a leading axis."""
-    x_bits = scheme.int4_activation_bits if bits == 4 else 8
-    if scheme.threshold_rule != "search" or bits == 8:
-        return lax.map(
-            lambda bound: _plan(layer, scheme, x_bits, bits, _by_rule(layer, scheme, x_bits, bits, bound)), bounds
-        )
-    found = search(
-        layer.weight,
-        layer.x_max,
-        layer.samples,
-        x_bits=x_bits,
-        w_bits=bits,
-        alphas=None if scheme.alpha is None else ALPHAS,
-        flatten_activations=scheme.flatten_activations,
-        flatten_weights=scheme.flatten_weights and scheme.weight_scales == "tensor",
-        budgets=bounds,
-    )
-    return lax.map(lambda one: _plan(layer, scheme, x_bits, bits, one), found)
+    alpha: Share | None = 0.5
+    flatten_activations: bool = True
+    flatten_weights: bool = True
+    activation_bits: Literal[4, 8] = 4
+    weight_scales: Literal["tensor", "channel"] = "tensor"
+    threshold_rule: Literal["tukey", "mean", "search"] = "tukey"
+    threshold_strength: Strength = 0.25
+    threshold_strength_int8: Strength = 3.0
+    max_expansion: Annotated[float, Ge(1), Le(16)] = 1.25
+    rounding: Rounding = dataclasses.field(default_factory=Nearest)
+    equalize: bool = True
 
+    @property
+    def coarse_activations(self) -> bool:
+        return self.activation_bits == 4
 
-def _plan(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, found: Found) -> LayerPlan:
-    w_scale, w_pieces = found.w_threshold / qmax(bits), found.w_pieces
-    if scheme.weight_scales == "channel":
-        importance = jnp.mean((layer.samples / found.smoothing) ** 2, axis=0)
-        w_scale, w_pieces = channel_scales(layer.weight * found.smoothing, importance, bits), jnp.ones_like(w_pieces)
-    form, _ = formats(scheme, bits)
-    return LayerPlan(
-        transform=Diagonal(factors=found.smoothing),
-        inputs=Static.of(found.x_threshold / qmax(x_bits), found.x_pieces, x_bits),
-        grid=UniformGrid(scale=w_scale, pieces=w_pieces, format=form),
-    )
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if self.weight_scales == "channel":
+            yield "flatten_weights", "weights with a scale for every output channel are not flattened"
+        if self.threshold_rule == "search":
+            yield "threshold_strength", "thresholds of layers in INT4 are searched for"
+        if self.activation_bits == 8:
+            yield "threshold_strength", "no activations have 4 bits; expected threshold_strength_int8"
+            if not isinstance(self.rounding, Nearest):
+                yield "rounding.upstream", "acts only where activations have 4 bits"
 
+    def formats(self, bits: int) -> "tuple[Format, type[StoredInput]]":
+        from fqjax.methods.arrays import flattenquant
 
-def _by_rule(layer: LayerInputs, scheme: Scheme, x_bits: int, bits: int, budget: Array) -> Found:
-    """Both thresholds by the scheme's rule, raised as far as the bound on K'/K asks for."""
-    smoothing = smooth(layer, scheme)
-    x, w = layer.x_max / smoothing, jnp.max(jnp.abs(layer.weight), axis=0) * smoothing
-    strength = scheme.threshold_strength if x_bits == 4 else scheme.threshold_strength_int8
-    rule = "tukey" if scheme.threshold_rule == "search" else scheme.threshold_rule
-    tx, tw = threshold(x, rule, strength), threshold(w, rule, strength)
-    # An operand that is not to be flattened is cut at its maximum, which leaves it whole.
-    tx = tx if scheme.flatten_activations else jnp.maximum(jnp.max(x), tx)
-    tw = tw if scheme.flatten_weights and scheme.weight_scales == "tensor" else jnp.maximum(jnp.max(w), tw)
-    tx, tw = within_budget(x, w, tx, tw, (qmax(x_bits), qmax(bits)), budget)
-    pieces = count_pieces(x, tx, qmax(x_bits)), count_pieces(w, tw, qmax(bits))
-    return Found(smoothing, tx, tw, *pieces, jnp.float32(jnp.nan))
+        return flattenquant.formats(self, bits)
+
+    def plans(self, layer: "LayerInputs", bits: int) -> "list[LayerPlan]":
+        from fqjax.methods.arrays import flattenquant
+
+        return flattenquant.plans(layer, self, bits)

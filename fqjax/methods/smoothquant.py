@@ -1,24 +1,43 @@
 """SmoothQuant (Xiao et al., arXiv 2211.10438): move range from activations to weights, then one scale per tensor.
 
+    s_i = max|x_i|^alpha / max|w_i|^(1 - alpha),    x' = x / s,    w' = w * s
+
 Static per-tensor scales for both operands, the paper's setting O3.
 """
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
 
-from fqjax.core.layer import LayerInputs, LayerPlan
-from fqjax.core.transforms.diagonal import smoothing_factors
-from fqjax.methods.absmax import absmax_plan
-from fqjax.scheme import Scheme
+from fqjax.methods.base import PerTensorMethod
+from fqjax.registry import register
+from fqjax.runtime.settings import Share
+
+if TYPE_CHECKING:
+    from fqjax.core.formats.base import Format
+    from fqjax.core.inputs import StoredInput
+    from fqjax.core.layer import LayerInputs, LayerPlan
 
 
-def plans(layer: LayerInputs, scheme: Scheme, bits: int) -> list[LayerPlan]:
-    """The one plan of a layer; see :mod:`fqjax.methods` for the arguments."""
-    return [absmax_plan(layer, smooth(layer, scheme), bits)]
+@register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmoothQuant(PerTensorMethod):
+    """One scale per tensor after smoothing.
 
+    Attributes:
+      alpha: smoothing strength in [0, 1] (:mod:`fqjax.core.transforms.diagonal`); None for no smoothing.
+      allocation, equalize, activation_percentile: as in :class:`~fqjax.drivers.method.Method`.
+    """
 
-def smooth(layer: LayerInputs, scheme: Scheme) -> Float[Array, " k"]:
-    """The scheme's smoothing factors for a layer; ones where it has no ``alpha``."""
-    if scheme.alpha is None:
-        return jnp.ones(layer.weight.shape[1], jnp.float32)
-    return smoothing_factors(layer.x_max, jnp.max(jnp.abs(layer.weight), axis=0), scheme.alpha)
+    kind: ClassVar[str] = "smoothquant"
+
+    alpha: Share | None = 0.5
+
+    def formats(self, bits: int) -> "tuple[Format, type[StoredInput]]":
+        from fqjax.methods.arrays import absmax
+
+        return absmax.formats(bits)
+
+    def plans(self, layer: "LayerInputs", bits: int) -> "list[LayerPlan]":
+        from fqjax.methods.arrays import smoothquant
+
+        return smoothquant.plans(layer, self.alpha, bits)

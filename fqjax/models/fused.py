@@ -1,7 +1,8 @@
 """Linear layers together with what stands in front of them.
 
 A quantized layer takes its input through the norm or the activation function, or from the parts of a decoding step's
-attention, through the quantization and the flattening in one pass (:mod:`pallas_kernels.rows`); any other layer is called as
+attention, through the quantization and the flattening in one pass
+(:mod:`pallas_kernels.quantize`); any other layer is called as
 usual, also one that stands in for it while a model is calibrated.
 """
 
@@ -17,7 +18,7 @@ from fqjax.models.attention import attend, decode_step, decodes
 from fqjax.models.cache import LayerCache
 from fqjax.models.rotary import Rotation
 from pallas_kernels import quantize_activated, quantize_normalized, quantized_decode_attention
-from pallas_kernels.reference import activated
+from pallas_kernels.matmul.reference import activated
 
 
 def after_norm(
@@ -54,7 +55,7 @@ def gated(
     Args:
       gate_up, down: modules that are called with (..., K) and (..., half of what gate_up gives).
       norm, x, residual: as for :func:`after_norm`.
-      activation: one of :data:`pallas_kernels.reference.ACTIVATIONS`.
+      activation: one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
     """
     if not (_quantizes(gate_up) and gate_up.gates and _quantizes(down)):
         y, x = after_norm(gate_up, norm, x, residual)
@@ -72,7 +73,7 @@ def after_activation(
     Args:
       linear: a module that is called with (..., K).
       x: (..., K), or (..., 2 K) if gated.
-      activation: one of :data:`pallas_kernels.reference.ACTIVATIONS`.
+      activation: one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
       gated: whether there are two halves.
     """
     if not _quantizes(linear):

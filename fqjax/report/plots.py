@@ -36,9 +36,7 @@ def plot_report(model: nnx.Module, report: Report, directory: Path) -> list[Path
       InputError: if matplotlib is not installed, the directory cannot be written, or the model has no quantized layer.
     """
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
+        import matplotlib  # noqa: F401
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install 'fqjax[plots]'") from None
     layers = quantized_layers(model)
@@ -114,11 +112,10 @@ def activation_channels(layer: QuantizedLinear, absmax: np.ndarray) -> Channels:
 
 def _plot_channels(layers: dict[str, QuantizedLinear], record: CalibrationRecord | None, path: Path) -> Path:
     """Largest activation and weight of each channel, before and after flattening."""
-    import matplotlib.pyplot as plt
-
     shown = sorted(layers, key=lambda name: -layers[name].expansion)[:MOST]
     shape = (len(shown), 2 if record else 1)
-    figure, axes = plt.subplots(*shape, figsize=(6 * shape[1], 2.3 * shape[0]), layout="constrained", squeeze=False)
+    figure = _figure(6 * shape[1], 2.3 * shape[0])
+    axes = figure.subplots(*shape, squeeze=False)
     for line, name in zip(axes, shown, strict=True):
         operands = {"weight": weight_channels(layers[name])}
         if record and name in record.activations:
@@ -142,13 +139,13 @@ def _plot_channels(layers: dict[str, QuantizedLinear], record: CalibrationRecord
 
 def _plot_bits(rows: list[LayerReport], scheme: str, path: Path) -> Path:
     """Bits of every layer: blocks from top to bottom, the layers of a block from left to right."""
-    import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
 
     places = {row.name: _place(row.name) for row in rows}
     blocks, kinds = (list(dict.fromkeys(place[i] for place in places.values())) for i in (0, 1))
     picture = np.ones((len(blocks), len(kinds), 3))
-    figure, axis = plt.subplots(figsize=(2 + 1.5 * len(kinds), 1.4 + 0.28 * len(blocks)), layout="constrained")
+    figure = _figure(2 + 1.5 * len(kinds), 1.4 + 0.28 * len(blocks))
+    axis = figure.subplots()
     for row in rows:
         block, kind = (names.index(part) for names, part in zip((blocks, kinds), places[row.name], strict=True))
         picture[block, kind] = to_rgb(COLORS[row.bits])
@@ -169,11 +166,10 @@ def _place(name: str) -> tuple[str, str]:
 
 def _plot_layers(report: Report, rows: list[LayerReport], path: Path) -> Path:
     """K'/K and error of every layer."""
-    import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    height = max(2.5, 0.22 * len(rows) + 1)
-    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(10, height), layout="constrained")
+    figure = _figure(10, max(2.5, 0.22 * len(rows) + 1))
+    left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(rows))
     colors = [COLORS[row.bits] for row in rows]
     left.barh(places, [100 * (row.expansion - 1) for row in rows], color=colors)
@@ -194,9 +190,8 @@ def _plot_layers(report: Report, rows: list[LayerReport], path: Path) -> Path:
 
 def _plot_share(report: Report, rows: list[LayerReport], path: Path) -> Path:
     """What more INT4 costs, and where the model is."""
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = _figure(6, 3.6)
+    axis = figure.subplots()
     shares, costs = np.transpose(report.trade_off)
     axis.plot(100 * shares, costs, marker=".", color="tab:grey", label="the cheapest layers first")
     if report.calibration is not None:
@@ -213,9 +208,16 @@ def _share(rows: list[LayerReport], bits: int) -> float:
     return ratio(sum(row.macs for row in rows if row.bits == bits), sum(row.macs for row in rows))
 
 
-def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
+def _figure(width: float, height: float) -> Any:
+    """A figure of its own, of a size in inches: not one of pyplot's, whose backend belongs to the caller."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path

@@ -1,16 +1,30 @@
-"""Memory that was freed, given back to the system."""
+"""Memory that was freed, given back to the system, where whoever owns the process asks for it."""
 
+import contextlib
+import contextvars
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+_giving_back = contextvars.ContextVar("giving_back", default=False)
+
+
+@contextlib.contextmanager
+def giving_back() -> Iterator[None]:
+    """Lets :func:`give_back` do its work for as long as it lasts: a conversion is to stay small, a library call to itself."""
+    token = _giving_back.set(True)
+    try:
+        yield
+    finally:
+        _giving_back.reset(token)
 
 
 def give_back() -> None:
     """Has the C library return what it keeps of freed memory for later use, which can be as much as a block of the model.
 
-    Does nothing where the C library is another one than glibc.
+    Does nothing outside :func:`giving_back`, or where the C library is another one than glibc.
     """
-    trim = _malloc_trim()
+    trim = _malloc_trim() if _giving_back.get() else None
     if trim is not None:
         trim(0)
 

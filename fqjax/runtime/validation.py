@@ -204,3 +204,18 @@ def _words(schema: Schema) -> str:
 def _short(value: Any) -> str:
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "too large a number"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_setting(hint: Any, value: Any, name: str) -> Any:
+    """A single setting's value, converted as in :func:`validated`.
+
+    Raises:
+      InputError: as ``NAME=VALUE: expected`` and the kind of value that the hint admits.
+    """
+    adapter = _adapter(hint)
+    try:
+        return adapter.validate_json(json.dumps([value]), strict=True)[0]
+    except (TypeError, ValueError, RecursionError):  # pydantic's errors are of the second kind.
+        text = value if isinstance(value, str) else _short(value)
+        words = _words(adapter.json_schema()["prefixItems"][0]).replace(WORDS["null"], "none")
+        raise InputError(f"{name}={text}: expected {words}") from None

@@ -50,18 +50,22 @@ def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
     scheme = fqjax.PRESETS[scheme]
     model = random_model(*described(hf), scheme, extra=0.1)
     layers = quantized_layers(model)
-    assert bool(layers) == (scheme.method != "none")
+    assert bool(layers) == (scheme.method is not None)
     macs = sum(layer.figures.macs for layer in layers.values())
     share = sum(layer.figures.macs for layer in layers.values() if layer.bits == 4) / max(macs, 1)
-    assert scheme.int4_share <= share <= min(1.0, scheme.int4_share + 0.2) or not layers
+    least = scheme.method.allocation.int4_share if layers else 0.0
+    assert least <= share <= min(1.0, least + 0.2) or not layers
+    grouped = scheme.name.startswith("w4a")
     for layer in layers.values():
         weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-        if scheme.method == "grouped":
-            assert (weight.format.group_size, weight.format.scales) == (128, scheme.scales)
-            assert type(quantizer) is (FloatingInput if scheme.int4_activation_bits == 16 else PerTokenInput)
+        if grouped:
+            kinds = {"folded": "folded", "scale": "integer"}
+            scales = kinds.get(scheme.name.split("-")[-1], "float")
+            assert (weight.format.group_size, weight.format.scales) == (128, scales)
+            assert type(quantizer) is (FloatingInput if scheme.name.startswith("w4a16") else PerTokenInput)
         else:
             assert isinstance(weight.format, Uniform) and isinstance(quantizer, StaticInput)
-        flattened = round(0.1 * quantizer.inputs) if scheme.method == "flattenquant" else 0
+        flattened = 0 if grouped else round(0.1 * quantizer.inputs)
         assert quantizer.flattened() == layer.figures.flattened == flattened
     logits = model(jnp.arange(12).reshape(1, 12))
     assert bool(jnp.isfinite(logits).all()) and 0.01 < float(jnp.std(logits)) < 100
@@ -123,7 +127,7 @@ def test_floors_are_those_of_bytes_and_products():
 )
 def test_names_of_variants(text, head, cache):
     variant = bench.parse_variant(text)
-    assert (variant.scheme.int8_head, variant.kv_cache, variant.name) == (head, cache, text)
+    assert (variant.scheme.head == "int8", variant.kv_cache, variant.name) == (head, cache, text)
     both = bench.parse_variant("w4a8+int8-cache+int8-head")
     assert both.name == "w4a8+int8-head+int8-cache"
     with pytest.raises(InputError, match=r"scheme w4a8\+fp8: 'fp8' follows; expected \+int8-head or \+int8-cache"):

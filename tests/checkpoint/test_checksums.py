@@ -1,8 +1,10 @@
 """Damage to an fqjax checkpoint: flipped bits, arrays or manifests of another one, entries of the wrong type."""
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import zlib
@@ -84,6 +86,44 @@ def test_every_array_has_a_checksum(original):
     leaves = {name: leaf for name, leaf in named_leaves(nnx.state(model)).items() if leaf.size}
     assert sums["algorithm"] == "crc32" and set(sums["arrays"]) == {".".join(name) for name in leaves}
     assert all(sums["arrays"][".".join(name)] == array_checksum(leaf) for name, leaf in leaves.items())
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+jax.config.update("jax_platforms", "cpu")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from jax.sharding import NamedSharding, PartitionSpec as P
+from fqjax.checkpoint.checksums import checksums, verify, with_sums
+from fqjax.runtime.errors import InputError
+values = np.arange(8, dtype=np.float32)
+mesh = jax.make_mesh((2,), ("x",))
+whole, parted = (
+    jax.make_array_from_callback((8,), NamedSharding(mesh, spec), lambda index: values[index]) for spec in (P(), P("x"))
+)
+assert not parted.is_fully_addressable
+sums = checksums({("a",): whole})
+assert sums == checksums({("a",): values})
+verify(with_sums({}, sums), {("a",): parted}, Path(), "")  # Passed over.
+try:
+    print(checksums({("a",): whole, ("b", "c"): parted}))
+except InputError as error:
+    print(error)
+"""
+
+
+def test_arrays_of_which_other_processes_hold_a_part_are_refused():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    commands = ([sys.executable, "-c", TWO_PROCESSES, address, str(i)] for i in range(2))
+    with contextlib.ExitStack() as stack:
+        both = [stack.enter_context(subprocess.Popen(command, stdout=-1, stderr=-1, text=True)) for command in commands]
+        results = [(*process.communicate(timeout=300), process.returncode) for process in both]
+    for out, err, code in results:
+        assert code == 0, err
+        assert out == "array b.c: other processes hold a part of it; expected a model that this process holds whole\n"
 
 
 def test_what_was_saved_without_checksums_is_loaded(saved, original):

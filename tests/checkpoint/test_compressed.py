@@ -64,6 +64,7 @@ def test_a_configuration_survives(name, tmp_path):
     assert again.config == model.config and type(again) is FAMILIES[architecture].model
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("variant", "scheme", "most"),
     [
@@ -109,6 +110,7 @@ def test_smoothing_folded_into_norms_in_bfloat16_costs_a_rounding(models, tmp_pa
     assert np.square(folded - exact).mean() < 2 * rounding
 
 
+@pytest.mark.thorough
 def test_layers_may_differ(tmp_path):
     """Different bits, and some in floating point: groups of targets, in a mixed format."""
     source = variants.write_checkpoint(tmp_path / "source", variants.VARIANTS["llama-grouped"])
@@ -147,6 +149,7 @@ def test_large_models_are_written_in_shards(models, tmp_path, monkeypatch):
     np.testing.assert_array_equal(logits(fqjax.load_hf(tmp_path / "out", jnp.float32)[0]), logits(model))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("variant", "scheme", "message"),
     [

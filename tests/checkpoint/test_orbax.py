@@ -38,6 +38,7 @@ def saved(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.smoke
 @pytest.mark.parametrize("variant", ["llama-grouped", "llama-attention-bias", "opt-350m", "opt-plain-norms"])
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -188,6 +189,7 @@ def test_what_is_no_checkpoint(tmp_path, saved):
 LAYER = "layers.0.mlp.down_proj"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

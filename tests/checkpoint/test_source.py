@@ -12,8 +12,8 @@ from fqjax.convert import run as conversion
 from fqjax.data.text import encode
 from fqjax.demo.run import CHECKPOINT
 from fqjax.drivers.store import DirectoryStore
+from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS
 from tests.models import variants
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fqjax.cli import main as cli
+from fqjax.presets import PRESETS
 from tests.conftest import edit_tensor, make_checkpoint
 
 
@@ -151,7 +152,7 @@ def test_inspect_draws_without_what_calibration_found(capsys, converted, tmp_pat
 
 def test_schemes_lists_every_preset(capsys):
     code, out, _ = run(capsys, "schemes")
-    assert code == 0 and all(name in out for name in cli.PRESETS)
+    assert code == 0 and all(name in out for name in PRESETS)
 
 
 @pytest.mark.parametrize("command", [[], ["convert"], ["eval"], ["generate"], ["inspect"], ["demo"], ["schemes"]])
@@ -170,8 +171,11 @@ def complains(capsys, message, *arguments):
 
 CONVERT_ERRORS = {
     "unknown scheme": (["--scheme", "w2a2"], "unknown scheme 'w2a2'"),
-    "unknown field": (["--set", "bits=3"], "no field 'bits'"),
-    "bad value": (["--set", "int4_share=2"], "int4_share=2.0: expected a number from 0 to 1"),
+    "unknown field": (
+        ["--set", "bits=3"],
+        "--set bits=3: scheme 'flattenquant' has no setting 'bits'; its settings are: int4_share",
+    ),
+    "bad value": (["--set", "int4_share=2"], "int4_share=2: expected a number from 0 to 1"),
     "unmatched pattern": (["--ignore", "lm_tail"], "'lm_tail' matches no linear layer"),
     "bad pattern": (["--ignore", "("], "not a regular expression"),
     "no samples": (["--samples", "0"], "--samples 0"),
@@ -280,7 +284,7 @@ def test_bad_requests_of_the_other_commands(capsys, converted, tmp_path):
 
 def test_the_installed_command_runs_and_exits_with_2():
     result = subprocess.run(
-        [sys.executable, "-m", "fqjax.cli.main", "inspect", "/no/such/place"], capture_output=True, text=True
+        [sys.executable, "-m", "fqjax.cli", "inspect", "/no/such/place"], capture_output=True, text=True
     )
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and not result.stdout
 
@@ -289,6 +293,6 @@ def test_an_interruption_says_so(capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fqjax.cli.main.resolve_scheme", interrupt)
+    monkeypatch.setattr("fqjax.presets.resolve_scheme", interrupt)
     code, _, err = run(capsys, "convert", "a", "b")
     assert code == 130 and err == "fqjax: interrupted\n"

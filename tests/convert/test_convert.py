@@ -21,8 +21,8 @@ from fqjax.drivers.calibrate import Calibrate
 from fqjax.drivers.rounding import RoundCompensated, RoundNearest
 from fqjax.drivers.store import DirectoryStore
 from fqjax.drivers.trial import Trial
+from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS
 from tests.conftest import edit_tensor, make_checkpoint
 from tests.models import variants
 
@@ -124,7 +124,7 @@ def _interrupt(*args, **kwargs):
 
 @pytest.mark.thorough
 def test_a_killed_conversion_leaves_no_directory_that_looks_complete(asked, tmp_path):
-    command = [sys.executable, "-m", "fqjax.cli.main", "convert", asked.source, str(asked.out)]
+    command = [sys.executable, "-m", "fqjax.cli", "convert", asked.source, str(asked.out)]
     command += ["--calibration", str(asked.calibration), "--samples", "4", "--window", "64"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     staging = conversion.staging_directory(asked.out)
@@ -198,19 +198,22 @@ def test_planning_reads_no_weights(asked, monkeypatch, checkpoint):
 @pytest.mark.parametrize(
     ("variant", "scheme", "settings"),
     [
-        ("llama-grouped", "w8a8", {}),
-        ("opt", "smoothquant", {"weight_scales": "channel"}),
-        ("llama-grouped", "flattenquant-hopper-int4", {"int8_layers": r"layers\.0"}),
-        ("opt", "w4a8", {"int8_layers": r"layers\.0"}),
-        ("llama-grouped", "w4a8-integer-scale", {"int8_layers": r"layers\.0", "group_size": 64}),
-        ("opt", "w4a8-integer-scale-folded", {}),
-        ("llama-grouped", "w4a16", {}),
+        ("llama-grouped", "w8a8", []),
+        ("opt", "smoothquant", []),
+        (
+            "llama-grouped",
+            "flattenquant-hopper-int4",
+            [r"int8_layers=layers\.0", "max_expansion=1", "rounding=nearest"],
+        ),
+        ("opt", "w4a8", [r"int8_layers=layers\.0"]),
+        ("llama-grouped", "w4a8-integer-scale", [r"int8_layers=layers\.0", "group_size=64"]),
+        ("opt", "w4a8-integer-scale-folded", []),
+        ("llama-grouped", "w4a16", []),
     ],
 )
 def test_a_plan_knows_the_bytes_of_layers_that_are_not_flattened(asked, tmp_path, variant, scheme, settings):
     source = make_checkpoint(tmp_path / "planned", variant)
-    chosen = replace(PRESETS[scheme], max_expansion=1.0, rounding="nearest", **settings)
-    made = conversion.plan(replace(asked, source=str(source), scheme=chosen))
+    made = conversion.plan(replace(asked, source=str(source), scheme=PRESETS[scheme].override(settings)))
     report = conversion.convert(made)
     assert estimated_bytes(made) == {layer.name: layer.bytes for layer in report.layers}
 

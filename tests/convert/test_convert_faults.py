@@ -16,9 +16,9 @@ from fqjax.checkpoint.orbax import Writer
 from fqjax.cli import main as cli
 from fqjax.convert import run as conversion
 from fqjax.drivers.rounding import RoundNearest
+from fqjax.presets import PRESETS
 from fqjax.runtime import files
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS
 from tests.conftest import edit_tensor
 
 KILLS = 12

@@ -3,7 +3,6 @@
 import gc
 import json
 import weakref
-from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +18,8 @@ from fqjax.convert.streamed import StreamedModel
 from fqjax.drivers.statistics import calibrate
 from fqjax.layers.surgery import select_linears
 from fqjax.models.chain import Chain, as_arguments, call_model, chain
+from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import PRESETS
 from tests.conftest import make_checkpoint
 from tests.tiers import thorough_but
 
@@ -34,15 +33,15 @@ def assert_same(first, second):
 
 
 CASES = {
-    "all passes": ("llama-grouped", "flattenquant", {}, ()),
-    "tied, no trial": ("llama-tied", "flattenquant-w8a8", {}, ()),
-    "GPTQ and integer scales": ("qwen3", "w4a8-integer-scale-gptq", {"int8_layers": "down_proj"}, ()),
-    "projections and ignored layers": ("opt-350m", "flattenquant-hopper", {}, ("layers.0.fc1", "1.*out_proj")),
-    "head in INT8": ("opt", "smoothquant", {"int8_head": True}, ()),
-    "experts": ("mixtral-window", "flattenquant", {}, ()),
-    "experts, GPTQ": ("qwen3-moe-mlp-only", "w4a8-integer-scale-gptq", {}, ()),
-    "experts, some ignored": ("mixtral", "w4a8-awq", {}, (r"layers\.0\.mlp\.experts\.2\.down",)),
-    "no quantization": ("llama-grouped", "bf16", {"int8_head": True}, ()),
+    "all passes": ("llama-grouped", "flattenquant", [], ()),
+    "tied, no trial": ("llama-tied", "flattenquant-w8a8", [], ()),
+    "GPTQ and integer scales": ("qwen3", "w4a8-integer-scale-gptq", ["int8_layers=down_proj"], ()),
+    "projections and ignored layers": ("opt-350m", "flattenquant-hopper", [], ("layers.0.fc1", "1.*out_proj")),
+    "head in INT8": ("opt", "smoothquant", ["int8_head=true"], ()),
+    "experts": ("mixtral-window", "flattenquant", [], ()),
+    "experts, GPTQ": ("qwen3-moe-mlp-only", "w4a8-integer-scale-gptq", [], ()),
+    "experts, some ignored": ("mixtral", "w4a8-awq", [], (r"layers\.0\.mlp\.experts\.2\.down",)),
+    "no quantization": ("llama-grouped", "bf16", ["int8_head=true"], ()),
 }
 
 
@@ -50,7 +49,7 @@ CASES = {
 def test_the_result_is_that_of_quantization_in_memory(case, text, tmp_path):
     variant, preset, settings, ignore = CASES[case]
     source = make_checkpoint(tmp_path / "source", variant)
-    scheme = replace(PRESETS[preset], **settings)
+    scheme = PRESETS[preset].override(settings)
     asked = conversion.Conversion(
         source=str(source),
         out=tmp_path / "out",

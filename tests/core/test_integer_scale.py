@@ -109,3 +109,11 @@ def test_folding_weighs_errors_by_their_inputs():
         return float(np.sum((w - np.asarray(weight)) ** 2 * np.asarray(importance)))
 
     assert error(importance) < error(jnp.ones(512))
+
+
+@pytest.mark.parametrize(("scale", "found"), [(0.1, None), (0.5, 8)])
+def test_groups_and_channels_without_codes_do_not_make_a_coarse_amplifier_good_enough(scale, found):
+    """200 000 times a scale of up to 5 fits into the accumulator, and a scale has to become 4 at least."""
+    scales = jnp.asarray([[scale, 1.0], [1.0, 1.0]])
+    sums = jnp.asarray([[200_000, 0], [0, 0]])
+    assert safe_amplifier(scales, sums, x_qmax=127, bits=4) == found

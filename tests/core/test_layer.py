@@ -9,7 +9,7 @@ from fqjax.core.formats.uniform import Uniform, UniformGrid
 from fqjax.core.inputs import Floating, PerToken, Static
 from fqjax.core.layer import LayerInputs, LayerPlan, channels_used, relative_error
 from fqjax.core.transforms.diagonal import Diagonal
-from fqjax.methods.absmax import absmax_plan
+from fqjax.methods.arrays.absmax import absmax_plan
 
 
 def layer(seed=0):

@@ -14,7 +14,8 @@ from fqjax.layers.simulated import Simulated
 from fqjax.layers.stacked import quantized_layers
 from fqjax.layers.surgery import find_linears
 from fqjax.models.chain import Feed, chain, places, sweep
-from fqjax.scheme import PRESETS
+from fqjax.presets import PRESETS
+from fqjax.runtime.errors import InputError
 
 
 class Chain(nnx.Module):
@@ -38,9 +39,9 @@ def batches(count=4, rows=200):
 @pytest.fixture
 def setup():
     model, data = Chain(nnx.Rngs(0)), batches()
-    linears, scheme = find_linears(model), PRESETS["flattenquant-w4a4"]
+    linears, method = find_linears(model), PRESETS["flattenquant-w4a4"].method
     seen = calibrate(model, data, linears)
-    plans = {name: layer_options(linear, seen[name], scheme)[-1].plan for name, linear in linears.items()}
+    plans = {name: layer_options(linear, seen[name], method)[-1].plan for name, linear in linears.items()}
     rough = {name: nearest(linear, plans[name]) for name, linear in linears.items()}
     return model, rough, plans, data
 
@@ -73,7 +74,7 @@ def test_the_moments_are_those_of_the_inputs(setup, monkeypatch):
     model, rough, plans, data = setup
     taken = {}
 
-    def note(weight, plan, moments):
+    def note(weight, plan, moments, damping):
         taken[weight.shape] = moments
         return plan.round(weight)
 
@@ -101,6 +102,36 @@ def test_compensated_layers_are_closer_to_the_model(setup):
 
     assert set(done) == set(rough)
     assert error(done) < 0.7 * error(rough)
+
+
+def less_definite(monkeypatch, by):
+    """Takes some times the mean of its diagonal from every Hessian's diagonal."""
+    whole = module._moments
+
+    def changed(*args):
+        return {
+            name: found._replace(gram=found.gram - by * jnp.mean(jnp.diagonal(found.gram)) * jnp.eye(len(found.gram)))
+            for name, found in whole(*args).items()
+        }
+
+    monkeypatch.setattr(module, "_moments", changed)
+
+
+def test_moments_without_a_cholesky_factor_are_damped_more(setup, monkeypatch):
+    model, rough, plans, data = setup
+    less_definite(monkeypatch, by=0.05)
+    done = compensate(model, rough, plans, data, upstream=0.3)
+    x = jnp.concatenate(data)
+    wanted, given, rounded = (layers["first"](x) for layers in (find_linears(model), done, rough))
+    assert jnp.mean((given - wanted) ** 2) < 2 * jnp.mean((rounded - wanted) ** 2)
+
+
+@pytest.mark.parametrize("scheme", ["flattenquant-w4a4", "w4a8-gptq"])
+def test_moments_that_no_damping_helps_are_refused_with_the_layers_name(scheme, monkeypatch):
+    less_definite(monkeypatch, by=100)
+    model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
+    with pytest.raises(InputError, match=r"^layers\.0: rounding its weight gave values that are not finite$"):
+        fqjax.quantize(model, scheme, batches())
 
 
 def test_nothing_is_done_for_codes_that_nobody_asks_for(setup):

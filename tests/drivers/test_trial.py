@@ -8,7 +8,7 @@ from fqjax.drivers.statistics import calibrate
 from fqjax.drivers.trial import divergence, nearest, sensitivities
 from fqjax.layers.surgery import find_linears, replace_modules
 from fqjax.models.chain import chain
-from fqjax.scheme import PRESETS
+from fqjax.presets import PRESETS
 
 
 class Scorer(nnx.Module):
@@ -30,7 +30,7 @@ def setup():
     linears = find_linears(model)
     seen = calibrate(model, [batch], linears)
     candidates = {
-        name: nearest(linear, layer_options(linear, seen[name], PRESETS["flattenquant"])[-1].plan)
+        name: nearest(linear, layer_options(linear, seen[name], PRESETS["flattenquant"].method)[-1].plan)
         for name, linear in linears.items()
     }
     return model, batch, candidates

@@ -1,4 +1,4 @@
-"""Runs kernels written for :class:`pallas_kernels.hopper.lanes.Lanes` on the CPU: every value is an array over the threads.
+"""Runs kernels written for :class:`pallas_kernels.mosaic.lanes.Lanes` on the CPU: every value is an array over the threads.
 
 Fragments of the tensor cores' operands are put together as NVIDIA's PTX manual lays them out, and multiplied by NumPy.
 """

@@ -1,7 +1,5 @@
 """Mixtures of experts: routing, statistics of each expert, experts that calibration did not reach, and how they run."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
+from fqjax.drivers.candidates import Outline
 from fqjax.drivers.statistics import calibrate
 from fqjax.drivers.ties import choices, units_of
 from fqjax.layers.experts import route, run_all, run_chosen
@@ -162,7 +161,7 @@ def test_every_scheme_stacks_its_experts_and_survives_saving(model, scheme, tmp_
     found, plain = call(quantized, tokens), call(model, tokens)
     np.testing.assert_array_equal(call(unstacked(quantized), tokens), found)
     assert 0 < np.mean((found - plain) ** 2) / np.mean(np.square(plain)) < 0.5
-    assert report.int4_mac_share >= fqjax.PRESETS[scheme].int4_share
+    assert report.int4_mac_share >= fqjax.PRESETS[scheme].method.allocation.int4_share
     assert sum(row.macs for row in report.layers if ".experts." in row.name) == 2 * 2 * 3 * 48 * 80
     fqjax.save(tmp_path / "out", quantized)
     loaded = fqjax.load(tmp_path / "out")
@@ -182,7 +181,7 @@ def test_tokens_are_quantized_once_for_all_experts(model, monkeypatch):
 
 
 def test_experts_of_one_layer_have_the_same_bits_and_the_share_is_kept(model):
-    scheme = dataclasses.replace(fqjax.PRESETS["flattenquant"], compression=0.0, int4_share=0.5)
+    scheme = fqjax.PRESETS["flattenquant"].override(["compression=0", "int4_share=0.5"])
     _, report = fqjax.quantize(model, scheme, BATCHES)
     bits = {}
     for row in report.layers:
@@ -240,7 +239,7 @@ def test_units_and_their_choices(model):
     assert units_of(odd) == {name: (name,) for name in odd}
 
     def outline(bits, width, error):
-        return fqjax.drivers.candidates.Outline(bits=bits, error=error, divergence=0.0, width=width, bytes=width)
+        return Outline(bits=bits, error=error, divergence=0.0, width=width, bytes=width)
 
     a = [outline(8, 128, 0.1), outline(4, 256, 0.4), outline(4, 512, 0.3)]
     b = [outline(8, 128, 0.2), outline(4, 512, 0.6)]

@@ -1,6 +1,5 @@
 """The output head in INT8, for tied and untied embeddings, through quantization and checkpoints."""
 
-import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ def model_of(name, tmp_path, dtype=jnp.float32):
     return load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS[name]), dtype)[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_lookups_are_those_of_rounded_tables(name, tmp_path):
     model = model_of(name, tmp_path)
@@ -40,11 +40,12 @@ def test_logits_and_lookups_are_those_of_rounded_tables(name, tmp_path):
     assert found.dtype == jnp.float32 and 0 < np.abs(found - plain).mean() < 0.05 * np.abs(plain).mean()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "scheme"), [("llama-grouped", "flattenquant-w8a8"), ("opt-350m", "bf16")])
 def test_it_survives_saving(name, scheme, tmp_path):
     model = model_of(name, tmp_path / "source", jnp.bfloat16)
     batch = np.random.default_rng(0).integers(3, 64, (4, 32)).astype(np.int32)
-    chosen = dataclasses.replace(fqjax.PRESETS[scheme], int8_head=True)
+    chosen = fqjax.PRESETS[scheme].override(["int8_head=true"])
     quantized, report = fqjax.quantize(model, chosen, [batch])
     plain, before = fqjax.quantize(model, scheme, [batch])
     assert report.layers == before.layers or scheme != "bf16"
@@ -87,10 +88,10 @@ def test_a_model_that_does_not_name_its_head_is_refused():
         def __call__(self, x):
             return self.layer(x)
 
-    scheme = dataclasses.replace(fqjax.PRESETS["flattenquant-w8a8"], int8_head=True)
+    scheme = fqjax.PRESETS["flattenquant-w8a8"].override(["int8_head=true"])
     with pytest.raises(InputError, match="int8_head: the model does not say"):
         fqjax.quantize(Plain(), scheme, [np.ones((2, 8), np.float32)])
 
 
 def test_the_command_line_sets_it():
-    assert fqjax.PRESETS["w8a8"].override(["int8_head=true"]).int8_head
+    assert fqjax.PRESETS["w8a8"].override(["int8_head=true"]).head == "int8"

@@ -4,10 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.layer import relative_error
-from fqjax.methods import LayerInputs, grouped
-from fqjax.methods.grouped import group_scales
-from fqjax.scheme import PRESETS
+from fqjax.core.layer import LayerInputs, relative_error
+from fqjax.methods import AWQ, IntegerScale, RoundToNearest
+from fqjax.methods.arrays.grouped import group_scales
 
 
 def problem(k=384, n=64, outliers=1.0, seed=0):
@@ -17,20 +16,22 @@ def problem(k=384, n=64, outliers=1.0, seed=0):
     return LayerInputs(*(jnp.asarray(a, jnp.float32) for a in (w, np.abs(x).max(axis=0), x)))
 
 
-def plan(layer, bits=4, **settings):
-    scheme = dataclasses.replace(PRESETS["w4a8"], **settings)
-    (found,) = grouped.plans(layer, scheme, bits)
+NEAREST = RoundToNearest()
+
+
+def plan(layer, method=NEAREST, bits=4):
+    (found,) = method.plans(layer, bits)
     return found
 
 
-def error(layer, **settings):
-    found = plan(layer, **settings)
+def error(layer, method=NEAREST):
+    found = plan(layer, method)
     return float(relative_error(found, found.round(layer.weight), layer))
 
 
 def test_smaller_groups_are_finer():
     layer = problem()
-    errors = [error(layer, group_size=size) for size in (32, 64, 128)]
+    errors = [error(layer, RoundToNearest(group_size=size)) for size in (32, 64, 128)]
     assert errors == sorted(errors) and errors[-1] > 1.1 * errors[0]
 
 
@@ -75,20 +76,20 @@ def test_a_group_of_zeros_does_no_harm():
 
 def test_awq_makes_room_for_channels_with_large_activations():
     layer = problem(outliers=20.0)
-    factors = plan(layer, awq=True).transform.factors
+    factors = plan(layer, AWQ()).transform.factors
     assert float(factors[::16].mean()) > 2 * float(factors[1::16].mean())
-    assert error(layer, awq=True) < 0.75 * error(layer)
+    assert error(layer, AWQ()) < 0.75 * error(layer)
     alike = problem()
-    assert error(alike, awq=True) <= 1.05 * error(alike)
+    assert error(alike, AWQ()) <= 1.05 * error(alike)
 
 
-@pytest.mark.parametrize("awq", [False, True])
-def test_folded_scales_cost_little(awq):
-    layer = problem()
-    folded = plan(layer, scales="folded", awq=awq)
+@pytest.mark.parametrize("weights", [NEAREST, AWQ()])
+def test_folded_scales_cost_little(weights):
+    layer, method = problem(), IntegerScale(weights=weights, folded=True)
+    folded = plan(layer, method)
     scales = folded.grid.group_scale
     assert scales.dtype == jnp.int32 and folded.grid.scale.shape == (64,)
     assert 1 <= int(scales.min()) and int(scales.max()) <= 15
     product = folded.round(layer.weight) * jnp.repeat(scales.T, 128, axis=1)
     assert int(jnp.abs(product).max()) <= 127
-    assert error(layer, scales="folded", awq=awq) < 1.2 * error(layer, awq=awq)
+    assert error(layer, method) < 1.2 * error(layer, weights)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from fqjax.core.layer import LayerInputs, relative_error
-from fqjax.methods import FORMATS, METHODS
-from fqjax.scheme import PRESETS, Scheme
+from fqjax.methods import AWQ, GPTQ, Absmax, FlattenQuant, IntegerScale, RoundToNearest, SmoothQuant
 
 
 def problem(x_outliers=1.0, w_outliers=1.0, seed=0):
@@ -20,37 +19,47 @@ def problem(x_outliers=1.0, w_outliers=1.0, seed=0):
     return jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
 
 
-def error(method, x, w, bits, **settings):
+SEARCHED = FlattenQuant(threshold_rule="search", max_expansion=1.5)
+METHODS = [
+    Absmax(),
+    SmoothQuant(),
+    SEARCHED,
+    RoundToNearest(),
+    GPTQ(),
+    AWQ(),
+    IntegerScale(),
+    IntegerScale(folded=True),
+]
+
+
+def error(method, x, w, bits):
     """The error of a layer's output, and its plan: the one that may be flattened the most."""
-    scheme = dataclasses.replace(PRESETS["flattenquant"], **settings)
     inputs = LayerInputs(w, jnp.abs(x).max(0), x)
-    plan = METHODS[method](inputs, scheme, bits)[-1]
+    plan = list(method.plans(inputs, bits))[-1]
     return float(relative_error(plan, plan.round(w), inputs)), plan
 
 
-def test_every_method_but_none_is_listed():
-    assert set(METHODS) | {"none"} == set(Scheme.__dataclass_fields__["method"].type.__args__)
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.kind)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_method_says_what_it_stores(method, bits):
     """The format of its grid, but for scales that become integers afterwards, and the kind of stored input."""
     x, w = problem()
     plan = error(method, x, w, bits)[1]
-    scheme = dataclasses.replace(PRESETS["flattenquant"])
-    assert FORMATS[method](scheme, bits) == (plan.grid.format, plan.inputs.runs)
+    form, quantizer = method.formats(bits)
+    if isinstance(method, IntegerScale) and not method.folded:
+        form = dataclasses.replace(form, scales="float", granularity="tensor")
+    assert (form, quantizer) == (plan.grid.format, plan.inputs.runs)
 
 
 def test_outliers_break_absmax_and_smoothing_mends_it():
     x, w = problem(x_outliers=50)
-    assert error("smoothquant", x, w, 8)[0] < 0.2 * error("absmax", x, w, 8)[0]
+    assert error(SmoothQuant(), x, w, 8)[0] < 0.2 * error(Absmax(), x, w, 8)[0]
 
 
 def test_flattening_mends_what_smoothing_cannot():
     x, w = problem(x_outliers=50, w_outliers=50)
-    smoothed, _ = error("smoothquant", x, w, 4)
-    flattened, plan = error("flattenquant", x, w, 4, max_expansion=1.25)
+    smoothed, _ = error(SmoothQuant(), x, w, 4)
+    flattened, plan = error(dataclasses.replace(SEARCHED, max_expansion=1.25), x, w, 4)
     assert flattened < 0.3 * smoothed
     assert 1 < float(plan.expansion(256)) <= 1.25
 
@@ -58,7 +67,7 @@ def test_flattening_mends_what_smoothing_cannot():
 @pytest.mark.parametrize("operand", ["activations", "weights"])
 def test_either_operand_can_be_kept_whole(operand):
     x, w = problem(x_outliers=50, w_outliers=50)
-    _, plan = error("flattenquant", x, w, 4, **{f"flatten_{operand}": False})
+    _, plan = error(dataclasses.replace(SEARCHED, **{f"flatten_{operand}": False}), x, w, 4)
     pieces = {"activations": plan.inputs.pieces, "weights": plan.grid.pieces}
     assert int(pieces.pop(operand).max()) == 1
     assert int(pieces.popitem()[1].max()) > 1
@@ -67,14 +76,14 @@ def test_either_operand_can_be_kept_whole(operand):
 @pytest.mark.parametrize("budget", [1.0, 1.01, 1.05])
 def test_the_expansion_is_capped(budget):
     x, w = problem(x_outliers=30, w_outliers=30)
-    _, plan = error("flattenquant", x, w, 4, max_expansion=budget)
+    _, plan = error(dataclasses.replace(SEARCHED, max_expansion=budget), x, w, 4)
     assert float(plan.expansion(256)) <= budget
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_stay_within_their_pieces(bits):
     x, w = problem(x_outliers=30, w_outliers=30)
-    _, plan = error("flattenquant", x, w, bits)
+    _, plan = error(SEARCHED, x, w, bits)
     largest, limit = np.abs(plan.round(w)).max(axis=0), 2 ** (bits - 1) - 1
     assert (largest <= limit * np.asarray(plan.grid.pieces)).all()
     # No channel has a piece more than its codes need.
@@ -84,6 +93,6 @@ def test_codes_stay_within_their_pieces(bits):
 def test_a_dead_channel_does_no_harm():
     x, w = problem()
     x, w = x.at[:, 0].set(0), w.at[:, 1].set(0)
-    for method in METHODS:
+    for method in (Absmax(), SmoothQuant(), SEARCHED):
         value, plan = error(method, x, w, 8)
         assert value < 1e-3 and np.isfinite(1 / plan.transform.factors).all()

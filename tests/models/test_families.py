@@ -43,6 +43,7 @@ def test_convert_and_eval(name, tmp_path):
     assert (layers["self_attn.o_proj"]["bias"] is not None) == (name == "qwen3-window")
 
 
+@pytest.mark.thorough
 def test_a_batch_is_generated_within_each_sequence_s_window(tmp_path):
     """Prompts of different lengths, padded, longer and shorter than the window: what each whole sequence predicts."""
     model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS["qwen3-window"]), jnp.float32)

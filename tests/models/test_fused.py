@@ -11,7 +11,7 @@ from flax import nnx
 from fqjax.bench.random_models import architecture, random_model
 from fqjax.layers import linear
 from fqjax.models.fused import after_activation, after_norm, gated
-from fqjax.scheme import resolve_scheme
+from fqjax.presets import resolve_scheme
 
 
 @pytest.fixture(scope="module", params=["flattenquant-hopper-int4", "flattenquant-w8a8", "w4a8-integer-scale"])
@@ -24,6 +24,7 @@ def layer(request):
     return random_model(name, small, resolve_scheme(request.param), extra=0.05).layers[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("floats", [(), ("gate_up",), ("down",), ("gate_up", "down")])
 @pytest.mark.parametrize("pending", [False, True])
 def test_gate_and_up_go_through_one_call_where_both_layers_are_quantized(monkeypatch, layer, floats, pending):

@@ -7,8 +7,18 @@ import pytest
 
 from fqjax.checkpoint.hugging_face import load_hf
 from tests.models import variants
+from tests.tiers import thorough_but
 
 TOLERANCE = 1e-4
+ONE_OF_EACH_FAMILY = (
+    "llama-grouped",
+    "mistral-window",
+    "qwen2-window",
+    "qwen3-window",
+    "mixtral-window",
+    "qwen3-moe-mlp-only",
+    "opt-350m",
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +32,14 @@ def logits_of(directory, tokens):
     return np.asarray(jax.jit(lambda x: model(x))(tokens))
 
 
-@pytest.mark.parametrize("name", variants.VARIANTS)
+@pytest.mark.parametrize("name", thorough_but(ONE_OF_EACH_FAMILY, variants.VARIANTS))
 def test_logits_equal_the_recorded_ones(name, recorded, tmp_path):
     directory = variants.write_checkpoint(tmp_path, variants.VARIANTS[name])
     assert np.abs(recorded[name]).max() > 0.5
     np.testing.assert_allclose(logits_of(directory, variants.tokens()), recorded[name], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", variants.VARIANTS)
+@pytest.mark.parametrize("name", thorough_but(ONE_OF_EACH_FAMILY, variants.VARIANTS))
 def test_extending_a_cache_gives_the_recorded_logits(name, recorded, tmp_path):
     """Prompts of different lengths, then one token at a time."""
     model, _ = load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS[name]), jnp.float32)
@@ -45,6 +55,7 @@ def test_extending_a_cache_gives_the_recorded_logits(name, recorded, tmp_path):
     np.testing.assert_array_equal(cache.lengths, counts)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["llama-grouped", "qwen3-window", "mixtral-window", "opt-350m"])
 def test_pieces_of_a_prompt_give_the_recorded_logits(name, recorded, tmp_path):
     """An empty cache filled without being read, then by pieces; a row that has ended takes none of the last."""
@@ -60,6 +71,7 @@ def test_pieces_of_a_prompt_give_the_recorded_logits(name, recorded, tmp_path):
             np.testing.assert_allclose(logits[row], recorded[name][row, at], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["llama-grouped", "qwen3-window", "opt"])
 def test_an_int8_cache_gives_the_logits_that_are_evaluated(name, tmp_path):
     """Token by token over the cache, and all at once with keys and values rounded."""

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int16, Int32
 
 from fqjax.core.channels import Channels
-from fqjax.core.codes import qmax, steps
+from fqjax.core.codes import nearest_codes, qmax, steps
 from fqjax.core.formats.base import Format, Operand, QTensor
 from fqjax.core.inputs import Quantized
 from fqjax.core.integer_scale import group_sums, scaled_bound
@@ -219,7 +219,7 @@ class GroupedGrid(Stored):
         return steps(self.scale, self.group_scale, self.format.group_size)[:, :k]
 
     def round(self, w: Float32[Array, "n k"]) -> Int16[Array, "n k"]:
-        return jnp.clip(jnp.round(w / self.steps(w.shape[1])), *self.code_range).astype(jnp.int16)
+        return nearest_codes(w / self.steps(w.shape[1]), *self.code_range)
 
     def column(self, w: Float32[Array, " n"], i: Int32[Array, ""]) -> Float32[Array, " n"]:
         step = self.scale * self.group_scale[i // self.format.group_size].astype(jnp.float32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int16, Int32
 
 from fqjax.core.channels import Channels, flatten_codes, gather_codes
-from fqjax.core.codes import qmax
+from fqjax.core.codes import nearest_codes, qmax
 from fqjax.core.formats.base import Format, Operand, QTensor
 from fqjax.core.inputs import Quantized
 from fqjax.core.overflow import accumulator_bound, row_sums
@@ -138,7 +138,7 @@ class UniformGrid(Stored):
         return self.pieces * qmax(self.format.bits)
 
     def round(self, w: Float32[Array, "n k"]) -> Int16[Array, "n k"]:
-        return jnp.clip(jnp.round(w / columns(self.scale)), -self.largest, self.largest).astype(jnp.int16)
+        return nearest_codes(w / columns(self.scale), -self.largest, self.largest)
 
     def column(self, w: Float32[Array, " n"], i: Int32[Array, ""]) -> Float32[Array, " n"]:
         largest = self.pieces[i] * qmax(self.format.bits)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from fqjax.core.channels import PADDING, lay_out
+from fqjax.core.codes import NO_CODE
 from fqjax.core.formats.uniform import Uniform, UniformGrid
+from fqjax.core.layer import relative_square
 from fqjax.core.table import Sizes
 
 
@@ -17,6 +19,13 @@ def weight():
 def unit_grid(k, pieces=1, bits=8):
     """Codes that stand for themselves."""
     return UniformGrid(scale=jnp.float32(1), pieces=jnp.full(k, pieces, jnp.int32), format=Uniform(bits=bits))
+
+
+def test_nan_becomes_no_code_and_no_small_error():
+    weight = jnp.eye(4).at[1, 2].set(jnp.nan).at[0, 3].set(jnp.inf)
+    codes = np.asarray(unit_grid(4).round(weight))
+    assert codes[1, 2] == NO_CODE and codes[0, 3] == 127 and (codes == NO_CODE).sum() == 1
+    assert np.isnan(relative_square(jnp.asarray([jnp.nan]), jnp.ones(1)))
 
 
 def codes(limit, shape=(6, 256)):

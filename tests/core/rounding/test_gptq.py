@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.core.rounding.gptq import _factor, gptq, gptq_grouped
+from fqjax.core.rounding.gptq import aim_of, aim_of_more, factorize, gptq, prepare, solve_ridge
 
 
 def inputs(rows, k, seed=0):
@@ -46,7 +46,7 @@ def textbook(weight, hessian, damping, order):
 def test_the_factor_is_that_of_the_inverse():
     _, hessian = problem()
     hessian = hessian + 10 * jnp.eye(200)
-    factor = np.asarray(_factor(hessian), np.float64)
+    factor = np.asarray(prepare(hessian, damping=0.0).factor, np.float64)
     assert not np.tril(factor, -1).any()
     np.testing.assert_allclose(factor.T @ factor @ np.asarray(hessian, np.float64), np.eye(200), atol=2e-3)
 
@@ -100,63 +100,25 @@ def test_works_under_jit():
     assert (np.asarray(jitted) != np.asarray(gptq(weight, hessian, nearest))).mean() < 0.01
 
 
-def largest(group):
-    return jnp.max(jnp.abs(group), axis=1) / 7
-
-
-def on_grid(column, scale):
-    return jnp.clip(jnp.round(column / scale), -7, 7) * scale
-
-
-def wide_ranges(k=256):
-    weight, hessian = problem(k=k)
-    return weight * jnp.exp(jnp.linspace(-2, 2, k)), hessian
-
-
-@pytest.mark.parametrize("group_size", [32, 128])
-def test_static_groups_keep_the_scales_of_the_weight_as_it_was(group_size):
-    weight, hessian = wide_ranges()
-    represented, scales = gptq_grouped(
-        weight, hessian, largest, on_grid, group_size=group_size, act_order=True, static_groups=True
-    )
-    groups = weight.reshape(len(weight), -1, group_size)
-    np.testing.assert_allclose(scales, jnp.max(jnp.abs(groups), axis=2) / 7, rtol=1e-6)
-    assert_on_grid(represented, scales, group_size)
-    plain = on_grid(weight, jnp.repeat(scales, group_size, axis=1))
-    assert output_error(weight, represented, hessian) < 0.4 * output_error(weight, plain, hessian)
-
-
-@pytest.mark.parametrize("group_size", [32, 64])
-def test_groups_take_their_scales_when_they_are_reached(group_size):
-    weight, hessian = wide_ranges()
-    represented, scales = gptq_grouped(weight, hessian, largest, on_grid, group_size=group_size)
-    groups = weight.reshape(len(weight), -1, group_size)
-    first = jnp.max(jnp.abs(groups), axis=2) / 7
-    np.testing.assert_allclose(scales[:, 0], first[:, 0], rtol=1e-6)  # Nothing has been rounded in front of it.
-    assert (jnp.abs(scales[:, 1:] / first[:, 1:] - 1) > 1e-4).mean() > 0.9
-    assert_on_grid(represented, scales, group_size)
-    plain = on_grid(weight, jnp.repeat(first, group_size, axis=1))
-    assert output_error(weight, represented, hessian) < 0.6 * output_error(weight, plain, hessian)
-
-
-def test_one_group_of_all_channels_is_no_group():
-    weight, hessian = problem(k=128)
-    scale = largest(weight)
-    represented, _ = gptq_grouped(weight, hessian, largest, on_grid, group_size=128)
-    np.testing.assert_array_equal(represented, gptq(weight, hessian, lambda column, _: on_grid(column, scale)))
-
-
-def assert_on_grid(represented, scales, group_size):
-    codes = represented / jnp.repeat(scales, group_size, axis=1)
-    np.testing.assert_allclose(codes, jnp.round(codes), atol=1e-4)
-    assert jnp.max(jnp.abs(codes)) < 7.001
-
-
 @pytest.mark.parametrize(
-    "settings, complaint",
-    [({"group_size": 48}, "must divide 128"), ({"group_size": 32, "act_order": True}, "static_groups")],
+    "damaged", [lambda h: h - 0.2 * jnp.trace(h) * jnp.eye(200), lambda h: h.at[3, 3].set(jnp.nan)]
 )
-def test_groups_that_do_not_fit_are_refused(settings, complaint):
-    weight, hessian = problem(k=256)
-    with pytest.raises(ValueError, match=complaint):
-        gptq_grouped(weight, hessian, largest, on_grid, **settings)
+def test_a_hessian_that_is_not_positive_definite_gives_nan(damaged):
+    weight, hessian = problem()
+    factored = factorize(damaged(hessian))
+    assert not bool(factored.finite) and bool(factorize(hessian).finite)
+    assert np.isnan(gptq(weight, damaged(hessian), nearest)[:, 1:]).all()
+
+
+def test_least_squares_takes_more_damping_without_the_cross_moments():
+    weight, hessian = problem()
+    cross = hessian + 0.1 * jnp.diag(jnp.arange(200.0))
+    aims = [aim_of(weight, hessian, cross, damping=damping) for damping in (0.01, 0.1)]
+    np.testing.assert_allclose(aim_of_more(aims[0], weight, hessian, damping=0.1), aims[1], rtol=1e-4, atol=1e-2)
+    solution, finite = solve_ridge(hessian, aims[1], damping=0.1)
+    ridge = 0.1 * np.diag(hessian).mean() * np.eye(200)
+    wanted = np.linalg.solve(
+        np.asarray(hessian, np.float64) + ridge, (np.asarray(cross) + ridge) @ np.asarray(weight).T
+    )
+    assert bool(finite)
+    np.testing.assert_allclose(solution, wanted.T, rtol=1e-2, atol=1e-2)

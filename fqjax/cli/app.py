@@ -1,0 +1,80 @@
+"""The command line's application, and what its commands share: arguments, loading, JSON files."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from fqjax.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from fqjax.models.causal_lm import CausalLM
+
+app = typer.Typer(
+    name="fqjax",
+    help="Quantize language models to integers with FlattenQuant, and run them in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+def _in_a_directory(path: Path | None) -> Path | None:
+    """Refuses a file that could not be written, before the work whose result it is to hold."""
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{path}: its directory does not exist")
+    return path
+
+
+Model = Annotated[str, typer.Argument(help="Directory of a Hugging Face or an fqjax checkpoint, or a hub id.")]
+
+KvCache = Annotated[
+    str | None,
+    typer.Option(help="int8 for keys and values as INT8 codes; by default in the model's dtype.", metavar="KIND"),
+]
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write what is printed to this file.", metavar="FILE", callback=_in_a_directory),
+]
+
+
+def known_cache(kind: str | None) -> Literal["int8"] | None:
+    """The kind of cache; an unknown one is refused before a model is loaded."""
+    if kind is None or kind == "int8":
+        return kind
+    raise InputError(f"--kv-cache {kind}: expected int8")
+
+
+def load_model(source: str) -> "CausalLM":
+    """The model of a Hugging Face or an fqjax directory, or of a hub id."""
+    from fqjax.checkpoint.source import Source
+
+    return Source(source).model()
+
+
+def load_with_tokenizer(source: str, *, required: bool = True) -> "tuple[CausalLM, Any]":
+    """The same with its tokenizer, which is None where there is none and none is required."""
+    from fqjax.checkpoint.source import Source
+
+    opened = Source(source)
+    # The tokenizer first: what is wrong with it shows before the weights are read.
+    tokenizer = opened.tokenizer(required=required)
+    return opened.model(), tokenizer
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Writes what ``--json FILE`` asks for, if it was given.
+
+    Raises:
+      InputError: if the file cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None

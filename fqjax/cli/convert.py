@@ -1,0 +1,67 @@
+"""``fqjax convert``: a Hugging Face checkpoint to a quantized Orbax directory."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fqjax.cli.app import app, console
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Hugging Face directory or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Orbax directory to create.")],
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset; 'fqjax schemes' lists them. A checkpoint that is quantized already takes none.",
+            show_default="flattenquant",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text to calibrate on; without it, Python's own documentation.", metavar="FILE")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 64,
+    window: Annotated[int, typer.Option(help="Tokens in a window, BOS among them.")] = 512,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave layers in float whose dotted path this matches; repeatable.", metavar="REGEX"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a field of the preset; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the input, print the plan, change nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+) -> None:
+    """Quantize a Hugging Face checkpoint into an Orbax directory; one in compressed-tensors is converted as it is."""
+    from fqjax.presets import resolve_scheme
+
+    # The scheme is looked at before anything heavy is imported.
+    chosen = resolve_scheme(scheme or "flattenquant").override(settings or [])
+    from fqjax.convert import run as conversion
+
+    made = conversion.plan(
+        conversion.Conversion(
+            source=source,
+            out=out,
+            scheme=chosen,
+            calibration=calibration,
+            samples=samples,
+            window=window,
+            ignore=tuple(ignore or ()),
+            any_scheme=scheme is None and not settings and not ignore,
+        ),
+        dry_run=dry_run,
+    )
+    if dry_run:
+        console.print(conversion.plan_table(made))
+        return
+    if made.batches and calibration is None:
+        console.print("Calibrating on Python's documentation; text like yours serves better: --calibration FILE")
+    report = conversion.convert(made, resume=resume)
+    console.print(report.table())
+    console.print(f"wrote {out} in {report.seconds:.0f} s")

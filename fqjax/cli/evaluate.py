@@ -1,0 +1,34 @@
+"""``fqjax eval``: perplexity on a text."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fqjax.cli.app import JsonFile, KvCache, Model, app, console, known_cache, load_with_tokenizer, write_json
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text to predict.", metavar="FILE")],
+    window: Annotated[int, typer.Option(help="Tokens in a window, BOS among them.")] = 512,
+    windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    kv_cache: KvCache = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure a model's perplexity on a text."""
+    kind = known_cache(kv_cache)
+    from fqjax.data.text import encode, read_text
+    from fqjax.evaluation.perplexity import cut_windows, perplexity
+
+    content = read_text(text)
+    loaded, tokenizer = load_with_tokenizer(model)
+    ids = encode(tokenizer, content)
+    start = time.perf_counter()
+    value = perplexity(loaded, ids, window, windows=windows, kv_cache=kind)
+    tokens = len(cut_windows(ids, window, 0, windows)) * (window - 1)
+    result = {"perplexity": value, "tokens": tokens, "seconds": time.perf_counter() - start}
+    console.print(f"perplexity {value:.4f} over {tokens} tokens, {result['seconds']:.1f} s")
+    write_json(json_file, result)

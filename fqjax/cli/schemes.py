@@ -1,0 +1,23 @@
+"""``fqjax schemes``: the presets, and the schemes of other packages."""
+
+import sys
+
+from fqjax.cli.app import app, console
+
+
+@app.command()
+def schemes() -> None:
+    """List the schemes: what each is, what it costs."""
+    from rich.table import Table
+
+    from fqjax.presets import all_schemes
+    from fqjax.registry import broken
+
+    table = Table()
+    table.add_column("scheme", no_wrap=True)
+    table.add_column("what it is")
+    for scheme in all_schemes().values():
+        table.add_row(scheme.name, scheme.summary)
+    console.print(table)
+    for line in broken("schemes"):
+        print(f"fqjax: {line}", file=sys.stderr)

@@ -1,0 +1,125 @@
+"""Plans with grouped weights, with AWQ's scaling and with folded scales (:class:`fqjax.methods.base.GroupedMethod`)."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32
+
+from fqjax.core.codes import qmax
+from fqjax.core.formats.grouped import Grouped, GroupedGrid
+from fqjax.core.inputs import FLOATING_BITS, Floating, FloatingInput, PerToken, PerTokenInput, StoredInput
+from fqjax.core.integer_scale import fold_scales
+from fqjax.core.layer import LayerInputs, LayerPlan
+from fqjax.core.transforms.diagonal import Diagonal
+from fqjax.methods.base import GroupedMethod
+
+EXPONENTS = tuple(i / 20 for i in range(20))
+SHRINKS = tuple(1 - i / 20 for i in range(11))
+"""What is tried for the largest weight of a group, relative to it."""
+
+
+def formats(
+    method: GroupedMethod, bits: int, scales: Literal["float", "integer", "folded"] = "float"
+) -> tuple[Grouped, type[StoredInput]]:
+    """What is stored of a layer: the weight's format, with scales of some kind, and the quantizer of its input."""
+    form = Grouped(
+        bits=bits,  # pyright: ignore[reportArgumentType]
+        group_size=method.group_size,
+        scales=scales,
+        granularity="tensor" if scales == "float" else "channel",
+    )
+    return form, FloatingInput if activation_bits(method, bits) == FLOATING_BITS else PerTokenInput
+
+
+def activation_bits(method: GroupedMethod, bits: int) -> int:
+    """Bits of the activations of a layer whose weight has ``bits``."""
+    return method.activation_bits if bits == 4 else 8
+
+
+def plans(layer: LayerInputs, method: GroupedMethod, bits: int, *, awq: bool, folded: bool) -> list[LayerPlan]:
+    """The one plan of a layer.
+
+    Args:
+      layer, bits: see :meth:`fqjax.drivers.method.Method.plans`.
+      method: its ``group_size`` and ``activation_bits``.
+      awq: whether input channels are scaled by their activations first.
+      folded: whether scales are integers that are multiplied into the codes.
+    """
+    smoothing = _awq_smoothing(layer, method, bits, folded) if awq else jnp.ones_like(layer.x_max)
+    return [_plan(layer, smoothing, method, bits, SHRINKS, folded)]
+
+
+def _plan(
+    layer: LayerInputs,
+    smoothing: Float32[Array, " k"],
+    method: GroupedMethod,
+    bits: int,
+    shrinks: tuple[float, ...],
+    folded: bool,
+) -> LayerPlan:
+    k = len(smoothing)
+    padding = ((0, 0), (0, -k % method.group_size))  # The last group may have fewer channels.
+    weight, samples = jnp.pad(layer.weight * smoothing, padding), jnp.pad(layer.samples / smoothing, padding)
+    scales = group_scales(weight, samples, method.group_size, bits, shrinks)
+    unit = jnp.float32(1)
+    if folded:
+        scales, unit = fold_scales(weight, scales, jnp.mean(samples**2, axis=0))
+    x_bits = activation_bits(method, bits)
+    form, _ = formats(method, bits, "folded" if folded else "float")
+    return LayerPlan(
+        transform=Diagonal(factors=smoothing),
+        inputs=Floating() if x_bits == FLOATING_BITS else PerToken.of(x_bits),
+        grid=GroupedGrid(scale=unit, group_scale=scales, format=form),
+    )
+
+
+def _awq_smoothing(layer: LayerInputs, method: GroupedMethod, bits: int, folded: bool) -> Float32[Array, " k"]:
+    """The smoothing with the least error of the layer's output on the samples, scales from the largest weight of a group."""
+    exact = layer.samples @ layer.weight.T
+    mean = jnp.mean(jnp.abs(layer.samples), axis=0)
+
+    def smoothing(exponent: Array) -> Float32[Array, " k"]:
+        factors = jnp.maximum(mean**exponent, 1e-4)
+        return factors / jnp.sqrt(jnp.max(factors) * jnp.min(factors))
+
+    def error(exponent: Array) -> Array:
+        plan = _plan(layer, smoothing(exponent), method, bits, (1.0,), folded)
+        return jnp.sum((plan.product(layer.samples, plan.round(layer.weight)) - exact) ** 2)
+
+    exponents = jnp.asarray(EXPONENTS)
+    return smoothing(exponents[jnp.argmin(lax.map(error, exponents))])
+
+
+def group_scales(
+    weight: Float32[Array, "n k"],
+    samples: Float32[Array, "s k"],
+    group_size: int,
+    bits: int,
+    shrinks: tuple[float, ...] = SHRINKS,
+) -> Float32[Array, "groups n"]:
+    """The scale of every group that rounds its weights best, judged by the group's part of the output.
+
+    Args:
+      weight: (N, K), smoothed.
+      samples: rows of the input, smoothed alike.
+      group_size: a divisor of K.
+      bits: 4, with codes from -8 to 7, or 8.
+      shrinks: what is tried, relative to the scale that the group's largest weight asks for.
+    """
+    n, k = weight.shape
+    groups = weight.reshape(n, k // group_size, group_size)
+    parts = samples.reshape(len(samples), k // group_size, group_size)
+    moments = jnp.einsum("sgi,sgj->gij", parts, parts)
+    high = qmax(bits)
+    low = -high - 1 if bits == 4 else -high
+    largest = jnp.max(jnp.abs(groups), axis=-1)
+    whole = jnp.where(largest > 0, largest, 1.0) / (high + 0.5 * (bits == 4))
+
+    def error(shrink: Array) -> Float32[Array, "n groups"]:
+        step = (whole * shrink)[..., None]
+        change = jnp.clip(jnp.round(groups / step), low, high) * step - groups
+        return jnp.einsum("ngi,gij,ngj->ng", change, moments, change)
+
+    best = jnp.argmin(lax.map(error, jnp.asarray(shrinks)), axis=0)
+    return (whole * jnp.asarray(shrinks)[best]).T

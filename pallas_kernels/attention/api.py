@@ -1,0 +1,220 @@
+"""Entry points for attention of one new token a sequence over a cache of keys and values.
+
+The kernel, and what the cache looks like: :mod:`pallas_kernels.attention.triton`; Hopper GPUs have another for INT8 caches,
+:mod:`pallas_kernels.attention.hopper`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int8, Int32
+
+from pallas_kernels.attention.codes import Recipe
+from pallas_kernels.attention.parts import Parts
+from pallas_kernels.attention.triton import cannot_use, reference, run
+from pallas_kernels.matmul.dispatch import NO_GPU, capability, hopper_device, say
+from pallas_kernels.matmul.reference import together
+from pallas_kernels.quantize.dispatch import STEP, Quantization, quantize
+
+Implementation = Literal["mosaic", "triton", "xla"]
+
+
+def decode_attention(
+    qkv: Float[Array, "batch all_heads dim"],
+    keys: Float[Array, "batch capacity kv_heads dim"] | Int8[Array, "batch capacity kv_heads dim"],
+    values: Float[Array, "batch capacity kv_heads dim"] | Int8[Array, "batch capacity kv_heads dim"],
+    lengths: Int32[Array, " batch"],
+    key_scales: Float32[Array, "batch capacity kv_heads"] | None = None,
+    value_scales: Float32[Array, "batch capacity kv_heads"] | None = None,
+    *,
+    rotation: tuple[Float32[Array, "batch half"], Float32[Array, "batch half"]] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "batch heads dim"], tuple[Array, ...]]:
+    """Appends a token to every sequence, and ``softmax(q @ keys.T * scale) @ values`` over what it has then.
+
+    Args:
+      qkv: the new tokens' queries, then keys, then values; neighbouring query heads share a key-value head where there are
+        fewer of those.
+      keys, values: of the cache, in the dtype of ``qkv``, or another floating one, or int8.
+      lengths: positions filled before; the new token goes to the next, or, in a full cache, to the last.
+      key_scales, value_scales: what int8 codes are multiplied with.
+      rotation: cosines and sines that queries and keys are turned by first, pairs taken from the two halves of a head
+        (arXiv 2104.09864).
+      scale: 1 / sqrt(dim) by default.
+      window: only so many of the last positions; None for all.
+      implementation: None takes a kernel where there is one: "mosaic", which is for Hopper GPUs, or "triton", for NVIDIA GPUs
+        of compute capability 8.0 or more; and elsewhere "xla", which looks at the whole capacity.
+
+    Returns:
+      What the queries see, and the arrays of the cache in the order in which they are given.  Queries see the new key and
+      value as the cache holds them.
+
+    Raises:
+      ValueError: if shapes do not fit together, or codes and scales do not come together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    held = keys, values, lengths, key_scales, value_scales
+    return _attend(functools.partial(_whole, qkv.dtype), implementation, qkv, *held, rotation, scale, window)
+
+
+def quantized_decode_attention(
+    qkv: Float[Array, "batch all_heads dim"],
+    keys: Float[Array, "batch capacity kv_heads dim"] | Int8[Array, "batch capacity kv_heads dim"],
+    values: Float[Array, "batch capacity kv_heads dim"] | Int8[Array, "batch capacity kv_heads dim"],
+    lengths: Int32[Array, " batch"],
+    key_scales: Float32[Array, "batch capacity kv_heads"] | None,
+    value_scales: Float32[Array, "batch capacity kv_heads"] | None,
+    multiplier: Float32[Array, " channels"],
+    source: Int32[Array, " e"],
+    part: Int32[Array, " e"],
+    *,
+    qmax: int,
+    per_token: bool = False,
+    rotation: tuple[Float32[Array, "batch half"], Float32[Array, "batch half"]] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Int8[Array, "batch width"], Float32[Array, " batch"] | None, tuple[Array, ...]]:
+    """:func:`decode_attention`, and its output quantized for the layer behind it, in the pass that puts the parts together.
+
+    With fixed scales there need not be such a pass: what one program has found whole, it quantizes itself.
+
+    Args:
+      multiplier, source, part, qmax, per_token: as :func:`pallas_kernels.quantize_normalized` takes them; channels are those
+        of all heads, one after the other.
+
+    Returns:
+      Codes, scales of the rows if each has its own, and the arrays of the cache.
+
+    Raises:
+      ValueError: if shapes do not fit together, or codes and scales do not come together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    channels = (qkv.shape[1] - 2 * keys.shape[2]) * qkv.shape[2]
+    if multiplier.shape != (channels,) or part.shape != source.shape:
+        raise ValueError(
+            f"quantized_decode_attention: {channels} channels need multiplier ({channels},) and part {source.shape}, got "
+            f"{multiplier.shape} and {part.shape}"
+        )
+    kind = Quantization(name="quantize_attended", qmax=qmax, per_token=per_token)
+    finish = functools.partial(_quantized, kind, (multiplier, source, part), implementation)
+    recipe = None if per_token or len(source) % STEP else Recipe(qmax, multiplier, source, part)
+    held = keys, values, lengths, key_scales, value_scales
+    (codes, *scales), written = _attend(finish, implementation, qkv, *held, rotation, scale, window, recipe)
+    return codes, scales[0] if scales else None, written
+
+
+def _attend(
+    finish: Any,
+    implementation: Implementation | None,
+    qkv: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    rotation: tuple[Array, Array] | None,
+    scale: float | None,
+    window: int | None,
+    recipe: Recipe | None = None,
+) -> Any:
+    """What ``finish`` makes of the parts and their sums, and the cache, by the implementation asked for or the fastest."""
+    _check(qkv, keys, values, lengths, key_scales, value_scales, rotation)
+    if implementation not in (None, "mosaic", "triton", "xla"):
+        raise NotImplementedError(f"implementation {implementation!r} is not one of: mosaic, triton, xla")
+    cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
+    operands = qkv, lengths, rotation or (), cache
+    kinds: Any = {"scale": 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale), "window": window}
+
+    def xla(*operands: Any) -> Any:
+        out, cache = reference(*operands, **kinds)
+        return finish(out, None), cache
+
+    if implementation == "xla":
+        return xla(*operands)
+    reasons = {
+        "mosaic": _not_on_hopper(qkv, keys, values),
+        "triton": NO_GPU if capability() < (8, 0) else cannot_use(qkv, keys, values),
+    }
+    used = implementation or next((name for name, why in reasons.items() if why is None), "xla")
+    if why := reasons[used] if implementation else None:
+        raise NotImplementedError(
+            f"decode_attention: implementation {used!r} cannot take qkv {qkv.shape} {qkv.dtype}: {why}"
+        )
+    missed = {"triton": "mosaic", "xla": "triton"}  # What would have been faster.
+    say("decode_attention", (*qkv.shape, keys.shape[1]), used, reasons[missed[used]] or "" if used in missed else "")
+    if used == "xla":
+        return xla(*operands)
+    kernel = functools.partial(_on_hopper if used == "mosaic" else run, **kinds, finish=finish, recipe=recipe)
+    return kernel(*operands) if implementation else lax.platform_dependent(*operands, cuda=kernel, default=xla)
+
+
+def _not_on_hopper(qkv: Array, keys: Array, values: Array) -> str | None:
+    """Why the kernel for Hopper GPUs cannot run here."""
+    if hopper_device() is None:
+        return "this is no Hopper GPU"
+    from pallas_kernels.attention import hopper as attention
+
+    return attention.cannot_use(qkv, keys, values)
+
+
+def _on_hopper(*operands: Any, **kinds: Any) -> Any:
+    from pallas_kernels.attention import hopper as attention
+
+    return attention.run(*operands, **kinds)
+
+
+def _whole(dtype: Any, out: Array, sums: Array | None) -> Array:
+    """(batch, heads, dim) of what the kernel's programs have found: (batch, kv_heads, parts, group, dim)."""
+    out = out if sums is None else together(out, sums)
+    return out.reshape(len(out), -1, out.shape[-1]).astype(dtype)
+
+
+def _quantized(
+    kind: Quantization, recipe: Sequence[Array], implementation: Any, out: Array, sums: Array | None
+) -> tuple[Array, ...]:
+    """Codes of that, (batch, channels), and their scales."""
+    by = None if implementation == "mosaic" else implementation  # It is another kernel's.
+    if sums is None:
+        return quantize(kind, by)(out.reshape(len(out), -1), *recipe)
+    kind = dataclasses.replace(kind, parts=Parts(*out.shape[2:]))
+    return quantize(kind, by)(out.reshape(len(out), -1), sums.reshape(len(out), -1), *recipe)
+
+
+def _check(
+    qkv: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    rotation: tuple[Array, Array] | None,
+) -> None:
+    heads = qkv.shape[1] - 2 * keys.shape[2] if qkv.ndim == 3 and keys.ndim == 4 else 0
+    if heads < 1 or keys.shape[::3] != qkv.shape[::2] or heads % keys.shape[2]:
+        raise ValueError(
+            f"decode_attention: qkv (batch, heads + 2 kv_heads, dim) and keys (batch, capacity, kv_heads, dim) do not fit "
+            f"together: {qkv.shape} and {keys.shape}"
+        )
+    if values.shape != keys.shape or lengths.shape != qkv.shape[:1]:
+        raise ValueError(
+            f"decode_attention: keys {keys.shape} need values of that shape and lengths {qkv.shape[:1]}, got {values.shape} "
+            f"and {lengths.shape}"
+        )
+    for part in rotation or ():
+        if part.shape != (wanted := (qkv.shape[0], qkv.shape[2] // 2)):
+            raise ValueError(f"decode_attention: rotation must be two arrays {wanted}, got one of {part.shape}")
+    for name, operand, scales in (("key", keys, key_scales), ("value", values, value_scales)):
+        if (operand.dtype == jnp.int8) != (scales is not None):
+            raise ValueError(f"decode_attention: {name}s are {operand.dtype}; int8 codes and scales come together")
+        if scales is not None and scales.shape != keys.shape[:3]:
+            raise ValueError(f"decode_attention: {name}_scales must be {keys.shape[:3]}, got {scales.shape}")
+    if keys.dtype != values.dtype:
+        raise ValueError(f"decode_attention: keys are {keys.dtype} and values {values.dtype}; expected one dtype")

@@ -1,0 +1,161 @@
+"""Attention of one new token a sequence over INT8 codes, a warp at a time, for Hopper GPUs.
+
+It is what :mod:`pallas_kernels.attention.triton` computes, cut up otherwise: every warp looks at every so many-th tile of 16
+positions and has an online softmax of its own, and the warps of a unit, which has a key-value head of a sequence or a share
+of it, put together what they found.  What a unit does: :mod:`pallas_kernels.attention.hopper_unit`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels.attention.codes import Recipe
+from pallas_kernels.attention.hopper_memory import MOST_GROUP, TILE, shared_words
+from pallas_kernels.attention.hopper_unit import Unit
+from pallas_kernels.attention.triton import PROGRAMS, Problem
+from pallas_kernels.mosaic.compat import kernel_in_place, plgpu
+from pallas_kernels.mosaic.lanes import Lanes
+
+DIMS = (64, 128)
+"""Sizes of a head that there are."""
+MOST_EXTRA = 1024
+"""Channels that large ones continue in, for which a CTA has shared memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How the work is cut up.
+
+    Attributes:
+      splits: units that share a key-value head of a sequence.
+      warps: of a unit, 4, 8 or 16.
+      units: of a CTA, which has nothing else in common; warps * units is at most 16.  With 16 warps none of them gets more
+        than 128 registers, with which as many as can be are on a multiprocessor at once.
+    """
+
+    splits: int = 1
+    warps: int = 4
+    units: int = 1
+
+    def __post_init__(self) -> None:
+        if (
+            self.splits < 1
+            or self.warps not in (4, 8, 16)
+            or self.units not in (1, 2, 4)
+            or self.warps * self.units > 16
+        ):
+            raise ValueError(f"Cut: warps must be 4, 8 or 16, and with units (1, 2, 4) 16 at most, got {self}")
+
+    def programs(self, heads: int, capacity: int) -> int:
+        """For each key-value head of each sequence."""
+        del heads, capacity
+        return self.splits
+
+
+def best_cut(heads: int, capacity: int) -> Cut:
+    """The fastest of those tried on an H200 in November 2026; ``scripts/tune_decoding.py`` tries them again.
+
+    Args:
+      heads: key-value heads of all sequences together.
+      capacity: of the cache.
+    """
+    if heads <= PROGRAMS:
+        return Cut(splits=max(1, min(PROGRAMS // heads, -(-capacity // (8 * TILE)))), warps=8)
+    if heads <= 3 * PROGRAMS:  # So many CTAs of 4 warps are on the GPU at once.
+        return Cut(warps=4)
+    return Cut(warps=4, units=math.gcd(heads, 4))
+
+
+def cannot_use(qkv: Any, keys: Any, values: Any) -> str | None:
+    """Why the kernel cannot take these operands; None if it can."""
+    dim, group = qkv.shape[2], qkv.shape[1] // keys.shape[2] - 2
+    if qkv.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"qkv is {qkv.dtype}, not bfloat16 or float16"
+    for name, operand in (("keys", keys), ("values", values)):
+        if operand.dtype != jnp.int8:
+            return f"{name} are {operand.dtype}, not int8"
+    if dim not in DIMS:
+        return f"head_dim is {dim}, not one of {DIMS}"
+    if group > MOST_GROUP:
+        return f"{group} heads share a key-value head, more than {MOST_GROUP}"
+    if max(2 * math.prod(qkv.shape), math.prod(keys.shape)) >= 2**31:
+        return "an operand has 2^31 bytes or more"
+    return None
+
+
+def run(
+    qkv: Array,
+    lengths: Array,
+    rotation: Sequence[Array],
+    cache: Sequence[Array],
+    *,
+    scale: float,
+    window: int | None,
+    finish: Callable[[Array, Array | None], Any],
+    recipe: Recipe | None = None,
+    cut: Cut | None = None,
+) -> tuple[Any, tuple[Array, ...]]:
+    """The kernel, and what puts together the parts; everything as :func:`pallas_kernels.attention.triton.run` takes it."""
+    cut = cut or best_cut(len(qkv) * cache[0].shape[2], cache[0].shape[1])
+    p = Problem.of(qkv, rotation, cache, scale, window, cut)
+    if recipe is not None and p.splits == 1 and len(recipe.source) <= MOST_EXTRA:
+        p = p.quantizing(recipe)
+    how = recipe[1 : 4 if p.extra else 2] if recipe is not None and p.qmax else ()
+    results = jax.custom_batching.sequential_vmap(build(p))(lengths, qkv, *rotation, *cache, *how)
+    written, (first, *rest) = tuple(results[:4]), results[4:]
+    return (first,) if p.qmax else finish(first, rest[0] if rest else None), written
+
+
+def build(p: Problem) -> Any:
+    """The kernel: a function of lengths, qkv, the rotation's two if there is one, the cache's four arrays, and a recipe's.
+
+    It gives the cache's arrays, with the new tokens; then what it found, (batch, kv_heads, splits, group, dim), and the
+    logarithms of the sums if there are several splits; or, with a recipe, the codes.
+
+    Args:
+      p: whose cut is a :class:`Cut`.
+
+    Raises:
+      ValueError: if the units do not fill CTAs.
+    """
+    if p.batch * p.kv_heads * p.splits % p.cut.units:
+        raise ValueError(f"{p.cut}: {p.batch * p.kv_heads * p.splits} units do not fill CTAs")
+    shape = (p.batch, p.capacity, p.kv_heads, p.dim)
+    cache = [jax.ShapeDtypeStruct(shape, jnp.int8)] * 2 + [jax.ShapeDtypeStruct(shape[:3], jnp.float32)] * 2
+    parts = (p.batch, p.kv_heads, p.splits, p.group)
+    if p.qmax:
+        found = [jax.ShapeDtypeStruct((p.batch, p.kv_heads * p.group * p.dim + p.extra), jnp.int8)]
+    elif p.splits > 1:
+        found = [jax.ShapeDtypeStruct((*parts, p.dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
+    else:
+        found = [jax.ShapeDtypeStruct((*parts, p.dim), p.dtype)]
+    first = 2 + 2 * p.rotates  # of the cache among the operands
+    inputs = first + 4 + ((3 if p.extra else 1) if p.qmax else 0)
+
+    def decode_attention(*refs: Any, **scratch: Any) -> None:
+        names = list(scratch)
+
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (len(refs) + len(names)), plgpu.Layout.WG_SPLAT(())))
+        def emit(ctx: Any, *given: Any) -> None:
+            del ctx
+            lanes, (*memory, cta) = Lanes(), given
+            shared = dict(zip(names, memory[len(refs) :], strict=True))
+            Unit(lanes, p, lanes.place(cta), memory[:inputs], memory[inputs : len(refs)], shared).run()
+
+        emit(*refs, *scratch.values(), lax.axis_index("cta"))
+
+    return kernel_in_place(
+        decode_attention,
+        out_type=[*cache, *found],
+        aliases={first + i: i for i in range(4)},
+        scratch_types={name: plgpu.SMEM((size * p.cut.units,), jnp.int32) for name, size in shared_words(p).items()},
+        grid=(p.batch * p.kv_heads * p.splits // p.cut.units,),
+        grid_names=("cta",),
+        num_threads=p.cut.warps * p.cut.units // 4,
+    )

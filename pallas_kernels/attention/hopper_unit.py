@@ -1,0 +1,368 @@
+"""What a unit of warps does in attention over INT8 codes (:mod:`pallas_kernels.attention.hopper`).
+
+First the warps turn and quantize the queries, the new key and the new value, a row each.  Then nothing is shared until the
+end, when they put together through shared memory what each has found.  What lanes load of the cache, 16 bytes each, is what
+the tensor cores want of them, so that keys and values never change their lane:
+
+* Scores are ``q @ keys.T`` in integers.  The queries' codes of 15 bits lie as two int8 codes in the upper and lower eight
+  rows of the left operand.  Which channel is which of a product's is free, so a lane takes neighbouring ones of a row.
+* The output is found transposed, ``values.T @ weights.T``, since what a lane has of the scores is then what it needs of the
+  weights.  Values become float16, exactly, two positions a word.
+* A value's scale goes into the weight's exponent, as its logarithm: weights are at most 1, and float16 holds them well
+  whatever the scales are.  The weights without it are added up beside them.
+
+A tile's keys are fetched as soon as those before are used, and so are its values: while a warp computes, the next tile is on
+its way.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.attention.hopper_memory import MOST_GROUP, PITCH, TILE, Memory
+from pallas_kernels.attention.triton import LOW, LOWEST
+from pallas_kernels.matmul import reference
+
+LEAST_SCALE = 1e-30
+"""Below every value's scale: its logarithm is finite."""
+LOG2_E = math.log2(math.e)
+
+
+class Unit(Memory):
+    """A unit's work."""
+
+    def run(self) -> None:
+        """All of it."""
+        p, o = self.p, self.o
+        # What is needed first is asked for first: tiles are so many bytes that what comes behind them waits.
+        (self.length,) = o.load(self.lengths, self.batch * 4)
+        angles, rows, extra = self._angles(), self._new_rows(), self._extra_channels()
+        self.oldest, begin = None, o.constant(0)
+        if p.window is not None:  # Otherwise the first tile is known before the length is.
+            self.oldest = o.maximum(self.length + (1 - p.window), o.constant(0))
+            begin = self.oldest // TILE
+        last = o.constant(p.capacity - 1)
+        fetched = [*self._keys(begin + self.number, last), *self._values(begin + self.number, last)]
+        self._keep_extra_channels(extra)
+        queries = self._prepare(angles, rows)
+        self._synchronize()
+        self._see_new_token(queries)
+        # Where there are no registers to keep the queries in, they are read again for each tile.
+        query = self._query() if p.cut.warps * p.cut.units < 16 else None
+        count = (self.length + (TILE - 1)) // TILE - begin - self.number
+        turns = o.maximum(count + (self.warps - 1), o.constant(0)) // self.warps
+        last = o.maximum(self.length - 1, o.constant(0))
+
+        def turn(i: Any, carry: list[Any]) -> list[Any]:
+            tile = begin + self.number + i * self.warps
+            return self._tile(tile, last, query or self._query(), carry)
+
+        nothing = [o.constant(LOWEST), *[o.constant(0.0)] * (1 + p.dim // 4)]
+        found = o.repeat(turns, turn, [*nothing, *fetched])[: len(nothing)]
+        multipliers = self._multipliers()
+        self._leave(found)
+        self._synchronize()
+        self._finish(*multipliers)
+
+    # What is new: queries, and a key and a value.
+
+    def _prepare(self, angles: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Turns and quantizes what is new; and writes the new token into the cache.
+
+        Returns:
+          The real values of the queries that the warp had, one round after the other.
+        """
+        p, o, tasks, queries = self.p, self.o, self.p.group + 2, []
+        for first, words in zip(range(0, tasks, p.cut.warps), rows, strict=True):
+            task = self.warp + first
+            is_query, is_value = task < p.group, task > p.group
+            halves = [o.unpair(p.dtype, word) for word in words]
+            x = [*halves[0], *halves[1]]
+            if p.rotates:
+                x = self._turned(x, angles, is_value)
+            limit = o.select(is_query, o.constant(127.0 * LOW), o.constant(127.0))
+            largest = self._largest(x)
+            inverse = o.reciprocal(largest) * limit
+            size = largest * o.select(is_query, o.constant(1 / 127 / LOW), o.constant(1 / 127))
+            whole = [o.rounded(value * inverse) for value in x]
+            upper = [o.select(is_query, (value + LOW // 2) >> 7, value) for value in whole]
+            lower = [value - (high << 7) for value, high in zip(whole, upper, strict=True)]
+            with self._only(None if first + p.cut.warps <= tasks else task < tasks):
+                self._keep(task, upper, lower)
+                with o.when(self.lane < 1):
+                    self._keep_shared("sizes", task, size)
+            with o.when((task >= p.group) & (task < tasks)):
+                self._append(is_value, task, upper, size)
+            queries.append(x)
+        return queries
+
+    def _turned(self, x: Sequence[Any], angles: Sequence[Any], is_value: Any) -> list[Any]:
+        """Channels of both halves, turned by their position if they are not a value's; as their dtype holds them."""
+        o = self.o
+        cos = [o.select(is_value, o.constant(1.0), a) for a in angles[0]]
+        sin = [o.select(is_value, o.constant(0.0), a) for a in angles[1]]
+        ahead = [x[i] * cos[i] - x[2 + i] * sin[i] for i in range(2)]
+        behind = [x[2 + i] * cos[i] + x[i] * sin[i] for i in range(2)]
+        return self._rounded(ahead + behind)
+
+    def _rounded(self, values: Sequence[Any]) -> list[Any]:
+        """As the dtype of queries holds them."""
+        o, dtype = self.o, self.p.dtype
+        return [x for i in range(0, len(values), 2) for x in o.unpair(dtype, o.pair(dtype, *values[i : i + 2]))]
+
+    def _largest(self, values: Sequence[Any]) -> Any:
+        """The largest magnitude that a warp has."""
+        o = self.o
+        largest = functools.reduce(o.maximum, [o.maximum(x, 0 - x) for x in values])
+        for distance in (1, 2, 4, 8, 16):
+            largest = o.maximum(largest, o.across(largest, distance))
+        return o.maximum(largest, o.constant(1e-8))
+
+    def _keep(self, task: Any, upper: Sequence[Any], lower: Sequence[Any]) -> None:
+        """Leaves codes in shared memory: all upper ones, a row after the other, then all lower ones."""
+        p = self.p
+        for i, codes in enumerate((upper, lower)):
+            for half in range(2):
+                at = ((task + i * (p.group + 2)) * p.dim + self._pair()) + half * p.dim // 2
+                self._keep_shared("codes", at, self._two(codes[2 * half : 2 * half + 2]), nbytes=2)
+
+    def _two(self, codes: Sequence[Any]) -> Any:
+        return self.o.bytes_of(codes[0], codes[1], 0x0040)
+
+    def _append(self, is_value: Any, task: Any, codes: Sequence[Any], size: Any) -> None:
+        """Writes the new key or value into the cache, and its codes as real numbers into shared memory."""
+        o, p = self.o, self.p
+        for i, code in enumerate(codes):
+            at = (task - p.group) * p.dim + self._pair() + (i % 2 + i // 2 * (p.dim // 2))
+            self._keep_shared("new", at, o.real(code))
+        place = self._cached(o.minimum(self.length, o.constant(p.capacity - 1)), 1)
+        for kind, condition in enumerate((task < p.group + 1, is_value)):
+            with o.when(condition & (self.split < 1)):
+                for half in range(2):
+                    to = place * p.dim + self._pair() + half * p.dim // 2
+                    o.store(self.written[kind], to, self._two(codes[2 * half : 2 * half + 2]), nbytes=2)
+                with o.when(self.lane < 1):
+                    o.store(self.written[2 + kind], place * 4, size)
+
+    def _see_new_token(self, queries: Sequence[Sequence[Any]]) -> None:
+        """What queries see in the new token, as the cache holds it: statistics behind those of the warps."""
+        o, p = self.o, self.p
+        key_size, value_size = (o.as_real(self._shared("sizes", o.constant(p.group + i))[0]) for i in range(2))
+        channels = [self._pair() + (i % 2 + i // 2 * (p.dim // 2)) for i in range(4)]
+        key = [o.as_real(self._shared("new", at)[0]) for at in channels]
+        leads = self.split < 1
+        for turn, x in enumerate(queries):
+            score = functools.reduce(lambda a, b: a + b, [a * b for a, b in zip(x, key, strict=True)])
+            for distance in (1, 2, 4, 8, 16)[: 3 + p.dim // 64]:
+                score = score + o.across(score, distance)
+            score = score * (key_size * (p.scale * LOG2_E)) + o.log2(value_size)
+            task = self.warp + turn * p.cut.warps
+            with o.when((task < p.group) & (self.lane < 1)):
+                at = task + p.cut.warps * 2 * MOST_GROUP
+                best = o.select(leads, score, o.constant(LOWEST))
+                total = o.select(leads, o.reciprocal(value_size), o.constant(0.0))
+                self._keep_shared("statistics", at, best)
+                self._keep_shared("statistics", at + MOST_GROUP, total)
+
+    def _query(self) -> dict[str, Any]:
+        """The left operand's fragments, and what a product of codes counts."""
+        p, o, each = self.p, self.o, self.piece // 4
+        task = o.minimum(self.row, o.constant(p.group - 1))
+        high, low = [], []
+        for i, words in enumerate((high, low)):
+            for half in range(2):
+                at = (task + i * (p.group + 2)) * (p.dim // 4) + self.column * each + half * p.dim // 8
+                words += self._shared("codes", at, each)
+        fragments = [(high[i], low[i], high[i + 1], low[i + 1]) for i in range(0, len(high), 2)]
+        (size,) = self._shared("sizes", task)
+        return {"fragments": fragments, "factor": o.as_real(size) * (p.scale * LOG2_E)}
+
+    # The tiles.
+
+    def _tile(self, tile: Any, last: Any, query: dict[str, Any], carry: Sequence[Any]) -> list[Any]:
+        """A tile's share, and the next one on its way."""
+        p, o = self.p, self.o
+        count = p.dim // 4
+        best, total, *rest = carry
+        outputs, rest = rest[:count], rest[count:]
+        *keys, key_scale, value_scale = rest[: p.dim // 8 + 2]
+        values = rest[p.dim // 8 + 2 :]
+        products = self._products(query["fragments"], keys)
+        fetched = self._keys(tile + self.warps, last)
+        columns = [self.column * 2 + i for i in (0, 1, 8, 9)]
+        key_scale, value_scale = o.as_real(key_scale), o.as_real(value_scale)
+        exponent = o.log2(o.maximum(value_scale, o.constant(LEAST_SCALE)))
+        scores, raised = [], []
+        for product, at in zip(products, columns, strict=True):
+            score = o.real(product) * (query["factor"] * o.shuffle(key_scale, at))
+            position = tile * TILE + at
+            visible = last >= position
+            if self.oldest is not None:
+                visible = visible & (position >= self.oldest)
+            scores.append(o.select(visible, score, o.constant(LOWEST)))
+            raised.append(scores[-1] + o.shuffle(exponent, at))
+        higher = functools.reduce(o.maximum, raised)
+        for distance in (1, 2):
+            higher = o.maximum(higher, o.across(higher, distance))
+        higher = o.maximum(higher, best)
+        kept = o.exp2(best - higher)
+        weights = [o.exp2(x - higher) for x in raised]
+        total = total * kept + functools.reduce(lambda a, b: a + b, [o.exp2(x - higher) for x in scores])
+        # A row of scores is a column of outputs.
+        shares = [o.shuffle(kept, self.column * 8 + i) for i in (0, 4)]
+        outputs = [x * shares[i % 2] for i, x in enumerate(outputs)]
+        halves = [o.pair(jnp.float16, *weights[i : i + 2]) for i in (0, 2)]
+        outputs = self._added(outputs, values, halves)
+        return [higher, total, *outputs, *fetched, *self._values(tile + self.warps, last)]
+
+    def _products(self, fragments: Sequence[Any], keys: Sequence[Any]) -> list[Any]:
+        """Of queries and keys: of the lane's row, for positions 0, 1, 8 and 9 of its column."""
+        o, found, each = self.o, [], self.p.dim // 16
+        for words in (keys[:each], keys[each:]):
+            sums = [o.constant(0)] * 4
+            for i, fragment in enumerate(fragments):
+                sums = o.multiply_codes(sums, fragment, words[2 * i : 2 * i + 2])
+            found += [(sums[i] << 7) + sums[i + 2] for i in range(2)]
+        return found
+
+    def _added(self, outputs: Sequence[Any], values: Sequence[Any], weights: Sequence[Any]) -> list[Any]:
+        """Outputs with a tile's values, each times its weight."""
+        o, found, each = self.o, [], self.piece // 4
+        flipped = [word ^ -0x7F7F7F80 for word in values]  # Codes plus 128.
+        positions = [flipped[i * each : (i + 1) * each] for i in range(4)]
+        for word in range(each):
+            pairs = []  # Of positions 0 and 1, and of 8 and 9: four channels' codes of both.
+            for one, other in (positions[:2], positions[2:]):
+                mixed = [o.bytes_of(one[word], other[word], selector) for selector in (0x5140, 0x7362)]
+                # The bits 0x6400 + u are 1024 + u in float16, less 1152.
+                biased = [
+                    o.bytes_of(two, o.constant(0x64646464), selector) for two in mixed for selector in (0x4140, 0x4342)
+                ]
+                pairs.append([o.minus_halves(x, 0x64806480) for x in biased])
+            for channel in (0, 2):
+                fragment = [pair[channel + i] for pair in pairs for i in range(2)]
+                at = 4 * (2 * word + channel // 2)
+                found += o.multiply_halves(outputs[at : at + 4], fragment, weights)
+        return found
+
+    # The end.
+
+    def _leave(self, carry: Sequence[Any]) -> None:
+        """A warp's part, for all warps to see."""
+        o, p = self.o, self.p
+        best, total, *outputs = carry
+        for distance in (1, 2):
+            total = total + o.across(total, distance)
+        for i, x in enumerate(outputs):
+            self._keep_shared("sums", (self.warp * (p.dim // 4) + i) * PITCH + self.lane, x)
+        with o.when(self.column < 1):
+            at = self.warp * (2 * MOST_GROUP) + self.row
+            self._keep_shared("statistics", at, best)
+            self._keep_shared("statistics", at + MOST_GROUP, total)
+
+    def _together(self, query: Any, channel: Any) -> tuple[Any, Any]:
+        """An output, and the logarithm of its sum to the base of 2."""
+        o, p = self.o, self.p
+        row, inside = channel // self.piece, channel % self.piece
+        register = (inside << 1) + (query & 1)
+        lane = row * 4 + (query >> 1)
+
+        def real(name: str, index: Any) -> Any:
+            return o.as_real(self._shared(name, index)[0])
+
+        statistics = [query + warp * 2 * MOST_GROUP for warp in range(p.cut.warps + 1)]
+        best = [real("statistics", at) for at in statistics]
+        highest = functools.reduce(o.maximum, best)
+        shares = [o.exp2(x - highest) for x in best]
+        sums = [real("sums", (register + warp * (p.dim // 4)) * PITCH + lane) for warp in range(p.cut.warps)]
+        sums.append(real("new", channel + p.dim))
+        total = output = o.constant(0.0)
+        for at, share, found in zip(statistics, shares, sums, strict=True):
+            total = total + real("statistics", at + MOST_GROUP) * share
+            output = output + found * share
+        there = total > 0.0
+        output = output * o.reciprocal(o.select(there, total, o.constant(1.0)))
+        log_sum = o.select(there, highest + o.log2(o.select(there, total, o.constant(1.0))), o.constant(-math.inf))
+        return output, log_sum
+
+    def _finish(self, multipliers: Sequence[Any], beyond: Sequence[Any]) -> None:
+        """Writes what all warps found."""
+        o, p = self.o, self.p
+        channels = p.group * p.dim
+        for i, (number, there) in enumerate(self._dealt(channels)):
+            at = number if there is None else o.minimum(number, o.constant(channels - 1))
+            query, channel = at // p.dim, at % p.dim
+            output, log_sum = self._together(query, channel)
+            with self._only(there):
+                if p.qmax:
+                    self._write_code(at, output, multipliers[i])
+                    continue
+                part = (self.batch * p.kv_heads + self.head) * p.splits + self.split
+                if p.splits == 1:
+                    word = o.pair(p.dtype, output, output)
+                    o.store(self.found[0], (part * channels + at) * 2, word, nbytes=2)
+                    continue
+                o.store(self.found[0], (part * channels + at) * 4, output)
+                with o.when(channel < 1):
+                    o.store(self.found[1], (part * p.group + query) * 4, log_sum * math.log(2))
+        if p.extra:
+            self._synchronize()
+            self._write_extra(beyond)
+
+    # Codes.
+
+    def _multipliers(self) -> tuple[list[Any], list[Any]]:
+        """Of this thread's channels, and of what its extra ones continue; read when there are registers again."""
+        o, p = self.o, self.p
+        if not p.qmax:
+            return [], []
+        channels = p.group * p.dim
+        places = [
+            self.head * channels + o.minimum(number, o.constant(channels - 1)) for number, _ in self._dealt(channels)
+        ]
+        sources = [
+            self._shared("extra", o.minimum(number, o.constant(p.extra - 1)))[0] for number, _ in self._dealt(p.extra)
+        ]
+        own, beyond = ([o.as_real(o.load(self.recipe[0], at * 4)[0]) for at in some] for some in (places, sources))
+        return own, beyond
+
+    def _between(self, x: Any, low: float, high: float) -> Any:
+        return self.o.maximum(self.o.minimum(x, self.o.constant(high)), self.o.constant(low))
+
+    def _code(self, output: Any, multiplier: Any) -> Any:
+        """Of an output as its dtype holds it, at most 16 bits."""
+        limit = float(reference.LARGEST_CODE)
+        return self.o.rounded(self._between(self._rounded([output, output])[0] * multiplier, -limit, limit))
+
+    def _write_code(self, at: Any, output: Any, multiplier: Any) -> None:
+        o, p = self.o, self.p
+        code = self._code(output, multiplier)
+        if p.extra:
+            self._keep_shared("outputs", at, output)
+        to = self._coded(self.head * (p.group * p.dim) + at)
+        o.store(self.found[0], to, self._between(code, -p.qmax, p.qmax), nbytes=1)
+
+    def _coded(self, channel: Any) -> Any:
+        """Where a code goes."""
+        return self.batch * (self.p.kv_heads * self.p.group * self.p.dim + self.p.extra) + channel
+
+    def _write_extra(self, multipliers: Sequence[Any]) -> None:
+        """The extra channels that continue this head's."""
+        o, p = self.o, self.p
+        channels = p.group * p.dim
+        for (number, there), multiplier in zip(self._dealt(p.extra), multipliers, strict=True):
+            with self._only(there):
+                source, part = (self._shared("extra", number + i * p.extra)[0] for i in range(2))
+                source = source - self.head * channels
+                own = (source >= 0) & (source < channels)
+                output = o.as_real(self._shared("outputs", self._between(source, 0, channels - 1))[0])
+                code = self._code(output, multiplier)
+                full = o.minimum(part, o.constant(reference.LARGEST_CODE)) * p.qmax
+                beyond = self._between(o.maximum(code, 0 - code) - full, 0, p.qmax)
+                beyond = o.select(code < 0, 0 - beyond, beyond)
+                with o.when(own):
+                    to = self._coded(number + p.kv_heads * channels)
+                    o.store(self.found[0], to, beyond, nbytes=1)

@@ -1,0 +1,190 @@
+"""The entry points of the integer matmuls, on plain arrays.
+
+Every function takes ``implementation``: None picks the fastest one that supports the call on this device, a name asks for
+that one and raises ``NotImplementedError`` if it cannot take the case.  All implementations give the same bits as
+:mod:`pallas_kernels.matmul.reference`, but where floats are added up: over groups with float scales, and in
+:func:`weight_only_int4_matmul`.  All work under ``jit``, ``vmap`` and ``shard_map``.
+
+  "mosaic"  kernels written in Pallas Mosaic GPU, for NVIDIA Hopper (:mod:`pallas_kernels.matmul.hopper`)
+  "xla"     the reference, compiled by XLA, for any device
+
+Codes are integers, so no function here has a gradient; differentiating raises ``NotImplementedError``.
+"""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8
+
+from pallas_kernels.matmul.dispatch import Implementation, Matmul, hopper_device, matmul, problem
+from pallas_kernels.matmul.operands import checked_operands
+
+
+def int8_matmul(
+    x: Int8[Array, "*rows k"],
+    weight: Int8[Array, "n k"],
+    x_scale: Float32[Array, "..."],
+    weight_scale: Float32[Array, "..."],
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Array:
+    """Multiplies int8 codes, accumulates in int32, scales once at the end.
+
+    Args:
+      x: activation codes, (..., k).
+      weight: weight codes, (n, k): output channels first, input channels contiguous.
+      x_scale: float32 scalar, or one per row, shape ``x.shape[:-1]``.
+      weight_scale: float32 scalar, or one per output channel, shape (n,).
+      bias: optional, (n,), added in float32 before the cast.
+      out_dtype: a floating dtype, or int32 for the bare accumulator (scales and bias are then ignored).
+      implementation: None, "mosaic" or "xla".
+
+    Returns:
+      ``cast(int32(x @ weight.T) * (x_scale * weight_scale) + bias)``, shape (..., n).
+
+    Raises:
+      ValueError: if shapes do not fit together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    kind = Matmul(bits=8, out_dtype=jnp.dtype(out_dtype))
+    return _matmul(kind, x, weight, x_scale, weight_scale, None, bias, implementation)
+
+
+def int4_matmul(
+    x: Int8[Array, "*rows k"],
+    packed: Int8[Array, "n half"],
+    x_scale: Float32[Array, "..."],
+    weight_scale: Float32[Array, "..."],
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Array:
+    """:func:`int8_matmul` with 4-bit weight codes, two to a byte as :func:`pallas_kernels.pack_int4` packs them.
+
+    ``packed`` has shape (n, k / 2) with k a multiple of 256; everything else is as in :func:`int8_matmul`.
+    """
+    kind = Matmul(bits=4, out_dtype=jnp.dtype(out_dtype))
+    return _matmul(kind, x, packed, x_scale, weight_scale, None, bias, implementation)
+
+
+def grouped_int8_matmul(
+    x: Int8[Array, "*rows k"],
+    weight: Int8[Array, "n k"],
+    x_scale: Float32[Array, "..."],
+    group_scale: Int[Array, "groups n"] | Float32[Array, "groups n"],
+    weight_scale: Float32[Array, "..."] | float = 1.0,
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    folded: bool = False,
+    implementation: Implementation | None = None,
+) -> Array:
+    """Multiplies int8 codes whose weights have a scale for every output channel and every group of input channels.
+
+    Args:
+      x: activation codes, (..., k).
+      weight: weight codes, (n, k).
+      x_scale: float32 scalar, or one per row, shape ``x.shape[:-1]``.
+      group_scale: (groups, n); a group is k / groups neighbouring channels.  int32 or int16 scales keep the sum over the
+        groups in int32 (Integer Scale, arXiv 2405.14597); whoever makes them sees to it that neither the sum nor, with
+        4-bit codes, 16 times the sum can overflow (:func:`fqjax.core.integer_scale.scaled_bound`).  With float32 scales
+        every group's product is converted.
+      weight_scale: what all of it is multiplied with besides: float32 scalar, such as 1 / amplifier, or one per output
+        channel, (n,).
+      bias, out_dtype: as for :func:`int8_matmul`.
+      folded: promises that the scales are integers and that every code times its scale fits into int8 (scales from 1 to 15
+        for 4-bit codes).  The result is the same, but codes may be multiplied with their scales first, after which the
+        matmul need not know of groups.
+      implementation: None, "mosaic" (4-bit codes in groups of 128) or "xla".
+
+    Returns:
+      ``cast(sum_g(group_scale[g] * int32(x_g @ weight_g.T)) * (x_scale * weight_scale) + bias)``, shape (..., n).
+
+    Raises:
+      ValueError: if shapes do not fit together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    kind = Matmul(bits=8, grouped=True, folded=folded, out_dtype=jnp.dtype(out_dtype))
+    return _matmul(kind, x, weight, x_scale, weight_scale, group_scale, bias, implementation)
+
+
+def grouped_int4_matmul(
+    x: Int8[Array, "*rows k"],
+    packed: Int8[Array, "n half"],
+    x_scale: Float32[Array, "..."],
+    group_scale: Int[Array, "groups n"] | Float32[Array, "groups n"],
+    weight_scale: Float32[Array, "..."] | float = 1.0,
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    folded: bool = False,
+    implementation: Implementation | None = None,
+) -> Array:
+    """:func:`grouped_int8_matmul` with 4-bit weight codes, two to a byte as :func:`pallas_kernels.pack_int4` packs them."""
+    kind = Matmul(bits=4, grouped=True, folded=folded, out_dtype=jnp.dtype(out_dtype))
+    return _matmul(kind, x, packed, x_scale, weight_scale, group_scale, bias, implementation)
+
+
+def weight_only_int4_matmul(
+    x: Float[Array, "*rows k"],
+    packed: Int8[Array, "n half"],
+    group_scale: Float32[Array, "groups n"],
+    weight_scale: Float32[Array, "..."] | float = 1.0,
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Array:
+    """Multiplies real activations with 4-bit weight codes that have a scale for every group of input channels (W4A16).
+
+    Args:
+      x: activations, (..., k), of a floating dtype.
+      packed: weight codes, (n, k / 2), as :func:`pallas_kernels.pack_int4` packs them.
+      group_scale: (groups, n); a group is k / groups neighbouring channels.
+      weight_scale: what all of it is multiplied with besides: float32 scalar, or one per output channel, (n,).
+      bias, out_dtype: as for :func:`int8_matmul`; ``out_dtype`` is a floating one.
+      implementation: None, "mosaic" (bfloat16 activations, groups of 128) or "xla".  XLA's weights are rounded to the dtype
+        of ``x``; the kernel multiplies codes, which are exact, and applies the scales to the sums.
+
+    Returns:
+      ``cast(sum_g(group_scale[g] * (x_g @ codes_g.T)) * weight_scale + bias)``, shape (..., n).
+
+    Raises:
+      ValueError: if shapes do not fit together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    kind = Matmul(bits=4, grouped=True, weight_only=True, out_dtype=jnp.dtype(out_dtype))
+    return _matmul(kind, x, packed, jnp.float32(1), weight_scale, group_scale, bias, implementation)
+
+
+def can_use_mosaic(
+    bits: Literal[4, 8],
+    rows: int,
+    n: int,
+    k: int,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    group_dtype: DTypeLike | None = None,
+    folded: bool = False,
+    weight_only: bool = False,
+    device: str | None = None,
+) -> bool:
+    """Whether the Hopper kernels can multiply (rows, k) activation codes with (n, k) weight codes of so many bits.
+
+    ``group_dtype`` is the dtype of the scales of groups of 128, if there are any; ``folded`` is as in
+    :func:`grouped_int8_matmul`; with ``weight_only``, activations are bfloat16; ``device`` is the name of a GPU ("NVIDIA
+    H200"), that of this process by default.
+    """
+    from pallas_kernels.matmul.hopper.launch import cannot_use
+
+    p = problem(bits, rows, n, k, out_dtype, group_dtype=group_dtype, folded=folded, weight_only=weight_only)
+    return (device or hopper_device()) is not None and cannot_use(p) is None
+
+
+def _matmul(kind: Matmul, *given: Any) -> Array:
+    """``given`` is what is checked behind the kind (:func:`pallas_kernels.matmul.operands.checked_operands`)."""
+    *_, implementation = given
+    return matmul(kind, implementation)(*checked_operands(kind, *given))

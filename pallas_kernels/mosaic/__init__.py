@@ -1,0 +1,1 @@
+"""Pallas Mosaic GPU: versions, registers, lanes."""
