@@ -109,7 +109,7 @@ def decode(operands, **kinds):
 
 
 @pytest.mark.smoke
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, BLOCK, BLOCK + 3, 1000])
 @pytest.mark.parametrize("cut", [Cut(splits=1), Cut(splits=3), Cut(splits=7), Cut(splits=3, block=32, integers=True)])
@@ -237,7 +237,7 @@ def check_codes(found, wanted):
         np.testing.assert_allclose(scale, wanted_scale, rtol=0.005)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("splits", [1, 3])

@@ -96,7 +96,7 @@ def test_the_sums_of_both_halves_in_interpret_mode(p, config):
 
 
 @pytest.mark.smoke
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("gate", [GATE, PER_TOKEN, Gate(activation="relu", qmax=7)])
 @pytest.mark.parametrize(("m", "dtype"), [(1, "bfloat16"), (13, "float32"), (64, "bfloat16")])
 @pytest.mark.parametrize("kind", ["int8", "int4", "integer", "folded"])

@@ -69,7 +69,7 @@ def same(p, result, wanted):
 
 
 @pytest.mark.smoke
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @interpreted
 @pytest.mark.parametrize(
     ("p", "config"),
@@ -153,7 +153,7 @@ def test_partial_sums_of_decode_in_interpret_mode(p, config):
 
 
 @pytest.mark.smoke
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32"])
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_kernels_lower_for_cuda(bits, dtype, m, config):
 
 
 @pytest.mark.smoke
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("scales", [INTEGER, SHORT, FLOAT, FOLDED, WEIGHT_ONLY])
 @pytest.mark.parametrize(
     ("m", "config"),

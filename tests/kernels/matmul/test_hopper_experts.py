@@ -151,7 +151,7 @@ def test_tiles_cover_the_rows_of_every_expert(sizes, size):
 
 
 @pytest.mark.smoke
-@pytest.mark.sample(2)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [88, 184, 4152])
 def test_kernels_lower_for_cuda(kind, m):

@@ -147,7 +147,7 @@ def test_heads_that_are_larger_than_a_piece(per_token, count):
 
 
 @pytest.mark.smoke
-@pytest.mark.sample(12)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize(
