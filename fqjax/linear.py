@@ -13,6 +13,8 @@ from fqjax.core.overflow import accumulator_bound, check_accumulator, row_sums
 from fqjax.qtensor import InputQuantizer, QTensor, bytes_of
 from fqjax.scheme import Scheme
 from pallas_kernels import (
+    Weight,
+    decoder_for,
     gated_matmul,
     grouped_int4_matmul,
     grouped_int8_matmul,
@@ -133,23 +135,21 @@ class QuantizedLinear(nnx.Module):
         Args:
           codes, scale, dtype: as for :meth:`multiply`; this layer's activations are codes.
           quantizer: of the next layer.
-          activation: what the first half goes through, one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
+          activation: what the first half goes through, one of :data:`pallas_kernels.quantize.reference.ACTIVATIONS`.
         """
         weight = self.weight.get_value()
+        groups = None if weight.group_scale is None else weight.group_scale.dtype
+        decoder = decoder_for(4 if weight.format.packed else 8, group_dtype=groups, folded=weight.format.folded)
         found = gated_matmul(
             codes,
-            weight.codes,
+            Weight(decoder, weight.codes, weight.scale, weight.group_scale),
             self.input.get_value().scale if scale is None else scale,
-            weight.scale,
             quantizer.multiplier,
             quantizer.source,
             quantizer.part,
-            bits=4 if weight.format.packed else 8,
             activation=activation,
             qmax=quantizer.qmax,
-            group_scale=weight.group_scale,
             bias=None if self.bias is None else self.bias[...],
-            folded=weight.format.folded,
             per_token=quantizer.scale is None,
             out_dtype=self.result_dtype(dtype),
         )

@@ -20,13 +20,15 @@ from fqjax.experts import Expert, MixtureOfExperts, Routing, Sorted
 from fqjax.linear import LayerSummary, Quantized, QuantizedLinear
 from fqjax.qtensor import InputQuantizer, QTensor
 from fqjax.surgery import find_linears
-from pallas_kernels.matmul.experts import (
+from pallas_kernels import (
+    Weight,
+    decoder_for,
     expert_matmul,
     quantize_for_experts,
     quantize_per_token_for_experts,
     row_alignment,
 )
-from pallas_kernels.matmul.reference import activated
+from pallas_kernels.quantize.reference import activated
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -83,15 +85,17 @@ class StackedLinear(nnx.Module):
 
     def _multiply(self, codes: Array, scale: Float32[Array, "..."], pairs: Sorted, dtype: Any) -> Array:
         weight = self.weight.get_value()
+        decoder = decoder_for(
+            weight.format.bits,
+            group_dtype=None if weight.group_scale is None else weight.group_scale.dtype,
+            folded=weight.format.folded,
+            weight_only=jnp.issubdtype(codes.dtype, jnp.floating),
+        )
         return expert_matmul(
             codes,
-            weight.codes,
+            Weight(decoder, weight.codes, weight.scale, weight.group_scale),
             pairs.sizes,
             scale,
-            weight.scale,
-            weight.group_scale,
-            bits=weight.format.bits,  # pyright: ignore[reportArgumentType]
-            folded=weight.format.folded,
             out_dtype=self.dtype or jnp.result_type(dtype, self.param_dtype),
             alignment=row_alignment(),
         )
