@@ -20,7 +20,8 @@ from pallas_kernels.matmul.experts import (
     row_alignment,
 )
 from pallas_kernels.matmul.gated import gated_matmul
-from pallas_kernels.matmul.hopper.decoders import Decoder, decoder_for
+from pallas_kernels.matmul.hopper.decoder import Decoder
+from pallas_kernels.matmul.hopper.decoders import decoder_for
 from pallas_kernels.matmul.kind import Weight
 from pallas_kernels.matmul.reference import scale_accumulator
 from pallas_kernels.packing import pack_int4, unpack_int4

@@ -13,6 +13,7 @@ any case differs.
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROWS = (1, 16, 64, 256, 1024, 4096)
 MATMULS: dict[str, dict[str, str | bool]] = {
@@ -41,8 +42,8 @@ class Case(NamedTuple):
     """Something to compile: a function, and the shapes and dtypes of its arguments."""
 
     name: str
-    function: Callable
-    arguments: tuple
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
 
 
 def compile_cases(pattern: str, stride: int) -> None:
@@ -82,9 +83,9 @@ def pretend_to_have_an_h200() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("pallas_kernels"):
             if hasattr(module, "hopper_device"):
-                module.hopper_device = lambda: "NVIDIA H200"
+                setattr(module, "hopper_device", lambda: "NVIDIA H200")  # noqa: B010
             if hasattr(module, "capability"):
-                module.capability = lambda: (9, 0)
+                setattr(module, "capability", lambda: (9, 0))  # noqa: B010
 
 
 def normal(ptx: str) -> str:
@@ -129,13 +130,14 @@ def cases() -> Iterator[Case]:
             yield from quantizations(rows, per_token)
 
 
-def array(shape: tuple[int, ...], dtype: str):
+def array(shape: tuple[int, ...], dtype: str) -> Any:
+    """Shape and dtype of an argument."""
     import jax
 
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _weight(kind: str, n: int, k: int, leading: tuple[int, ...] = ()):
+def _weight(kind: str, n: int, k: int, leading: tuple[int, ...] = ()) -> tuple[Any, Any, Any]:
     """Codes, scale and scales of groups of a weight, by shape and dtype."""
     scales = MATMULS[kind].get("scales")
     codes = array((*leading, n, k if kind == "int8" else k // 2), "int8")
@@ -150,7 +152,7 @@ def matmul(
     import pallas_kernels
 
     codes, scale, groups = _weight(kind, n, k)
-    settings = {"out_dtype": out_dtype, "implementation": "mosaic"}
+    settings: Any = {"out_dtype": out_dtype, "implementation": "mosaic"}
     weight_only, folded = kind == "weight_only", bool(MATMULS[kind].get("folded"))
 
     def f(x, codes, x_scale, scale, groups, bias):
@@ -172,7 +174,7 @@ def experts(kind: str, m: int, n: int, k: int) -> Case:
     import pallas_kernels
 
     codes, scale, groups = _weight(kind, n, k, (EXPERTS,))
-    settings = {"alignment": 8, "implementation": "mosaic"}
+    settings: Any = {"alignment": 8, "implementation": "mosaic"}
     bits, folded = 8 if kind == "int8" else 4, bool(MATMULS[kind].get("folded"))
 
     def f(x, codes, sizes, x_scale, scale, groups):
@@ -182,11 +184,8 @@ def experts(kind: str, m: int, n: int, k: int) -> Case:
             )
             weight = pallas_kernels.Weight(decoder, codes, scale, groups)
             return pallas_kernels.expert_matmul(x, weight, sizes, x_scale, **settings)
-        try:
-            from pallas_kernels.matmul.experts import expert_matmul
-        except ImportError:
-            from pallas_kernels.experts import expert_matmul
-        return expert_matmul(x, codes, sizes, x_scale, scale, groups, bits=bits, folded=folded, **settings)
+        before: Any = importlib.import_module("pallas_kernels.experts")  # A checkout without Weight.
+        return before.expert_matmul(x, codes, sizes, x_scale, scale, groups, bits=bits, folded=folded, **settings)
 
     x = array((m, k), "bfloat16" if kind == "weight_only" else "int8")
     x_scale = array(() if kind == "weight_only" else (m,), "float32")
@@ -199,7 +198,7 @@ def gated(kind: str, m: int, n: int, k: int, per_token: bool) -> Case:
 
     codes, scale, groups = _weight(kind, n, k)
     extra = 256
-    settings = {"activation": "silu", "qmax": 127, "per_token": per_token, "implementation": "mosaic"}
+    settings: Any = {"activation": "silu", "qmax": 127, "per_token": per_token, "implementation": "mosaic"}
     bits, folded = 8 if kind == "int8" else 4, bool(MATMULS[kind].get("folded"))
 
     def f(x, codes, x_scale, scale, groups, multiplier, source, part):
@@ -209,7 +208,8 @@ def gated(kind: str, m: int, n: int, k: int, per_token: bool) -> Case:
             )
             weight = pallas_kernels.Weight(decoder, codes, scale, groups)
             return pallas_kernels.gated_matmul(x, weight, x_scale, multiplier, source, part, **settings)
-        return pallas_kernels.gated_matmul(
+        before: Any = pallas_kernels.gated_matmul  # Of a checkout without Weight.
+        return before(
             x, codes, x_scale, scale, multiplier, source, part, bits=bits, group_scale=groups, folded=folded, **settings
         )
 
@@ -226,7 +226,7 @@ def attention(batch: int, codes: bool, extra: int | None) -> Case:
     heads, kv_heads, dim, capacity = 32, 8, 128, 576
     cache = [array((batch, capacity, kv_heads, dim), "int8" if codes else "bfloat16")] * 2
     scales = [array((batch, capacity, kv_heads), "float32") if codes else None] * 2
-    settings = {"implementation": "mosaic" if codes else "triton"}
+    settings: Any = {"implementation": "mosaic" if codes else "triton"}
 
     def f(qkv, keys, values, lengths, key_scales, value_scales, rotation, recipe):
         held = keys, values, lengths, key_scales, value_scales
@@ -248,7 +248,7 @@ def quantizations(rows: int, per_token: bool) -> Iterator[Case]:
     import pallas_kernels
 
     k, extra = 4096, 0 if per_token else 256
-    settings = {"qmax": 127, "per_token": per_token, "implementation": "triton"}
+    settings: Any = {"qmax": 127, "per_token": per_token, "implementation": "triton"}
     recipe = array((k,), "float32"), array((extra,), "int32"), array((extra,), "int32")
     x, twice, norm = array((rows, k), "bfloat16"), array((rows, 2 * k), "bfloat16"), array((k,), "bfloat16")
 
@@ -264,7 +264,7 @@ def quantizations(rows: int, per_token: bool) -> Iterator[Case]:
     yield Case(f"activated {name}", activated, (twice, *recipe))
 
 
-def digests(checkout: Path, arguments: list[str]) -> dict[str, list]:
+def digests(checkout: Path, arguments: list[str]) -> dict[str, list[Any]]:
     """Name of a case to the number of its kernels and their digest, as a checkout compiles them."""
     if checkout.suffix == ".json":
         return json.loads(checkout.read_text())

@@ -25,7 +25,8 @@ from fqjax.bench.kernels import close, parse_shape
 from pallas_kernels import pack_int4
 from pallas_kernels.matmul.hopper import kernels, tuning
 from pallas_kernels.matmul.hopper.decode import DecodeConfig
-from pallas_kernels.matmul.hopper.decoders import DECODERS, STEP_CODES
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES
+from pallas_kernels.matmul.hopper.decoders import DECODERS
 from pallas_kernels.matmul.hopper.kernels import Config
 from pallas_kernels.matmul.hopper.problem import Problem
 from pallas_kernels.matmul.kind import Matmul, Operands

@@ -13,6 +13,7 @@ KERNEL_FLOORS = [
     ["quantize"],
     ["attention", "matmul.reference"],
     ["matmul.hopper.grouped", "matmul.hopper.unpack", "matmul.hopper.tiles", "matmul.hopper.ceiling"],
+    ["matmul.hopper.decoder"],
     ["matmul.hopper.decoders"],
     ["matmul.kind", "matmul.hopper.problem"],
     ["matmul.hopper.ragged", "matmul.hopper.exchange", "matmul.hopper.flatten"],

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from pallas_kernels import device
 from pallas_kernels.device import NO_HOPPER
 from pallas_kernels.gradient import without_gradient
-from pallas_kernels.matmul.hopper.decoders import STEP_CODES
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES
 from pallas_kernels.matmul.hopper.problem import Problem
 from pallas_kernels.matmul.kind import Implementation, Matmul, Operands
 

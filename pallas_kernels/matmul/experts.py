@@ -125,10 +125,9 @@ def expert_matmul(
       NotImplementedError: if the named implementation cannot take the call.
     """
     kind = Matmul(decoder=weight.decoder, out_dtype=jnp.dtype(out_dtype))
-    x_scale, scale = (jnp.asarray(scale, jnp.float32) for scale in (x_scale, weight.scale))
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        x_scale = jnp.float32(1)
-    operands = Operands(x, weight.codes, x_scale, scale, weight.group_scale)
+    of_rows = jnp.asarray(1 if jnp.issubdtype(x.dtype, jnp.floating) else x_scale, jnp.float32)
+    scale = jnp.asarray(weight.scale, jnp.float32)
+    operands = Operands(x, weight.codes, of_rows, scale, weight.group_scale)
     _check(kind, operands, group_sizes)
     run = functools.partial(_run, kind, alignment, implementation)
     return without_gradient("expert_matmul", run)(operands, group_sizes)

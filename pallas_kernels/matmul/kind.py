@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.matmul.hopper.decoders import Decoder
+from pallas_kernels.matmul.hopper.decoder import Decoder
 from pallas_kernels.matmul.reference import scale_accumulator
 
 Implementation = Literal["mosaic", "xla"]

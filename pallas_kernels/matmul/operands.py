@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.matmul.hopper.decoders import Decoder
+from pallas_kernels.matmul.hopper.decoder import Decoder
 from pallas_kernels.matmul.kind import IMPLEMENTATIONS, Implementation, Matmul, Operands, Weight
 from pallas_kernels.packing import BLOCK_CODES
 

@@ -165,12 +165,12 @@ class Lanes:
     # What flows between lanes, and through conditions and loops.
 
     def shuffle(self, x: Word, lane: Word) -> Word:
-        """What another lane of the warp has."""
+        """The value of another lane of the warp."""
         code = f"shfl.sync.idx.b32 $0, $1, $2, 31, {EVERY_LANE};"
         return self._like(x, *ptx(code, self._bits(x), lane.value, results=1, convergent=True))
 
     def across(self, x: Word, distance: int) -> Word:
-        """What the lane has whose number differs in one bit."""
+        """The value of the lane whose number differs in one bit."""
         code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, {EVERY_LANE};"
         return self._like(x, *ptx(code, self._bits(x), results=1, convergent=True))
 

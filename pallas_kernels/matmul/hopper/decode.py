@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.matmul.hopper import grouped, ragged, tiles
-from pallas_kernels.matmul.hopper.decoders import STEP_CODES, staged_operand
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES, staged_operand
 from pallas_kernels.matmul.hopper.epilogue import epilogue, row_factors, scaled
 from pallas_kernels.matmul.hopper.exchange import Exchange
 from pallas_kernels.matmul.hopper.problem import DECODE_ROWS, SHARED_MEMORY_BYTES, Problem

@@ -77,7 +77,7 @@ class Exchange:
         return {"arrivals": plgpu.SMEM((self.nbytes() // 4,), jnp.int32), "arrived": plgpu.SMEM((2,), jnp.int32)}
 
     def nbytes(self) -> int:
-        """What arrives at one CTA."""
+        """Bytes that arrive at one CTA."""
         return self.groups * (self.units - 1) * self.warps * self.chunks * WARP_LANES * STORED_REGISTERS * 4
 
     def begin(self, barrier: Ref) -> None:

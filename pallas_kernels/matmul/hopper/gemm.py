@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.matmul.hopper import grouped, ragged, tiles
-from pallas_kernels.matmul.hopper.decoders import STEP_CODES, staged_operand
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES, staged_operand
 from pallas_kernels.matmul.hopper.epilogue import row_factors, scaled
 from pallas_kernels.matmul.hopper.problem import SHARED_MEMORY_BYTES, Problem
 from pallas_kernels.matmul.hopper.ragged import Rows

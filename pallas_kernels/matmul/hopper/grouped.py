@@ -2,7 +2,7 @@
 
 Flushed.  Every group's product has an accumulator of its own; when it is complete it is multiplied by the group's scale and
 added to the total, in int32 with integer scales, in float32 with float ones.  That work of ordinary arithmetic units has
-to hide behind the tensor cores: tokens are cut into chunks, and the product of one chunk runs while that of the chunk
+to overlap with the tensor cores: tokens are cut into chunks, and the product of one chunk runs while that of the chunk
 before is added up.
 
 Telescoped.  With integer scales s[g] and products P[g] the accumulator need not begin at zero for every group.  Left to

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import device
 from pallas_kernels.matmul.hopper import gate, kernels, ragged
 from pallas_kernels.matmul.hopper.decode import DecodeConfig
-from pallas_kernels.matmul.hopper.decoders import STEP_CODES
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES
 from pallas_kernels.matmul.hopper.kernels import Config
 from pallas_kernels.matmul.hopper.problem import Problem
 from pallas_kernels.mosaic.compat import Kernel

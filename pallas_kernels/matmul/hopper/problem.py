@@ -18,7 +18,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.matmul.hopper.decoders import STEP_CODES, Decoder
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES, Decoder
 
 SHARED_MEMORY_BYTES = 227 * 1024
 """Of a CTA."""

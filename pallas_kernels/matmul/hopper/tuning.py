@@ -12,7 +12,7 @@ from pathlib import Path
 from pallas_kernels.device import cached
 from pallas_kernels.matmul.hopper import decode, ragged
 from pallas_kernels.matmul.hopper.decode import DecodeConfig
-from pallas_kernels.matmul.hopper.decoders import STEP_CODES
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES
 from pallas_kernels.matmul.hopper.gemm import GemmConfig
 from pallas_kernels.matmul.hopper.kernels import Config, fits
 from pallas_kernels.matmul.hopper.problem import DECODE_ROWS, Problem

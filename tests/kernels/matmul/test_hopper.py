@@ -215,6 +215,13 @@ def test_what_the_kernels_cannot_take_is_said(change, reason):
     assert reason in launch.cannot_use(changed(problem(4, 128, 256, 4), **change))
 
 
+def test_folded_codes_overflow_where_120_times_127_times_k_does():
+    fitting = 2**31 // (127 * 8 * 15) // 256 * 256
+    folded = problem(130, 64, fitting, 4, **FOLDED)
+    assert launch.cannot_use(folded) is None
+    assert "could overflow" in launch.cannot_use(dataclasses.replace(folded, k=fitting + 256))
+
+
 @pytest.mark.parametrize("bad", [{"tokens": 12}, {"tokens": 512}, {"warpgroups": 5}, {"cluster": 3}])
 def test_bad_tiles_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
