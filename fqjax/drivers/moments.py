@@ -111,7 +111,7 @@ def compensated(
       feed: the batches.
       inputs: of the block, from the float model and from the quantized blocks in front; gone through once, if at all.
       finish: makes each layer of a function that works its integer view out.
-      rounding: its ``upstream`` is r above.
+      rounding: its ``upstream`` is r above, its ``damping`` gives d.
     """
     linears = find_linears(block)
 

@@ -80,7 +80,8 @@ def test_the_moments_are_those_of_the_inputs(setup, monkeypatch):
     model, nearest, grids, data, finish = setup
     taken = {}
 
-    def note(weight, grid, moments):
+    def note(weight, grid, moments, damping):
+        assert damping == 0.01
         taken[weight.shape] = moments
         return grid.round(weight)
 
