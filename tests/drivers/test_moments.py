@@ -162,7 +162,7 @@ def test_nothing_is_done_for_codes_that_nobody_asks_for(setup):
 def test_presets_that_compensate(scheme):
     model, data = Chain(nnx.Rngs(0)), batches()
     quantized, report = fqjax.quantize(model, scheme, (batch for batch in data))
-    assert report.int4_mac_share >= PRESETS[scheme].int4_share
+    assert report.int4_mac_share >= PRESETS[scheme].method.allocation.int4_share
     layers = quantized_layers(quantized)
     if "hopper" in scheme:
         assert all(layer.input.get_value().bits == 8 for layer in layers.values())
