@@ -73,9 +73,11 @@ def nearest(linear: nnx.Linear, plan: LayerPlan) -> Simulated:
     return Simulated.of(linear, plan, rounded(plan, linear.kernel[...]))
 
 
-@jit
 def rounded(plan: LayerPlan, kernel: Float[Array, "k n"]) -> Int[Array, "n k"]:
-    """The nearest codes of a linear layer's kernel."""
+    """The nearest codes of a linear layer's kernel.
+
+    Not jitted: in one program XLA would multiply with the reciprocal of a row's step, which rounds ties another way.
+    """
     return plan.round(kernel.T.astype(jnp.float32))
 
 
