@@ -43,11 +43,11 @@ class Scheme:
       rounding: of the weights: "nearest", or "gptq", layer by layer, each making up for the errors before it
         (:mod:`fqjax.core.rounding.gptq`).
       upstream: with "gptq", how much of the error of the blocks in front a layer takes back, from 0 to 1
-        (:mod:`fqjax.drivers.moments`).
+        (:mod:`fqjax.drivers.moments`); only of layers whose activations have 4 bits.
       threshold_rule: how it is decided where channels are cut: a rule (:mod:`fqjax.core.thresholds`), or "search" for the
         best thresholds and smoothing of each layer in INT4 (:mod:`fqjax.core.threshold_search`).
-      threshold_strength, threshold_strength_int8: the rule's parameter for layers in INT4, and in INT8, where a coarser
-        cut does as well and costs fewer extra channels.
+      threshold_strength, threshold_strength_int8: the rule's parameter for layers whose activations are in INT4, and in
+        INT8, where a coarser cut does as well and costs fewer extra channels.
       max_expansion: most that a layer's K'/K may be, at least 1.
       activation_percentile: of a channel's magnitudes in the rows kept by calibration, which counts as its largest, from 50
         to 100; less than 100 lets single extreme tokens be clipped.  At 100 it is the largest of all rows that passed.

@@ -90,8 +90,7 @@ def grouped_int8_matmul(
       x_scale: float32 scalar, or one per row, shape ``x.shape[:-1]``.
       group_scale: (groups, n); a group is k / groups neighbouring channels.  int32 or int16 scales keep the sum over the
         groups in int32 (Integer Scale, arXiv 2405.14597); whoever makes them sees to it that neither the sum nor, with
-        4-bit codes, 16 times the sum can overflow (:func:`fqjax.core.integer_scale.scaled_bound`).  With float32 scales
-        every group's product is converted.
+        4-bit codes, 16 times the sum can overflow.  With float32 scales every group's product is converted.
       weight_scale: what all of it is multiplied with besides: float32 scalar, such as 1 / amplifier, or one per output
         channel, (n,).
       bias, out_dtype: as for :func:`int8_matmul`.
