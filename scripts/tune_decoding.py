@@ -29,11 +29,15 @@ from pallas_kernels import grouped_int4_matmul, int4_matmul, int8_matmul, quanti
 from pallas_kernels.attention import api as attention
 from pallas_kernels.attention import triton as attention_kernel
 from pallas_kernels.attention.codes import Recipe
-from pallas_kernels.attention.parts import MOST_PARTS, Parts
-from pallas_kernels.attention.triton import Cut, best_cut
-from pallas_kernels.matmul.dispatch import capability, problem
+from pallas_kernels.attention.parts import Parts
+from pallas_kernels.attention.problem import Cut, best_cut
+from pallas_kernels.device import capability
 from pallas_kernels.matmul.hopper import tuning
-from pallas_kernels.quantize import dispatch as rows
+from pallas_kernels.matmul.hopper.decoders import decoder_for
+from pallas_kernels.matmul.hopper.problem import Gate, Problem
+from pallas_kernels.quantize import dispatch as quantize
+from pallas_kernels.quantize.dispatch import MOST_PARTS
+from pallas_kernels.quantize.kind import Quantization
 from pallas_kernels.timing import copies_beyond_cache, kernel_times
 
 HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, EXTRA = 32, 8, 128, 4096, 14336, 256
@@ -79,7 +83,7 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
     qkv = jax.random.normal(keys[0], (batch, HEADS + 2 * KV_HEADS, DIM), jnp.bfloat16)
     lengths, angles = jnp.full(batch, context, jnp.int32), jax.random.normal(keys[1], (batch, DIM // 2))
     rotation, how = (jnp.cos(angles), jnp.sin(angles)), recipe(HEADS * DIM, False)
-    kind = rows.Quantization(name="quantize_attended", qmax=127, per_token=False)
+    kind = Quantization(name="quantize_attended", qmax=127, per_token=False)
 
     def cache(i: int) -> tuple[jax.Array, ...]:
         shape = batch, capacity, KV_HEADS, DIM
@@ -115,7 +119,7 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
     for cut in dict.fromkeys(cuts):
 
         def run(qkv: Any, lengths: Any, rotation: Any, how: Any, cache: Any, cut: Cut = cut) -> Any:
-            finish = functools.partial(attention._quantized, kind, how, "triton")
+            finish = functools.partial(attention._quantized, kind, Recipe(127, *how), "triton")
             kinds: Any = {"scale": DIM**-0.5, "window": None, "finish": finish, "cut": cut}
             kinds["recipe"] = Recipe(127, *how)
             kernel = attention_kernel if isinstance(cut, Cut) else hopper
@@ -131,8 +135,7 @@ def of_gates(batch: int, bits: Any, groups: bool) -> Iterator[Case]:
     With groups, whose scales are integers, activations have a scale for every row, and the one kernel leaves the quantization
     to a second, which does less than otherwise.
     """
-    from pallas_kernels.matmul.hopper import launch as matmul
-    from pallas_kernels.matmul.hopper.problem import Gate
+    from pallas_kernels.matmul.hopper import launch
 
     n, k = 2 * INTERMEDIATE, HIDDEN if groups else HIDDEN + EXTRA
     how = recipe(INTERMEDIATE, groups)
@@ -145,10 +148,18 @@ def of_gates(batch: int, bits: Any, groups: bool) -> Iterator[Case]:
         jax.random.randint(jax.random.key(i), (n, k * bits // 8), -128, 128, jnp.int8)
         for i in range(copies_beyond_cache(nbytes, 3, 4))
     ]
-    kinds: Any = {"per_token": bool(x_scale.ndim), "per_channel": True, "group_dtype": jnp.int16 if groups else None}
-    p = problem(bits, batch, n, k, jnp.bfloat16, gate=gate, **kinds)
+    p = Problem(
+        m=batch,
+        n=n,
+        k=k,
+        decoder=decoder_for(bits, group_dtype=jnp.int16 if groups else None),
+        out_dtype=jnp.dtype(jnp.bfloat16),
+        per_token=bool(x_scale.ndim),
+        per_channel=True,
+        gate=gate,
+    )
     usual = tuning.choose(p, jax.devices()[0].device_kind)
-    known = rows.Quantization(name="quantize_gated", qmax=127, per_token=True, largest=True)
+    known = Quantization(name="quantize_gated", qmax=127, per_token=True, largest=True)
 
     def in_two(weight: Any, unused: Any) -> Any:
         if scales is not None:
@@ -159,8 +170,8 @@ def of_gates(batch: int, bits: Any, groups: bool) -> Iterator[Case]:
 
     def in_one(weight: Any, unused: Any, config: Any) -> Any:
         given = how if gate.extra else how[:1]
-        found = matmul.matmul(p, config, x, weight, x_scale, each, scales, None, given)
-        return rows.call(known, *found, *how) if groups else found, unused
+        found = launch.gated_matmul(p, config, x, weight, x_scale, each, scales, None, given)
+        return quantize.call(known, *found, *how) if groups else found, unused
 
     kind = "INT4 in groups, a scale a row" if groups else f"INT{bits}, fixed scales"
     operands = [[weight, jnp.zeros(())] for weight in weights]
@@ -182,10 +193,10 @@ def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Ca
     x = {"norm": HIDDEN, "gated": 2 * INTERMEDIATE, "known": INTERMEDIATE, "attended": HIDDEN * parts}[name]
     channels = INTERMEDIATE if name in ("gated", "known") else HIDDEN
     kind = {
-        "norm": rows.Quantization(name="norm", qmax=127, per_token=per_token, residual=True, epsilon=1e-5, weight=True),
-        "gated": rows.Quantization(name="gated", qmax=127, per_token=per_token, activation="silu", gated=True),
-        "known": rows.Quantization(name="known", qmax=127, per_token=True, largest=True),
-        "attended": rows.Quantization(
+        "norm": Quantization(name="norm", qmax=127, per_token=per_token, residual=True, epsilon=1e-5, weight=True),
+        "gated": Quantization(name="gated", qmax=127, per_token=per_token, activation="silu", gated=True),
+        "known": Quantization(name="known", qmax=127, per_token=True, largest=True),
+        "attended": Quantization(
             name="attended", qmax=127, per_token=per_token, parts=Parts(parts, HEADS // KV_HEADS, DIM)
         ),
     }[name]
@@ -198,7 +209,7 @@ def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Ca
     if name == "norm":
         operands += [operands[0] / 2, jnp.ones(HIDDEN, jnp.bfloat16)]
     operands += recipe(channels, per_token)
-    usual = rows.best_piece(kind, batch, channels)
+    usual = quantize.best_piece(kind, batch, channels)
     sizes = (256, 512, 1024, 2048, 4096)
     pieces = [usual, (0, 0)]
     if kind.parts is None or not kind.whole:  # Otherwise a row is put together by one program.
@@ -208,7 +219,7 @@ def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Ca
         title = f"{name}, {'a scale a row' if per_token else 'fixed scales'}, {batch} rows"
 
         def run(given: Any, unused: Any, piece: tuple[int, int] = piece) -> Any:
-            return rows.call(kind, *given, piece=piece), unused
+            return quantize.call(kind, *given, piece=piece), unused
 
         yield Case(title, label, piece == usual, run, [[operands, jnp.zeros(())]] * 8)
 

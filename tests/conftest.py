@@ -43,6 +43,12 @@ LONGEST = (
     "test_streaming.py",
     "test_demo.py",
     "test_experts.py",
+    "test_convert.py",
+    "test_cli.py",
+    "test_compressed_reading.py",
+    "test_integer_scales.py",
+    "test_serve.py",
+    "test_generate.py",
 )
 """Files of tests that take minutes."""
 

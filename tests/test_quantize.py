@@ -62,7 +62,7 @@ def outputs(model, x):
 SCHEMES = ["w8a8", "smoothquant", "flattenquant", "flattenquant-w8a8"]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_linear_layer_becomes_an_integer_one(mlp, scheme):
     quantized, report = fqjax.quantize(mlp, scheme, batches())

@@ -25,6 +25,7 @@ FAST = "not thorough"
 """The expression of markers that selects the fast tier, which pyproject.toml sets."""
 
 SECONDS = pytest.StashKey[float]()
+SHARED = pytest.StashKey[float]()
 SEED = pytest.StashKey[int]()
 
 
@@ -114,25 +115,39 @@ def processor_seconds() -> float:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     item.stash[SECONDS] = -processor_seconds()
+    item.config.stash[SHARED] = 0.0
     return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Counts apart what fixtures take that several tests use."""
+    if fixturedef.scope == "function":
+        return (yield)
+    began = processor_seconds()
+    try:
+        return (yield)
+    finally:
+        request.config.stash[SHARED] += processor_seconds() - began
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-    """Fails an unmarked test that has passed in more than its budget, together with fixtures that it was the first to use."""
+    """Fails an unmarked test that has passed if it, or the shared fixtures that it was the first to use, took too much."""
     report = yield
-    if call.when == "call":
-        taken = item.stash[SECONDS] + processor_seconds()
-        report.user_properties.append((PROPERTY, taken))
-    if call.when == "call" and report.passed:
-        budget = item.config.getoption("test_budget")
-        marked = item.get_closest_marker("thorough") or item.get_closest_marker("gpu")
-        if budget and taken > budget and not marked:
-            report.outcome = "failed"
-            report.longrepr = (
-                f"{item.nodeid} took {taken:.1f} s of the processor, more than its budget of {budget:g} s: make it "
-                "shorter, or mark it 'thorough' and keep a fast test of the same thing (docs/testing.md)"
-            )
+    if call.when != "call":
+        return report
+    taken, shared = item.stash[SECONDS] + processor_seconds(), item.config.stash[SHARED]
+    report.user_properties.append((PROPERTY, taken))
+    budget = item.config.getoption("test_budget")
+    marked = item.get_closest_marker("thorough") or item.get_closest_marker("gpu")
+    if report.passed and budget and not marked and max(taken - shared, shared) > budget:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid} took {taken - shared:.1f} s of the processor, and the fixtures that it was the first to use "
+            f"{shared:.1f} s; the budget of each is {budget:g} s: make it shorter, or mark it 'thorough' and keep a fast "
+            "test of the same thing (docs/testing.md)"
+        )
     return report
 
 

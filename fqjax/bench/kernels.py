@@ -33,8 +33,7 @@ from fqjax.bench import activations
 from fqjax.bench.environment import describe, environment
 from fqjax.runtime.errors import InputError
 from pallas_kernels import grouped_int4_matmul, int4_matmul, int8_matmul, pack_int4, weight_only_int4_matmul
-from pallas_kernels.matmul import reference
-from pallas_kernels.matmul.dispatch import hopper_device
+from pallas_kernels.device import hopper_device
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
@@ -119,12 +118,19 @@ def _cases(n: int, k: int, rows: list[int]) -> list[Case]:
     packed = [jax.jit(pack_int4)(w) for w in codes]
     one, folded, *groups = jnp.float32(0.37), *_grouped_weights(codes, next(keys))
     scales = one, jax.random.uniform(next(keys), (n,), minval=0.5, maxval=1.5) / 4096
-    cases = []
+    cases, int8_by_xla = [], jax.jit(functools.partial(int8_matmul, implementation="xla"))
     for m in rows:
         x, real = normal(next(keys), m, 8), normal(next(keys), m, 16)
         cases += [
             Case("xla_bf16", m, n, k, jax.jit(_bf16), [(real, w) for w in bf16]),
-            Case("xla_int8", m, n, k, jax.jit(reference.int8_matmul), [(x, w, *scales) for w in eight]),
+            Case(
+                "xla_int8",
+                m,
+                n,
+                k,
+                int8_by_xla,
+                [(x, w, *scales) for w in eight],
+            ),
             *_torch_cases(m, n, k, len(eight)),
             Case(
                 "int8_matmul", m, n, k, jax.jit(int8_matmul), [(x, w, *scales) for w in eight], (x, eight[0], *scales)
@@ -171,7 +177,7 @@ def _weight_only_case(
     m: int, n: int, k: int, x: jax.Array, packed: list[jax.Array], groups: list[jax.Array], scale: jax.Array
 ) -> Case:
     arguments = [(x, w, g.astype(jnp.float32), scale) for w, g in zip(packed, groups, strict=True)]
-    by_xla = jax.jit(reference.weight_only_int4_matmul)
+    by_xla = jax.jit(functools.partial(weight_only_int4_matmul, implementation="xla"))
     call = jax.jit(weight_only_int4_matmul)
     return Case("weight_only_int4", m, n, k, call, arguments, arguments[0], by_xla, exact=False)
 

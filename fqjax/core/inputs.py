@@ -22,8 +22,12 @@ from fqjax.core.codes import qmax
 from fqjax.core.table import Stored, array, static
 from fqjax.core.transforms.base import Recipe
 from fqjax.registry import register
-from pallas_kernels import quantize_activations, quantize_per_token
-from pallas_kernels.matmul.experts import quantize_for_experts, quantize_per_token_for_experts
+from pallas_kernels import (
+    quantize_activations,
+    quantize_for_experts,
+    quantize_per_token,
+    quantize_per_token_for_experts,
+)
 
 FLOATING_BITS = 16
 """Bits that activations in floating point are simulated with: rounding them so changes less than bfloat16 does."""

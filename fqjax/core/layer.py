@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from fqjax.core.formats.base import Grid, Weight
+from fqjax.core.formats.base import Grid, RoundedWeight
 from fqjax.core.inputs import InputQuantizer
 from fqjax.core.transforms.base import Recipe, Transform
 
@@ -89,4 +89,4 @@ def relative_square(given: Float32[Array, "..."], exact: Float32[Array, "..."]) 
     return jnp.where(error == 0, 0.0, error / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny))
 
 
-__all__ = ["Grid", "LayerInputs", "LayerPlan", "Weight", "fake_input", "relative_error", "relative_square"]
+__all__ = ["Grid", "LayerInputs", "LayerPlan", "RoundedWeight", "fake_input", "relative_error", "relative_square"]

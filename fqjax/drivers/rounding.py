@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtyping import Array, Float32, Int
 
-from fqjax.core.formats.base import Weight
+from fqjax.core.formats.base import RoundedWeight
 from fqjax.core.inputs import InputQuantizer
 from fqjax.core.layer import LayerInputs, LayerPlan, fake_input, relative_square
 from fqjax.core.transforms.base import Transform
@@ -104,6 +104,6 @@ def _finished(layer: QuantizedLinear, plan: LayerPlan, inputs: LayerInputs, meth
 
 @jit
 def _relative_error(
-    transform: Transform, inputs: InputQuantizer, weight: Weight, layer: LayerInputs
+    transform: Transform, inputs: InputQuantizer, weight: RoundedWeight, layer: LayerInputs
 ) -> Float32[Array, ""]:
     return relative_square(fake_input(transform, inputs, layer.samples) @ weight().T, layer.samples @ layer.weight.T)

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from fqjax.layers.taps import is_watched, watched
-from pallas_kernels.matmul.reference import activated
+from pallas_kernels.quantize.reference import activated
 
 LARGEST_TILE = 1024
 """Rows that an expert in floating point takes at once, at most."""

@@ -98,24 +98,20 @@ class QuantizedLinear(nnx.Module):
         Args:
           x, dtype: as for :meth:`multiply`; this layer's activations are codes.
           following: quantizer of the next layer's input.
-          activation: of the first half, one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
+          activation: of the first half, one of :data:`pallas_kernels.quantize.reference.ACTIVATIONS`.
         """
         operand, recipe = self.weight.get_value().operand(), following.recipe()
         assert operand is not None and recipe is not None
         found = gated_matmul(
             x.codes,
-            operand.codes,
+            operand,
             x.scale,
-            operand.scale,
             recipe.multiplier,
             recipe.source,
             recipe.part,
-            bits=operand.bits,  # pyright: ignore[reportArgumentType]
             activation=activation,
             qmax=recipe.qmax,
-            group_scale=operand.group_scale,
             bias=None if self.bias is None else self.bias[...],
-            folded=operand.folded,
             per_token=recipe.per_token,
             out_dtype=self.result_dtype(dtype),
         )

@@ -21,8 +21,8 @@ from fqjax.layers.experts import Expert, MixtureOfExperts, Routing, Sorted
 from fqjax.layers.linear import QuantizedLinear, QuantizedVariable
 from fqjax.layers.record import Figures, Record
 from fqjax.layers.surgery import dotted, find_linears
-from pallas_kernels.matmul.experts import expert_matmul, row_alignment
-from pallas_kernels.matmul.reference import activated
+from pallas_kernels import expert_matmul, row_alignment
+from pallas_kernels.quantize.reference import activated
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 StoredT = TypeVar("StoredT", bound=Stored)
@@ -69,17 +69,13 @@ class StackedLinear(nnx.Module):
         return self._multiply(quantizer(x) if self.shared else quantizer.of_experts(x, pairs.expert), pairs, x.dtype)
 
     def _multiply(self, x: Quantized, pairs: Sorted, dtype: DTypeLike) -> Float[Array, "rows n"]:
-        operand = self.weight.get_value().operand()
+        operand = self.weight.get_value().operand(weight_only=self.input.get_value().qmax is None)
         assert operand is not None  # Else they would not have been stacked.
         return expert_matmul(
             x.codes,
-            operand.codes,
+            operand,
             pairs.sizes,
             x.scale,
-            operand.scale,
-            operand.group_scale,
-            bits=operand.bits,  # pyright: ignore[reportArgumentType]
-            folded=operand.folded,
             out_dtype=self.dtype or jnp.result_type(dtype, self.param_dtype),
             alignment=row_alignment(),
         )

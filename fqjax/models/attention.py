@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32
 from fqjax.models.cache import LayerCache
 from fqjax.models.rotary import Rotation, rotate
 from pallas_kernels import decode_attention
-from pallas_kernels.matmul.dispatch import NO_GPU, capability, say
+from pallas_kernels.device import NO_GPU, capability, say
 
 BLOCK = 1024
 """Positions of a cache that several tokens attend to at once, which bounds the memory that scores take."""

@@ -18,7 +18,7 @@ from fqjax.models.attention import attend, decode_step, decodes
 from fqjax.models.cache import LayerCache
 from fqjax.models.rotary import Rotation
 from pallas_kernels import quantize_activated, quantize_normalized, quantized_decode_attention
-from pallas_kernels.matmul.reference import activated
+from pallas_kernels.quantize.reference import activated
 
 
 def after_norm(
@@ -55,7 +55,7 @@ def gated(
     Args:
       gate_up, down: modules that are called with (..., K) and (..., half of what gate_up gives).
       norm, x, residual: as for :func:`after_norm`.
-      activation: one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
+      activation: one of :data:`pallas_kernels.quantize.reference.ACTIVATIONS`.
     """
     if not (_quantizes(gate_up) and gate_up.gates and _quantizes(down)):
         y, x = after_norm(gate_up, norm, x, residual)
@@ -73,7 +73,7 @@ def after_activation(
     Args:
       linear: a module that is called with (..., K).
       x: (..., K), or (..., 2 K) if gated.
-      activation: one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
+      activation: one of :data:`pallas_kernels.quantize.reference.ACTIVATIONS`.
       gated: whether there are two halves.
     """
     if not _quantizes(linear):

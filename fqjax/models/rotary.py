@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from fqjax.models.hf_config import check_number
 from fqjax.runtime.errors import InputError
-from pallas_kernels.matmul.reference import rotated
+from pallas_kernels.attention.reference import rotated
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),

@@ -34,6 +34,7 @@ def test_our_results_are_compared_with_xla(result):
     assert {row["kernel"] for row in ours if "exact" not in row} == {"grouped_float", "weight_only_int4"}
 
 
+@pytest.mark.thorough
 def test_a_wrong_result_is_noticed(monkeypatch):
     monkeypatch.setattr(kernels, "int8_matmul", lambda x, w, s, t: kernels.reference.int8_matmul(x, w, 2 * s, t))
     rows = kernels.run([(128, 256)], [2])["rows"]

@@ -43,7 +43,7 @@ def few_repeats(monkeypatch):
     monkeypatch.setattr(bench, "REPEATS", 2)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("scheme", bench.SCHEMES)
 @pytest.mark.parametrize("hf", [CONFIGS["tiny"], OPT, MIXTRAL], ids=["llama", "opt", "mixtral"])
 def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
@@ -74,6 +74,7 @@ def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
         assert macs == 2 * (128 * 256 + 128 * 128 + 2 * 3 * 128 * 256)
 
 
+@pytest.mark.thorough
 def test_activations_use_the_codes(monkeypatch):
     model = random_model(*TINY, fqjax.PRESETS["flattenquant-w8a8"])
     seen = []
@@ -218,6 +219,7 @@ def test_the_command(tmp_path):
     assert (row["model"], row["batch"], row["length"], row["ratio_to_bf16"]) == ("tiny", 1, 8, 1.0)
 
 
+@pytest.mark.thorough
 def test_the_command_writes_behind_every_scheme(tmp_path, monkeypatch):
     """What was measured before it is interrupted is not lost."""
     measure, out = bench.measure, tmp_path / "out.json"

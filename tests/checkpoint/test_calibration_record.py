@@ -79,6 +79,7 @@ class Two(nnx.Module):
         return self.second(nnx.relu(self.first(x)))
 
 
+@pytest.mark.thorough
 def test_a_report_says_what_the_bits_cost_and_a_checkpoint_keeps_it(tmp_path):
     x = np.random.default_rng(0).normal(size=(64, 64)) * np.r_[np.full(3, 30.0), np.ones(61)]
     model, report = fqjax.quantize(Two(), "flattenquant", [jnp.asarray(x, jnp.float32)])

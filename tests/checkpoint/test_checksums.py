@@ -311,6 +311,7 @@ def test_a_manifest_whose_numbers_are_written_otherwise_is_the_same(saved):
     load(saved)
 
 
+@pytest.mark.thorough
 def test_arrays_that_are_sharded_are_verified(original, tmp_path):
     save_changed(original, tmp_path / "changed", codes=lambda codes: codes.at[-1, -1].add(1))
     code = (

@@ -64,7 +64,7 @@ def test_a_configuration_survives(name, tmp_path):
     assert again.config == model.config and type(again) is FAMILIES[architecture].model
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("variant", "scheme", "most"),
     [
@@ -149,7 +149,7 @@ def test_large_models_are_written_in_shards(models, tmp_path, monkeypatch):
     np.testing.assert_array_equal(logits(fqjax.load_hf(tmp_path / "out", jnp.float32)[0]), logits(model))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("variant", "scheme", "message"),
     [

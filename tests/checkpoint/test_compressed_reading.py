@@ -116,7 +116,7 @@ def stored(tmp_path, weights=W8, inputs=TOKEN, edit=lambda tensors: None, ignore
     return tmp_path
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("weights", "inputs"),
     [

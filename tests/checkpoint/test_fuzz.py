@@ -180,6 +180,7 @@ def test_fqjax_json_without_checksums(folder, edits):
         run(folder, "inspect", folder / "quantized")
 
 
+@pytest.mark.thorough
 @settings(bounded, max_examples=15)
 @given(edits=flips)
 def test_a_conversion_leaves_a_whole_checkpoint_or_nothing(folder, edits):

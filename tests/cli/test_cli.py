@@ -70,6 +70,7 @@ def test_eval_writes_what_it_prints(capsys, converted, tmp_path):
         assert result["tokens"] == 3 * 63 and f"{result['perplexity']:.4f}" in out
 
 
+@pytest.mark.smoke
 def test_generate_continues_the_prompt(capsys, converted):
     arguments = ["generate", converted / "out", "--prompt", "return the [bold]", "--max-new-tokens", 5]
     code, out, _ = run(capsys, *arguments)

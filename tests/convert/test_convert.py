@@ -57,7 +57,7 @@ def test_the_directory_is_complete_and_nothing_else_is_left(asked, tmp_path):
     assert report.seconds > 0 and report.int4_mac_share >= 0.4829
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("scheme", ["bf16", "w8a8", "smoothquant", "flattenquant-w8a8", "flattenquant-hopper-int4"])
 def test_every_scheme_converts(asked, scheme):
     report = conversion.convert(conversion.plan(replace(asked, scheme=PRESETS[scheme])))
@@ -194,7 +194,7 @@ def test_planning_reads_no_weights(asked, monkeypatch, checkpoint):
     assert len(made.selection.linears) == 8 and sum(map(len, made.batches)) == 4
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("variant", "scheme", "settings"),
     [

@@ -150,7 +150,7 @@ def test_a_full_disk(asked, monkeypatch, capsys, share):
     assert (asked.out / "fqjax.json").read_text() == (whole.out / "fqjax.json").read_text()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("limit", [100, 20_000, 60_000])
 def test_a_disk_that_is_full_for_everyone(asked, limit):
     """Files may not become longer than some bytes, neither those of Python nor those of TensorStore."""

@@ -157,6 +157,7 @@ def test_nothing_is_done_for_codes_that_nobody_asks_for(setup):
     assert len(read) == len(data) and len(made) == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("scheme", ["flattenquant", "flattenquant-hopper", "flattenquant-hopper-int4"])
 def test_presets_that_compensate(scheme):
     model, data = Chain(nnx.Rngs(0)), batches()

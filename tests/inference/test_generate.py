@@ -34,13 +34,14 @@ def greedy_by_hand(model, prompt, count):
     return tokens[len(prompt) :]
 
 
+@pytest.mark.sample(1)
 def test_greedy_takes_the_likeliest_token_each_time(model):
     new = generate(model, PROMPTS[0], 8, eos_token_id=[])
     assert new.shape == (8,) and new.dtype == np.int32
     assert new.tolist() == greedy_by_hand(model, PROMPTS[0], 8)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_gives_each_prompt_what_it_gives_alone(model, temperature):
     together = generate(model, PROMPTS, 6, temperature, 0.9, seed=5, eos_token_id=[])
@@ -49,7 +50,7 @@ def test_a_batch_gives_each_prompt_what_it_gives_alone(model, temperature):
         assert together[i].tolist() == alone.tolist()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kv_cache", [None, "int8"])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 64])
 def test_prompts_taken_up_in_pieces_are_continued_alike(model, kv_cache, chunk):
@@ -71,6 +72,7 @@ class WithoutPrefill(nnx.Module):
         return self.model.make_cache(batch, capacity)
 
 
+@pytest.mark.sample(1)
 def test_a_model_needs_extend_and_make_cache_alone(model):
     own = WithoutPrefill(model)
     assert generate(own, PROMPTS, 5).tolist() == generate(model, PROMPTS, 5, eos_token_id=[]).tolist()
@@ -78,6 +80,7 @@ def test_a_model_needs_extend_and_make_cache_alone(model):
         generate(own, PROMPTS, 5, kv_cache="int8")
 
 
+@pytest.mark.sample(1)
 def test_seeds_decide_the_draws(model):
     draws = [generate(model, PROMPTS[0], 12, 1.5, seed=seed, eos_token_id=[]).tolist() for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
@@ -88,6 +91,7 @@ def test_a_small_nucleus_is_greedy(model):
     assert generate(model, PROMPTS[2], 6, 1.0, 1e-6, eos_token_id=[]).tolist() == greedy.tolist()
 
 
+@pytest.mark.sample(1)
 def test_a_sequence_ends_at_eos_and_repeats_it(model):
     free = generate(model, PROMPTS, 8, eos_token_id=[]).tolist()
     eos = free[0][3]
@@ -97,11 +101,13 @@ def test_a_sequence_ends_at_eos_and_repeats_it(model):
         assert row == plain[:cut] + [eos] * (len(plain) - cut)
 
 
+@pytest.mark.sample(1)
 def test_generation_stops_early_when_all_have_ended(model):
     eos = generate(model, PROMPTS[0], 1, eos_token_id=[])[0]
     assert generate(model, PROMPTS[0], 50, eos_token_id=int(eos)).tolist() == [eos] * 50
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("seed", [-1, -(10**30), 2**32, 2**64 + 3, np.int64(-5)])
 def test_any_whole_number_is_a_seed_and_counts_modulo_2_to_the_32(model, seed):
     settings = {"max_new_tokens": 6, "temperature": 3.0, "eos_token_id": []}
@@ -109,18 +115,20 @@ def test_any_whole_number_is_a_seed_and_counts_modulo_2_to_the_32(model, seed):
     np.testing.assert_array_equal(drawn, generate(model, PROMPTS[0], seed=int(seed) % 2**32, **settings))
 
 
+@pytest.mark.sample(1)
 def test_rows_of_a_batch_are_drawn_with_seeds_that_wrap_around(model):
     settings = {"max_new_tokens": 6, "temperature": 3.0, "eos_token_id": []}
     both = generate(model, [PROMPTS[0], PROMPTS[0]], seed=2**32 - 1, **settings)
     np.testing.assert_array_equal(both[1], generate(model, PROMPTS[0], seed=0, **settings))
 
 
+@pytest.mark.sample(1)
 def test_arrays_of_prompts_are_taken(model):
     rows = np.array([[5, 9, 11], [8, 8, 8]])
     assert generate(model, jnp.asarray(rows), 3).shape == (2, 3)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.thorough
 def test_a_quantized_model_generates(model):
     batch = np.random.default_rng(0).integers(3, 64, (4, 32)).astype(np.int32)
     quantized, _ = fqjax.quantize(model, "flattenquant", [batch])
@@ -170,7 +178,7 @@ def test_learned_positions_set_a_limit(tmp_path):
 @pytest.mark.parametrize("dtype", [None, jnp.int8])
 def test_the_loop_moves_no_cache_on_a_hopper_gpu(dtype, monkeypatch):
     """Compiled for one: entries are written in place, and the kernel reads the cache as it lies."""
-    monkeypatch.setattr("pallas_kernels.attention.api.capability", lambda: (9, 0))
+    monkeypatch.setattr("pallas_kernels.device.capability", lambda: (9, 0))
     sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 4096}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     config = LlamaConfig(**sizes, **heads, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=False)

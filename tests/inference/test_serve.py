@@ -73,12 +73,12 @@ def test_tokens_that_end_a_request_free_its_slot(model):
     assert "eos" in {f.reason for f in finished}
 
 
-@pytest.mark.sample(1)
+@pytest.mark.thorough
 def test_over_an_int8_cache(model):
     check(model, requests(5), kv_cache="int8", slots=2, chunk=6, capacity=32)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.thorough
 def test_a_model_of_one_s_own(model):
     check(WithoutPrefill(model), requests(3), slots=2, chunk=6, capacity=32)
 

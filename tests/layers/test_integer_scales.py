@@ -65,7 +65,7 @@ def error(model, other, x):
     return float(jnp.mean((model(x) - other(x)) ** 2) / jnp.mean(model(x) ** 2))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", GROUPED)
 def test_presets(model, data, quantized, name):
     changed, report = quantized[name]
@@ -98,7 +98,7 @@ def test_activations_in_floating_point(model, data, quantized):
         fqjax.integer_scales(changed)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["w4a8", "w4a8-integer-scale", "w4a8-integer-scale-folded", "w4a16-awq"])
 def test_checkpoints(tmp_path, data, quantized, name):
     changed, report = quantized[name]
@@ -108,7 +108,7 @@ def test_checkpoints(tmp_path, data, quantized, name):
     assert fqjax.report_of(again).layers == report.layers
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["w4a8", "w4a8-gptq", "w4a8-awq"])
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_integer_scales_for_any_grouped_model(model, data, name, size):

@@ -91,7 +91,7 @@ def test_an_empty_cache_is_filled_and_not_read(dtype, window):
     jax.tree.map(np.testing.assert_array_equal, again, filled)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 @pytest.mark.parametrize("window", [None, 1, 6])
 @pytest.mark.parametrize("block", [1, 5, 16, 32])

@@ -18,7 +18,7 @@ def run(*arguments):
     assert cli.main([str(argument) for argument in arguments]) == 0
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "name", ["mistral-window", "qwen2-window", "qwen3-window", "mixtral-window", "qwen3-moe-mlp-only"]
 )

@@ -24,7 +24,7 @@ def layer(request):
     return random_model(name, small, resolve_scheme(request.param), extra=0.05).layers[0]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("floats", [(), ("gate_up",), ("down",), ("gate_up", "down")])
 @pytest.mark.parametrize("pending", [False, True])
 def test_gate_and_up_go_through_one_call_where_both_layers_are_quantized(monkeypatch, layer, floats, pending):

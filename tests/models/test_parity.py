@@ -55,7 +55,7 @@ def test_extending_a_cache_gives_the_recorded_logits(name, recorded, tmp_path):
     np.testing.assert_array_equal(cache.lengths, counts)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["llama-grouped", "qwen3-window", "mixtral-window", "opt-350m"])
 def test_pieces_of_a_prompt_give_the_recorded_logits(name, recorded, tmp_path):
     """An empty cache filled without being read, then by pieces; a row that has ended takes none of the last."""

@@ -37,7 +37,7 @@ def with_large_rows(model):
     return model
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", LINEAR)
 def test_the_function_stays_and_large_rows_go(name, tmp_path):
     model = with_large_rows(load_hf(variants.write_checkpoint(tmp_path, variants.VARIANTS[name]), jnp.float32)[0])

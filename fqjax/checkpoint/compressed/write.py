@@ -108,7 +108,7 @@ def check_expressible(model: Any) -> tuple[dict[str, LayerScheme], Folding]:
                 f"{name}: {flattened} flattened channels cannot be expressed in compressed-tensors; expected a scheme "
                 "that does not flatten, such as smoothquant, w4a8 or w4a16"
             )
-        if quantizer.bits == 4:
+        if quantizer.code_bits == 4:
             raise InputError(f"{name}: 4-bit activations cannot be expressed; expected 8 bits or floating point")
     folding = fold_smoothing(model, layers)
     return {name: _scheme(layer, name in folding.outputs) for name, layer in layers.items()}, folding
@@ -199,8 +199,8 @@ def _stored_codes(module: str, codes: np.ndarray, scheme: LayerScheme) -> Tensor
 
 def _scales(layer: QuantizedLinear, scheme: LayerScheme) -> np.ndarray:
     """Float32 scales as the format shapes them: (1,), (out, 1) or (out, groups)."""
-    weight, k = layer.weight.get_value(), layer.input.get_value().multiplier.shape[0]
-    if weight.group_scale is None:
+    weight, k = layer.weight.get_value(), layer.sizes.inputs
+    if isinstance(weight, UniformTensor):
         scale = np.asarray(weight.scale, np.float32).reshape(-1)
         return scale if scheme.strategy == "tensor" else np.broadcast_to(scale, weight.shape[0])[:, None]
     # One column a group, as dequantizing has them, bit for bit.

@@ -13,24 +13,17 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int16, Int32
+from jaxtyping import Array, Float32, Int, Int8, Int16, Int32
 
 from fqjax.core.channels import Channels
 from fqjax.core.codes import nearest_codes, qmax, steps
-from fqjax.core.formats.base import Format, Operand, QTensor
-from fqjax.core.inputs import Quantized
+from fqjax.core.formats.base import Format, QTensor
 from fqjax.core.integer_scale import group_sums, scaled_bound
 from fqjax.core.overflow import accumulator_bound
 from fqjax.core.ste import straight_through
 from fqjax.core.table import Sizes, Stored, array, static
 from fqjax.registry import register
-from pallas_kernels import (
-    grouped_int4_matmul,
-    grouped_int8_matmul,
-    pack_int4,
-    unpack_int4,
-    weight_only_int4_matmul,
-)
+from pallas_kernels import Weight, decoder_for, pack_int4, unpack_int4
 
 LARGEST_GROUP = 128
 """Input channels of a group at most; the size of every group divides it."""
@@ -71,20 +64,10 @@ class GroupedTensor(QTensor):
         """What each code is multiplied with."""
         return steps(self.scale, self.group_scale, self.format.group_size)
 
-    def matmul(
-        self, x: Quantized, bias: Float[Array, " out"] | None = None, *, out_dtype: DTypeLike
-    ) -> Float[Array, "*rows out"]:
-        if jnp.issubdtype(x.codes.dtype, jnp.floating):
-            return weight_only_int4_matmul(x.codes, self.codes, self.group_scale, self.scale, bias, out_dtype=out_dtype)
-        product = grouped_int8_matmul if self.format.bits == 8 else grouped_int4_matmul
-        folded = self.format.scales == "folded"
-        return product(
-            x.codes, self.codes, x.scale, self.group_scale, self.scale, bias, out_dtype=out_dtype, folded=folded
-        )
-
-    def operand(self) -> Operand:
-        form = self.format
-        return Operand(self.codes, self.scale, self.group_scale, form.bits, folded=form.scales == "folded")
+    def operand(self, *, weight_only: bool = False) -> Weight:
+        kind, folded = self.group_scale.dtype, self.format.scales == "folded"
+        decoder = decoder_for(self.format.bits, group_dtype=kind, folded=folded, weight_only=weight_only)
+        return Weight(decoder, self.codes, self.scale, self.group_scale)
 
     def bound(self, qmax: int | None) -> int:
         """With float scales every group has an accumulator of its own."""
