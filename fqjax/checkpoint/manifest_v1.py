@@ -95,7 +95,9 @@ def _weight(where: str, old: OldLayer) -> dict[str, Any]:
     common = {"bits": weight.bits, "granularity": "channel" if per_channel else "tensor"}
     if not weight.group_size:
         return {"kind": "uniform"} | common
-    scales = "folded" if weight.folded else "integer" if weight.integer_scales else "float"
+    # Of codes of 8 bits, version 1 said that they were folded too; the integers are the same.
+    folded = weight.folded and weight.bits == 4
+    scales = "folded" if folded else "integer" if weight.integer_scales else "float"
     return {"kind": "grouped", "group_size": weight.group_size, "scales": scales} | common
 
 

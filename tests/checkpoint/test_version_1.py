@@ -116,6 +116,20 @@ def test_the_first_manifests_said_less(name, tmp_path):
             assert entry["weight"]["granularity"] == "tensor" and entry["dtypes"] == {"group_scale": "int32"}
 
 
+def test_codes_of_eight_bits_were_said_to_be_folded(tmp_path):
+    """Which they were not: their scales do not fit beside them into a byte."""
+
+    def say(manifest):
+        for entry in manifest["layers"].values():
+            entry["weight"]["folded"] = True
+
+    directory = changed("grouped-integer", tmp_path, say)
+    found = {
+        entry["weight"]["bits"]: entry["weight"]["scales"] for entry in read_manifest(directory)["layers"].values()
+    }
+    assert found == {8: "integer", 4: "folded"}
+
+
 def test_what_cannot_be_read_any_more_is_no_matter(tmp_path):
     """A recipe says how a checkpoint was made; loading does not need to know."""
 

@@ -93,7 +93,7 @@ class Grouped(Format):
     Attributes:
       bits: 4 or 8.
       group_size: input channels of a group, a divisor of 128.
-      scales: of the groups: floats, integers, or integers that are folded into the codes.
+      scales: of the groups: floats, integers, or integers that are folded into the codes, which have 4 bits then.
       granularity: whether, besides, the whole tensor or every output channel has a float scale.
     """
 
@@ -108,6 +108,8 @@ class Grouped(Format):
     def __post_init__(self) -> None:
         if self.group_size < 1 or LARGEST_GROUP % self.group_size:
             raise ValueError(f"group_size {self.group_size}: expected a divisor of {LARGEST_GROUP}")
+        if self.scales == "folded" and self.bits != 4:
+            raise ValueError(f"codes of {self.bits} bits times folded scales do not fit into int8; expected 4 bits")
 
     @property
     def codes_per_byte(self) -> int:
@@ -238,7 +240,7 @@ def _packed(grid: GroupedGrid, codes: Int[Array, "n k"], width: int) -> GroupedT
     padded = jnp.pad(codes.astype(jnp.int8), ((0, 0), (0, width - codes.shape[1])))
     missing = width // form.group_size - len(grid.group_scale)
     groups = jnp.pad(grid.group_scale, ((0, missing), (0, 0)), constant_values=1)
-    groups = groups.astype(jnp.int16) if form.scales == "folded" else groups  # They are from 1 to 15.
+    groups = groups if form.scales == "float" else groups.astype(jnp.int16)  # They are from 1 to 15.
     return form.store(padded, grid.scale, groups)
 
 

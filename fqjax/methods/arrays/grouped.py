@@ -22,7 +22,11 @@ SHRINKS = tuple(1 - i / 20 for i in range(11))
 def formats(
     method: GroupedMethod, bits: int, scales: Literal["float", "integer", "folded"] = "float"
 ) -> tuple[Grouped, type[StoredInput]]:
-    """What is stored of a layer: the weight's format, with scales of some kind, and the quantizer of its input."""
+    """What is stored of a layer: the weight's format, with scales of some kind, and the quantizer of its input.
+
+    Codes of 8 bits leave no room for scales that are folded; theirs, the same integers, stay beside them.
+    """
+    scales = "integer" if scales == "folded" and bits == 8 else scales
     form = Grouped(
         bits=bits,  # pyright: ignore[reportArgumentType]
         group_size=method.group_size,

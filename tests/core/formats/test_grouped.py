@@ -39,6 +39,11 @@ def test_groups_that_do_not_divide_the_largest_are_refused(size):
         Grouped(bits=4, group_size=size)
 
 
+def test_codes_of_eight_bits_leave_no_room_for_folded_scales():
+    with pytest.raises(ValueError, match="codes of 8 bits times folded scales do not fit into int8; expected 4 bits"):
+        Grouped(bits=8, scales="folded")
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("float", "int16"), ("integer", "float32"), ("folded", "int8")])
 def test_scales_of_another_kind_than_the_formats_are_refused(kind, dtype):
     with pytest.raises(ValueError, match=f"group_scale is {dtype}; expected"):
