@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-BINS = 2048
-MOST_PAIRED = 2500
+HISTOGRAM_BINS = 2048
+"""Bins of :func:`histogram_divergence`."""
+PAIRED_CHANGES_LIMIT = 2500
 """Changes of one layer, beyond which they are not tried in pairs."""
 
 
@@ -91,7 +92,7 @@ def choose(
         # What every change of one layer adds to the sums; the last changes nothing.
         changes = [np.append(t[moved, option] - t[moved, best[moved]], 0.0) for t in (e, a, b)]
         sums = [t[layers, best].sum() for t in (e, a, b)]
-        pairs = len(moved) if len(moved) <= MOST_PAIRED else 0
+        pairs = len(moved) if len(moved) <= PAIRED_CHANGES_LIMIT else 0
         first, second = np.arange(len(moved) + 1)[:, None], np.arange(len(moved) - pairs, len(moved) + 1)[None]
         error, share, size = (total + c[first] + c[second] for total, c in zip(sums, changes, strict=True))
         places = np.append(moved, -1)
@@ -121,15 +122,15 @@ def _first_of(*keys: np.ndarray) -> int:
 def histogram_divergence(exact: Float[Array, "..."], approximate: Float[Array, "..."]) -> Float32[Array, ""]:
     """The divergence of the values' distribution from that of the exact ones, in nats.
 
-    Both are histograms of :data:`BINS` equal bins over the range of the exact values; what lies outside counts to the
-    outermost bins, and every bin holds 1e-10 at least.
+    Both are histograms of :data:`HISTOGRAM_BINS` equal bins over the range of the exact values; what lies outside counts to
+    the outermost bins, and every bin holds 1e-10 at least.
     """
     low, high = jnp.min(exact), jnp.max(exact)
-    width = jnp.where(high > low, high - low, 1.0) / BINS
+    width = jnp.where(high > low, high - low, 1.0) / HISTOGRAM_BINS
 
     def histogram(values: Array) -> Array:
-        places = jnp.clip(((values - low) / width).astype(jnp.int32), 0, BINS - 1).reshape(-1)
-        share = jnp.zeros(BINS).at[places].add(1.0) / places.size + 1e-10
+        places = jnp.clip(((values - low) / width).astype(jnp.int32), 0, HISTOGRAM_BINS - 1).reshape(-1)
+        share = jnp.zeros(HISTOGRAM_BINS).at[places].add(1.0) / places.size + 1e-10
         return share / jnp.sum(share)
 
     p, q = histogram(exact), histogram(approximate)
