@@ -44,9 +44,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "transforms": {"diagonal": "fqjax.core.transforms.diagonal"},
     "inputs": {
-        "static": "fqjax.core.inputs",
-        "per_token": "fqjax.core.inputs",
-        "floating": "fqjax.core.inputs",
+        "static": "fqjax.core.stored_inputs",
+        "per_token": "fqjax.core.stored_inputs",
+        "floating": "fqjax.core.stored_inputs",
     },
     "methods": {
         "absmax": "fqjax.methods.absmax",

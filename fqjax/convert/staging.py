@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from fqjax.checkpoint.manifest import MANIFEST_FILE
 from fqjax.checkpoint.orbax import refuse_existing
-from fqjax.drivers.store import ACTIVATIONS
+from fqjax.drivers.store import ACTIVATIONS_FOLDER
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import read_json, write_whole, writing
 
@@ -56,7 +56,7 @@ def remove(staging: Path) -> None:
     Activations vanish at once, as a pass that found some of them would go on from there.
     """
     with contextlib.suppress(OSError):
-        (staging / ACTIVATIONS).rename(staging / f"{ACTIVATIONS}.unfinished")
+        (staging / ACTIVATIONS_FOLDER).rename(staging / f"{ACTIVATIONS_FOLDER}.unfinished")
     for path in [*staging.glob("*")] if staging.is_dir() else []:
         if path.name not in (LOCK, COMPLETE, RECORD):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -16,12 +16,13 @@ from jaxtyping import Array, Float, Float32
 from scipy.optimize import LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix
 
-BINS = 2048
-COST_SCALE = 1e3
-"""What the largest cost becomes for the solver, which looks no closer than 1e-6."""
-GAP = 1e-6
+HISTOGRAM_BINS = 2048
+"""Bins of :func:`histogram_divergence`."""
+LARGEST_COST = 1e3
+"""The largest cost, as the solver sees it, which looks no closer than 1e-6."""
+RELATIVE_GAP = 1e-6
 """How near the solver comes to the least cost, relative to it: of two choices as near as that either will do."""
-CORE = 200
+FIRST_OPTIONS = 200
 """Options looked at first, besides one for each layer."""
 
 
@@ -64,7 +65,7 @@ def choose(
 ) -> list[int]:
     """Chooses one of several options for every layer: least error in all, within two bounds on their sums.
 
-    By integer programming, exact up to :data:`GAP`; the same choice each time.
+    By integer programming, exact up to :data:`RELATIVE_GAP`; the same choice each time.
 
     Args:
       errors: what each option of each layer costs, in any additive measure.
@@ -121,7 +122,7 @@ class _Options:
         """
         bounds: Bounds = [(-self.macs, -least_macs)] if least_macs > 0 else []
         bounds += [(self.sizes, most_bytes)] if np.isfinite(most_bytes) else []
-        costs = costs * (COST_SCALE / max(float(costs.max()), np.finfo(float).tiny))
+        costs = costs * (LARGEST_COST / max(float(costs.max()), np.finfo(float).tiny))
         prices = _prices(costs, bounds, self.layer)
         if prices is None:
             return None
@@ -130,7 +131,7 @@ class _Options:
         np.minimum.at(best, self.layer, priced)
         dearer = priced - best[self.layer]
         least = best.sum() - sum(price * most for price, (_, most) in zip(prices, bounds, strict=True))
-        order, count = np.sort(dearer), len(best) + CORE
+        order, count = np.sort(dearer), len(best) + FIRST_OPTIONS
         limit = order[min(count, len(order)) - 1]
         while True:
             some = np.flatnonzero(dearer <= limit)
@@ -170,7 +171,7 @@ def _cheapest_of(some: np.ndarray, costs: np.ndarray, bounds: Bounds, layer: np.
             integrality=np.ones(len(some)),
             bounds=(0, 1),
             constraints=[each, *within],
-            options={"mip_rel_gap": GAP},
+            options={"mip_rel_gap": RELATIVE_GAP},
         )
         if solved.x is None:
             return None
@@ -193,15 +194,15 @@ def _scale(row: np.ndarray) -> float:
 def histogram_divergence(exact: Float[Array, "..."], approximate: Float[Array, "..."]) -> Float32[Array, ""]:
     """The divergence of the values' distribution from that of the exact ones, in nats.
 
-    Both are histograms of :data:`BINS` equal bins over the range of the exact values; what lies outside counts to the
-    outermost bins, and every bin holds 1e-10 at least.
+    Both are histograms of :data:`HISTOGRAM_BINS` equal bins over the range of the exact values; what lies outside counts to
+    the outermost bins, and every bin holds 1e-10 at least.
     """
     low, high = jnp.min(exact), jnp.max(exact)
-    width = jnp.where(high > low, high - low, 1.0) / BINS
+    width = jnp.where(high > low, high - low, 1.0) / HISTOGRAM_BINS
 
     def histogram(values: Array) -> Array:
-        places = jnp.clip(((values - low) / width).astype(jnp.int32), 0, BINS - 1).reshape(-1)
-        share = jnp.zeros(BINS).at[places].add(1.0) / places.size + 1e-10
+        places = jnp.clip(((values - low) / width).astype(jnp.int32), 0, HISTOGRAM_BINS - 1).reshape(-1)
+        share = jnp.zeros(HISTOGRAM_BINS).at[places].add(1.0) / places.size + 1e-10
         return share / jnp.sum(share)
 
     p, q = histogram(exact), histogram(approximate)
