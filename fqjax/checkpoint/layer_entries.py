@@ -118,7 +118,7 @@ def _described(value: Stored) -> dict[str, Any]:
 
 def _abstract(group: str, described: dict[str, Any], sizes: Sizes) -> Any:
     """The stored type that is described, with shapes in place of arrays."""
-    kind = described.get("kind")
+    kind = str(described.get("kind"))
     cls = lookup(group, kind)
     statics = {name: value for name, value in described.items() if name != "kind"}
     hints, known = get_type_hints(cls, include_extras=True), cls.static_names()

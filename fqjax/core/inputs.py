@@ -27,7 +27,6 @@ COARSE_BITS = 4
 class InputQuantizer(Protocol):
     """How a plan quantizes a layer's input: a registered pytree (:class:`fqjax.core.table.Stored`)."""
 
-    kind: ClassVar[str]
     runs: ClassVar[type[StoredInput]]
     """Type of the quantizer that is stored."""
 

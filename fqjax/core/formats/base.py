@@ -77,8 +77,6 @@ class RoundedWeight(Protocol):
 class Grid(Protocol):
     """The numbers that a weight may become: a registered pytree (:class:`fqjax.core.table.Stored`)."""
 
-    kind: ClassVar[str]
-
     @property
     def format(self) -> Format:
         """Config of the tensor."""

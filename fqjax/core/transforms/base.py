@@ -9,7 +9,7 @@ together with the quantization, :meth:`Transform.recipe` says how, and the layer
 XLA runs :meth:`Transform.inputs` before the layer.
 """
 
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Float32
 
@@ -27,8 +27,6 @@ class Recipe(NamedTuple):
 @runtime_checkable
 class Transform(Protocol):
     """A registered pytree (:class:`fqjax.core.table.Stored`); its arrays may be learned."""
-
-    kind: ClassVar[str]
 
     def weight(self, w: Float[Array, "n k"]) -> Float32[Array, "n k2"]:
         """The weight that stands in W's place."""
