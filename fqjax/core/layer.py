@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,11 @@ from jaxtyping import Array, Float, Float32, Int
 from fqjax.core.formats.base import Grid, RoundedWeight
 from fqjax.core.inputs import InputQuantizer
 from fqjax.core.transforms.base import Recipe, Transform
+
+if TYPE_CHECKING:
+    TransformLike, InputsLike, GridLike = Transform, InputQuantizer, Grid
+else:  # JAX puts placeholders into pytrees, which are no instances of the protocols.
+    TransformLike = InputsLike = GridLike = object
 
 
 @jax.tree_util.register_dataclass
@@ -43,9 +49,9 @@ class LayerPlan:
       finish: what becomes of the output; None for nothing.
     """
 
-    transform: Transform
-    inputs: InputQuantizer
-    grid: Grid
+    transform: TransformLike
+    inputs: InputsLike
+    grid: GridLike
     branches: tuple[Callable[[Array], Array], ...] = ()
     finish: Callable[[Array], Array] | None = None
 
