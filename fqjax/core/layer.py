@@ -14,8 +14,9 @@ from fqjax.core.transforms.base import Recipe, Transform
 
 if TYPE_CHECKING:
     TransformLike, InputsLike, GridLike = Transform, InputQuantizer, Grid
+    FunctionLike = Callable[[Array], Array]
 else:  # JAX puts placeholders into pytrees, which are no instances of the protocols.
-    TransformLike = InputsLike = GridLike = object
+    TransformLike = InputsLike = GridLike = FunctionLike = object
 
 
 @jax.tree_util.register_dataclass
@@ -52,8 +53,8 @@ class LayerPlan:
     transform: TransformLike
     inputs: InputsLike
     grid: GridLike
-    branches: tuple[Callable[[Array], Array], ...] = ()
-    finish: Callable[[Array], Array] | None = None
+    branches: tuple[FunctionLike, ...] = ()
+    finish: FunctionLike | None = None
 
     def round(self, weight: Float[Array, "n k"]) -> Int[Array, "n k"]:
         """The nearest codes of a weight that is not transformed yet."""
