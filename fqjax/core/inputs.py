@@ -62,7 +62,7 @@ class Static(Stored):
       largest: code of a piece, scalar.
     """
 
-    kind = "static_plan"
+    kind: ClassVar[str] = "static_plan"
     runs: ClassVar[type[StoredInput]] = StaticInput
 
     scale: Float32[Array, ""] = array(dtype="float32", positive=True)
@@ -98,7 +98,7 @@ class PerToken(Stored):
       largest: code, scalar.
     """
 
-    kind = "per_token_plan"
+    kind: ClassVar[str] = "per_token_plan"
     runs: ClassVar[type[StoredInput]] = PerTokenInput
 
     largest: Int32[Array, ""] = array(dtype="int32", positive=True)
@@ -126,7 +126,7 @@ class PerToken(Stored):
 class Floating(Stored):
     """No codes: activations stay in floating point."""
 
-    kind = "floating_plan"
+    kind: ClassVar[str] = "floating_plan"
     runs: ClassVar[type[StoredInput]] = FloatingInput
 
     @property

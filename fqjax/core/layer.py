@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,12 @@ from jaxtyping import Array, Float, Float32, Int
 from fqjax.core.formats.base import Grid, RoundedWeight
 from fqjax.core.inputs import InputQuantizer
 from fqjax.core.transforms.base import Recipe, Transform
+
+if TYPE_CHECKING:
+    TransformLike, InputsLike, GridLike = Transform, InputQuantizer, Grid
+    FunctionLike = Callable[[Array], Array]
+else:  # JAX puts placeholders into pytrees, which are no instances of the protocols.
+    TransformLike = InputsLike = GridLike = FunctionLike = object
 
 
 @jax.tree_util.register_dataclass
@@ -43,11 +50,11 @@ class LayerPlan:
       finish: what becomes of the output; None for nothing.
     """
 
-    transform: Transform
-    inputs: InputQuantizer
-    grid: Grid
-    branches: tuple[Callable[[Array], Array], ...] = ()
-    finish: Callable[[Array], Array] | None = None
+    transform: TransformLike
+    inputs: InputsLike
+    grid: GridLike
+    branches: tuple[FunctionLike, ...] = ()
+    finish: FunctionLike | None = None
 
     def round(self, weight: Float[Array, "n k"]) -> Int[Array, "n k"]:
         """The nearest codes of a weight that is not transformed yet."""

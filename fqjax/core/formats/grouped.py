@@ -183,7 +183,7 @@ class GroupedGrid(Stored):
       format: of the tensor.
     """
 
-    kind = "grouped_grid"
+    kind: ClassVar[str] = "grouped_grid"
 
     scale: Float32[Array, "..."]
     group_scale: Float32[Array, "groups n"] | Int32[Array, "groups n"]

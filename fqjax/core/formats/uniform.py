@@ -119,7 +119,7 @@ class UniformGrid(Stored):
       format: of the tensor.
     """
 
-    kind = "uniform_grid"
+    kind: ClassVar[str] = "uniform_grid"
 
     scale: Float32[Array, "..."]
     pieces: Int32[Array, " k"]

@@ -5,6 +5,8 @@ chooses ``s = max|x|**alpha / max|w|**(1 - alpha)``; FlattenQuant smooths before
 that few are left.  fqjax never folds ``s`` into the layer before: it is part of the one multiply that quantizes.
 """
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
@@ -24,7 +26,7 @@ class Diagonal(Stored):
       factors: s, positive, (K,).
     """
 
-    kind = "diagonal"
+    kind: ClassVar[str] = "diagonal"
 
     factors: Float32[Array, " k"] = array("in", dtype="float32", positive=True)
 
