@@ -11,7 +11,6 @@ from typing import TypeVar
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.settings import Settings, alternatives, check_field, hints_of
 
-
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -40,9 +39,7 @@ class _Draft:
                 yield from ((f"{name}.{key}", part, field) for key, part, field in inner.keys())
 
 
-def overridden(
-    config: SettingsT, settings: Iterable[str], label: str, aliases: Iterable[str] = ()
-) -> SettingsT:
+def overridden(config: SettingsT, settings: Iterable[str], label: str, aliases: Iterable[str] = ()) -> SettingsT:
     """The configuration with settings applied.
 
     Args:

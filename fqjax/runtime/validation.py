@@ -47,7 +47,12 @@ TYPE_WORDS = {
     "null": "null",
     "object": "an object",
 }
-BOUND_WORDS = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "of at most"}
+BOUND_WORDS = {
+    "exclusiveMinimum": "above",
+    "minimum": "of at least",
+    "exclusiveMaximum": "below",
+    "maximum": "of at most",
+}
 """Words for the entries of a JSON schema."""
 
 
