@@ -284,6 +284,7 @@ def measure(task: Task) -> None:
         raise ValueError(f"{fqjax.__file__} was imported, which is not in {task.root}")
     start = time.perf_counter()
     model, tokenizer = fqjax.load_hf(task.model)
+    assert tokenizer is not None  # The models that are compared all have one.
     text = Path(task.text).read_text(encoding="utf-8")
     ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     held_out = len(ids) * 3 // 4

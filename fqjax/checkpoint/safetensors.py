@@ -5,7 +5,7 @@ name that occurs twice: :func:`read_header` does.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,21 +13,21 @@ from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import inside, parse_json, read_json, reason
+from fqjax.runtime.files import JsonObject, inside, parse_json, read_json, reason
 
-LARGEST = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 """Bytes of a header, as the safetensors package has it."""
 
-PIECE = 2**22
+PIECE_VALUES = 2**22
 """Values that are looked at at once."""
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-FLOATS = ("F32", "F16", "BF16", "F64")
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
 class Stored(NamedTuple):
-    """What a file's header says of a tensor."""
+    """Dtype and shape of a tensor, as its file's header has them."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -98,9 +98,9 @@ class TensorFiles:
           InputError: if the tensor is not in floating point.
         """
         dtype, shape = self._stored[name]
-        if dtype not in FLOATS:
+        if dtype not in FLOAT_DTYPES:
             path = self.directory / self.files[name]
-            raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(FLOATS)}")
+            raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
         return shape
 
     def read(self, name: str, dtype: DTypeLike, part: int | None = None) -> np.ndarray:
@@ -139,21 +139,21 @@ class TensorFiles:
 
     def _locate(self) -> dict[str, str]:
         """File of every tensor."""
-        index = self.directory / INDEX
+        index = self.directory / INDEX_FILE
         if index.exists():
-            return self._read_index(inside(self.directory, INDEX))
-        if (self.directory / SINGLE).exists():
-            header = self._header(SINGLE)
+            return self._read_index(inside(self.directory, INDEX_FILE))
+        if (self.directory / SINGLE_FILE).exists():
+            header = self._header(SINGLE_FILE)
             self.missing.clear()  # It is looked at once more.
-            return dict.fromkeys(header or (), SINGLE)
+            return dict.fromkeys(header or (), SINGLE_FILE)
         if self.partial:
-            self.missing.append(SINGLE)
+            self.missing.append(SINGLE_FILE)
             return {}
         others = sorted(p.name for p in self.directory.glob("*.bin")) or sorted(
             p.name for p in self.directory.glob("*.pt")
         )
         hint = f"; {others[0]} is a pickle, which fqjax does not read" if others else ""
-        raise InputError(f"{self.directory}: no {SINGLE} and no {INDEX}{hint}")
+        raise InputError(f"{self.directory}: no {SINGLE_FILE} and no {INDEX_FILE}{hint}")
 
     def _read_index(self, index: Path) -> dict[str, str]:
         files = read_json(index, "index of safetensors shards").get("weight_map")
@@ -163,11 +163,11 @@ class TensorFiles:
             if Path(file).name != file or file in ("", ".."):
                 raise InputError(f"{index}: {file!r} is not a file name in this directory")
             if not (self.directory / file).exists() and not self.partial:
-                raise InputError(f"{self.directory / file}: missing shard, named by {INDEX}")
+                raise InputError(f"{self.directory / file}: missing shard, named by {INDEX_FILE}")
         return files
 
     def _header(self, file: str) -> dict[str, Stored] | None:
-        """What a file's header says; None if the file may be missing, and is."""
+        """Entries of a file's header; None if the file may be missing, and is."""
         if self.partial and not (self.directory / file).exists():
             self.missing.append(file)
             return None
@@ -193,33 +193,34 @@ def _is_finite(values: np.ndarray) -> bool:
     """In pieces: NumPy has to make float32 of bfloat16 first, and an embedding is large."""
     flat = values.reshape(-1)
     return all(
-        bool(np.isfinite(flat[i : i + PIECE].astype(np.float32)).all()) for i in range(0, max(flat.size, 1), PIECE)
+        bool(np.isfinite(flat[i : i + PIECE_VALUES].astype(np.float32)).all())
+        for i in range(0, max(flat.size, 1), PIECE_VALUES)
     )
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file as it stands there, entries by name, and the number of bytes behind it.
+def read_header(path: Path) -> tuple[JsonObject, int]:
+    """The header of a safetensors file as it stands there, entries by name, and the number of bytes after it.
 
     Raises:
       ValueError: if it is longer than the file, not a JSON object, or names an entry twice.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        behind = path.stat().st_size - 8 - length
-        if behind < 0 or length > LARGEST:
+        after = path.stat().st_size - 8 - length
+        if after < 0 or length > MAX_HEADER_BYTES:
             raise ValueError(f"its header of {length} bytes does not fit into the file")
         header = parse_json(file.read(length).decode())
     if not isinstance(header, dict):
         raise ValueError(f"its header: expected an object, got {type(header).__name__}")
-    return header, behind
+    return header, after
 
 
 def _bare_header(path: Path) -> dict[str, Stored] | None:
-    """What the header of a file says that consists of nothing else; None for any other file."""
+    """Entries of the header of a file that consists of nothing else; None for any other file."""
     try:
-        header, behind = read_header(path)
-        entries = {name: info for name, info in header.items() if name != "__metadata__"}
-        if behind or not any(info["data_offsets"][1] for info in entries.values()):
+        header, after = read_header(path)
+        entries = {name: cast(dict, info) for name, info in header.items() if name != "__metadata__"}
+        if after or not any(info["data_offsets"][1] for info in entries.values()):
             return None
         return {name: Stored(str(info["dtype"]), tuple(info["shape"])) for name, info in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, IndexError):

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import fqjax
-from fqjax.checkpoint.calibration_record import FILE, CalibrationRecord, read_calibration_record
+from fqjax.checkpoint.calibration_record import CALIBRATION_FILE, CalibrationRecord, read_calibration_record
 from fqjax.layers.stacked import quantized_layers
 from fqjax.report.plots import _place, activation_channels, plot_report, weight_channels
 from fqjax.runtime.errors import InputError
@@ -65,8 +65,8 @@ def test_findings_survive_the_disk(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"\x40\0\0\0\0\0\0\0" + b"{" * 64])
 def test_a_damaged_file_is_named(tmp_path, content):
-    (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(InputError, match=FILE):
+    (tmp_path / CALIBRATION_FILE).write_bytes(content)
+    with pytest.raises(InputError, match=CALIBRATION_FILE):
         read_calibration_record(tmp_path)
 
 
