@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.json_values import JsonObject
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fqjax.models.causal_lm import CausalLM
 
 app = typer.Typer(
@@ -56,7 +59,7 @@ def load_model(source: str) -> "CausalLM":
     return Source(source).model()
 
 
-def load_with_tokenizer(source: str, *, required: bool = True) -> "tuple[CausalLM, Any]":
+def load_with_tokenizer(source: str, *, required: bool = True) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
     """The same with its tokenizer, which is None where there is none and none is required."""
     from fqjax.checkpoint.source import Source
 
@@ -66,7 +69,7 @@ def load_with_tokenizer(source: str, *, required: bool = True) -> "tuple[CausalL
     return opened.model(), tokenizer
 
 
-def write_json(path: Path | None, content: dict[str, Any]) -> None:
+def write_json(path: Path | None, content: JsonObject) -> None:
     """Writes what ``--json FILE`` asks for, if it was given.
 
     Raises:

@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fqjax.cli.app import JsonFile, app, console, write_json
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.json_values import JsonObject
 
 
 @app.command()
@@ -45,7 +46,7 @@ def bench(
     keep(_bench_kernels(shapes, rows) if what == "kernels" else _bench_model(model, scheme, prefill, decode, keep))
 
 
-def _bench_kernels(shapes: list[str] | None, rows: list[int] | None) -> dict[str, Any]:
+def _bench_kernels(shapes: list[str] | None, rows: list[int] | None) -> JsonObject:
     from fqjax.bench.kernels import default_shapes, line, parse_shape, run, summary
 
     all_shapes, all_rows = default_shapes()
@@ -62,8 +63,8 @@ def _bench_model(
     schemes: list[str] | None,
     prefill: list[str] | None,
     decode: list[str] | None,
-    keep: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
+    keep: Callable[[JsonObject], None],
+) -> JsonObject:
     import jax
 
     from fqjax.bench.model import SCHEMES, line, parse_case, parse_variant, run, summary
