@@ -142,6 +142,13 @@ def lookup(group: str, name: str) -> Any:
     )
 
 
+def import_all(group: str) -> None:
+    """Import the module of every piece of a group, those of entry points too."""
+    for module in BUILT_IN.get(group, {}).values():
+        importlib.import_module(module)
+    _load_entry_points(group)
+
+
 def listed(group: str) -> str:
     """All names of a group in one line."""
     return ", ".join(names(group))

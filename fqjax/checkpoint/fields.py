@@ -15,6 +15,16 @@ class ModelConfig(Protocol):
         """Rows of the embedding."""
         ...
 
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text; None for none."""
+        ...
+
+    @property
+    def eos_token_id(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        ...
+
 
 def check_depth(where: str, config: object, arrays: int) -> None:
     """Refuses a configuration with more layers than there are arrays to fill them, before a model of that depth is built.

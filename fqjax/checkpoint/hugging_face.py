@@ -8,7 +8,7 @@ Layers that are quantized already become quantized layers (:mod:`fqjax.checkpoin
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from fqjax.runtime.progress import track
 from fqjax.runtime.validation import check_given, check_value, validated
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 Parameters = Mapping[PathParts, nnx.Variable]
 """A model's parameters by path, as ``nnx.to_flat_state`` gives them."""
@@ -61,10 +61,8 @@ class Source(NamedTuple):
     part: int | None = None
 
 
-def load_hf(
-    path_or_id: str | Path, dtype: DTypeLike = jnp.bfloat16
-) -> "tuple[CausalLM, PreTrainedTokenizerBase | None]":
-    """Loads a Hugging Face checkpoint.
+def load_hf(path_or_id: str | Path, dtype: DTypeLike = jnp.bfloat16) -> tuple[CausalLM, Any]:
+    """Load a Hugging Face checkpoint.
 
     Args:
       path_or_id: a directory with config.json and safetensors, or the id of a hub repository ("org/name").

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -11,8 +11,6 @@ from rich.console import Console
 from fqjax.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from fqjax.models.causal_lm import CausalLM
 
 app = typer.Typer(
@@ -59,7 +57,7 @@ def load_model(source: str) -> "CausalLM":
     return Source(source).model()
 
 
-def load_with_tokenizer(source: str, *, required: bool = True) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
+def load_with_tokenizer(source: str, *, required: bool = True) -> "tuple[CausalLM, Any]":
     """The same with its tokenizer, which is None where there is none and none is required."""
     from fqjax.checkpoint.source import Source
 

@@ -13,7 +13,9 @@ from fqjax.core.inputs import InputQuantizer
 from fqjax.core.transforms.base import Recipe, Transform
 
 if TYPE_CHECKING:
-    TransformLike, InputsLike, GridLike = Transform, InputQuantizer, Grid
+    TransformLike = Transform
+    InputsLike = InputQuantizer
+    GridLike = Grid
     FunctionLike = Callable[[Array], Array]
 else:  # JAX puts placeholders into pytrees, which are no instances of the protocols.
     TransformLike = InputsLike = GridLike = FunctionLike = object

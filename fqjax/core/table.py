@@ -22,8 +22,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
+from fqjax.registry import import_all
+
 METADATA_KEY = "array"
 """Key of an array's :class:`ArrayField` in its dataclass field's metadata."""
+
+
+STORED_GROUPS = ("formats", "transforms", "inputs", "branches", "finishes")
+"""Groups of the registry whose modules define stored types."""
 
 
 _TYPES: dict[str, "type[Stored]"] = {}
@@ -217,9 +223,14 @@ def bytes_of(tree: object) -> int:
 
 
 def stored_type(kind: str) -> type[Stored]:
-    """The stored type of a kind, once the module that defines it is imported.
+    """The stored type of a kind; where it is not known, the modules of all registered pieces are imported first.
+
+    Types that are in no checkpoint, such as grids, are defined in the module of a registered piece.
 
     Raises:
       KeyError: if there is none.
     """
+    if kind not in _TYPES:
+        for group in STORED_GROUPS:
+            import_all(group)
     return _TYPES[kind]
