@@ -22,7 +22,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import jax
 
 ROWS = (1, 16, 64, 256, 1024, 4096)
 MATMULS: dict[str, dict[str, str | bool]] = {
@@ -36,14 +39,15 @@ MATMULS: dict[str, dict[str, str | bool]] = {
 }
 """Kind of weight to the dtype of its groups' scales, and what else is said of them."""
 EXPERTS = 8
+"""Experts of a product whose rows belong to several."""
 
 
 class Case(NamedTuple):
     """Something to compile: a function, and the shapes and dtypes of its arguments."""
 
     name: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    function: Callable[..., object]
+    arguments: tuple[object, ...]
 
 
 def compile_cases(pattern: str, stride: int) -> None:
@@ -102,7 +106,7 @@ def normal(ptx: str) -> str:
 
 
 def cases() -> Iterator[Case]:
-    """What is compiled: the layers of Llama-3-8B by every kernel, and smaller numbers of other kinds of calls."""
+    """Cases that are compiled: the layers of Llama-3-8B by every kernel, and smaller numbers of other kinds of calls."""
     from pallas_kernels.shapes import SHAPES
 
     layers = SHAPES["Llama-3-8B"]
@@ -131,14 +135,16 @@ def cases() -> Iterator[Case]:
             yield from quantizations(rows, per_token)
 
 
-def array(shape: tuple[int, ...], dtype: str) -> Any:
+def array(shape: tuple[int, ...], dtype: str) -> "jax.ShapeDtypeStruct":
     """Shape and dtype of an argument."""
     import jax
 
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _weight(kind: str, n: int, k: int, leading: tuple[int, ...] = ()) -> tuple[Any, Any, Any]:
+def _weight(
+    kind: str, n: int, k: int, leading: tuple[int, ...] = ()
+) -> "tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct | None]":
     """Codes, scale and scales of groups of a weight, by shape and dtype."""
     scales = MATMULS[kind].get("scales")
     codes = array((*leading, n, k if kind == "int8" else k // 2), "int8")
@@ -153,16 +159,19 @@ def matmul(
     import pallas_kernels
 
     codes, scale, groups = _weight(kind, n, k)
-    settings: Any = {"out_dtype": out_dtype, "implementation": "mosaic"}
     weight_only, folded = kind == "weight_only", bool(MATMULS[kind].get("folded"))
 
     def f(x, codes, x_scale, scale, groups, bias):
         if weight_only:
-            return pallas_kernels.weight_only_int4_matmul(x, codes, groups, scale, bias, **settings)
+            return pallas_kernels.weight_only_int4_matmul(
+                x, codes, groups, scale, bias, out_dtype=out_dtype, implementation="mosaic"
+            )
         if groups is not None:
-            return pallas_kernels.grouped_int4_matmul(x, codes, x_scale, groups, scale, bias, folded=folded, **settings)
+            return pallas_kernels.grouped_int4_matmul(
+                x, codes, x_scale, groups, scale, bias, folded=folded, out_dtype=out_dtype, implementation="mosaic"
+            )
         plain = pallas_kernels.int8_matmul if kind == "int8" else pallas_kernels.int4_matmul
-        return plain(x, codes, x_scale, scale, bias, **settings)
+        return plain(x, codes, x_scale, scale, bias, out_dtype=out_dtype, implementation="mosaic")
 
     x = array((m, k), "bfloat16" if weight_only else "int8")
     x_scale = array((m,) if per_token else (), "float32")
@@ -175,7 +184,6 @@ def experts(kind: str, m: int, n: int, k: int) -> Case:
     import pallas_kernels
 
     codes, scale, groups = _weight(kind, n, k, (EXPERTS,))
-    settings: Any = {"alignment": 8, "implementation": "mosaic"}
     bits, folded = 8 if kind == "int8" else 4, bool(MATMULS[kind].get("folded"))
 
     def f(x, codes, sizes, x_scale, scale, groups):
@@ -184,9 +192,20 @@ def experts(kind: str, m: int, n: int, k: int) -> Case:
                 bits, group_dtype=None if groups is None else groups.dtype, folded=folded, weight_only=x.dtype != "int8"
             )
             weight = pallas_kernels.Weight(decoder, codes, scale, groups)
-            return pallas_kernels.expert_matmul(x, weight, sizes, x_scale, **settings)
+            return pallas_kernels.expert_matmul(x, weight, sizes, x_scale, alignment=8, implementation="mosaic")
         before: Any = importlib.import_module("pallas_kernels.experts")  # A checkout without Weight.
-        return before.expert_matmul(x, codes, sizes, x_scale, scale, groups, bits=bits, folded=folded, **settings)
+        return before.expert_matmul(
+            x,
+            codes,
+            sizes,
+            x_scale,
+            scale,
+            groups,
+            bits=bits,
+            folded=folded,
+            alignment=8,
+            implementation="mosaic",
+        )
 
     x = array((m, k), "bfloat16" if kind == "weight_only" else "int8")
     x_scale = array(() if kind == "weight_only" else (m,), "float32")
@@ -199,7 +218,6 @@ def gated(kind: str, m: int, n: int, k: int, per_token: bool) -> Case:
 
     codes, scale, groups = _weight(kind, n, k)
     extra = 256
-    settings: Any = {"activation": "silu", "qmax": 127, "per_token": per_token, "implementation": "mosaic"}
     bits, folded = 8 if kind == "int8" else 4, bool(MATMULS[kind].get("folded"))
 
     def f(x, codes, x_scale, scale, groups, multiplier, source, part):
@@ -208,10 +226,34 @@ def gated(kind: str, m: int, n: int, k: int, per_token: bool) -> Case:
                 bits, group_dtype=None if groups is None else groups.dtype, folded=folded
             )
             weight = pallas_kernels.Weight(decoder, codes, scale, groups)
-            return pallas_kernels.gated_matmul(x, weight, x_scale, multiplier, source, part, **settings)
+            return pallas_kernels.gated_matmul(
+                x,
+                weight,
+                x_scale,
+                multiplier,
+                source,
+                part,
+                activation="silu",
+                qmax=127,
+                per_token=per_token,
+                implementation="mosaic",
+            )
         before: Any = pallas_kernels.gated_matmul  # Of a checkout without Weight.
         return before(
-            x, codes, x_scale, scale, multiplier, source, part, bits=bits, group_scale=groups, folded=folded, **settings
+            x,
+            codes,
+            x_scale,
+            scale,
+            multiplier,
+            source,
+            part,
+            bits=bits,
+            group_scale=groups,
+            folded=folded,
+            activation="silu",
+            qmax=127,
+            per_token=per_token,
+            implementation="mosaic",
         )
 
     recipe = array((n // 2,), "float32"), array((extra,), "int32"), array((extra,), "int32")
@@ -227,13 +269,15 @@ def attention(batch: int, codes: bool, extra: int | None) -> Case:
     heads, kv_heads, dim, capacity = 32, 8, 128, 576
     cache = [array((batch, capacity, kv_heads, dim), "int8" if codes else "bfloat16")] * 2
     scales = [array((batch, capacity, kv_heads), "float32") if codes else None] * 2
-    settings: Any = {"implementation": "mosaic" if codes else "triton"}
+    implementation = "mosaic" if codes else "triton"
 
     def f(qkv, keys, values, lengths, key_scales, value_scales, rotation, recipe):
         held = keys, values, lengths, key_scales, value_scales
         if recipe is None:
-            return pallas_kernels.decode_attention(qkv, *held, rotation=rotation, **settings)
-        return pallas_kernels.quantized_decode_attention(qkv, *held, *recipe, qmax=127, rotation=rotation, **settings)
+            return pallas_kernels.decode_attention(qkv, *held, rotation=rotation, implementation=implementation)
+        return pallas_kernels.quantized_decode_attention(
+            qkv, *held, *recipe, qmax=127, rotation=rotation, implementation=implementation
+        )
 
     recipe = None
     if extra is not None:
@@ -245,20 +289,29 @@ def attention(batch: int, codes: bool, extra: int | None) -> Case:
 
 
 def quantizations(rows: int, per_token: bool) -> Iterator[Case]:
-    """What comes before a product, by the kernels in Triton."""
+    """Operations before a product, by the kernels in Triton."""
     import pallas_kernels
 
     k, extra = 4096, 0 if per_token else 256
-    settings: Any = {"qmax": 127, "per_token": per_token, "implementation": "triton"}
     recipe = array((k,), "float32"), array((extra,), "int32"), array((extra,), "int32")
     x, twice, norm = array((rows, k), "bfloat16"), array((rows, 2 * k), "bfloat16"), array((k,), "bfloat16")
 
     def normalized(x, residual, norm, *recipe):
-        kinds = {"epsilon": 1e-5, "weight": norm, "residual": residual}
-        return pallas_kernels.quantize_normalized(x, *recipe, **kinds, **settings)
+        return pallas_kernels.quantize_normalized(
+            x,
+            *recipe,
+            epsilon=1e-5,
+            weight=norm,
+            residual=residual,
+            qmax=127,
+            per_token=per_token,
+            implementation="triton",
+        )
 
     def activated(x, *recipe):
-        return pallas_kernels.quantize_activated(x, *recipe, activation="silu", gated=True, **settings)
+        return pallas_kernels.quantize_activated(
+            x, *recipe, activation="silu", gated=True, qmax=127, per_token=per_token, implementation="triton"
+        )
 
     name = f"{rows}x{k}" + " per_token" * per_token
     yield Case(f"normalized {name}", normalized, (x, x, norm, *recipe))

@@ -15,12 +15,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fqjax.bench.environment import environment
+from fqjax.bench.environment import Record, environment
 from fqjax.bench.kernels import close, parse_shape
 from pallas_kernels import pack_int4
 from pallas_kernels.matmul.hopper import kernels, tuning
@@ -49,7 +48,7 @@ def weights(p: Problem, seed: int) -> tuple[jax.Array, ...]:
     return codes, scales.astype(decoder.scale_dtype)
 
 
-def tune(m: int, n: int, k: int, kind: str, repeats: int, margin: float) -> dict[str, Any]:
+def tune(m: int, n: int, k: int, kind: str, repeats: int, margin: float) -> Record:
     """The fastest configuration of one shape, and the times of all."""
     decoder = DECODERS[kind]
     bits = decoder.bits
@@ -101,8 +100,8 @@ def tune(m: int, n: int, k: int, kind: str, repeats: int, margin: float) -> dict
     return entry | {"config": dataclasses.asdict(config) if config else {}}
 
 
-def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """What an entry of the table is found by, in the order in which the table is written."""
+def key_of(entry: Record) -> tuple[object, ...]:
+    """Key of an entry of the table, in the order in which the table is written."""
     return entry["bits"], entry.get("groups") or "", entry["m"], entry["n"], entry["k"]
 
 

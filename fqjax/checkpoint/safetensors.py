@@ -1,10 +1,9 @@
 """The safetensors files of a Hugging Face directory, single or sharded, read tensor by tensor.
 
 The safetensors package checks a file's header against its length before anything is read.  What it does not look for is a
-name that occurs twice, and its messages do not always name the tensor: :func:`read_header` and :func:`fault` do.
+name that occurs twice: :func:`read_header` does.
 """
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import inside, parse_json, read_json
+from fqjax.runtime.files import inside, parse_json, read_json, reason
 
 LARGEST = 100_000_000
 """Bytes of a header, as the safetensors package has it."""
@@ -25,13 +24,6 @@ PIECE = 2**22
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 FLOATS = ("F32", "F16", "BF16", "F64")
-
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16,
-    "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-"""Of the format's dtypes."""
 
 
 class Stored(NamedTuple):
@@ -188,8 +180,8 @@ class TensorFiles:
                 slices = {name: tensors.get_slice(name) for name in tensors.keys()}
                 stored = {name: Stored(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
         except (SafetensorError, OSError) as error:
-            reason = fault(path) or str(error).removeprefix("Error while deserializing header: ")
-            raise InputError(f"{path}: truncated, or not a safetensors file ({reason})") from None
+            why = reason(error).removeprefix("Error while deserializing header: ")
+            raise InputError(f"{path}: truncated, or not a safetensors file ({why})") from None
         try:
             read_header(path)
         except ValueError as error:
@@ -232,32 +224,3 @@ def _bare_header(path: Path) -> dict[str, Stored] | None:
         return {name: Stored(str(info["dtype"]), tuple(info["shape"])) for name, info in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None
-
-
-def fault(path: Path) -> str:
-    """What is wrong with the header of a safetensors file, as far as it lies with a name or a tensor; "" if nothing is."""
-    try:
-        header, end = read_header(path)
-    except (OSError, ValueError) as error:
-        return str(error)
-    reasons = (_tensor_fault(*entry, end) for entry in header.items() if entry[0] != "__metadata__")
-    return next(filter(None, reasons), "")
-
-
-def _tensor_fault(name: str, info: Any, end: int) -> str:
-    """What is wrong with one tensor's entry, where the file holds ``end`` bytes of tensors."""
-    if not isinstance(info, dict) or {"dtype", "shape", "data_offsets"} - set(info):
-        return f"tensor {name!r}: expected an object with dtype, shape and data_offsets"
-    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        return f"tensor {name!r} has the unknown dtype {dtype!r:.60}"
-    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            return f"tensor {name!r} has {what} {numbers!r:.60}, expected whole numbers from 0"
-    if len(offsets) != 2 or not offsets[0] <= offsets[1] <= end:
-        return f"tensor {name!r} has data_offsets {offsets!r:.60}, expected two in order and within {end} bytes"
-    if 8 * (offsets[1] - offsets[0]) != BITS[dtype] * math.prod(shape):
-        return (
-            f"tensor {name!r} has {offsets[1] - offsets[0]} bytes, which is not {dtype} of shape {tuple(shape)!r:.60}"
-        )
-    return ""

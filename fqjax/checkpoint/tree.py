@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from fqjax.layers.record import Record
@@ -30,22 +31,12 @@ def with_leaves(state: Any, leaves: Mapping[tuple[str, ...], Leaf]) -> Any:
 
 def nest(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
     """A nested dictionary from paths."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return tree
+    return unflatten_dict(leaves)
 
 
-def unnest(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+def unnest(tree: dict[str, Any]) -> dict[tuple[str, ...], Any]:
     """Undoes :func:`nest`."""
-    leaves: dict[tuple[str, ...], Any] = {}
-    for key, value in tree.items():
-        path = (*prefix, str(key))
-        leaves.update(unnest(value, path) if isinstance(value, dict) else {path: value})
-    return leaves
+    return {tuple(map(str, path)): leaf for path, leaf in flatten_dict(tree).items()}
 
 
 def split_storable(model: nnx.Module) -> tuple[Any, Any, Any]:

@@ -15,7 +15,7 @@ from fqjax.cli import convert, export, evaluate, generate, inspect, demo, bench,
 # isort: on
 from fqjax.cli.app import app
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.quiet import CLOSED
+from fqjax.runtime.quiet import CLOSED_LOOP_MESSAGE
 
 INTERRUPTED = 130
 """Exit code that typer makes of Ctrl-C."""
@@ -46,7 +46,7 @@ def _complain(message: str) -> int:
 
 def _quiet_late_reads(unraisable: Any) -> None:
     """Says nothing of reads that end after a failed load closed their event loop; the failure was reported."""
-    if str(unraisable.exc_value) != CLOSED:
+    if str(unraisable.exc_value) != CLOSED_LOOP_MESSAGE:
         sys.__unraisablehook__(unraisable)
 
 

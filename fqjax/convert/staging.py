@@ -9,22 +9,18 @@ OUT.partial/...           what quantization has found out (fqjax/drivers/store.p
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from fqjax.checkpoint.manifest import MANIFEST_FILE
 from fqjax.checkpoint.orbax import refuse_existing
-from fqjax.drivers.store import ACTIVATIONS
+from fqjax.drivers.store import ACTIVATIONS_FOLDER
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import read_json, write_whole, writing
-
-try:
-    import fcntl
-except ImportError:  # Not on Windows, where two conversions into one directory go unnoticed.
-    fcntl = None
 
 LOCK, RECORD, COMPLETE = "lock", "plan.json", "complete"
 
@@ -60,13 +56,13 @@ def remove(staging: Path) -> None:
     Activations vanish at once, as a pass that found some of them would go on from there.
     """
     with contextlib.suppress(OSError):
-        (staging / ACTIVATIONS).rename(staging / f"{ACTIVATIONS}.unfinished")
+        (staging / ACTIVATIONS_FOLDER).rename(staging / f"{ACTIVATIONS_FOLDER}.unfinished")
     for path in [*staging.glob("*")] if staging.is_dir() else []:
         if path.name not in (LOCK, COMPLETE, RECORD):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    for name in (RECORD, LOCK, COMPLETE):
-        (staging / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # Windows removes no file that is open, such as the lock.
+        for name in (RECORD, LOCK, COMPLETE):
+            (staging / name).unlink(missing_ok=True)
         staging.rmdir()
 
 
@@ -108,20 +104,15 @@ def claimed(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Pa
 
 @contextlib.contextmanager
 def _locked(staging: Path) -> Iterator[None]:
+    lock = FileLock(staging / LOCK)
     with writing(staging):
-        lock = open(staging / LOCK, "w")
-    with lock:
         try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=0)
+        except Timeout:
             raise InputError(f"{staging}: another conversion is writing to it") from None
-        if not _is_same(staging / LOCK, lock):  # The other conversion ended, and took the directory with it.
-            raise InputError(f"{staging}: another conversion was writing to it until just now; try again")
+        except FileNotFoundError:  # The other conversion ended, and took the directory with it.
+            raise InputError(f"{staging}: another conversion was writing to it until just now; try again") from None
+    try:
         yield
-
-
-def _is_same(path: Path, file: Any) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    return False
+    finally:
+        lock.release()

@@ -1,7 +1,7 @@
-"""What is known of a linear layer, and the plan of the layer that it becomes."""
+"""A linear layer with the statistics of its input, and the plan of the layer that it becomes."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +43,11 @@ class LayerPlan:
       finish: what becomes of the output; None for nothing.
     """
 
-    transform: Any
-    inputs: Any
-    grid: Any
-    branches: tuple[Any, ...] = ()
-    finish: Any = None
+    transform: Transform
+    inputs: InputQuantizer
+    grid: Grid
+    branches: tuple[Callable[[Array], Array], ...] = ()
+    finish: Callable[[Array], Array] | None = None
 
     def round(self, weight: Float[Array, "n k"]) -> Int[Array, "n k"]:
         """The nearest codes of a weight that is not transformed yet."""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
-FIELD = "array"
+METADATA_KEY = "array"
 """Key of an array's :class:`ArrayField` in its dataclass field's metadata."""
 
 
@@ -76,7 +76,7 @@ def array(
     """Declare an array of a :class:`Stored` type; see :class:`ArrayField` for the arguments."""
     dtypes = (dtype,) if isinstance(dtype, str) else dtype
     declared = ArrayField(axes, dtypes, positive=positive, natural=natural, below=below, fill=fill)
-    return dataclasses.field(metadata={FIELD: declared})
+    return dataclasses.field(metadata={METADATA_KEY: declared})
 
 
 def static(**kwargs: Any) -> Any:
@@ -104,7 +104,7 @@ class Stored:
     @classmethod
     def table(cls) -> dict[str, ArrayField]:
         """The declarations of the arrays, by field."""
-        return {f.name: f.metadata[FIELD] for f in dataclasses.fields(cls) if FIELD in f.metadata}  # pyright: ignore[reportArgumentType]
+        return {f.name: f.metadata[METADATA_KEY] for f in dataclasses.fields(cls) if METADATA_KEY in f.metadata}  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def axes(cls, sizes: Sizes, statics: Mapping[str, Any]) -> dict[str, int | None]:
@@ -145,7 +145,7 @@ class Stored:
     @classmethod
     def static_names(cls) -> list[str]:
         """Names of the fields that are no arrays."""
-        return [f.name for f in dataclasses.fields(cls) if FIELD not in f.metadata]  # pyright: ignore[reportArgumentType]
+        return [f.name for f in dataclasses.fields(cls) if METADATA_KEY not in f.metadata]  # pyright: ignore[reportArgumentType]
 
     def statics(self) -> dict[str, Any]:
         """The fields that are no arrays."""
@@ -211,7 +211,7 @@ class Stored:
         }
 
 
-def bytes_of(tree: Any) -> int:
+def bytes_of(tree: object) -> int:
     """Bytes of all arrays in a tree, which may be abstract."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

@@ -39,7 +39,7 @@ class Simulated(nnx.Module):
 
     @classmethod
     def of(cls, linear: nnx.Linear, plan: LayerPlan, codes: Int[Array, "n k"]) -> "Simulated":
-        """What stands in for a linear layer."""
+        """The stand-in for a linear layer."""
         bias = plan.transform.bias(linear.kernel[...].T, None if linear.bias is None else linear.bias[...])
         return cls(plan, codes, bias, dtype=linear.dtype, param_dtype=linear.param_dtype)
 

@@ -12,7 +12,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from fqjax.core.inputs import Quantized
+from fqjax.core.stored_inputs import Quantized
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.models.attention import attend, decode_step, decodes
 from fqjax.models.cache import LayerCache

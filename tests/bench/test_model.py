@@ -12,7 +12,7 @@ from fqjax.bench import model_record
 from fqjax.bench.random_models import CONFIGS, architecture, described, random_model
 from fqjax.cli.main import main
 from fqjax.core.formats.uniform import Uniform
-from fqjax.core.inputs import FloatingInput, PerTokenInput, StaticInput
+from fqjax.core.stored_inputs import FloatingInput, PerTokenInput, StaticInput
 from fqjax.layers.stacked import StackedExperts, quantized_layers
 from fqjax.runtime.errors import InputError
 from tests.models import variants
@@ -40,7 +40,7 @@ MIXTRAL = CONFIGS["mixtral-8x7b"] | {
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch):
     """How long something takes is not what is tested."""
-    monkeypatch.setattr(bench, "REPEATS", 2)
+    monkeypatch.setattr(bench, "TIMED_CALLS", 2)
 
 
 @pytest.mark.sample(1)
@@ -206,8 +206,8 @@ def test_decoding_begins_behind_a_full_cache(monkeypatch):
     monkeypatch.setattr(type(model), "extend", noted)
     bench.decode.clear_cache()
     bench.measure(model, bench.Case("decode", 2, 16))
-    assert len(seen) == (bench.STEPS + bench.LEAD) * (bench.REPEATS + 1)
-    assert sorted(set(map(tuple, seen))) == [(16 + i, 16 + i) for i in range(bench.STEPS)]
+    assert len(seen) == (bench.DECODED_TOKENS + bench.SHORT_CALL_TOKENS) * (bench.TIMED_CALLS + 1)
+    assert sorted(set(map(tuple, seen))) == [(16 + i, 16 + i) for i in range(bench.DECODED_TOKENS)]
 
 
 def test_the_command(tmp_path):

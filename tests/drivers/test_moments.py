@@ -7,7 +7,7 @@ import fqjax
 from fqjax.core.layer import fake_input
 from fqjax.drivers import moments as module
 from fqjax.drivers.candidates import layer_options
-from fqjax.drivers.moments import Moments
+from fqjax.drivers.compensation import Moments
 from fqjax.drivers.statistics import calibrate
 from fqjax.drivers.trial import nearest
 from fqjax.layers.simulated import Simulated
@@ -78,7 +78,7 @@ def test_the_moments_are_those_of_the_inputs(setup, monkeypatch):
         taken[weight.shape] = moments
         return plan.round(weight)
 
-    monkeypatch.setattr(module, "_rounded", note)
+    monkeypatch.setattr(module, "rounded_weight", note)
     compensate(model, rough, plans, data, upstream=0.3)
     x = jnp.concatenate(data)
     exact, seen = np.tanh(np.asarray(model.first(x))), np.tanh(np.asarray(rough["first"](x)))

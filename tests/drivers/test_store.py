@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 from fqjax.core.channels import PADDING
 from fqjax.core.formats.grouped import Grouped, GroupedGrid
 from fqjax.core.formats.uniform import Uniform, UniformGrid
-from fqjax.core.inputs import Floating, PerToken, Static, StaticInput
+from fqjax.core.inputs import Floating, PerToken, Static
 from fqjax.core.layer import LayerPlan
+from fqjax.core.stored_inputs import StaticInput
 from fqjax.core.transforms.diagonal import Diagonal
 from fqjax.drivers.candidates import Option
-from fqjax.drivers.codec import STRUCTURE, read_value, write_value
+from fqjax.drivers.codec import STRUCTURE_ENTRY, read_value, write_value
 from fqjax.drivers.statistics import Span, Statistics
-from fqjax.drivers.store import ACTIVATIONS, DirectoryStore, Store
+from fqjax.drivers.store import ACTIVATIONS_FOLDER, DirectoryStore, Store
 from fqjax.layers.record import Figures
 from fqjax.models.chain import drain
 from fqjax.runtime.errors import InputError
@@ -142,8 +143,11 @@ def rewritten(change):
 
     def damage(path):
         with safe_open(path, "np") as file:
-            structure, arrays = json.loads(file.metadata()[STRUCTURE]), {n: file.get_tensor(n) for n in file.keys()}
-        save_file(arrays, path, {STRUCTURE: json.dumps(change(structure))})
+            structure, arrays = (
+                json.loads(file.metadata()[STRUCTURE_ENTRY]),
+                {n: file.get_tensor(n) for n in file.keys()},
+            )
+        save_file(arrays, path, {STRUCTURE_ENTRY: json.dumps(change(structure))})
 
     return damage
 
@@ -153,8 +157,8 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("nothing of the kind"),
     "no structure": lambda path: save_file(load_file(path), path),
-    "no JSON": lambda path: save_file(load_file(path), path, {STRUCTURE: "{"}),
-    "no array": lambda path: save_file({}, path, {STRUCTURE: '{"array": "0"}'}),
+    "no JSON": lambda path: save_file(load_file(path), path, {STRUCTURE_ENTRY: "{"}),
+    "no array": lambda path: save_file({}, path, {STRUCTURE_ENTRY: '{"array": "0"}'}),
     "directory": lambda path: (path.unlink(), path.mkdir()),
     "unknown record": rewritten(lambda s: s | {"record": "of another program"}),
     "unknown kind": rewritten(lambda _: {"stored": "of another program", "fields": {}}),
@@ -219,7 +223,7 @@ def test_outputs_that_nobody_wants_are_not_kept(store):
 def test_an_interrupted_sweep_goes_on_before_the_block_that_it_stopped_in(tmp_path, at):
     with pytest.raises(Interrupted):
         swept(DirectoryStore(tmp_path), at)
-    folders = [p.name for p in (tmp_path / ACTIVATIONS).iterdir() if p.name != "unfinished"]
+    folders = [p.name for p in (tmp_path / ACTIVATIONS_FOLDER).iterdir() if p.name != "unfinished"]
     assert folders == [f"pass.{at:04d}"]
     outputs, calls = swept(DirectoryStore(tmp_path), keep_last=True)
     assert [x.tolist() for x in outputs] == [[111, 111], [112, 112]]
@@ -236,7 +240,7 @@ def test_sweeps_of_other_names_do_not_meet(tmp_path):
     store = DirectoryStore(tmp_path)
     swept(store)
     drain(store.sweep("other", {"a": 0}, lambda: [np.zeros(1)], lambda path, block, inputs: inputs, "other"))
-    assert {p.name for p in (tmp_path / ACTIVATIONS).iterdir()} == {"pass.0003", "other.0001"}
+    assert {p.name for p in (tmp_path / ACTIVATIONS_FOLDER).iterdir()} == {"pass.0003", "other.0001"}
 
 
 def test_activations_may_be_trees(tmp_path):

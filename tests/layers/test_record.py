@@ -8,8 +8,8 @@ from flax import nnx
 
 from fqjax.core.channels import PADDING
 from fqjax.core.formats.uniform import Uniform
-from fqjax.core.inputs import StaticInput
 from fqjax.core.overflow import LIMIT
+from fqjax.core.stored_inputs import StaticInput
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import LARGEST_COUNT, Figures, Record, abstracted, split_to_run
 from fqjax.layers.stacked import stack

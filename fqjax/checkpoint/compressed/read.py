@@ -22,7 +22,7 @@ from fqjax.core.channels import PADDING
 from fqjax.core.formats.base import QTensor
 from fqjax.core.formats.grouped import LARGEST_GROUP, Grouped
 from fqjax.core.formats.uniform import Uniform
-from fqjax.core.inputs import FloatingInput, PerTokenInput, StaticInput, StoredInput
+from fqjax.core.stored_inputs import FloatingInput, PerTokenInput, StaticInput, StoredInput
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Figures
 from fqjax.layers.surgery import find_linears

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
 from fqjax.core.channels import Channels, rounded_up
-from fqjax.core.inputs import Quantized
+from fqjax.core.stored_inputs import Quantized
 from fqjax.core.table import Sizes, Stored, bytes_of, static
 from pallas_kernels import Weight, quantized_matmul
 
@@ -29,14 +29,14 @@ class Format(abc.ABC):
     kind: ClassVar[str]
     tensor: ClassVar[type["QTensor"]]
     multiple: ClassVar[int] = 128
-    """What K' is padded to."""
+    """Multiple that K' is padded to."""
     bits: int
     """Of a code; a field, or a property."""
 
     @property
     @abc.abstractmethod
     def label(self) -> str:
-        """What has a scale of its own, for reports: "tensor", "channel", "group of 128"."""
+        """The part of a weight that has a scale of its own, for reports: "tensor", "channel", "group of 128"."""
 
     @property
     def takes_floating(self) -> bool:
@@ -78,7 +78,11 @@ class Grid(Protocol):
     """The numbers that a weight may become: a registered pytree (:class:`fqjax.core.table.Stored`)."""
 
     kind: ClassVar[str]
-    format: Any
+
+    @property
+    def format(self) -> Format:
+        """Config of the tensor."""
+        ...
 
     @property
     def pieces(self) -> Int32[Array, " k"] | None:

@@ -61,7 +61,7 @@ class GroupedTensor(QTensor):
         return self.unpacked().astype(jnp.float32) * self.steps()
 
     def steps(self) -> Float32[Array, "out width"]:
-        """What each code is multiplied with."""
+        """The factor of each code, scales multiplied."""
         return steps(self.scale, self.group_scale, self.format.group_size)
 
     def operand(self, *, weight_only: bool = False) -> Weight:
@@ -200,7 +200,7 @@ class GroupedGrid(Stored):
         return (-largest - 1 if self.format.bits == 4 else -largest), largest
 
     def steps(self, k: int) -> Float32[Array, "n k"]:
-        """What each code is multiplied with."""
+        """The factor of each code, scales multiplied."""
         return steps(self.scale, self.group_scale, self.format.group_size)[:, :k]
 
     def round(self, w: Float32[Array, "n k"]) -> Int16[Array, "n k"]:

@@ -47,5 +47,5 @@ class Transform(Protocol):
         ...
 
     def recipe(self) -> Recipe | None:
-        """What one kernel pass takes up of it; None if :meth:`inputs` has to run before the layer."""
+        """The part that one kernel pass takes up; None if :meth:`inputs` has to run before the layer."""
         ...

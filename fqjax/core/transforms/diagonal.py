@@ -12,7 +12,8 @@ from fqjax.core.table import Stored, array
 from fqjax.core.transforms.base import Recipe
 from fqjax.registry import register
 
-SMALLEST_FACTOR = 1e-5
+SMALLEST_SMOOTHING_FACTOR = 1e-5
+"""Lower bound of a factor, so that dividing by it stays finite."""
 
 
 @register("transforms")
@@ -58,5 +59,5 @@ def smoothing_factors(
     """
     dead = (x_max <= 0) | (w_max <= 0)
     x, w = jnp.where(dead, 1.0, x_max), jnp.where(dead, 1.0, w_max)
-    factors = jnp.maximum(x**alpha / w ** (1 - alpha), SMALLEST_FACTOR)
+    factors = jnp.maximum(x**alpha / w ** (1 - alpha), SMALLEST_SMOOTHING_FACTOR)
     return jnp.where(dead, 1.0, factors).astype(jnp.float32)

@@ -8,9 +8,10 @@ from jaxtyping import Array, Float
 from fqjax.core.channels import count_pieces
 from fqjax.core.codes import qmax
 from fqjax.core.formats.uniform import Uniform, UniformGrid
-from fqjax.core.inputs import Static, StaticInput
+from fqjax.core.inputs import Static
 from fqjax.core.layer import LayerInputs, LayerPlan
-from fqjax.core.threshold_search import ALPHAS, Found, channel_scales, search
+from fqjax.core.stored_inputs import StaticInput
+from fqjax.core.threshold_search import SMOOTHING_EXPONENTS, Found, channel_scales, search
 from fqjax.core.thresholds import threshold, within_budget
 from fqjax.core.transforms.diagonal import Diagonal
 from fqjax.methods.arrays.smoothquant import smooth
@@ -18,7 +19,7 @@ from fqjax.methods.flattenquant import FlattenQuant
 
 
 def formats(method: FlattenQuant, bits: int) -> tuple[Uniform, type[StaticInput]]:
-    """What is stored of a layer: the weight's format, and the quantizer of its input."""
+    """Stored types of a layer: the weight's format, and the quantizer of its input."""
     return Uniform(bits=bits, granularity=method.weight_scales), StaticInput  # pyright: ignore[reportArgumentType]
 
 
@@ -54,7 +55,7 @@ def _plans(layer: LayerInputs, method: FlattenQuant, bits: int, bounds: Float[Ar
         layer.samples,
         x_bits=x_bits,
         w_bits=bits,
-        alphas=None if method.alpha is None else ALPHAS,
+        alphas=None if method.alpha is None else SMOOTHING_EXPONENTS,
         flatten_activations=method.flatten_activations,
         flatten_weights=method.flatten_weights and method.weight_scales == "tensor",
         budgets=bounds,

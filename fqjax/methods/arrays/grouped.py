@@ -8,21 +8,23 @@ from jaxtyping import Array, Float32
 
 from fqjax.core.codes import qmax
 from fqjax.core.formats.grouped import Grouped, GroupedGrid
-from fqjax.core.inputs import FLOATING_BITS, Floating, FloatingInput, PerToken, PerTokenInput, StoredInput
+from fqjax.core.inputs import Floating, PerToken
 from fqjax.core.integer_scale import fold_scales
 from fqjax.core.layer import LayerInputs, LayerPlan
+from fqjax.core.stored_inputs import FLOATING_BITS, FloatingInput, PerTokenInput, StoredInput
 from fqjax.core.transforms.diagonal import Diagonal
 from fqjax.methods.base import GroupedMethod
 
-EXPONENTS = tuple(i / 20 for i in range(20))
-SHRINKS = tuple(1 - i / 20 for i in range(11))
-"""What is tried for the largest weight of a group, relative to it."""
+AWQ_EXPONENTS = tuple(i / 20 for i in range(20))
+"""Candidates for the exponent of the mean activation in AWQ's scaling."""
+GROUP_SCALE_FRACTIONS = tuple(1 - i / 20 for i in range(11))
+"""Candidates for the largest weight of a group that is not clipped, relative to its largest."""
 
 
 def formats(
     method: GroupedMethod, bits: int, scales: Literal["float", "integer", "folded"] = "float"
 ) -> tuple[Grouped, type[StoredInput]]:
-    """What is stored of a layer: the weight's format, with scales of some kind, and the quantizer of its input.
+    """Stored types of a layer: the weight's format, with scales of some kind, and the quantizer of its input.
 
     Codes of 8 bits leave no room for scales that are folded; theirs, the same integers, stay beside them.
     """
@@ -51,7 +53,7 @@ def plans(layer: LayerInputs, method: GroupedMethod, bits: int, *, awq: bool, fo
       folded: whether scales are integers that are multiplied into the codes.
     """
     smoothing = _awq_smoothing(layer, method, bits, folded) if awq else jnp.ones_like(layer.x_max)
-    return [_plan(layer, smoothing, method, bits, SHRINKS, folded)]
+    return [_plan(layer, smoothing, method, bits, GROUP_SCALE_FRACTIONS, folded)]
 
 
 def _plan(
@@ -91,7 +93,7 @@ def _awq_smoothing(layer: LayerInputs, method: GroupedMethod, bits: int, folded:
         plan = _plan(layer, smoothing(exponent), method, bits, (1.0,), folded)
         return jnp.sum((plan.product(layer.samples, plan.round(layer.weight)) - exact) ** 2)
 
-    exponents = jnp.asarray(EXPONENTS)
+    exponents = jnp.asarray(AWQ_EXPONENTS)
     return smoothing(exponents[jnp.argmin(lax.map(error, exponents))])
 
 
@@ -100,7 +102,7 @@ def group_scales(
     samples: Float32[Array, "s k"],
     group_size: int,
     bits: int,
-    shrinks: tuple[float, ...] = SHRINKS,
+    shrinks: tuple[float, ...] = GROUP_SCALE_FRACTIONS,
 ) -> Float32[Array, "groups n"]:
     """The scale of every group that rounds its weights best, judged by the group's part of the output.
 
