@@ -83,7 +83,7 @@ def test_activations_use_the_codes(monkeypatch):
         noted = lambda s, x, *a, real=real: (seen.append(x), real(s, x, *a))[1]  # noqa: E731
         monkeypatch.setattr(fqjax.QuantizedLinear, name, noted)
     model(jax.random.randint(jax.random.key(0), (1, 32), 0, 1024))
-    spreads = [float(jnp.std(codes.astype(jnp.float32))) for codes in seen]
+    spreads = [float(jnp.std(x.codes.astype(jnp.float32))) for x in seen]
     assert len(spreads) == 8 and all(2 < spread < 90 for spread in spreads), spreads
 
 

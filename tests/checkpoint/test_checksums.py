@@ -1,6 +1,7 @@
 """Damage to an fqjax checkpoint: flipped bits, arrays or manifests of another one, entries of the wrong type."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from flax import nnx
 import fqjax
 from fqjax.checkpoint.checksums import array_checksum
 from fqjax.checkpoint.orbax import load, save
-from fqjax.checkpoint.tree import named_leaves
+from fqjax.checkpoint.tree import named_leaves, split_storable
 from fqjax.runtime.errors import InputError
 from tests.models import variants
 
@@ -61,10 +62,8 @@ def save_changed(original, directory, **fields):
     changed = load(path)
     layer = changed.layers[0].mlp.down_proj
     weight = layer.weight.get_value()
-    parts = {"codes": weight.codes, "scale": weight.scale} | {
-        name: change(getattr(weight, name)) for name, change in fields.items()
-    }
-    layer.weight.set_value(type(weight)(parts["codes"], parts["scale"], weight.format))
+    parts = {name: change(getattr(weight, name)) for name, change in fields.items()}
+    layer.weight.set_value(dataclasses.replace(weight, **parts))
     save(directory, changed)
     shutil.copy(path / "fqjax.json", directory / "fqjax.json")
 
@@ -83,7 +82,7 @@ def test_a_checksum_is_that_of_the_bytes_in_c_order_and_little_endian():
 def test_every_array_has_a_checksum(original):
     model, path = original
     sums = json.loads((path / "fqjax.json").read_text())["checksums"]
-    leaves = {name: leaf for name, leaf in named_leaves(nnx.state(model)).items() if leaf.size}
+    leaves = {name: leaf for name, leaf in named_leaves(split_storable(model)[1]).items() if leaf.size}
     assert sums["algorithm"] == "crc32" and set(sums["arrays"]) == {".".join(name) for name in leaves}
     assert all(sums["arrays"][".".join(name)] == array_checksum(leaf) for name, leaf in leaves.items())
 
@@ -272,8 +271,8 @@ MANIFESTS = [
     (layer(input={}), LAYER),
     (quantizer(kind="future"), "'future'"),
     (quantizer(kind="static_plan"), LAYER),
-    (quantizer(bits=5), LAYER),
-    (quantizer(bits="8"), LAYER),
+    (quantizer(bits=9), "bits 9: expected a whole number from 2 to 8"),
+    (quantizer(bits="8"), "bits '8': expected a whole number"),
     (quantizer(zero=1), "zero"),
     (layer(transform={"kind": "future"}), "'future'"),
     (layer(branches=[{"kind": "future"}]), "'future'"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -16,6 +17,7 @@ from fqjax.core.formats.uniform import Uniform, UniformGrid
 from fqjax.core.inputs import Floating, PerToken, Static
 from fqjax.core.layer import LayerPlan
 from fqjax.core.stored_inputs import StaticInput
+from fqjax.core.table import Stored, array
 from fqjax.core.transforms.diagonal import Diagonal
 from fqjax.drivers.candidates import Option
 from fqjax.drivers.codec import STRUCTURE_ENTRY, read_value, write_value
@@ -25,6 +27,17 @@ from fqjax.layers.record import Figures
 from fqjax.models.chain import drain
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import CannotWrite
+
+
+class Gain(Stored):
+    """A branch, or a finish."""
+
+    kind = "gain_of_the_store"
+
+    by: Array = array("out", dtype="float32")
+
+    def __call__(self, x):
+        return x * self.by
 
 
 def plan():
@@ -59,7 +72,7 @@ VALUES = {
     "tensor": Grouped(bits=4, group_size=32).store(
         jnp.ones((2, 256), jnp.int8), jnp.float32(1), jnp.ones((8, 2), jnp.float32)
     ),
-    "branches": dataclasses.replace(plan(), branches=(Diagonal(factors=jnp.ones(8)),), finish=PerToken.of(4)),
+    "branches": dataclasses.replace(plan(), branches=(Gain(by=jnp.ones(8)),) * 2, finish=Gain(by=jnp.zeros(3))),
 }
 
 

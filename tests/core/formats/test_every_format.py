@@ -13,10 +13,11 @@ import pytest
 
 from fqjax.checkpoint.layer_entries import LayerEntry, abstract_layer, describe_layer
 from fqjax.core.channels import flatten_codes, lay_out
-from fqjax.core.formats.base import Format, Grid, QTensor, Weight
+from fqjax.core.formats.base import Format, Grid, QTensor, RoundedWeight
 from fqjax.core.formats.grouped import GroupedGrid
 from fqjax.core.formats.uniform import UniformGrid
-from fqjax.core.inputs import Floating, PerToken, Quantized
+from fqjax.core.inputs import Floating, PerToken
+from fqjax.core.stored_inputs import Quantized
 from fqjax.core.table import Sizes
 from fqjax.drivers.codec import read_value, write_value
 from fqjax.layers.linear import QuantizedLinear
@@ -73,7 +74,7 @@ every_format = pytest.mark.parametrize("form", FORMATS, ids=label)
 
 
 def filled(form, outputs=OUTPUTS, width=WIDTH):
-    """A tensor with random codes, such that folded scales times codes of 8 bits fit into int8."""
+    """A tensor with random codes and small integer scales."""
     rng, sizes = np.random.default_rng(0), Sizes(outputs, width, width)
 
     def entries(name, leaf):
@@ -102,12 +103,11 @@ def numpy_weight(tensor):
     operand = tensor.operand()
     if operand is None:
         return np.asarray(tensor.dequantize(), np.float64)
-    weight = numpy_codes(operand.codes, operand.bits)
+    weight = numpy_codes(operand.codes, operand.decoder.bits)
     if operand.group_scale is not None:
         groups = np.asarray(operand.group_scale).T
         groups = groups.astype(np.int64) if np.issubdtype(groups.dtype, np.integer) else groups.astype(np.float64)
         weight = weight * np.repeat(groups, weight.shape[1] // groups.shape[1], axis=1)
-        assert not operand.folded or np.abs(weight).max() <= 127
     return weight * np.broadcast_to(np.asarray(operand.scale, np.float64), len(weight))[:, None]
 
 
@@ -176,7 +176,7 @@ def test_the_bound_is_one(form):
     operand = tensor.operand()
     if operand is None:
         pytest.skip("no integer kernel takes it")
-    codes = np.abs(numpy_codes(operand.codes, operand.bits))
+    codes = np.abs(numpy_codes(operand.codes, operand.decoder.bits))
     integers = operand.group_scale is not None and np.issubdtype(operand.group_scale.dtype, np.integer)
     if integers:
         groups = np.asarray(operand.group_scale).T.astype(np.int64)
@@ -185,7 +185,7 @@ def test_the_bound_is_one(form):
         codes = codes.reshape(OUTPUTS, len(operand.group_scale), -1)
     worst = 127 * int(codes.sum(axis=-1).max())
     # Codes of 4 bits are multiplied as the upper halves of bytes where scales are integers.
-    assert worst <= tensor.bound(127) <= worst * (16 if integers and operand.bits == 4 else 1)
+    assert worst <= tensor.bound(127) <= worst * (16 if integers and operand.decoder.bits == 4 else 1)
     assert tensor.bound(None) == 0
 
 
@@ -213,7 +213,7 @@ def test_a_grid_rounds_packs_and_comes_back(form):
     assert isinstance(grid, Grid)
     codes = grid.round(w)
     represented = grid.weight(codes)
-    assert isinstance(represented, Weight) and represented().shape == w.shape
+    assert isinstance(represented, RoundedWeight) and represented().shape == w.shape
     close(grid.fake(w), represented())
     close(
         jnp.stack([grid.column(w[:, i], jnp.int32(i)) for i in (0, 1, INPUTS - 1)]), represented().T[jnp.r_[0, 1, -1]]

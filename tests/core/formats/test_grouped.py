@@ -4,6 +4,7 @@ import pytest
 
 from fqjax.core.formats.grouped import Grouped, GroupedGrid
 from fqjax.core.table import Sizes
+from pallas_kernels import decoder_for
 
 
 def codes(limit, shape=(6, 256)):
@@ -29,8 +30,9 @@ def test_a_scale_for_each_group(kind):
 def test_operands_say_what_kernels_need():
     folded = Grouped(bits=4, group_size=32, scales="folded").store(codes(7), jnp.float32(1), scales(jnp.int16))
     whole = Grouped(bits=8, group_size=32).store(codes(127), jnp.float32(1), scales(jnp.float32))
-    assert folded.operand().folded and folded.operand().bits == 4
-    assert not whole.operand().folded and whole.operand().bits == 8 and whole.operand().group_scale is whole.group_scale
+    assert folded.operand().decoder == decoder_for(4, group_dtype=jnp.int16, folded=True)
+    assert whole.operand().decoder == decoder_for(8, group_dtype=jnp.float32)
+    assert whole.operand().group_scale is whole.group_scale and whole.operand().codes is whole.codes
 
 
 @pytest.mark.parametrize("size", [0, -32, 48, 256])
