@@ -249,7 +249,8 @@ def all_arrays(model: Any, report: Any, scheme: str) -> dict[str, Arrays]:
         raise LookupError(f"{scheme}: {len(heads)} output heads in INT8 found")
     found = {name: layer_arrays(name, layer) for name, layer in layers.items()}
     for name, head in heads.items():
-        hidden = np.random.default_rng(0).standard_normal((ROWS, head.features)).astype(np.float32)
+        features: int = head.features  # pyright: ignore[reportAttributeAccessIssue]
+        hidden = np.random.default_rng(0).standard_normal((ROWS, features)).astype(np.float32)
         found[name] = canonical_head(head) | {"output": run(head, hidden, "logits")}
     return found
 

@@ -79,7 +79,7 @@ def train(tokens: np.ndarray, held_out: np.ndarray, steps: int, batch: int, seed
     ) -> tuple[nnx.State, optax.OptState, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(params, windows)
         updates, moments = optimizer.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, value
+        return optax.apply_updates(params, updates), moments, value  # pyright: ignore[reportReturnType]
 
     evaluate = jax.jit(loss)
     rng = np.random.default_rng(seed)

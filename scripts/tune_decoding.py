@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ from pallas_kernels.quantize import dispatch as quantize
 from pallas_kernels.quantize.dispatch import MOST_PARTS
 from pallas_kernels.quantize.kind import Quantization
 from pallas_kernels.timing import copies_beyond_cache, kernel_times
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, EXTRA = 32, 8, 128, 4096, 14336, 256
 """Of Llama-3-8B, and so many flattened channels more."""
@@ -233,7 +236,11 @@ def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Ca
         yield Case(title, label, piece == usual, run, [[operands, jnp.zeros(())]] * 8)
 
 
-def _said(cut: Cut) -> str:
+GATES: tuple[tuple[Literal[4, 8], bool], ...] = ((4, False), (8, False), (4, True))
+"""Bits of a gate's weight, and whether it has groups."""
+
+
+def _said(cut: "DataclassInstance") -> str:
     return ", ".join(f"{field} {value}" for field, value in dataclasses.asdict(cut).items() if value is not None)
 
 
@@ -291,7 +298,7 @@ def main() -> None:
         if "attention" in a.what:
             groups += [list(of_attention(batch, a.context, codes)) for codes in (True, False)]
         if "gates" in a.what and capability() == (9, 0):
-            groups += [list(of_gates(batch, bits, grouped)) for bits, grouped in ((4, False), (8, False), (4, True))]
+            groups += [list(of_gates(batch, bits, grouped)) for bits, grouped in GATES]
         if "rows" in a.what:
             kinds = [*itertools.product(("norm", "gated", "attended"), (False, True)), ("known", True)]
             groups += [list(of_rows(batch, a.context, name, per_token)) for name, per_token in kinds]

@@ -1,6 +1,6 @@
 """Plans with grouped weights, with AWQ's scaling and with folded scales (:class:`fqjax.methods.base.GroupedMethod`)."""
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +13,6 @@ from fqjax.core.integer_scale import fold_scales
 from fqjax.core.layer import LayerInputs, LayerPlan
 from fqjax.core.stored_inputs import FLOATING_BITS, FloatingInput, PerTokenInput, StoredInput
 from fqjax.core.transforms.diagonal import Diagonal
-from fqjax.methods.base import GroupedMethod
 
 AWQ_EXPONENTS = tuple(i / 20 for i in range(20))
 """Candidates for the exponent of the mean activation in AWQ's scaling."""
@@ -21,8 +20,22 @@ GROUP_SCALE_FRACTIONS = tuple(1 - i / 20 for i in range(11))
 """Candidates for the largest weight of a group that is not clipped, relative to its largest."""
 
 
+class GroupSettings(Protocol):
+    """Settings that plans of grouped weights depend on."""
+
+    @property
+    def group_size(self) -> int:
+        """Neighbouring input channels that share a scale."""
+        ...
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of the activations of layers with 4-bit weights."""
+        ...
+
+
 def formats(
-    method: GroupedMethod, bits: int, scales: Literal["float", "integer", "folded"] = "float"
+    method: GroupSettings, bits: int, scales: Literal["float", "integer", "folded"] = "float"
 ) -> tuple[Grouped, type[StoredInput]]:
     """Stored types of a layer: the weight's format, with scales of some kind, and the quantizer of its input.
 
@@ -38,12 +51,12 @@ def formats(
     return form, FloatingInput if activation_bits(method, bits) == FLOATING_BITS else PerTokenInput
 
 
-def activation_bits(method: GroupedMethod, bits: int) -> int:
+def activation_bits(method: GroupSettings, bits: int) -> int:
     """Bits of the activations of a layer whose weight has ``bits``."""
     return method.activation_bits if bits == 4 else 8
 
 
-def plans(layer: LayerInputs, method: GroupedMethod, bits: int, *, awq: bool, folded: bool) -> list[LayerPlan]:
+def plans(layer: LayerInputs, method: GroupSettings, bits: int, *, awq: bool, folded: bool) -> list[LayerPlan]:
     """The one plan of a layer.
 
     Args:
@@ -59,7 +72,7 @@ def plans(layer: LayerInputs, method: GroupedMethod, bits: int, *, awq: bool, fo
 def _plan(
     layer: LayerInputs,
     smoothing: Float32[Array, " k"],
-    method: GroupedMethod,
+    method: GroupSettings,
     bits: int,
     shrinks: tuple[float, ...],
     folded: bool,
@@ -80,7 +93,7 @@ def _plan(
     )
 
 
-def _awq_smoothing(layer: LayerInputs, method: GroupedMethod, bits: int, folded: bool) -> Float32[Array, " k"]:
+def _awq_smoothing(layer: LayerInputs, method: GroupSettings, bits: int, folded: bool) -> Float32[Array, " k"]:
     """The smoothing with the least error of the layer's output on the samples, scales from the largest weight of a group."""
     exact = layer.samples @ layer.weight.T
     mean = jnp.mean(jnp.abs(layer.samples), axis=0)
