@@ -13,7 +13,7 @@ Names are imported when they are first used (PEP 562), so that ``import fqjax`` 
 import importlib
 import sys
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fqjax.version import __version__
 
@@ -105,7 +105,7 @@ _MODULES = {
 """The module of every public name."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

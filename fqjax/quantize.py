@@ -10,7 +10,7 @@ All but the last goes block by block (fqjax.drivers.pipeline), and does so too w
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -36,7 +36,7 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 def quantize(
     model: ModelT,
     scheme: str | Scheme = "flattenquant",
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[object] | None = None,
     *,
     ignore: Iterable[str] = (),
 ) -> tuple[ModelT, Report]:

@@ -16,12 +16,14 @@ import importlib
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import JsonObject
 from fqjax.runtime.settings import alternatives, check_field, defaults_of, hints_of, is_part, words_of
 
 ClassT = TypeVar("ClassT", bound=type)
+T = TypeVar("T")
 
 GROUPS = {
     "formats": "format",
@@ -42,9 +44,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "transforms": {"diagonal": "fqjax.core.transforms.diagonal"},
     "inputs": {
-        "static": "fqjax.core.inputs",
-        "per_token": "fqjax.core.inputs",
-        "floating": "fqjax.core.inputs",
+        "static": "fqjax.core.stored_inputs",
+        "per_token": "fqjax.core.stored_inputs",
+        "floating": "fqjax.core.stored_inputs",
     },
     "methods": {
         "absmax": "fqjax.methods.absmax",
@@ -58,7 +60,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
 }
 """The module of every piece of this package, by group and name."""
 
-_registered: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+_registered: dict[str, dict[str, object]] = {group: {} for group in GROUPS}
 _broken: dict[str, dict[str, str]] = {}
 """Entry points that could not be loaded, and why, by group and name; a group is there once it has been looked through."""
 
@@ -67,7 +69,7 @@ _broken: dict[str, dict[str, str]] = {}
 def register(piece: ClassT) -> ClassT: ...
 @overload
 def register(piece: str) -> Callable[[ClassT], ClassT]: ...
-def register(piece: Any) -> Any:
+def register(piece: ClassT | str) -> ClassT | Callable[[ClassT], ClassT]:
     """Make a class known by its name, the class attribute ``kind``; a decorator.
 
     Args:
@@ -89,7 +91,16 @@ def _registered_class(group: str | None, cls: ClassT) -> ClassT:
     return cls
 
 
-def register_scheme(scheme: Any) -> None:
+class Named(Protocol):
+    """A scheme (:class:`fqjax.scheme.Scheme`), as far as its registration goes."""
+
+    @property
+    def name(self) -> str:
+        """The name that it is looked up by."""
+        ...
+
+
+def register_scheme(scheme: Named) -> None:
     """Make a scheme known by its name.
 
     Raises:
@@ -98,7 +109,7 @@ def register_scheme(scheme: Any) -> None:
     _add("schemes", scheme.name, scheme)
 
 
-def _add(group: str | None, name: str, piece: Any) -> None:
+def _add(group: str | None, name: str, piece: object) -> None:
     if group not in GROUPS:
         raise InputError(f"{name}: cannot be registered in {group!r}; expected one of {', '.join(GROUPS)}")
     known = _registered[group].setdefault(name, piece)
@@ -107,7 +118,7 @@ def _add(group: str | None, name: str, piece: Any) -> None:
     _registered[group][name] = piece
 
 
-def _origin(piece: Any) -> str:
+def _origin(piece: object) -> str:
     return f"{piece.__module__}.{piece.__qualname__}" if isinstance(piece, type) else repr(piece)
 
 
@@ -129,6 +140,13 @@ def lookup(group: str, name: str) -> Any:
     raise InputError(
         "; ".join([f"unknown {GROUPS[group]} {name!r}", f"the {group} are: {listed(group)}", *broken(group)])
     )
+
+
+def import_all(group: str) -> None:
+    """Import the module of every piece of a group, those of entry points too."""
+    for module in BUILT_IN.get(group, {}).values():
+        importlib.import_module(module)
+    _load_entry_points(group)
 
 
 def listed(group: str) -> str:
@@ -166,19 +184,20 @@ def _load_entry_points(group: str) -> None:
             _broken[group][point.name] = f"{GROUPS[group]} {point.name!r} of {package} cannot be loaded ({text})"
 
 
-def to_json(piece: Any) -> dict[str, Any]:
+def to_json(piece: object) -> JsonObject:
     """A frozen dataclass as JSON has it: its fields, and its kind if it has one."""
-    kind = {"kind": piece.kind} if hasattr(type(piece), "kind") else {}
-    return kind | {name: _plain(getattr(piece, name)) for name in hints_of(type(piece))}
+    cls = type(piece)
+    kind: JsonObject = {"kind": piece.kind} if hasattr(cls, "kind") else {}  # pyright: ignore[reportAttributeAccessIssue]
+    return kind | {name: _plain(getattr(piece, name)) for name in hints_of(cls)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value):
         return to_json(value)
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def from_json(group: str, values: Mapping[str, Any], where: str = "") -> Any:
+def from_json(group: str, values: Mapping[str, object], where: str = "") -> Any:
     """The piece that :func:`to_json` described.
 
     Args:
@@ -193,7 +212,7 @@ def from_json(group: str, values: Mapping[str, Any], where: str = "") -> Any:
         return _made(_class_of(group, values), values)
 
 
-def from_fields(cls: type[Any], values: Mapping[str, Any], where: str = "") -> Any:
+def from_fields(cls: type[T], values: Mapping[str, object], where: str = "") -> T:
     """The same for a given dataclass."""
     with _located(where):
         return _made(cls, values)
@@ -208,14 +227,14 @@ def _located(where: str) -> Iterator[None]:
         raise InputError(": ".join(filter(None, (where, str(error))))) from None
 
 
-def _class_of(group: str, values: Mapping[str, Any]) -> type[Any]:
+def _class_of(group: str, values: Mapping[str, object]) -> type[Any]:
     kind = values.get("kind") if isinstance(values, Mapping) else None
     if not isinstance(kind, str):
         raise InputError(f"{values!r}: expected an object with an entry 'kind', one of {listed(group)}")
     return lookup(group, kind)
 
 
-def _made(cls: type[Any], values: Mapping[str, Any]) -> Any:
+def _made(cls: type[T], values: Mapping[str, object]) -> T:
     hints, defaults, label = hints_of(cls), defaults_of(cls), words_of([cls])
     given = {name: value for name, value in values.items() if name != "kind" or not hasattr(cls, "kind")}
     for name in given:
@@ -229,7 +248,7 @@ def _made(cls: type[Any], values: Mapping[str, Any]) -> Any:
     )
 
 
-def _nested(hint: Any, value: Any, name: str) -> Any:
+def _nested(hint: object, value: object, name: str) -> object:
     """A field's value with parts in place of the objects that describe them."""
     if typing.get_origin(hint) is tuple and isinstance(value, list) and is_part(typing.get_args(hint)[0]):
         return tuple(_nested(typing.get_args(hint)[0], item, f"{name}[{i}]") for i, item in enumerate(value))

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
 from fqjax.drivers.method import Method
 from fqjax.registry import from_fields, to_json
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import JsonObject
 from fqjax.runtime.overrides import overridden, split
 from fqjax.runtime.settings import Settings
 
@@ -22,7 +23,7 @@ Kept = Literal["int8", "float"]
 
 @dataclasses.dataclass(frozen=True)
 class Rule(Settings):
-    """What becomes of the layers in whose dotted path a pattern is found (``re.search``).
+    """Rule on the layers in whose dotted path a pattern is found (``re.search``).
 
     Attributes:
       pattern: regular expression.
@@ -94,7 +95,7 @@ class Scheme(Settings):
         return self.method.naive or (whole and not any(rule.keep == "int8" for rule in self.rules))
 
     def kept(self, names: Iterable[str]) -> dict[str, Kept]:
-        """What the rules keep of layers, by dotted path; layers that no rule applies to are not in it.
+        """Number format that the rules keep layers in, by dotted path; layers that no rule applies to are not in it.
 
         Raises:
           InputError: if a rule's pattern is found in none of the paths.
@@ -144,12 +145,12 @@ class Scheme(Settings):
                 others.append(f"{key}={text}")
         return overridden(scheme, others, f"scheme {self.name!r}", ("int8_head", "int8_layers"))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The scheme as JSON has it; a checkpoint keeps it as a record of what its layers were quantized with."""
         return to_json(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str = "") -> "Scheme":
+    def from_json(cls, values: Mapping[str, object], where: str = "") -> "Scheme":
         """The scheme that :meth:`to_json` described.
 
         Raises:

@@ -10,9 +10,20 @@ from pallas_kernels.matmul.api import (
     grouped_int8_matmul,
     int4_matmul,
     int8_matmul,
+    quantized_matmul,
     weight_only_int4_matmul,
 )
+from pallas_kernels.matmul.experts import (
+    expert_matmul,
+    quantize_for_experts,
+    quantize_per_token_for_experts,
+    row_alignment,
+)
 from pallas_kernels.matmul.gated import gated_matmul
+from pallas_kernels.matmul.hopper.decoder import Decoder
+from pallas_kernels.matmul.hopper.decoders import decoder_for
+from pallas_kernels.matmul.kind import Weight
+from pallas_kernels.matmul.reference import scale_accumulator
 from pallas_kernels.packing import pack_int4, unpack_int4
 from pallas_kernels.quantize.api import (
     quantize_activated,
@@ -22,8 +33,12 @@ from pallas_kernels.quantize.api import (
 )
 
 __all__ = [
+    "Decoder",
+    "Weight",
     "can_use_mosaic",
     "decode_attention",
+    "decoder_for",
+    "expert_matmul",
     "gated_matmul",
     "grouped_int4_matmul",
     "grouped_int8_matmul",
@@ -32,9 +47,14 @@ __all__ = [
     "pack_int4",
     "quantize_activated",
     "quantize_activations",
+    "quantize_for_experts",
     "quantize_normalized",
     "quantize_per_token",
+    "quantize_per_token_for_experts",
     "quantized_decode_attention",
+    "quantized_matmul",
+    "row_alignment",
+    "scale_accumulator",
     "unpack_int4",
     "weight_only_int4_matmul",
 ]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int8
 
-BLOCK = 256
+BLOCK_CODES = 256
 """Codes in one packed block; the input axis of a packed tensor is a multiple of it."""
 
 
@@ -31,9 +31,9 @@ def pack_int4(codes: Int8[Array, "*rows k"]) -> Int8[Array, "*rows half"]:
       ValueError: if k is not a multiple of 256.
     """
     *rows, k = codes.shape
-    if k % BLOCK:
-        raise ValueError(f"pack_int4: the last axis must be a multiple of {BLOCK}, got shape {codes.shape}")
-    halves = codes.reshape(*rows, k // BLOCK, 2, BLOCK // 2)
+    if k % BLOCK_CODES:
+        raise ValueError(f"pack_int4: the last axis must be a multiple of {BLOCK_CODES}, got shape {codes.shape}")
+    halves = codes.reshape(*rows, k // BLOCK_CODES, 2, BLOCK_CODES // 2)
     low = jnp.bitwise_and(halves[..., 0, :], jnp.int8(15))
     high = jax.lax.shift_left(halves[..., 1, :], jnp.int8(4))
     return jnp.bitwise_or(low, high).reshape(*rows, k // 2)
@@ -46,9 +46,11 @@ def unpack_int4(packed: Int8[Array, "*rows half"]) -> Int8[Array, "*rows k"]:
       ValueError: if the last axis is not a multiple of 128.
     """
     *rows, half = packed.shape
-    if half % (BLOCK // 2):
-        raise ValueError(f"unpack_int4: the last axis must be a multiple of {BLOCK // 2}, got shape {packed.shape}")
-    blocks = packed.reshape(*rows, half // (BLOCK // 2), 1, BLOCK // 2)
+    if half % (BLOCK_CODES // 2):
+        raise ValueError(
+            f"unpack_int4: the last axis must be a multiple of {BLOCK_CODES // 2}, got shape {packed.shape}"
+        )
+    blocks = packed.reshape(*rows, half // (BLOCK_CODES // 2), 1, BLOCK_CODES // 2)
     four = jnp.int8(4)
     low = jax.lax.shift_right_arithmetic(jax.lax.shift_left(blocks, four), four)
     high = jax.lax.shift_right_arithmetic(blocks, four)

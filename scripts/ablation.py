@@ -10,9 +10,9 @@ A variant is the preset ``flattenquant`` with a few settings changed.
 import fqjax
 from fqjax.bench import quality
 
-FREE = ["compression=0"]
-NEAREST = ["rounding=nearest"]
-RULE = ["threshold_rule=tukey", "selection=sensitivity", "max_expansion=1.25", *FREE]
+ANY_SIZE_SETTINGS = ["compression=0"]
+NEAREST_SETTINGS = ["rounding=nearest"]
+THRESHOLD_RULE_SETTINGS = ["threshold_rule=tukey", "selection=sensitivity", "max_expansion=1.25", *ANY_SIZE_SETTINGS]
 VARIANTS: dict[str, list[str]] = {
     "everything": [],
     "no smoothing": ["alpha=none"],
@@ -20,19 +20,19 @@ VARIANTS: dict[str, list[str]] = {
     "activations flattened alone": ["flatten_weights=false"],
     "weights flattened alone": ["flatten_activations=false"],
     "no equalization": ["equalize=false"],
-    "thresholds by rule": RULE,
-    "rounded to the nearest": NEAREST,
-    "thresholds by rule, rounded to the nearest": RULE + NEAREST,
-    "layers by sensitivity": ["selection=sensitivity", *FREE],
-    "layers by the KL criterion": ["selection=kl", *FREE],
+    "thresholds by rule": THRESHOLD_RULE_SETTINGS,
+    "rounded to the nearest": NEAREST_SETTINGS,
+    "thresholds by rule, rounded to the nearest": THRESHOLD_RULE_SETTINGS + NEAREST_SETTINGS,
+    "layers by sensitivity": ["selection=sensitivity", *ANY_SIZE_SETTINGS],
+    "layers by the KL criterion": ["selection=kl", *ANY_SIZE_SETTINGS],
     "activations up to the 99.9th percentile": ["activation_percentile=99.9"],
     "earlier errors left alone (upstream 0)": ["upstream=0"],
     "earlier errors taken back whole (upstream 1)": ["upstream=1"],
-    "INT4 share 0": ["int4_share=0", *FREE],
-    "INT4 share 25 %": ["int4_share=0.25", *FREE],
-    "INT4 share 50 %": ["int4_share=0.5", *FREE],
-    "INT4 share 75 %": ["int4_share=0.75", *FREE],
-    "INT4 share 100 %": ["int4_share=1", *FREE],
+    "INT4 share 0": ["int4_share=0", *ANY_SIZE_SETTINGS],
+    "INT4 share 25 %": ["int4_share=0.25", *ANY_SIZE_SETTINGS],
+    "INT4 share 50 %": ["int4_share=0.5", *ANY_SIZE_SETTINGS],
+    "INT4 share 75 %": ["int4_share=0.75", *ANY_SIZE_SETTINGS],
+    "INT4 share 100 %": ["int4_share=1", *ANY_SIZE_SETTINGS],
 }
 """Settings of the preset ``flattenquant``, as ``--set`` takes them."""
 HEADING = [
@@ -40,7 +40,7 @@ HEADING = [
     "",
     "Written by `scripts/ablation.py`. Each variant is `flattenquant` with the change named; the ratio is that of the",
     "perplexity to the same model in bfloat16, bytes are those of the linear layers. A model",
-    '"with outliers" is the same function with a few channels made 8 to 64 times larger in front of its linear layers.',
+    '"with outliers" is the same function with a few channels made 8 to 64 times larger before its linear layers.',
 ]
 
 if __name__ == "__main__":

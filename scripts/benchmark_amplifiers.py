@@ -7,10 +7,10 @@ Examples:
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import fqjax
 from fqjax.bench import quality
+from fqjax.bench.environment import Record
 
 CODES = {"to the nearest": "w4a8", "GPTQ": "w4a8-gptq", "AWQ": "w4a8-awq"}
 AMPLIFIERS = (128, 512, 1024, 4096)
@@ -26,7 +26,7 @@ HEADING = [
 ]
 
 
-def measure(setting: quality.Setting) -> Iterator[dict[str, Any]]:
+def measure(setting: quality.Setting) -> Iterator[Record]:
     """Rows of one model."""
     for codes, scheme in CODES.items():
         model, _ = fqjax.quantize(setting.model, scheme, setting.batches)
@@ -47,7 +47,7 @@ def measure(setting: quality.Setting) -> Iterator[dict[str, Any]]:
             }
 
 
-def document(results: dict[str, Any]) -> str:
+def document(results: dict[str, Record]) -> str:
     """All results in Markdown."""
     lines = list(HEADING)
     for name, result in results.items():
@@ -67,7 +67,7 @@ def document(results: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     a = quality.parser(__doc__, "docs/benchmarks/amplifiers").parse_args()
-    results: dict[str, Any] = {}
+    results: dict[str, Record] = {}
     for name, setting in quality.settings(a):
         rows = []
         for row in measure(setting):

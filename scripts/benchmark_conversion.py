@@ -6,7 +6,7 @@ Examples:
 
 Weights and tokens are random, which changes what is found but not what is computed.  Everything but the trial of every
 layer takes time in proportion to the number of blocks, so a line through two numbers of blocks says what the whole model
-takes; for that trial the blocks behind each of their four layers are run, and its time is added, from that of one block's.
+takes; for that trial the blocks after each of their four layers are run, and its time is added, from that of one block's.
 Both numbers of blocks are converted twice; what the first time takes longer, to compile, is added too.
 """
 
@@ -14,7 +14,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 import fqjax
-from fqjax.bench.environment import describe, environment
+from fqjax.bench.environment import Record, describe, environment
 from fqjax.bench.random_models import CONFIGS
 from fqjax.models.llama import Llama, config_from_hf
 
@@ -30,7 +29,7 @@ LAYERS = 4
 """Linear layers of a block."""
 
 
-def setup(hf: dict[str, Any], blocks: int, samples: int, window: int) -> tuple[Llama, list[Any]]:
+def setup(hf: Record, blocks: int, samples: int, window: int) -> tuple[Llama, list[np.ndarray]]:
     """A model of so many blocks, and its calibration data."""
     model = Llama(config_from_hf(hf | {"num_hidden_layers": blocks}), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     text = np.random.default_rng(0).integers(0, hf["vocab_size"], samples * window, np.int32)
@@ -39,7 +38,7 @@ def setup(hf: dict[str, Any], blocks: int, samples: int, window: int) -> tuple[L
     return model, batches
 
 
-def conversion(model: Llama, batches: list[Any], scheme: str) -> float:
+def conversion(model: Llama, batches: list[np.ndarray], scheme: str) -> float:
     """Seconds to calibrate and quantize."""
     start = time.perf_counter()
     quantized, _ = fqjax.quantize(model, scheme, batches)
@@ -47,7 +46,7 @@ def conversion(model: Llama, batches: list[Any], scheme: str) -> float:
     return time.perf_counter() - start
 
 
-def forward(model: Llama, batches: list[Any]) -> float:
+def forward(model: Llama, batches: list[np.ndarray]) -> float:
     """Seconds to run one batch, the best of five."""
     run, times = nnx.jit(lambda model, tokens: model(tokens)), []
     for _ in range(6):
@@ -57,7 +56,7 @@ def forward(model: Llama, batches: list[Any]) -> float:
     return min(times[1:])
 
 
-def document(results: dict[str, Any]) -> str:
+def document(results: dict[str, Record]) -> str:
     """All results in Markdown."""
     lines = [
         "# Time to convert",
@@ -107,7 +106,7 @@ def main() -> None:
     print(f"{whole} blocks: {total / 60:.1f} minutes by extrapolation")
     print(f"of them {compiling:.0f} s to compile, and {trial:.0f} s for the trial of every layer")
     record = a.out.with_suffix(".json")
-    results: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+    results: dict[str, Record] = json.loads(record.read_text()) if record.is_file() else {}
     results[f"{name} {a.scheme}"] = {
         "environment": environment(),
         "model": name,

@@ -7,15 +7,15 @@ Examples:
 """
 
 import json
-from typing import Any
 
 import jax
 from flax import nnx
 
 import fqjax
 from fqjax.bench import quality
-from fqjax.bench.environment import describe
+from fqjax.bench.environment import Record, describe
 from fqjax.layers.head import head_of, with_int8_head
+from fqjax.models.causal_lm import CausalLM
 
 HEADING = [
     "# Perplexity with an INT8 key-value cache, and with an INT8 output head",
@@ -28,9 +28,9 @@ HEADING = [
 ]
 
 
-def measure(model: Any, setting: quality.Setting) -> dict[str, Any]:
+def measure(model: CausalLM, setting: quality.Setting) -> Record:
     """Perplexity with a cache of either kind and a head of either kind, and bytes."""
-    row: dict[str, Any] = {}
+    row: Record = {}
     small = with_int8_head(model)
     name = head_of(model)
     for kind in (None, "int8"):
@@ -44,11 +44,11 @@ def measure(model: Any, setting: quality.Setting) -> dict[str, Any]:
     return row | ratios | {"head": name}
 
 
-def _bytes(module: Any) -> int:
+def _bytes(module: nnx.Module) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(module)))
 
 
-def document(results: dict[str, Any]) -> str:
+def document(results: dict[str, Record]) -> str:
     """All results in Markdown."""
     lines = list(HEADING)
     for name, result in results.items():
@@ -76,9 +76,9 @@ if __name__ == "__main__":
     command.add_argument("--schemes", nargs="*", choices=list(fqjax.PRESETS), default=["bf16"], metavar="SCHEME")
     a = command.parse_args()
     record = a.out.with_suffix(".json")
-    results: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+    results: dict[str, Record] = json.loads(record.read_text()) if record.is_file() else {}
     for name, setting in quality.settings(a):
-        rows: list[dict[str, Any]] = []
+        rows: list[Record] = []
         for scheme in a.schemes:
             quantized, _ = fqjax.quantize(setting.model, scheme, setting.batches)
             rows.append({"scheme": scheme} | measure(quantized, setting))

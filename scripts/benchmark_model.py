@@ -11,7 +11,6 @@ and those of other schemes and sizes from the same versions.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -43,8 +42,8 @@ def main() -> None:
     record, profile = a.out.with_suffix(".json"), a.out.with_name(a.out.name + "_profile").with_suffix(".md")
     before = json.loads(record.read_text()) if record.is_file() else {}
 
-    def write(result: dict[str, Any]) -> None:
-        """With what the record held before; behind every scheme, so that nothing is lost if a later one ends the run."""
+    def write(result: bench.ModelResult) -> None:
+        """With what the record held before; after every scheme, so that nothing is lost if a later one ends the run."""
         key = f"{a.model} on {result['device']}"
         results = before | {key: model_record.combined(before.get(key), result)}
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +61,7 @@ def main() -> None:
         report=lambda row: print(bench.line(row), flush=True),
         keep=write,
     )
-    write(result)  # With what was left out behind the last scheme.
+    write(result)  # With what was left out after the last scheme.
     print(f"wrote {record}, {a.out}.md and {profile}")
 
 

@@ -18,7 +18,7 @@ HEADING = [
     "",
     "Written by `scripts/benchmark_quality.py`. Ratios are to the same model in bfloat16 in the same run; bytes are",
     "those of the linear layers. Models other than the bundled one do not come with fqjax; the script takes any. A model",
-    '"with outliers" is the same function with a few channels made 8 to 64 times larger in front of its linear layers.',
+    '"with outliers" is the same function with a few channels made 8 to 64 times larger before its linear layers.',
 ]
 NOTES = {
     "bundled": "The bundled checkpoint has a few very large channels, as `w8a8` shows. INT8 activations of the presets with "

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ Fields = Mapping[str, Mapping[str, str]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one checkout made of a checkpoint by a scheme.
+    """Result of one checkout for a checkpoint by a scheme.
 
     Attributes:
       layers: fingerprints.
@@ -102,7 +101,10 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _pairs(
-    old: Any, new: Any, different: Mapping[str, list[str]], fields: Iterable[str]
+    old: Mapping[str, np.ndarray],
+    new: Mapping[str, np.ndarray],
+    different: Mapping[str, list[str]],
+    fields: Iterable[str],
 ) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
     """Arrays of both checkouts that differ; None for a pair whose shapes do, or of which one is missing."""
     for name, own in different.items():

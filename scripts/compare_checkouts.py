@@ -30,7 +30,6 @@ import sys
 import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 from checkout_comparison import Comparison, Measured, compare, exit_code, table
 
@@ -126,7 +125,7 @@ def _key(sources: str, model: str, scheme: str, sample: Sample) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _machine() -> list[Any]:
+def _machine() -> list[object]:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     return [platform.machine(), os.cpu_count(), sorted({line for line in lines if line.startswith(("model", "flags"))})]

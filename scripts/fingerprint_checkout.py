@@ -79,7 +79,7 @@ class Task:
     out: str
 
 
-def canonical(layer: Any) -> Arrays:
+def canonical(layer: object) -> Arrays:
     """The numbers with which a quantized linear layer computes, whatever its attributes are called.
 
     Args:
@@ -114,13 +114,13 @@ def canonical(layer: Any) -> Arrays:
     return arrays
 
 
-def canonical_head(head: Any) -> Arrays:
+def canonical_head(head: object) -> Arrays:
     """Codes (vocabulary, K') and scales (vocabulary,) of an output head in INT8."""
     codes, scale = (_unwrapped(getattr(head, name)) for name in ("codes", "scale"))
     return {"codes": np.asarray(codes, np.int8), "scale": np.asarray(scale, np.float32)}
 
 
-def _required(layer: Any, name: str) -> Any:
+def _required(layer: object, name: str) -> object:
     value = _first(layer, name)
     if value is None:
         places = ", ".join(PLACES[name])
@@ -128,7 +128,7 @@ def _required(layer: Any, name: str) -> Any:
     return value
 
 
-def _first(layer: Any, name: str) -> Any:
+def _first(layer: object, name: str) -> Any:
     """The value at the first place that exists, called if it is a method; None if there is none."""
     for path in PLACES[name]:
         value = layer
@@ -139,7 +139,7 @@ def _first(layer: Any, name: str) -> Any:
     return None
 
 
-def _unwrapped(value: Any) -> Any:
+def _unwrapped(value: object) -> Any:
     return value.get_value() if isinstance(value, nnx.Variable) else value
 
 
@@ -181,7 +181,7 @@ def random_rows(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     return (0.6 * largest * normal / arrays["multiplier"]).astype(np.float32)
 
 
-def layer_arrays(name: str, layer: Any) -> Arrays:
+def layer_arrays(name: str, layer: object) -> Arrays:
     """Canonical numbers of a layer and its output on random rows.
 
     Raises:
@@ -199,27 +199,27 @@ def layer_arrays(name: str, layer: Any) -> Arrays:
     return arrays | {"output": output}
 
 
-def run(module: Any, x: np.ndarray, method: str = "__call__") -> np.ndarray:
-    """What a module gives in a jitted call, in float32."""
+def run(module: object, x: np.ndarray, method: str = "__call__") -> np.ndarray:
+    """Output of a module in a jitted call, in float32."""
     graphdef, state = nnx.split(module)
     call = jax.jit(lambda state, x: getattr(nnx.merge(graphdef, state), method)(x))
     return np.asarray(call(state, x), np.float32)
 
 
-def quantized_layers(model: Any) -> dict[str, Any]:
+def quantized_layers(model: nnx.Module) -> dict[str, nnx.Module]:
     """The model's quantized layers by dotted path, those of stacked experts one by one."""
     nodes = nnx.iter_graph(_unstacked(model))
     found = {_dotted(path): node for path, node in nodes if type(node).__name__ == "QuantizedLinear"}
     return dict(sorted(found.items()))
 
 
-def int8_heads(model: Any) -> dict[str, Any]:
+def int8_heads(model: nnx.Module) -> dict[str, nnx.Module]:
     """The output heads in INT8, by dotted path."""
     nodes = nnx.iter_graph(model)
     return {_dotted(path): node for path, node in nodes if all(hasattr(node, a) for a in ("codes", "scale", "logits"))}
 
 
-def _unstacked(model: Any) -> Any:
+def _unstacked(model: nnx.Module) -> nnx.Module:
     for name in UNSTACKED_MODULES:
         try:
             return importlib.import_module(name).unstacked(model)
@@ -228,7 +228,7 @@ def _unstacked(model: Any) -> Any:
     raise LookupError(f"none of {', '.join(UNSTACKED_MODULES)} exists: add the module of `unstacked`")
 
 
-def _dotted(path: Iterable[Any]) -> str:
+def _dotted(path: Iterable[object]) -> str:
     return ".".join(str(part) for part in path)
 
 
@@ -249,7 +249,8 @@ def all_arrays(model: Any, report: Any, scheme: str) -> dict[str, Arrays]:
         raise LookupError(f"{scheme}: {len(heads)} output heads in INT8 found")
     found = {name: layer_arrays(name, layer) for name, layer in layers.items()}
     for name, head in heads.items():
-        hidden = np.random.default_rng(0).standard_normal((ROWS, head.features)).astype(np.float32)
+        features: int = head.features  # pyright: ignore[reportAttributeAccessIssue]
+        hidden = np.random.default_rng(0).standard_normal((ROWS, features)).astype(np.float32)
         found[name] = canonical_head(head) | {"output": run(head, hidden, "logits")}
     return found
 
@@ -284,6 +285,7 @@ def measure(task: Task) -> None:
         raise ValueError(f"{fqjax.__file__} was imported, which is not in {task.root}")
     start = time.perf_counter()
     model, tokenizer = fqjax.load_hf(task.model)
+    assert tokenizer is not None  # The models that are compared all have one.
     text = Path(task.text).read_text(encoding="utf-8")
     ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     held_out = len(ids) * 3 // 4

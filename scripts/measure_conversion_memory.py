@@ -16,14 +16,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 import fqjax
-from fqjax.bench.environment import describe, environment
+from fqjax.bench.environment import Record, describe, environment
 from fqjax.convert.plan import Conversion, peak_memory, plan
 from fqjax.demo.run import CHECKPOINT
 
@@ -45,7 +44,7 @@ CONFIG = {
 }
 
 
-def make_checkpoint(directory: Path, config: dict[str, Any], blocks: int) -> int:
+def make_checkpoint(directory: Path, config: Record, blocks: int) -> int:
     """Writes a checkpoint with random weights in bfloat16, a shard for each block and one for the rest; returns its bytes."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}))
@@ -109,7 +108,7 @@ def convert(source: Path, out: Path, *options: str) -> tuple[int, float]:
     return peak, time.perf_counter() - start
 
 
-def document(rows: dict[str, Any]) -> str:
+def document(rows: dict[str, Record]) -> str:
     """All results in Markdown."""
     lines = [
         "# Memory of a conversion",
@@ -155,7 +154,7 @@ def main() -> None:
         peak, seconds = convert(source, out, *options)
     print(f"peak {peak / 1e9:.2f} GB ({estimate / 1e9:.2f} GB expected) in {seconds / 60:.1f} minutes")
     record = a.out.with_suffix(".json")
-    results: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+    results: dict[str, Record] = json.loads(record.read_text()) if record.is_file() else {}
     results[" ".join([a.scheme, f"{a.blocks} blocks", *a.settings])] = {
         "environment": environment(),
         "scheme": a.scheme,

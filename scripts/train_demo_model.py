@@ -16,7 +16,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,22 +62,24 @@ def train_tokenizer(text: str) -> Tokenizer:
     return tokenizer
 
 
-def train(tokens: np.ndarray, held_out: np.ndarray, steps: int, batch: int, seed: int) -> Any:
+def train(tokens: np.ndarray, held_out: np.ndarray, steps: int, batch: int, seed: int) -> Llama:
     """Returns the parameters with the lowest held-out loss."""
     graphdef, params = nnx.split(Llama(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(seed)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(100, steps // 5 + 1), steps, 1e-4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1))
     moments = optimizer.init(params)
 
-    def loss(params: Any, windows: jax.Array) -> jax.Array:
+    def loss(params: nnx.State, windows: jax.Array) -> jax.Array:
         logits = nnx.merge(graphdef, params)(windows[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
     @jax.jit
-    def step(params: Any, moments: Any, windows: jax.Array) -> Any:
+    def step(
+        params: nnx.State, moments: optax.OptState, windows: jax.Array
+    ) -> tuple[nnx.State, optax.OptState, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(params, windows)
         updates, moments = optimizer.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, value
+        return optax.apply_updates(params, updates), moments, value  # pyright: ignore[reportReturnType]
 
     evaluate = jax.jit(loss)
     rng = np.random.default_rng(seed)
@@ -133,7 +134,7 @@ def hugging_face_tensors(model: Llama) -> dict[str, np.ndarray]:
     """The parameters in bfloat16, named and laid out as in a Hugging Face checkpoint."""
     c, out = CONFIG, {}
 
-    def put(name: str, array: Any) -> None:
+    def put(name: str, array: jax.Array | np.ndarray) -> None:
         out[name] = np.ascontiguousarray(np.asarray(array).astype(jnp.bfloat16))
 
     put("model.embed_tokens.weight", model.embed_tokens.embedding[...])

@@ -16,40 +16,48 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from fqjax.bench.environment import describe, environment
+from fqjax.bench.environment import Record, describe, environment
 from pallas_kernels import grouped_int4_matmul, int4_matmul, int8_matmul, quantize_activated
 from pallas_kernels.attention import api as attention
 from pallas_kernels.attention import triton as attention_kernel
 from pallas_kernels.attention.codes import Recipe
-from pallas_kernels.attention.parts import MOST_PARTS, Parts
-from pallas_kernels.attention.triton import Cut, best_cut
-from pallas_kernels.matmul.dispatch import capability, problem
+from pallas_kernels.attention.parts import Parts
+from pallas_kernels.attention.problem import Cut, best_cut
+from pallas_kernels.device import capability
 from pallas_kernels.matmul.hopper import tuning
-from pallas_kernels.quantize import dispatch as rows
+from pallas_kernels.matmul.hopper.decoders import decoder_for
+from pallas_kernels.matmul.hopper.kernels import Config
+from pallas_kernels.matmul.hopper.problem import Gate, Problem
+from pallas_kernels.quantize import dispatch as quantize
+from pallas_kernels.quantize.dispatch import MOST_PARTS
+from pallas_kernels.quantize.kind import Quantization
 from pallas_kernels.timing import copies_beyond_cache, kernel_times
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, EXTRA = 32, 8, 128, 4096, 14336, 256
 """Of Llama-3-8B, and so many flattened channels more."""
-NEW = 64
-"""Tokens that the cache has room for behind the context."""
-WHAT = ("attention", "gates", "rows")
+NEW_TOKENS = 64
+"""Tokens that the cache has room for after the context."""
+KERNEL_KINDS = ("attention", "gates", "rows")
 FEWEST_WARPS, MOST_WARPS = 132, 16 * 132 * 2
 """Of the whole GPU, in attention for Hopper GPUs."""
-LISTED = 5
+LISTED_CUTS = 5
 """Rows of the table for each case."""
 
 
 @dataclasses.dataclass
 class Case:
-    """What is timed.
+    """A way to cut one computation up, to be timed.
 
     Attributes:
       name: of the case.
@@ -62,24 +70,24 @@ class Case:
     name: str
     cut: str
     used: bool
-    run: Callable[..., tuple[Any, Any]]
-    operands: list[list[Any]]
+    run: Callable[..., tuple[object, object]]
+    operands: Sequence[list[object]]
 
 
 def recipe(channels: int, per_token: bool) -> tuple[jax.Array, ...]:
-    """What :func:`pallas_kernels.quantize_normalized` takes: multiplier, source and part."""
+    """Recipe of :func:`pallas_kernels.quantize_normalized`: multiplier, source and part."""
     extra = 0 if per_token else EXTRA
     return jnp.full(channels, 20.0), jnp.arange(extra, dtype=jnp.int32), jnp.ones(extra, jnp.int32)
 
 
 def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
     """Attention with the kernel that quantizes what its programs found."""
-    capacity = context + NEW
+    capacity = context + NEW_TOKENS
     keys = jax.random.split(jax.random.key(0), 4)
     qkv = jax.random.normal(keys[0], (batch, HEADS + 2 * KV_HEADS, DIM), jnp.bfloat16)
     lengths, angles = jnp.full(batch, context, jnp.int32), jax.random.normal(keys[1], (batch, DIM // 2))
     rotation, how = (jnp.cos(angles), jnp.sin(angles)), recipe(HEADS * DIM, False)
-    kind = rows.Quantization(name="quantize_attended", qmax=127, per_token=False)
+    kind = Quantization(name="quantize_attended", qmax=127, per_token=False)
 
     def cache(i: int) -> tuple[jax.Array, ...]:
         shape = batch, capacity, KV_HEADS, DIM
@@ -90,13 +98,13 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
         return *arrays, *(jax.random.uniform(key, shape[:3], minval=0.005, maxval=0.02) for key in drawn[2:])
 
     copies = copies_beyond_cache(batch * capacity * KV_HEADS * DIM * (2 if codes else 4), 4, 40)
-    operands = [[qkv, lengths, rotation, how, cache(i)] for i in range(copies)]
+    operands: list[list[object]] = [[qkv, lengths, rotation, how, cache(i)] for i in range(copies)]
     from pallas_kernels.attention import hopper
 
     by_hopper = codes and capability() == (9, 0)
     heads = batch * KV_HEADS
     usual = hopper.best_cut(heads, capacity) if by_hopper else best_cut(heads, HEADS // KV_HEADS, DIM, codes)
-    cuts: list[Any] = [usual]
+    cuts: list[Cut | hopper.Cut] = [usual]
     if by_hopper:
         for count, warps, units in itertools.product((1, 2, 3, 5, 9, 16), (4, 8, 16), (1, 2, 4)):
             if (
@@ -114,25 +122,32 @@ def of_attention(batch: int, context: int, codes: bool) -> Iterator[Case]:
             cuts.append(Cut(splits=splits, block=block, warps=warps, stages=stages, integers=integers))
     for cut in dict.fromkeys(cuts):
 
-        def run(qkv: Any, lengths: Any, rotation: Any, how: Any, cache: Any, cut: Cut = cut) -> Any:
-            finish = functools.partial(attention._quantized, kind, how, "triton")
-            kinds: Any = {"scale": DIM**-0.5, "window": None, "finish": finish, "cut": cut}
-            kinds["recipe"] = Recipe(127, *how)
-            kernel = attention_kernel if isinstance(cut, Cut) else hopper
-            return kernel.run(qkv, lengths, rotation, cache, **kinds)
+        def run(
+            qkv: jax.Array,
+            lengths: jax.Array,
+            rotation: tuple[jax.Array, jax.Array],
+            how: tuple[jax.Array, jax.Array, jax.Array],
+            cache: tuple[jax.Array, ...],
+            cut: Cut | hopper.Cut = cut,
+        ) -> Any:
+            found = Recipe(127, *how)
+            finish = functools.partial(attention._quantized, kind, found, "triton")
+            run_kernel: Callable[..., Any] = attention_kernel.run if isinstance(cut, Cut) else hopper.run
+            return run_kernel(
+                qkv, lengths, rotation, cache, scale=DIM**-0.5, window=None, finish=finish, cut=cut, recipe=found
+            )
 
         name = f"attention over {'INT8' if codes else 'bfloat16'}, {batch} x {context}"
         yield Case(name, _said(cut), cut == usual, run, operands)
 
 
-def of_gates(batch: int, bits: Any, groups: bool) -> Iterator[Case]:
+def of_gates(batch: int, bits: Literal[4, 8], groups: bool) -> Iterator[Case]:
     """The matmul of a gate and what it gates, with what quantizes the result, as one kernel and as two.
 
     With groups, whose scales are integers, activations have a scale for every row, and the one kernel leaves the quantization
     to a second, which does less than otherwise.
     """
-    from pallas_kernels.matmul.hopper import launch as matmul
-    from pallas_kernels.matmul.hopper.problem import Gate
+    from pallas_kernels.matmul.hopper import launch
 
     n, k = 2 * INTERMEDIATE, HIDDEN if groups else HIDDEN + EXTRA
     how = recipe(INTERMEDIATE, groups)
@@ -145,25 +160,33 @@ def of_gates(batch: int, bits: Any, groups: bool) -> Iterator[Case]:
         jax.random.randint(jax.random.key(i), (n, k * bits // 8), -128, 128, jnp.int8)
         for i in range(copies_beyond_cache(nbytes, 3, 4))
     ]
-    kinds: Any = {"per_token": bool(x_scale.ndim), "per_channel": True, "group_dtype": jnp.int16 if groups else None}
-    p = problem(bits, batch, n, k, jnp.bfloat16, gate=gate, **kinds)
+    p = Problem(
+        m=batch,
+        n=n,
+        k=k,
+        decoder=decoder_for(bits, group_dtype=jnp.int16 if groups else None),
+        out_dtype=jnp.dtype(jnp.bfloat16),
+        per_token=bool(x_scale.ndim),
+        per_channel=True,
+        gate=gate,
+    )
     usual = tuning.choose(p, jax.devices()[0].device_kind)
-    known = rows.Quantization(name="quantize_gated", qmax=127, per_token=True, largest=True)
+    known = Quantization(name="quantize_gated", qmax=127, per_token=True, largest=True)
 
-    def in_two(weight: Any, unused: Any) -> Any:
+    def in_two(weight: jax.Array, unused: jax.Array) -> tuple[object, object]:
         if scales is not None:
             y = grouped_int4_matmul(x, weight, x_scale, scales, each)
         else:
             y = (int4_matmul if bits == 4 else int8_matmul)(x, weight, x_scale, each)
         return quantize_activated(y, *how, activation="silu", gated=True, qmax=127, per_token=groups), unused
 
-    def in_one(weight: Any, unused: Any, config: Any) -> Any:
+    def in_one(weight: jax.Array, unused: jax.Array, config: Config) -> tuple[object, object]:
         given = how if gate.extra else how[:1]
-        found = matmul.matmul(p, config, x, weight, x_scale, each, scales, None, given)
-        return rows.call(known, *found, *how) if groups else found, unused
+        found = launch.gated_matmul(p, config, x, weight, x_scale, each, scales, None, given)
+        return quantize.call(known, *found, *how) if groups else found, unused
 
     kind = "INT4 in groups, a scale a row" if groups else f"INT{bits}, fixed scales"
-    operands = [[weight, jnp.zeros(())] for weight in weights]
+    operands: list[list[object]] = [[weight, jnp.zeros(())] for weight in weights]
     name = f"gated matmul, {kind}, {batch} rows"
     yield Case(name, "matmul and quantization", usual is None, in_two, operands)
     for config in tuning.candidates(p):
@@ -174,18 +197,18 @@ def of_gates(batch: int, bits: Any, groups: bool) -> Iterator[Case]:
 def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Case]:
     """A kernel that quantizes rows, which of attention come in as many parts as its programs find."""
     heads = batch * KV_HEADS
-    parts = best_cut(heads, HEADS // KV_HEADS, DIM, True).programs(heads, context + NEW)
+    parts = best_cut(heads, HEADS // KV_HEADS, DIM, True).programs(heads, context + NEW_TOKENS)
     if capability() == (9, 0):
         from pallas_kernels.attention import hopper
 
-        parts = hopper.best_cut(heads, context + NEW).splits
+        parts = hopper.best_cut(heads, context + NEW_TOKENS).splits
     x = {"norm": HIDDEN, "gated": 2 * INTERMEDIATE, "known": INTERMEDIATE, "attended": HIDDEN * parts}[name]
     channels = INTERMEDIATE if name in ("gated", "known") else HIDDEN
     kind = {
-        "norm": rows.Quantization(name="norm", qmax=127, per_token=per_token, residual=True, epsilon=1e-5, weight=True),
-        "gated": rows.Quantization(name="gated", qmax=127, per_token=per_token, activation="silu", gated=True),
-        "known": rows.Quantization(name="known", qmax=127, per_token=True, largest=True),
-        "attended": rows.Quantization(
+        "norm": Quantization(name="norm", qmax=127, per_token=per_token, residual=True, epsilon=1e-5, weight=True),
+        "gated": Quantization(name="gated", qmax=127, per_token=per_token, activation="silu", gated=True),
+        "known": Quantization(name="known", qmax=127, per_token=True, largest=True),
+        "attended": Quantization(
             name="attended", qmax=127, per_token=per_token, parts=Parts(parts, HEADS // KV_HEADS, DIM)
         ),
     }[name]
@@ -198,7 +221,7 @@ def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Ca
     if name == "norm":
         operands += [operands[0] / 2, jnp.ones(HIDDEN, jnp.bfloat16)]
     operands += recipe(channels, per_token)
-    usual = rows.best_piece(kind, batch, channels)
+    usual = quantize.best_piece(kind, batch, channels)
     sizes = (256, 512, 1024, 2048, 4096)
     pieces = [usual, (0, 0)]
     if kind.parts is None or not kind.whole:  # Otherwise a row is put together by one program.
@@ -207,17 +230,21 @@ def of_rows(batch: int, context: int, name: str, per_token: bool) -> Iterator[Ca
         label = f"{piece[0]} channels, {piece[1]} warps" if piece[0] else "whole rows"
         title = f"{name}, {'a scale a row' if per_token else 'fixed scales'}, {batch} rows"
 
-        def run(given: Any, unused: Any, piece: tuple[int, int] = piece) -> Any:
-            return rows.call(kind, *given, piece=piece), unused
+        def run(given: list[jax.Array], unused: jax.Array, piece: tuple[int, int] = piece) -> tuple[object, object]:
+            return quantize.call(kind, *given, piece=piece), unused
 
         yield Case(title, label, piece == usual, run, [[operands, jnp.zeros(())]] * 8)
 
 
-def _said(cut: Cut) -> str:
+GATES: tuple[tuple[Literal[4, 8], bool], ...] = ((4, False), (8, False), (4, True))
+"""Bits of a gate's weight, and whether it has groups."""
+
+
+def _said(cut: "DataclassInstance") -> str:
     return ", ".join(f"{field} {value}" for field, value in dataclasses.asdict(cut).items() if value is not None)
 
 
-def timed(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
+def timed(cases: list[Case], repeats: int) -> list[Record]:
     """Microseconds of each case: of all its kernels, the median over operands and repeats."""
     lowered = [jax.jit(case.run, donate_argnums=len(case.operands[0]) - 1).lower(*case.operands[0]) for case in cases]
     with ThreadPoolExecutor(12) as pool:
@@ -225,8 +252,8 @@ def timed(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
     found = []
     for case, f in zip(cases, compiled, strict=True):
 
-        def once(f: Any = f, operands: Any = case.operands) -> None:
-            for given in operands * repeats:
+        def once(f: jax.stages.Compiled = f, operands: Sequence[list[object]] = case.operands) -> None:
+            for given in [*operands] * repeats:
                 _, given[-1] = f(*given)
             jax.block_until_ready(operands)
 
@@ -240,7 +267,7 @@ def timed(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
     return found
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Record) -> str:
     """The best of every case, and what is used now."""
     lines = ["# How a decoding step is cut up", "", f"Written by `scripts/tune_decoding.py`. {describe(result)}.", ""]
     lines += [
@@ -250,7 +277,7 @@ def table(result: dict[str, Any]) -> str:
     lines += ["| case | cut | us |", "|---|---|---:|"]
     for case, group in itertools.groupby(result["rows"], key=lambda row: row["case"]):
         entries = sorted(group, key=lambda row: row["microseconds"])
-        shown = entries[:LISTED] + [row for row in entries[LISTED:] if row["used"]]
+        shown = entries[:LISTED_CUTS] + [row for row in entries[LISTED_CUTS:] if row["used"]]
         lines += [f"| {case} | {row['cut']}{' (used)' * row['used']} | {row['microseconds']:.2f} |" for row in shown]
     return "\n".join(lines) + "\n"
 
@@ -259,19 +286,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
+    parser.add_argument("--what", nargs="*", choices=KERNEL_KINDS, default=KERNEL_KINDS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/decoding"), help="written with .json and .md")
     a = parser.parse_args()
     if capability() < (8, 0):
         sys.exit("tune_decoding: needs an NVIDIA GPU")
-    result = environment() | {"rows": []}
+    result: Record = {**environment(), "rows": []}
     for batch in a.batches:
         groups: list[list[Case]] = []
         if "attention" in a.what:
             groups += [list(of_attention(batch, a.context, codes)) for codes in (True, False)]
         if "gates" in a.what and capability() == (9, 0):
-            groups += [list(of_gates(batch, bits, grouped)) for bits, grouped in ((4, False), (8, False), (4, True))]
+            groups += [list(of_gates(batch, bits, grouped)) for bits, grouped in GATES]
         if "rows" in a.what:
             kinds = [*itertools.product(("norm", "gated", "attended"), (False, True)), ("known", True)]
             groups += [list(of_rows(batch, a.context, name, per_token)) for name, per_token in kinds]

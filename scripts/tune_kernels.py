@@ -15,72 +15,69 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from fqjax.bench.environment import environment
+from fqjax.bench.environment import Record, environment
 from fqjax.bench.kernels import close, parse_shape
 from pallas_kernels import pack_int4
-from pallas_kernels.matmul.dispatch import Matmul, problem
-from pallas_kernels.matmul.hopper import tuning, unpack
+from pallas_kernels.matmul.hopper import kernels, tuning
+from pallas_kernels.matmul.hopper.decode import DecodeConfig
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES
+from pallas_kernels.matmul.hopper.decoders import DECODERS
+from pallas_kernels.matmul.hopper.kernels import Config
 from pallas_kernels.matmul.hopper.problem import Problem
+from pallas_kernels.matmul.kind import Matmul, Operands
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
-HANG = 90  # Seconds after which a kernel is taken to hang.
-
-
-GROUPS: dict[str, dict[str, Any]] = {
-    "integer": {"group_dtype": jnp.int16},
-    "float": {"group_dtype": jnp.float32},
-    "folded": {"group_dtype": jnp.int16, "folded": True},
-    "weight_only": {"group_dtype": jnp.float32, "weight_only": True},
-}
-KINDS = ("int4", "int8", *GROUPS)
+HANG_SECONDS = 90
+"""After which a kernel is taken to hang."""
 
 
 def weights(p: Problem, seed: int) -> tuple[jax.Array, ...]:
     """Codes, and the scales of groups if there are any."""
-    low, high = (-127, 128) if p.bits == 8 else (-8, 8)
+    decoder = p.decoder
+    low, high = (-127, 128) if decoder.bits == 8 else (-8, 8)
     codes = jax.random.randint(jax.random.key(seed), (p.n, p.k), low, high, jnp.int8)
-    codes = codes if p.bits == 8 else jax.jit(pack_int4)(codes)
-    if not p.grouped:
+    codes = codes if decoder.bits == 8 else jax.jit(pack_int4)(codes)
+    if decoder.scale_dtype is None:
         return (codes,)
-    return codes, jax.random.randint(jax.random.key(seed), (p.k // 128, p.n), 1, 16).astype(p.group_dtype)
+    scales = jax.random.randint(jax.random.key(seed), (p.k // STEP_CODES, p.n), 1, 16)
+    return codes, scales.astype(decoder.scale_dtype)
 
 
-def tune(m: int, n: int, k: int, kind: str, repeats: int, margin: float) -> dict[str, Any]:
+def tune(m: int, n: int, k: int, kind: str, repeats: int, margin: float) -> Record:
     """The fastest configuration of one shape, and the times of all."""
-    bits: Literal[4, 8] = 8 if kind == "int8" else 4
-    p = problem(bits, m, n, k, jnp.bfloat16, per_channel=True, **GROUPS.get(kind, {}))
+    decoder = DECODERS[kind]
+    bits = decoder.bits
+    p = Problem(m=m, n=n, k=k, decoder=decoder, out_dtype=jnp.dtype(jnp.bfloat16), per_channel=True)
     several = [weights(p, seed) for seed in range(copies_beyond_cache(n * k * bits // 8))]
-    x = jax.random.randint(jax.random.key(99), (m, k), -127, 128, jnp.int8).astype(p.x_dtype)
+    x = jax.random.randint(jax.random.key(99), (m, k), -127, 128, jnp.int8).astype(decoder.x_dtype)
     w_scale = jax.random.uniform(jax.random.key(98), (n,), minval=0.5, maxval=1.5) / 4096
-    x_scale = jnp.full((1,), 1 if p.weight_only else 0.37, jnp.float32)
-    xla = jax.jit(
-        Matmul(bits=bits, grouped=p.grouped, folded=p.folded, weight_only=p.weight_only, out_dtype=p.out_dtype).xla
-    )
-    ordered = unpack.reorder(x) if p.weight_only else x
+    x_scale = jnp.full((1,), 0.37 if decoder.x_dtype == jnp.int8 else 1, jnp.float32)
+    reference = Matmul(decoder=decoder, out_dtype=p.out_dtype).xla
+    xla = jax.jit(lambda *arrays: reference(Operands(*arrays)))
+    ordered = decoder.prepare(x)
     operands = [(w, ordered, w_scale, x_scale, *groups) for w, *groups in several]
     by_xla = [(x, w, x_scale[0], w_scale, *groups) for w, *groups in several]
     wanted = xla(*by_xla[0])
-    same = jnp.array_equal if p.scales != "float" else close
-    faulthandler.dump_traceback_later(HANG, exit=True)
+    same = jnp.array_equal if decoder.total_dtype == jnp.int32 else close
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     rule = tuning.rule(p)
     most = margin * tuning.estimate(p, rule)
     configs = [config for config in tuning.candidates(p) if tuning.estimate(p, config) <= most]
-    lowered = [jax.jit(tuning.build(p, config)).lower(*operands[0]) for config in configs]
+    lowered = [jax.jit(kernels.build(p, config)).lower(*operands[0]) for config in configs]
     with ThreadPoolExecutor(14) as pool:
         compiled = list(pool.map(lambda stage: stage.compile(), lowered))
-    times: list[tuple[float, str, tuning.Config | None]] = []
+    times: list[tuple[float, str, Config | None]] = []
     times.append((microseconds(xla, by_xla, repeats=repeats), "xla", None))
     for config, f in zip(configs, compiled, strict=True):
-        faulthandler.dump_traceback_later(HANG, exit=True)
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
         if not same(f(*operands[0]), wanted):
             sys.exit(f"tune_kernels: wrong result for {p} with {config}")
-        kernel = "decode" if isinstance(config, tuning.DecodeConfig) else "gemm"
+        kernel = "decode" if isinstance(config, DecodeConfig) else "gemm"
         times.append((microseconds(f, operands, repeats=repeats), kernel, config))
     faulthandler.cancel_dump_traceback_later()
     times.sort(key=lambda row: row[0])
@@ -91,16 +88,24 @@ def tune(m: int, n: int, k: int, kind: str, repeats: int, margin: float) -> dict
         f"rule {by_rule / us:.2f} x; " + " ".join(f"[{t:.2f} {brief(c)}]" for t, _, c in times[:9]),
         flush=True,
     )
-    entry = {"bits": bits, "groups": p.kind, "m": m, "n": n, "k": k, "kernel": kernel, "microseconds": round(us, 2)}
+    entry = {
+        "bits": bits,
+        "groups": decoder.kind,
+        "m": m,
+        "n": n,
+        "k": k,
+        "kernel": kernel,
+        "microseconds": round(us, 2),
+    }
     return entry | {"config": dataclasses.asdict(config) if config else {}}
 
 
-def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """What an entry of the table is found by, in the order in which the table is written."""
+def key_of(entry: Record) -> tuple[object, ...]:
+    """Key of an entry of the table, in the order in which the table is written."""
     return entry["bits"], entry.get("groups") or "", entry["m"], entry["n"], entry["k"]
 
 
-def brief(config: tuning.Config | None) -> str:
+def brief(config: Config | None) -> str:
     return ",".join(str(value) for value in dataclasses.astuple(config)) if config else "xla"
 
 
@@ -108,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", metavar="NxK")
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="*", choices=list(DECODERS), default=list(DECODERS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--margin", type=float, default=1.12, help="how far above the least estimate to try")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further shape after so many seconds")

@@ -14,7 +14,7 @@ from flax import nnx
 
 from fqjax.core.formats.grouped import Grouped
 from fqjax.core.formats.uniform import Uniform
-from fqjax.core.inputs import FloatingInput, StaticInput
+from fqjax.core.stored_inputs import FloatingInput, StaticInput
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Figures
 from fqjax.report.report import report_of

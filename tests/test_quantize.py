@@ -8,6 +8,7 @@ from flax import nnx
 
 import fqjax
 from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.record import Record
 from fqjax.layers.stacked import quantized_layers
 from fqjax.runtime.errors import InputError
 
@@ -179,10 +180,12 @@ def test_bf16_returns_an_equal_model(mlp):
 
 
 def test_bytes_count_what_lies_on_the_device(mlp):
-    _, report = fqjax.quantize(mlp, "flattenquant", batches())
-    row = next(row for row in report.layers if row.name == "middle.0" or row.bits == 4)
-    width = 256 if row.bits == 4 else 128
-    assert row.bytes >= 32 * width // (2 if row.bits == 4 else 1)
+    quantized, report = fqjax.quantize(mlp, "flattenquant", batches())
+    layers = quantized_layers(quantized)
+    for row in report.layers:
+        assert row.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(layers[row.name], nnx.Not(Record))))
+        codes, width = layers[row.name].weight.get_value().codes, 256 if row.bits == 4 else 128
+        assert codes.nbytes == codes.shape[0] * width * row.bits // 8
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import datetime
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 import jax
 
@@ -12,7 +12,19 @@ from fqjax.version import __version__
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "torch")
 
 
-def environment() -> dict[str, Any]:
+Record: TypeAlias = dict[str, Any]
+"""A JSON object, as benchmarks write it and read it again."""
+
+
+class Environment(TypedDict):
+    """Device, versions of packages by name, and date of a measurement."""
+
+    device: str
+    versions: dict[str, str]
+    date: str
+
+
+def environment() -> Environment:
     """``device``, ``versions`` and ``date``, as every benchmark's JSON has them."""
     versions = {"python": platform.python_version(), "fqjax": __version__}
     for package in PACKAGES:
@@ -27,7 +39,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def describe(result: dict[str, Any]) -> str:
+def describe(result: Environment | Record) -> str:
     """One line of it for a table's heading."""
     versions = ", ".join(
         f"{name} {v}" for name, v in result["versions"].items() if name in ("python", "jax", "flax", "torch")

@@ -21,31 +21,56 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import DTypeLike
 
 from fqjax.bench import activations
-from fqjax.bench.environment import describe, environment
+from fqjax.bench.environment import Environment, describe, environment
 from fqjax.runtime.errors import InputError
 from pallas_kernels import grouped_int4_matmul, int4_matmul, int8_matmul, pack_int4, weight_only_int4_matmul
-from pallas_kernels.matmul import reference
-from pallas_kernels.matmul.dispatch import hopper_device
+from pallas_kernels.device import hopper_device
 from pallas_kernels.shapes import ROWS, SHAPES
 from pallas_kernels.timing import copies_beyond_cache, microseconds
 
 GROUPED = ("grouped_float", "grouped_integer", "grouped_folded", "weight_only_int4")
 OURS = ("int8_matmul", "int4_matmul", *GROUPED)
 KERNELS = ("xla_bf16", "xla_int8", "cublaslt_int8", "cublaslt_fp8", *OURS)
-GROUP = 128
-BITS = {"xla_bf16": 16, "int4_matmul": 4}  # of a weight; 8 otherwise
-BITS |= {kernel: 4 + (16 if kernel in ("grouped_integer", "grouped_folded") else 32) / GROUP for kernel in GROUPED}
-SMALL = {"Llama-3-8B": {"o": SHAPES["Llama-3-8B"]["o"]}}, (1, 16)
-"""What is measured where there is no GPU."""
+GROUP_SIZE = 128
+"""Input channels that share a scale."""
+WEIGHT_BITS = {"xla_bf16": 16, "int4_matmul": 4}
+"""Bits of a weight, with its share of a group's scale; 8 for all other kernels."""
+WEIGHT_BITS |= {k: 4 + (16 if k in ("grouped_integer", "grouped_folded") else 32) / GROUP_SIZE for k in GROUPED}
+CPU_SHAPES = {"Llama-3-8B": {"o": SHAPES["Llama-3-8B"]["o"]}}, (1, 16)
+"""Shapes and rows that are measured where there is no GPU."""
+
+
+class KernelRow(TypedDict):
+    """One measured case: microseconds of a call, and with XLA's result to compare with, whether the results agree."""
+
+    kernel: str
+    M: int
+    N: int
+    K: int
+    microseconds: float
+    tops: float
+    tb_per_s: float
+    ratio_to_bf16: float
+    exact: NotRequired[bool]
+    close: NotRequired[bool]
+
+
+class KernelResult(Environment):
+    """All measured cases, with the ceilings of the device and the times of quantizing activations."""
+
+    ceilings: dict[str, float]
+    activations: list[activations.ActivationRow]
+    rows: list[KernelRow]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +82,17 @@ class Case:
     n: int
     k: int
     call: Callable[..., Any]
-    arguments: list[tuple[Any, ...]]
-    check: tuple[Any, ...] = ()
+    arguments: Sequence[tuple[object, ...]]
+    check: tuple[object, ...] = ()
     """With these arguments ``reference``, or else ``xla_int8``, gives what the first of ``arguments`` should."""
-    reference: Callable[..., Any] | None = None
+    reference: Callable[..., jax.Array] | None = None
     exact: bool = True
     """Whether in every bit, or nearly."""
 
 
 def run(
-    shapes: Iterable[tuple[int, int]], rows: Iterable[int], report: Callable[[dict[str, Any]], None] = lambda row: None
-) -> dict[str, Any]:
+    shapes: Iterable[tuple[int, int]], rows: Iterable[int], report: Callable[[KernelRow], None] = lambda row: None
+) -> KernelResult:
     """Measures every kernel on every shape (N, K) and number of rows M.
 
     Args:
@@ -78,17 +103,28 @@ def run(
       ``device``, ``versions``, ``date``, ``ceilings``, ``rows`` and ``activations``, as the command's ``--json`` writes them.
     """
     sizes = () if jax.default_backend() == "gpu" else (256, 512)
-    result = environment() | {"ceilings": ceilings(), "activations": activations.measure(*sizes), "rows": []}
+    result: KernelResult = {
+        **environment(),
+        "ceilings": ceilings(),
+        "activations": activations.measure(*sizes),
+        "rows": [],
+    }
     for n, k in shapes:
         xla_int8, bf16 = None, float("nan")
         for case in _compiled(_cases(n, k, sorted(rows))):
             us = microseconds(case.call, case.arguments)
             bf16 = us if case.kernel == "xla_bf16" else bf16
             xla_int8 = case.call if case.kernel == "xla_int8" else xla_int8
-            row = {"kernel": case.kernel, "M": case.m, "N": n, "K": k, "microseconds": us}
-            row["tops"] = 2e-6 * case.m * n * k / us
-            row["tb_per_s"] = n * k * BITS.get(case.kernel, 8) / 8e6 / us
-            row["ratio_to_bf16"] = bf16 / us
+            row: KernelRow = {
+                "kernel": case.kernel,
+                "M": case.m,
+                "N": case.n,
+                "K": case.k,
+                "microseconds": us,
+                "tops": 2e-6 * case.m * n * k / us,
+                "tb_per_s": n * k * WEIGHT_BITS.get(case.kernel, 8) / 8e6 / us,
+                "ratio_to_bf16": bf16 / us,
+            }
             checked_by = case.reference or xla_int8
             if case.check and checked_by is not None:
                 found, wanted = case.call(*case.arguments[0]), checked_by(*case.check)
@@ -119,12 +155,19 @@ def _cases(n: int, k: int, rows: list[int]) -> list[Case]:
     packed = [jax.jit(pack_int4)(w) for w in codes]
     one, folded, *groups = jnp.float32(0.37), *_grouped_weights(codes, next(keys))
     scales = one, jax.random.uniform(next(keys), (n,), minval=0.5, maxval=1.5) / 4096
-    cases = []
+    cases, int8_by_xla = [], jax.jit(functools.partial(int8_matmul, implementation="xla"))
     for m in rows:
         x, real = normal(next(keys), m, 8), normal(next(keys), m, 16)
         cases += [
             Case("xla_bf16", m, n, k, jax.jit(_bf16), [(real, w) for w in bf16]),
-            Case("xla_int8", m, n, k, jax.jit(reference.int8_matmul), [(x, w, *scales) for w in eight]),
+            Case(
+                "xla_int8",
+                m,
+                n,
+                k,
+                int8_by_xla,
+                [(x, w, *scales) for w in eight],
+            ),
             *_torch_cases(m, n, k, len(eight)),
             Case(
                 "int8_matmul", m, n, k, jax.jit(int8_matmul), [(x, w, *scales) for w in eight], (x, eight[0], *scales)
@@ -141,8 +184,8 @@ def _cases(n: int, k: int, rows: list[int]) -> list[Case]:
 def _grouped_weights(codes: list[jax.Array], key: jax.Array) -> list[jax.Array]:
     """The first weight times its groups' scales, which fit into int8, and such scales for every weight."""
     n, k = codes[0].shape
-    scales = [jax.random.randint(jax.random.fold_in(key, i), (k // GROUP, n), 1, 16) for i in range(len(codes))]
-    each = jax.jit(lambda w, s: w * jnp.repeat(s.astype(jnp.int8).T, GROUP, axis=1))
+    scales = [jax.random.randint(jax.random.fold_in(key, i), (k // GROUP_SIZE, n), 1, 16) for i in range(len(codes))]
+    each = jax.jit(lambda w, s: w * jnp.repeat(s.astype(jnp.int8).T, GROUP_SIZE, axis=1))
     return [each(codes[0], scales[0]), *scales]
 
 
@@ -154,11 +197,11 @@ def _grouped_cases(
     packed: list[jax.Array],
     groups: list[jax.Array],
     scales: tuple[jax.Array, jax.Array],
-    check: tuple[Any, ...],
+    check: tuple[object, ...],
 ) -> list[Case]:
     """The same product with every kind of scales of groups."""
 
-    def case(kernel: str, folded: bool, dtype: Any) -> Case:
+    def case(kernel: str, folded: bool, dtype: DTypeLike) -> Case:
         call = jax.jit(lambda x, w, s, g, t: grouped_int4_matmul(x, w, s, g, t, folded=folded))
         arguments = [(x, w, scales[0], g.astype(dtype), scales[1]) for w, g in zip(packed, groups, strict=True)]
         return Case(kernel, m, n, k, call, arguments, check, exact=dtype != jnp.float32)
@@ -171,7 +214,7 @@ def _weight_only_case(
     m: int, n: int, k: int, x: jax.Array, packed: list[jax.Array], groups: list[jax.Array], scale: jax.Array
 ) -> Case:
     arguments = [(x, w, g.astype(jnp.float32), scale) for w, g in zip(packed, groups, strict=True)]
-    by_xla = jax.jit(reference.weight_only_int4_matmul)
+    by_xla = jax.jit(functools.partial(weight_only_int4_matmul, implementation="xla"))
     call = jax.jit(weight_only_int4_matmul)
     return Case("weight_only_int4", m, n, k, call, arguments, arguments[0], by_xla, exact=False)
 
@@ -204,7 +247,7 @@ def _torch_cases(m: int, n: int, k: int, copies: int) -> list[Case]:
     if m >= 16:
         one = torch.tensor(1.0, device="cuda")
 
-        def fp8(x: Any, w: Any) -> Any:
+        def fp8(x: object, w: object) -> object:
             return torch._scaled_mm(x, w, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
         x8, w8 = x.to(torch.float8_e4m3fn), [w.to(torch.float8_e4m3fn).t() for w in weights]
@@ -212,11 +255,11 @@ def _torch_cases(m: int, n: int, k: int, copies: int) -> list[Case]:
     return cases
 
 
-def _synchronized(f: Callable[..., Any]) -> Callable[..., Any]:
+def _synchronized(f: Callable[..., object]) -> Callable[..., None]:
     """``f`` of torch, finished when it returns, so that its kernels fall into the measurement."""
     torch: Any = importlib.import_module("torch")
 
-    def call(*arguments: Any) -> None:
+    def call(*arguments: object) -> None:
         f(*arguments)
         torch.cuda.synchronize()
 
@@ -234,7 +277,7 @@ def _compiled(cases: list[Case]) -> Iterator[Case]:
 
 
 def ceilings() -> dict[str, float]:
-    """What the device reaches at most: ``bf16_tflops``, ``int8_tops``, ``copy_tb_per_s``.
+    """The most that the device reaches: ``bf16_tflops``, ``int8_tops``, ``copy_tb_per_s``.
 
     bf16 is a large product by XLA; int8 the tensor cores alone on a Hopper GPU, elsewhere a large product by XLA; the copy
     counts bytes read and written.
@@ -257,8 +300,8 @@ def ceilings() -> dict[str, float]:
 
 
 def default_shapes() -> tuple[list[tuple[int, int]], tuple[int, ...]]:
-    """What is measured when nothing else is asked for: the shapes of well-known models, or few where there is no GPU."""
-    models, rows = (SHAPES, ROWS) if jax.default_backend() == "gpu" else SMALL
+    """Shapes and rows that are measured by default: those of well-known models, or few where there is no GPU."""
+    models, rows = (SHAPES, ROWS) if jax.default_backend() == "gpu" else CPU_SHAPES
     return list(dict.fromkeys(shape for layers in models.values() for shape in layers.values())), rows
 
 
@@ -276,7 +319,7 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(n), int(k)
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: KernelRow) -> str:
     """One row of the result, to be read as it comes."""
     wrong = "" if row.get("exact", row.get("close", True)) else "  DIFFERS FROM XLA"
     return (
@@ -285,8 +328,8 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def summary(result: dict[str, Any]) -> str:
-    """What the rows are to be seen beside."""
+def summary(result: KernelResult) -> str:
+    """Device, versions and ceilings, which the rows are to be seen beside."""
     ceiling = result["ceilings"]
     return (
         f"{describe(result)}\nceilings: {ceiling['bf16_tflops']:.3g} TFLOP/s bf16, {ceiling['int8_tops']:.4g} TOPS int8, "
@@ -294,7 +337,7 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: KernelResult) -> str:
     """The result as a table."""
     ceiling = result["ceilings"]
     lines = [
@@ -326,7 +369,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict[str, Any] | None, ceiling: dict[str, float]) -> str:
+def _cell(row: KernelRow | None, ceiling: dict[str, float]) -> str:
     if row is None:
         return "- "
     if row["kernel"] == "xla_bf16":

@@ -2,38 +2,50 @@
 
 import collections
 from collections.abc import Mapping
-from typing import Any
 
 from fqjax.bench.environment import describe
-from fqjax.bench.model import LEAD, LISTED, PLAIN, STEPS, Case
+from fqjax.bench.model import (
+    BASELINE_SCHEME,
+    DECODED_TOKENS,
+    LISTED_KERNELS,
+    SHORT_CALL_TOKENS,
+    Case,
+    ModelResult,
+    ModelRow,
+)
 
 WHOLE_CALL = "†"
-"""What stands behind times of decoding that were measured before tokens were told from the call."""
+"""Mark after times of decoding that were measured before tokens were told from the call."""
 
 
-def combined(before: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
+def combined(before: ModelResult | None, result: ModelResult) -> ModelResult:
     """A result with the rows of one before that were not measured again, if it is from the same device and versions.
 
     Every row keeps its ratio, which is to the bfloat16 of its own run, and its date.
     """
-    date = {"date": result["date"]}
-    result = result | {"rows": [date | row for row in result["rows"]]}
+    result = {**result, "rows": [_dated(result["date"], row) for row in result["rows"]]}
     if before is None or any(before[k] != result[k] for k in ("device", "versions", "extra_channels")):
         return result
 
-    def which(row: dict[str, Any]) -> tuple[Any, ...]:
+    def which(row: ModelRow) -> tuple[object, ...]:
         return row["scheme"], row["phase"], row["batch"], row["length"]
 
     new = {which(row) for row in result["rows"]}
-    kept = [{"date": before["date"]} | row for row in before["rows"] if which(row) not in new]
-    schemes = list(dict.fromkeys([PLAIN, *(row["scheme"] for row in before["rows"] + result["rows"])]))
+    kept = [_dated(before["date"], row) for row in before["rows"] if which(row) not in new]
+    schemes = list(dict.fromkeys([BASELINE_SCHEME, *(row["scheme"] for row in before["rows"] + result["rows"])]))
     rows = sorted(kept + result["rows"], key=lambda row: schemes.index(row["scheme"]))
     measured = {row["scheme"] for row in rows}
     skipped = [s for s in before["skipped"] + result["skipped"] if s["scheme"] not in measured]
-    return result | {"rows": rows, "skipped": list({s["scheme"]: s for s in skipped}.values())}
+    return {**result, "rows": rows, "skipped": list({s["scheme"]: s for s in skipped}.values())}
 
 
-def markdown(results: Mapping[str, dict[str, Any]]) -> str:
+def _dated(date: str, row: ModelRow) -> ModelRow:
+    """A row with a date, unless it has one."""
+    dated: ModelRow = {"date": date, **row}
+    return dated
+
+
+def markdown(results: Mapping[str, ModelResult]) -> str:
     """Results of several models and devices, by their headings, as one page."""
     lines = [
         "# Whole models",
@@ -41,8 +53,9 @@ def markdown(results: Mapping[str, dict[str, Any]]) -> str:
         "Written by `scripts/benchmark_model.py`. Milliseconds a prefill (sequences x tokens) or a decoded token (sequences",
         "x tokens in the cache), of the clock on the wall; in brackets the speed-up over bfloat16 in the same run. Weights",
         "are random. Bytes are what the device's allocator gave out for the model. A decoded token is what a call of",
-        f"{STEPS} tokens takes longer than one of {LEAD}, for each token more; where marked with {WHOLE_CALL}, a call of",
-        f"{STEPS} divided by their number, launching it included.",
+        f"{DECODED_TOKENS} tokens takes longer than one of {SHORT_CALL_TOKENS}, for each token more; where marked with "
+        f"{WHOLE_CALL}, a call of",
+        f"{DECODED_TOKENS} divided by their number, launching it included.",
     ]
     for heading, result in results.items():
         rows = result["rows"]
@@ -61,13 +74,14 @@ def markdown(results: Mapping[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def profiles(results: Mapping[str, dict[str, Any]]) -> str:
+def profiles(results: Mapping[str, ModelResult]) -> str:
     """Where the time of each phase goes, for the case that most schemes have and each of these, as one page."""
     lines = [
         "# Where the time of whole models goes",
         "",
         "Written by `scripts/benchmark_model.py`: the GPU's kernels in one prefill, and in one decoded token, by its own",
-        f"clock (CUPTI), the {LISTED} that take the longest. The floor of a prefill is what its products take at the rates",
+        f"clock (CUPTI), the {LISTED_KERNELS} that take the longest. The floor of a prefill is what its products take "
+        "at the rates",
         "that the same run measured for large ones; that of decoding, what it takes to read the weights and the filled",
         "cache.",
     ]
@@ -88,37 +102,38 @@ def _ceilings(ceilings: dict[str, float]) -> list[str]:
     ]
 
 
-def _profiles(rows: list[dict[str, Any]]) -> list[str]:
+def _profiles(rows: list[ModelRow]) -> list[str]:
     lines: list[str] = []
     of_cases = collections.Counter(_case(row) for row in rows)
     shown = max(sorted(of_cases, key=_order), key=of_cases.__getitem__, default=None)
     for row in rows:
         if _case(row) != shown:
             continue
-        wall, device, least = (row.get(f"{name}milliseconds") for name in ("", "device_", "floor_"))
+        wall, least = row["milliseconds"], row.get("floor_milliseconds")
+        device = row.get("device_milliseconds", float("nan"))
         lines += ["", f"### `{row['scheme']}`: {row['phase']} {row['batch']} x {row['length']}", ""]
         lines.append(
             f"{wall:.2f} ms by the clock on the wall, {device:.2f} ms in kernels"
             + (f", {least:.2f} ms the floor." if least else ".")
         )
         lines += ["", "| kernel | calls | microseconds | share |", "|---|---:|---:|---:|"]
-        for k in row["kernels"]:
-            share = k["microseconds"] / row["device_milliseconds"] / 1e3
+        for k in row.get("kernels", ()):
+            share = k["microseconds"] / device / 1e3
             lines.append(f"| {k['kernel']} | {k['calls']:.0f} | {k['microseconds']:.0f} | {share:.1%} |")
     return lines
 
 
-def _case(row: dict[str, Any]) -> Case:
+def _case(row: ModelRow) -> Case:
     return Case(row["phase"], row["batch"], row["length"])
 
 
-def _order(case: Case) -> tuple[Any, ...]:
+def _order(case: Case) -> tuple[object, ...]:
     return case.phase != "prefill", case.length, case.batch
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def _cell(row: ModelRow | None) -> str:
     if row is None:
         return "-"
-    ratio = f" ({row['ratio_to_bf16']:.2f} x)" if row["ratio_to_bf16"] and row["scheme"] != PLAIN else ""
+    ratio = f" ({row['ratio_to_bf16']:.2f} x)" if row["ratio_to_bf16"] and row["scheme"] != BASELINE_SCHEME else ""
     mark = WHOLE_CALL if row["phase"] == "decode" and "call_milliseconds" not in row else ""
     return f"{row['milliseconds']:.2f}{mark}{ratio}"

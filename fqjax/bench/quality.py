@@ -1,4 +1,4 @@
-"""What quantization costs in perplexity: the measurement, its record and its table, for the scripts that vary schemes.
+"""The cost of quantization in perplexity: the measurement, its record and its table, for the scripts that vary schemes.
 
 Perplexity follows the protocol of :mod:`fqjax.evaluation.perplexity`; ratios are to the same model in bfloat16, in the
 same run.  What was measured before is kept until it is measured again: other models, and of the same model other rows,
@@ -11,26 +11,29 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 import fqjax
-from fqjax.bench.environment import describe, environment
+from fqjax.bench.environment import Record, describe, environment
 from fqjax.data.python_docs import held_out_text, reference_text
 from fqjax.data.text import encode, read_text
 from fqjax.demo.run import CHECKPOINT
+from fqjax.models.causal_lm import CausalLM
 from fqjax.presets import PRESETS
 from fqjax.scheme import Scheme
 
-MUCH = 1.06
+EMPHASIZED_RATIO = 1.06
 """Ratios above it stand out in :func:`overview`."""
 EXPLANATION = (
-    f"Ratios of perplexity to bfloat16; those above {MUCH} in bold, `-` where nothing was measured.",
+    f"Ratios of perplexity to bfloat16; those above {EMPHASIZED_RATIO} in bold, `-` where nothing was measured.",
     "",
     r"\* Naive: to compare with rather than to use. `w8a8` and the 4-bit presets with neither GPTQ nor AWQ round everything",
     "alike to the nearest code, and nothing makes up for it: no smoothing, no flattening. `flattenquant-w4a4` makes up for",
     "rounding, but computes every layer in INT4, activations too, with one scale per tensor, and spares none.",
 )
-"""What stands below the table of :func:`overview`."""
+"""Lines below the table of :func:`overview`."""
 
 
 def parser(description: str | None, out: str) -> argparse.ArgumentParser:
@@ -48,7 +51,7 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
 
 
 class Setting(NamedTuple):
-    """What quantization is measured on.
+    """Model and data that quantization is measured on.
 
     Attributes:
       model: in bfloat16.
@@ -56,8 +59,8 @@ class Setting(NamedTuple):
       perplexity: of a model, on the text; takes what :func:`fqjax.perplexity` takes besides.
     """
 
-    model: Any
-    batches: list[Any]
+    model: CausalLM
+    batches: list[np.ndarray]
     perplexity: Callable[..., float]
 
 
@@ -68,7 +71,7 @@ def run(
     column: str,
     *,
     timed: bool = True,
-    front: Callable[[Mapping[str, Any]], Sequence[str]] | None = None,
+    front: Callable[[Mapping[str, Record]], Sequence[str]] | None = None,
 ) -> None:
     """Measures every scheme on every model, and writes the result after each model.
 
@@ -78,7 +81,7 @@ def run(
       heading, column, timed, front: of :func:`document`.
     """
     record = a.out.with_suffix(".json")
-    results: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+    results: dict[str, Record] = json.loads(record.read_text()) if record.is_file() else {}
     for name, setting in settings(a):
         result = conditions(a)
         rows = _measure(setting, schemes)
@@ -87,7 +90,7 @@ def run(
 
 
 def settings(a: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
-    """What to measure on, by the name of each model."""
+    """Models and data to measure on, by the name of each model."""
     models = dict(m.split("=", 1) for m in a.model) if a.model else {"bundled": str(CHECKPOINT)}
     calibration = read_text(a.calibration) if a.calibration else reference_text()
     text = read_text(a.text) if a.text else held_out_text()
@@ -100,11 +103,13 @@ def settings(a: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
         yield name, Setting(model, batches, functools.partial(_perplexity, ids, a))
 
 
-def _perplexity(ids: Any, a: argparse.Namespace, model: Any, **options: Any) -> float:
-    return fqjax.perplexity(model, ids, a.window, windows=a.windows, **options)
+def _perplexity(
+    ids: np.ndarray, a: argparse.Namespace, model: CausalLM, *, kv_cache: Literal["int8"] | None = None
+) -> float:
+    return fqjax.perplexity(model, ids, a.window, windows=a.windows, kv_cache=kv_cache)
 
 
-def conditions(a: argparse.Namespace) -> dict[str, Any]:
+def conditions(a: argparse.Namespace) -> Record:
     """Under which conditions it is measured."""
     return {
         "environment": environment(),
@@ -117,7 +122,7 @@ def conditions(a: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write(out: Path, results: Mapping[str, Any], text: str) -> None:
+def write(out: Path, results: Mapping[str, Record], text: str) -> None:
     """The record and the document."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
@@ -125,11 +130,11 @@ def write(out: Path, results: Mapping[str, Any], text: str) -> None:
     print(f"wrote {out}.json and {out}.md", flush=True)
 
 
-def _kept(before: Mapping[str, Any] | None, result: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> list[Any]:
+def _kept(before: Record | None, result: Record, rows: Sequence[Record]) -> list[Record]:
     """Rows measured before that belong beside the new ones."""
 
-    def comparable(of: Mapping[str, Any]) -> dict[str, Any]:
-        same: dict[str, Any] = {"skipped": 0} | dict(of)
+    def comparable(of: Record) -> Record:
+        same: Record = {"skipped": 0} | dict(of)
         return same | {"rows": None, "environment": same["environment"] | {"date": None}}
 
     if before is None or comparable(before) != comparable(result):
@@ -138,10 +143,10 @@ def _kept(before: Mapping[str, Any] | None, result: Mapping[str, Any], rows: Seq
     return [row for row in before["rows"] if row["scheme"] not in new]
 
 
-def _measure(setting: Setting, schemes: Mapping[str, Scheme]) -> list[dict[str, Any]]:
+def _measure(setting: Setting, schemes: Mapping[str, Scheme]) -> list[Record]:
     """One row a scheme for one checkpoint."""
     reference = setting.perplexity(setting.model)
-    rows: list[dict[str, Any]] = []
+    rows: list[Record] = []
     for name, scheme in schemes.items():
         start = time.perf_counter()
         quantized, report = fqjax.quantize(setting.model, scheme, setting.batches)
@@ -163,11 +168,11 @@ def _measure(setting: Setting, schemes: Mapping[str, Scheme]) -> list[dict[str, 
 
 
 def document(
-    results: Mapping[str, Any],
+    results: Mapping[str, Record],
     heading: Sequence[str],
     column: str,
     timed: bool = True,
-    front: Callable[[Mapping[str, Any]], Sequence[str]] | None = None,
+    front: Callable[[Mapping[str, Record]], Sequence[str]] | None = None,
 ) -> str:
     """All results in Markdown.
 
@@ -197,7 +202,7 @@ def document(
     return "\n".join(lines) + "\n"
 
 
-def overview(results: Mapping[str, Any], notes: Mapping[str, str]) -> list[str]:
+def overview(results: Mapping[str, Record], notes: Mapping[str, str]) -> list[str]:
     """One table of ratios, models by presets.
 
     Args:
@@ -223,10 +228,10 @@ def overview(results: Mapping[str, Any], notes: Mapping[str, str]) -> list[str]:
 def _cell(ratio: float | None) -> str:
     if ratio is None:
         return "-"
-    return f"**{ratio:.4f}**" if ratio > MUCH else f"{ratio:.4f}"
+    return f"**{ratio:.4f}**" if ratio > EMPHASIZED_RATIO else f"{ratio:.4f}"
 
 
-def describe_conditions(result: Mapping[str, Any]) -> str:
+def describe_conditions(result: Record) -> str:
     """:func:`conditions` in words."""
     after = f" after the first {result['skipped']}" if result.get("skipped") else ""
     return (

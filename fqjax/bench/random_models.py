@@ -7,22 +7,23 @@ stays higher), and scales are such that activations keep their size from layer t
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import DTypeLike
 
+from fqjax.bench.environment import Record
 from fqjax.checkpoint.hugging_face import abstract_model, read_architecture
 from fqjax.core.channels import PADDING
 from fqjax.core.codes import qmax
 from fqjax.core.formats.base import Format, QTensor
 from fqjax.core.formats.grouped import Grouped
 from fqjax.core.formats.uniform import Uniform
-from fqjax.core.inputs import FloatingInput, PerTokenInput, StaticInput, StoredInput
+from fqjax.core.stored_inputs import FloatingInput, PerTokenInput, StaticInput, StoredInput
 from fqjax.drivers.method import Method
 from fqjax.drivers.ties import units_of
 from fqjax.layers.experts import Expert, MixtureOfExperts
@@ -36,7 +37,10 @@ from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError
 from fqjax.scheme import Scheme
 
-LLAMA_3: dict[str, Any] = {
+Config: TypeAlias = Any
+"""Configuration of an architecture; its fields are those of the family in :data:`fqjax.models.FAMILIES`."""
+
+LLAMA_3: Record = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_act": "silu",
     "vocab_size": 128256,
@@ -47,7 +51,7 @@ LLAMA_3: dict[str, Any] = {
     "num_key_value_heads": 8,
     "bos_token_id": 128000,
 }
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, Record] = {
     "llama-3-8b": LLAMA_3
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "llama-3-70b": LLAMA_3
@@ -98,7 +102,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Sizes of well-known models, by the name that ``fqjax bench model --model`` takes, and of one small enough for a CPU."""
 
 
-def architecture(name: str) -> tuple[str, Any]:
+def architecture(name: str) -> tuple[str, Config]:
     """Name and configuration of the architecture of that name in :data:`CONFIGS`, or in that ``config.json``.
 
     Raises:
@@ -112,13 +116,13 @@ def architecture(name: str) -> tuple[str, Any]:
     return read_architecture(path.parent)
 
 
-def described(hf: Mapping[str, Any]) -> tuple[str, Any]:
+def described(hf: Record) -> tuple[str, Config]:
     """Name and configuration of the architecture that a complete Hugging Face configuration describes."""
     (name,) = hf["architectures"]
     return name, FAMILIES[name].config_from_hf(dict(hf))
 
 
-def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, seed: int = 0) -> CausalLM:
+def random_model(name: str, config: Config, scheme: Scheme, *, extra: float = 0.0, seed: int = 0) -> CausalLM:
     """A model in bfloat16 whose linear layers have the formats that a scheme gives them.
 
     Args:
@@ -144,7 +148,7 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
             made[layer].keywords["macs"] = all_macs // len(names)
             made[layer].keywords["extra"] = extra if method.max_expansion > 1 else 0.0
 
-    def quantized(path: str, node: Any) -> Any:
+    def quantized(path: str, node: Any) -> nnx.Module:
         if path in made and ".experts." not in path:
             return made[path](next(keys))
         if linears and isinstance(node, MixtureOfExperts):  # Stacked at once: there is no room for the model twice.
@@ -157,7 +161,7 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
 
     graphdef, state = nnx.split(replace_modules(skeleton, quantized))
 
-    def fill(path: Any, leaf: Any) -> Any:
+    def fill(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
         return leaf if isinstance(leaf, jax.Array) else _parameter(next(keys), names, leaf)
 
@@ -165,7 +169,7 @@ def random_model(name: str, config: Any, scheme: Scheme, *, extra: float = 0.0, 
     return with_int8_head(model) if scheme.head else model
 
 
-def unit_macs(linear: nnx.Linear, layers: int, config: Any) -> int:
+def unit_macs(linear: nnx.Linear, layers: int, config: Config) -> int:
     """Multiply-accumulates of one token in a unit (:mod:`fqjax.drivers.ties`); a token uses some of its experts."""
     return linear.in_features * linear.out_features * (1 if layers == 1 else config.num_experts_per_tok)
 
@@ -219,7 +223,9 @@ def _input(quantizer: type[StoredInput], k: int, used: int, width: int, bits: in
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _codes(key: jax.Array, n: int, width: int, bits: int, group: int, scales: str) -> tuple[Any, Any, float]:
+def _codes(
+    key: jax.Array, n: int, width: int, bits: int, group: int, scales: str
+) -> tuple[jax.Array, jax.Array | None, float]:
     """Codes (n, width), scales of their groups if there are any, and about what makes the products' deviation 1."""
     spread = {4: 3.0, 8: 32.0}[bits]
     codes = jnp.clip(jnp.round(jax.random.normal(key, (n, width), jnp.bfloat16) * spread), -qmax(bits), qmax(bits))
@@ -231,7 +237,7 @@ def _codes(key: jax.Array, n: int, width: int, bits: int, group: int, scales: st
     return codes.astype(jnp.int8), factors.astype(kind), 4 / (3 * spread * low)
 
 
-def _parameter(key: jax.Array, names: list[str], leaf: Any) -> jax.Array:
+def _parameter(key: jax.Array, names: list[str], leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """An embedding, a weight left in floating point, a norm's weight or a bias."""
     if "bias" in names:
         return jnp.zeros(leaf.shape, leaf.dtype)
@@ -241,5 +247,5 @@ def _parameter(key: jax.Array, names: list[str], leaf: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, size: float) -> jax.Array:
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, size: float) -> jax.Array:
     return (jax.random.normal(key, shape, jnp.bfloat16) * size).astype(dtype)

@@ -1,4 +1,4 @@
-"""What calibration found out, kept beside a quantized model for those who want to see why it is as it is."""
+"""Findings of calibration, kept beside a quantized model for those who want to see why it is as it is."""
 
 import dataclasses
 import json
@@ -12,12 +12,12 @@ from safetensors.numpy import save_file
 
 from fqjax.runtime.errors import InputError
 
-FILE = "calibration.safetensors"
+CALIBRATION_FILE = "calibration.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CalibrationRecord:
-    """What calibration found out about the quantized layers, by dotted path.
+    """Findings of calibration on the quantized layers, by dotted path.
 
     Attributes:
       activations: largest magnitude of every input channel, float32 (K,).
@@ -29,7 +29,7 @@ class CalibrationRecord:
     costs: Mapping[str, Mapping[int, float]]
 
     def trade_off(self, macs: Mapping[str, int]) -> list[tuple[float, float]]:
-        """What more INT4 costs.
+        """Cost of more INT4, layer by layer.
 
         Args:
           macs: multiply-accumulates of each layer.
@@ -55,15 +55,15 @@ class CalibrationRecord:
         return sum(cost[bits[name]] for name, cost in self.costs.items())
 
     def write(self, directory: Path) -> None:
-        """Writes :data:`FILE`."""
+        """Writes :data:`CALIBRATION_FILE`."""
         arrays = {name: np.ascontiguousarray(a, np.float32) for name, a in self.activations.items()}
-        save_file(arrays, directory / FILE, {"costs": json.dumps(self.costs)})
+        save_file(arrays, directory / CALIBRATION_FILE, {"costs": json.dumps(self.costs)})
 
 
 def read_calibration_record(
     directory: Path, layers: Mapping[str, tuple[int, int]] | None = None
 ) -> CalibrationRecord | None:
-    """What :meth:`CalibrationRecord.write` wrote; None if there is no such file.
+    """The record that :meth:`CalibrationRecord.write` wrote; None if there is no such file.
 
     Args:
       directory: the checkpoint's.
@@ -72,7 +72,7 @@ def read_calibration_record(
     Raises:
       InputError: if the file is damaged, or about other layers.
     """
-    path = directory / FILE
+    path = directory / CALIBRATION_FILE
     if not path.is_file():
         return None
     try:

@@ -8,21 +8,22 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import JsonObject
 from fqjax.runtime.validation import check_value
 
-ENTRY, ALGORITHM = "checksums", "crc32"
+CHECKSUMS_ENTRY, CHECKSUM_ALGORITHM = "checksums", "crc32"
 
-Arrays = Mapping[tuple[str, ...], Any]
+Arrays = Mapping[tuple[str, ...], jax.Array | np.ndarray]
 """Arrays by path, as in :mod:`fqjax.checkpoint.tree`."""
 
 
-def with_checksums(manifest: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
+def with_checksums(manifest: Mapping[str, object], arrays: Arrays) -> JsonObject:
     """The manifest with an entry on what its arrays and the rest of it were when it was written."""
     return with_sums(manifest, checksums(arrays))
 
@@ -41,12 +42,18 @@ def checksums(arrays: Arrays) -> dict[str, str]:
     return {".".join(name): array_checksum(array) for name, array in arrays.items()}
 
 
-def with_sums(manifest: dict[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
+def with_sums(manifest: Mapping[str, object], sums: Mapping[str, str]) -> JsonObject:
     """The manifest with an entry on checksums, where those of the arrays are known."""
-    return manifest | {ENTRY: {"algorithm": ALGORITHM, "manifest": manifest_checksum(manifest), "arrays": dict(sums)}}
+    return {**manifest} | {
+        CHECKSUMS_ENTRY: {
+            "algorithm": CHECKSUM_ALGORITHM,
+            "manifest": manifest_checksum(manifest),
+            "arrays": dict(sums),
+        }
+    }
 
 
-def verify(manifest: dict[str, Any], arrays: Arrays, directory: Path, file: str) -> None:
+def verify(manifest: Mapping[str, object], arrays: Arrays, directory: Path, file: str) -> None:
     """Compares arrays and manifest with the checksums in the manifest, where it has any: those of early versions have none.
 
     Arrays of which other processes hold a part are passed over.
@@ -54,14 +61,14 @@ def verify(manifest: dict[str, Any], arrays: Arrays, directory: Path, file: str)
     Raises:
       InputError: naming the first array that is not what was saved, or the manifest.
     """
-    entry = manifest.get(ENTRY)
-    if entry is None:
+    if manifest.get(CHECKSUMS_ENTRY) is None:
         return
-    where = f"{directory / file}: {ENTRY}"
+    entry = cast(JsonObject, manifest[CHECKSUMS_ENTRY])  # Checked below.
+    where = f"{directory / file}: {CHECKSUMS_ENTRY}"
     check_value(dict, entry, where, "")
-    if entry.get("algorithm") != ALGORITHM:
-        raise InputError(f"{where}: algorithm {entry.get('algorithm')!r}: expected {ALGORITHM!r}")
-    recorded = entry.get("arrays")
+    if entry.get("algorithm") != CHECKSUM_ALGORITHM:
+        raise InputError(f"{where}: algorithm {entry.get('algorithm')!r}: expected {CHECKSUM_ALGORITHM!r}")
+    recorded = cast(JsonObject, entry.get("arrays"))
     check_value(dict, recorded, where, "arrays")
     for name, array in arrays.items():
         dotted = ".".join(name)
@@ -74,7 +81,7 @@ def verify(manifest: dict[str, Any], arrays: Arrays, directory: Path, file: str)
     if manifest_checksum(manifest) != entry.get("manifest"):
         raise InputError(
             f"{directory / file}: not what was saved, by its checksum; the checkpoint is damaged, or the file was edited "
-            f"without removing its entry {ENTRY!r}"
+            f"without removing its entry {CHECKSUMS_ENTRY!r}"
         )
 
 
@@ -89,9 +96,9 @@ def array_checksum(array: jax.Array | np.ndarray) -> str:
     return f"{zlib.crc32(host.reshape(-1).view(np.uint8).data):08x}"
 
 
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+def manifest_checksum(manifest: Mapping[str, object]) -> str:
     """The same of a manifest but for its entry on checksums, as JSON with sorted keys and without spaces."""
-    rest = {key: value for key, value in manifest.items() if key != ENTRY}
+    rest = {key: value for key, value in manifest.items() if key != CHECKSUMS_ENTRY}
     return f"{zlib.crc32(json.dumps(rest, sort_keys=True, separators=(',', ':')).encode()):08x}"
 
 

@@ -1,12 +1,32 @@
 """Checks of a configuration's counts, before anything is built that is as large as they say."""
 
-from typing import Any
+from typing import Protocol
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import JsonObject
 from fqjax.runtime.validation import MAX_LAYERS
 
 
-def check_depth(where: str, config: Any, arrays: int) -> None:
+class ModelConfig(Protocol):
+    """A family's configuration, as far as it is the same in all of them."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        ...
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text; None for none."""
+        ...
+
+    @property
+    def eos_token_id(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        ...
+
+
+def check_depth(where: str, config: object, arrays: int) -> None:
     """Refuses a configuration with more layers than there are arrays to fill them, before a model of that depth is built.
 
     Raises:
@@ -17,7 +37,7 @@ def check_depth(where: str, config: Any, arrays: int) -> None:
         raise InputError(f"{where}: num_hidden_layers {layers}: expected fewer, as the checkpoint has {arrays} arrays")
 
 
-def check_counts(where: str, content: Any) -> None:
+def check_counts(where: str, content: JsonObject | list[object]) -> None:
     """Refuses a count of layers or labels, however deep inside, so large that reading it would take for ever.
 
     Raises:

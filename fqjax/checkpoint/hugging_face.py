@@ -8,17 +8,18 @@ Layers that are quantized already become quantized layers (:mod:`fqjax.checkpoin
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.typing import PathParts
 from jaxtyping import DTypeLike
 
 from fqjax.checkpoint.compressed.config import Quantization, read_quantization
 from fqjax.checkpoint.compressed.read import StoredLayer, read_layers, stored_layer
-from fqjax.checkpoint.fields import check_counts, check_depth
+from fqjax.checkpoint.fields import ModelConfig, check_counts, check_depth
 from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.checkpoint.tokenizer import load_tokenizer
@@ -27,19 +28,25 @@ from fqjax.layers.surgery import replace_modules
 from fqjax.models import FAMILIES, Family
 from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import inside, read_json, reason
+from fqjax.runtime.files import JsonObject, inside, read_json, reason
 from fqjax.runtime.progress import track
 from fqjax.runtime.validation import check_given, check_value, validated
 
-PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
-"""What is downloaded of a hub repository."""
+if TYPE_CHECKING:
+    pass
 
-NO_DEFAULT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+Parameters = Mapping[PathParts, nnx.Variable]
+"""A model's parameters by path, as ``nnx.to_flat_state`` gives them."""
+
+DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+"""Files that are downloaded of a hub repository."""
+
+REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 """Sizes that every configuration has to have: transformers would fill in those of some well-known model."""
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
-UNUSED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+UNUSED_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Endings of tensors that some exports contain and no model needs."""
 
 
@@ -55,7 +62,7 @@ class Source(NamedTuple):
 
 
 def load_hf(path_or_id: str | Path, dtype: DTypeLike = jnp.bfloat16) -> tuple[CausalLM, Any]:
-    """Loads a Hugging Face checkpoint.
+    """Load a Hugging Face checkpoint.
 
     Args:
       path_or_id: a directory with config.json and safetensors, or the id of a hub repository ("org/name").
@@ -93,13 +100,13 @@ def resolve_directory(path_or_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=PATTERNS))
+        return Path(snapshot_download(text, allow_patterns=DOWNLOAD_PATTERNS))
     except Exception as error:  # The hub's client raises a dozen kinds; all mean that the checkpoint is not to be had.
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{text}: no such directory, and not available from the Hugging Face hub ({why})") from None
 
 
-def read_architecture(directory: Path) -> tuple[str, Any]:
+def read_architecture(directory: Path) -> tuple[str, ModelConfig]:
     """The architecture's name and the family's configuration, from config.json.
 
     Raises:
@@ -131,12 +138,12 @@ def read_architecture(directory: Path) -> tuple[str, Any]:
     return name, validated(family.config, vars(config), str(path))
 
 
-def _completed(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with transformers' defaults for what it leaves out, but for the sizes in :data:`NO_DEFAULT`."""
+def _completed(path: Path, raw: JsonObject) -> JsonObject:
+    """The configuration with transformers' defaults for what it leaves out, but for the sizes in :data:`REQUIRED_SIZES`."""
     with quiet_transformers() as transformers:
         try:
             aliases = transformers.AutoConfig.for_model(raw.get("model_type")).attribute_map
-            absent = [e for e in NO_DEFAULT if not {e, aliases.get(e), "text_config"} & set(raw)]
+            absent = [e for e in REQUIRED_SIZES if not {e, aliases.get(e), "text_config"} & set(raw)]
             if not absent:
                 return transformers.AutoConfig.from_pretrained(path.parent, trust_remote_code=False).to_dict()
         except Exception as error:  # Any of a dozen kinds, by the entry at fault.
@@ -144,12 +151,12 @@ def _completed(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     raise InputError(f"{path}: no entry {absent[0]!r}; expected a whole number above 0")
 
 
-def abstract_model(name: str, config: Any, dtype: DTypeLike) -> CausalLM:
+def abstract_model(name: str, config: ModelConfig, dtype: DTypeLike) -> CausalLM:
     """The model with shapes and dtypes in place of arrays."""
     return nnx.eval_shape(lambda: FAMILIES[name].model(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def read_model(directory: Path, name: str, config: Any, dtype: DTypeLike) -> CausalLM:
+def read_model(directory: Path, name: str, config: ModelConfig, dtype: DTypeLike) -> CausalLM:
     """Builds the model from the directory's tensors, one at a time."""
     files = TensorFiles(directory)
     check_depth(f"{directory / 'config.json'}", config, len(files.names()))
@@ -165,7 +172,7 @@ def read_model(directory: Path, name: str, config: Any, dtype: DTypeLike) -> Cau
 
 
 def check_layers(
-    files: TensorFiles, family: Family, parameters: dict[Any, Any], quantization: Quantization | None
+    files: TensorFiles, family: Family, parameters: Parameters, quantization: Quantization | None
 ) -> dict[str, StoredLayer]:
     """Finds the layers that are quantized in the checkpoint, by dotted path, and checks their tensors by the files' headers.
 
@@ -189,7 +196,7 @@ def check_layers(
 
 
 def find_prefix(files: TensorFiles, family: Family) -> str:
-    """What this checkpoint puts in front of its tensors' names."""
+    """The prefix that this checkpoint puts before its tensors' names."""
     return next((p for p in family.prefixes if any(n.startswith(p) for n in files.names())), family.prefixes[0])
 
 
@@ -200,8 +207,8 @@ def has_stacks(files: TensorFiles, family: Family) -> bool:
 
 
 def check_tensors(
-    files: TensorFiles, family: Family, parameters: dict[Any, Any], layers: Mapping[str, StoredLayer] | None = None
-) -> dict[Any, Source]:
+    files: TensorFiles, family: Family, parameters: Parameters, layers: Mapping[str, StoredLayer] | None = None
+) -> dict[PathParts, Source]:
     """Finds every parameter's tensors and checks their shapes, without reading values.
 
     Args:
@@ -230,12 +237,12 @@ def check_tensors(
     wanted |= {tensor for layer in layers.values() for tensor in layer.tensors}
     tied = () if "lm_head.weight" in wanted else ("lm_head.weight",)
     for tensor in files.names():
-        if tensor not in wanted and not tensor.endswith((*UNUSED, *tied)):
+        if tensor not in wanted and not tensor.endswith((*UNUSED_ENDINGS, *tied)):
             raise InputError(f"{files.directory}: tensor {tensor!r} is not part of the architecture in config.json")
     return sources
 
 
-def source_of(path: tuple[Any, ...], family: Family, prefix: str, *, stacked: bool = False) -> Source:
+def source_of(path: PathParts, family: Family, prefix: str, *, stacked: bool = False) -> Source:
     """The tensors of a parameter, by its path in the model; ``stacked`` as :func:`has_stacks` says."""
     *modules, leaf = (str(part) for part in path)
     name = ".".join(modules)

@@ -1,7 +1,7 @@
 """Entries of a manifest on single layers: what their arrays are, by the tables that their types declare."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from fqjax.core.table import Sizes, Stored
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Figures
 from fqjax.registry import from_json, lookup, to_json
-from fqjax.runtime.validation import Count, Finite, Size
+from fqjax.runtime.files import JsonObject
+from fqjax.runtime.validation import Count, Finite, Size, check_value
 
 FloatName = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -58,7 +59,7 @@ class LayerEntry:
     figures: FiguresEntry
 
 
-def describe_layer(layer: QuantizedLinear, recipe: int) -> dict[str, Any]:
+def describe_layer(layer: QuantizedLinear, recipe: int) -> JsonObject:
     """A layer's entry (:class:`LayerEntry`); ``recipe`` is the index of its recipe."""
     weight, sizes = layer.weight.get_value(), layer.sizes
     transform, finish = (None if v is None else _described(v.get_value()) for v in (layer.transform, layer.finish))
@@ -111,13 +112,19 @@ def abstract_layer(name: str, entry: LayerEntry, recipe: str) -> QuantizedLinear
     )
 
 
-def _described(value: Stored) -> dict[str, Any]:
+def _described(value: Stored) -> JsonObject:
     """Kind and static fields of a stored type."""
     return {"kind": value.kind, **value.statics()}
 
 
-def _abstract(group: str, described: dict[str, Any], sizes: Sizes) -> Any:
+def _abstract(group: str, described: JsonObject, sizes: Sizes) -> Any:
     """The stored type that is described, with shapes in place of arrays."""
-    statics = dict(described)
-    kind = statics.pop("kind", None)
-    return lookup(group, kind).abstract(sizes, **statics)
+    kind = cast(str, described.get("kind"))  # Anything else is the name of nothing.
+    cls = lookup(group, kind)
+    statics = {name: value for name, value in described.items() if name != "kind"}
+    hints, known = get_type_hints(cls, include_extras=True), cls.static_names()
+    for name, value in statics.items():
+        if name not in known:
+            raise ValueError(f"{kind}: unknown entry {name!r}; expected {', '.join(known) or 'none'}")
+        check_value(hints[name], value, kind, name)
+    return cls.abstract(sizes, **statics)

@@ -7,13 +7,13 @@ programs that know nothing of the method that made it.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fqjax.checkpoint.fields import check_depth
+from fqjax.checkpoint.fields import ModelConfig, check_depth
 from fqjax.checkpoint.layer_entries import FloatName, LayerEntry, abstract_layer, describe_layer
 from fqjax.checkpoint.manifest_v1 import from_version_1
 from fqjax.layers.head import Int8Table, padded_head_width
@@ -21,14 +21,14 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.stacked import quantized_layers
 from fqjax.models import FAMILIES, architecture_of
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import inside, read_json
+from fqjax.runtime.files import JsonObject, inside, read_json
 from fqjax.runtime.validation import Size, check_value, validated
 from fqjax.version import __version__
 
 MANIFEST_FILE = "fqjax.json"
 FORMAT_VERSION = 2
 
-ENTRIES: dict[str, Any] = {"architecture": dict | None, "layers": dict, "recipes": list}
+ENTRY_TYPES: dict[str, object] = {"architecture": dict | None, "layers": dict, "recipes": list}
 """Entries that every manifest has, with their types."""
 
 
@@ -39,6 +39,26 @@ class Architecture:
     name: str
     config: dict
     dtype: FloatName
+
+
+class ArchitectureEntry(TypedDict):
+    """The same as JSON has it."""
+
+    name: str
+    config: JsonObject
+    dtype: FloatName
+
+
+class Manifest(TypedDict):
+    """A manifest of this version, whose entries on single layers are still to be checked."""
+
+    format: str
+    format_version: int
+    written_by: str
+    recipes: list[object]
+    architecture: ArchitectureEntry | None
+    layers: dict[str, JsonObject]
+    int8_head: NotRequired[JsonObject]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +72,7 @@ class HeadEntry:
     dtype: FloatName
 
 
-def describe(model: nnx.Module) -> dict[str, Any]:
+def describe(model: nnx.Module) -> JsonObject:
     """The manifest of a model."""
     layers = quantized_layers(model)
     recipes = list(dict.fromkeys(layer.recipe for layer in layers.values()))
@@ -70,7 +90,7 @@ def describe(model: nnx.Module) -> dict[str, Any]:
     } | ({} if head is None else {"int8_head": dataclasses.asdict(head)})
 
 
-def _describe_head(model: Any) -> HeadEntry | None:
+def _describe_head(model: nnx.Module) -> HeadEntry | None:
     name = getattr(model, "head_name", None)
     head = getattr(model, name, None) if isinstance(name, str) else None
     if not isinstance(head, Int8Table):
@@ -79,7 +99,7 @@ def _describe_head(model: Any) -> HeadEntry | None:
     return HeadEntry(name, rows, head.features, width, dtype)  # pyright: ignore[reportArgumentType]
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path) -> Manifest:
     """Read and check a checkpoint's manifest; one of an earlier version becomes one of this.
 
     Raises:
@@ -88,7 +108,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return current(read_stored_manifest(directory), directory)
 
 
-def read_stored_manifest(directory: Path) -> dict[str, Any]:
+def read_stored_manifest(directory: Path) -> JsonObject:
     """The manifest of any version that this fqjax reads, as it was written.
 
     Raises:
@@ -108,7 +128,7 @@ def read_stored_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def current(manifest: dict[str, Any], directory: Path) -> dict[str, Any]:
+def current(manifest: JsonObject, directory: Path) -> Manifest:
     """A manifest of this version, of one of any version that is read.
 
     Raises:
@@ -117,14 +137,14 @@ def current(manifest: dict[str, Any], directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST_FILE
     if manifest["format_version"] == 1:
         manifest = from_version_1(manifest, path)
-    for entry, hint in ENTRIES.items():
+    for entry, hint in ENTRY_TYPES.items():
         if entry not in manifest:
             raise InputError(f"{path}: not a manifest of an fqjax checkpoint (no entry {entry!r})")
         check_value(hint, manifest[entry], str(path), entry)
-    return manifest
+    return cast(Manifest, manifest)
 
 
-def read_config(manifest: dict[str, Any], directory: Path) -> Any:
+def read_config(manifest: Manifest, directory: Path) -> ModelConfig:
     """The configuration of the architecture that the manifest names.
 
     Raises:
@@ -140,7 +160,7 @@ def read_config(manifest: dict[str, Any], directory: Path) -> Any:
     return validated(kind, entry["config"], where)
 
 
-def abstract_architecture(manifest: dict[str, Any], directory: Path, arrays: int) -> nnx.Module:
+def abstract_architecture(manifest: Manifest, directory: Path, arrays: int) -> nnx.Module:
     """The float model the manifest describes, with shapes in place of arrays.
 
     Args:
@@ -152,6 +172,7 @@ def abstract_architecture(manifest: dict[str, Any], directory: Path, arrays: int
       InputError: if the manifest names no architecture that fqjax has, or a configuration that does not fit it.
     """
     config, entry = read_config(manifest, directory), manifest["architecture"]
+    assert entry is not None  # Or there were no configuration.
     check_depth(f"{directory / MANIFEST_FILE}", config, arrays)
     try:
         model = FAMILIES[entry["name"]].model
@@ -160,7 +181,7 @@ def abstract_architecture(manifest: dict[str, Any], directory: Path, arrays: int
         raise InputError(f"{directory / MANIFEST_FILE}: no valid architecture ({error})") from None
 
 
-def abstract_layers(manifest: dict[str, Any], directory: Path) -> dict[str, QuantizedLinear]:
+def abstract_layers(manifest: Manifest, directory: Path) -> dict[str, QuantizedLinear]:
     """The quantized layers, with shapes in place of arrays.
 
     Raises:
@@ -178,13 +199,14 @@ def abstract_layers(manifest: dict[str, Any], directory: Path) -> dict[str, Quan
         try:
             layers[name] = abstract_layer(name, entry, recipe if isinstance(recipe, str) else json.dumps(recipe))
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except (TypeError, ValueError) as error:
+            told = str(error)
+            raise InputError(f"{path}: {told}" if told.startswith(f"{name}:") else f"{where} ({told})") from None
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{where} ({error})") from None
     return layers
 
 
-def abstract_head(manifest: dict[str, Any], directory: Path, model: Any) -> dict[str, nnx.Module]:
+def abstract_head(manifest: Manifest, directory: Path, model: nnx.Module) -> dict[str, nnx.Module]:
     """The output head in INT8 by its name, with shapes in place of arrays; nothing if it is in floating point.
 
     Raises:
@@ -209,11 +231,11 @@ def abstract_head(manifest: dict[str, Any], directory: Path, model: Any) -> dict
             f"{where}: of {entry.out_features} x {entry.in_features}, width {entry.width}; expected {expected}"
         )
     codes = jax.ShapeDtypeStruct((entry.out_features, entry.width), jnp.int8)
-    scale: Any = jax.ShapeDtypeStruct((entry.out_features,), jnp.float32)
+    scale = jax.ShapeDtypeStruct((entry.out_features,), jnp.float32)
     return {entry.name: Int8Table(codes, scale, features=entry.in_features, dtype=entry.dtype)}  # pyright: ignore
 
 
-def _opaque(recipe: str) -> Any:
+def _opaque(recipe: str) -> object:
     """A recipe as JSON where it is some, for people to read."""
     try:
         return json.loads(recipe)

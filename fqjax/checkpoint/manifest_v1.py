@@ -5,10 +5,11 @@ Version 1 had one type of weight with six flags, one quantizer of inputs, and th
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 from fqjax.checkpoint.layer_entries import FloatName
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import JsonObject
 from fqjax.runtime.validation import Count, Finite, Size, check_value, validated
 
 
@@ -49,7 +50,7 @@ class OldLayer:
     group_scales: Literal["int16", "int32", "float32"] | None = None
 
 
-def from_version_1(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+def from_version_1(manifest: JsonObject, path: Path) -> JsonObject:
     """The same manifest in the present version.
 
     Args:
@@ -63,12 +64,13 @@ def from_version_1(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
         if entry not in manifest:
             raise InputError(f"{path}: not a manifest of an fqjax checkpoint (no entry {entry!r})")
         check_value(hint, manifest[entry], str(path), entry)
-    layers = {n: _layer(f"{path}: layer {n!r} has no valid format", old) for n, old in manifest["layers"].items()}
+    described = cast(JsonObject, manifest["layers"])
+    layers = {n: _layer(f"{path}: layer {n!r} has no valid format", old) for n, old in described.items()}
     kept = {key: value for key, value in manifest.items() if key not in ("schemes", "layers")}
     return kept | {"recipes": manifest["schemes"], "layers": layers}
 
 
-def _layer(where: str, values: Any) -> dict[str, Any]:
+def _layer(where: str, values: object) -> JsonObject:
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object")
     old = validated(OldLayer, values, where)
@@ -86,17 +88,19 @@ def _layer(where: str, values: Any) -> dict[str, Any]:
     }
 
 
-def _weight(where: str, old: OldLayer) -> dict[str, Any]:
+def _weight(where: str, old: OldLayer) -> JsonObject:
     weight, per_channel = old.weight, old.channel_scales
     if per_channel is None:  # Written before grouped weights came with scales of either kind.
         per_channel = weight.granularity == "channel"
     if weight.packed != (weight.bits == 4) or (weight.granularity == "group") != (weight.group_size > 0):
         raise InputError(f"{where}: weight: expected packed codes with 4 bits, and a group size with groups")
-    common = {"bits": weight.bits, "granularity": "channel" if per_channel else "tensor"}
+    common: JsonObject = {"bits": weight.bits, "granularity": "channel" if per_channel else "tensor"}
     if not weight.group_size:
-        return {"kind": "uniform"} | common
-    scales = "folded" if weight.folded else "integer" if weight.integer_scales else "float"
-    return {"kind": "grouped", "group_size": weight.group_size, "scales": scales} | common
+        return {"kind": "uniform", **common}
+    # Of codes of 8 bits, version 1 said that they were folded too; the integers are the same.
+    folded = weight.folded and weight.bits == 4
+    scales = "folded" if folded else "integer" if weight.integer_scales else "float"
+    return {"kind": "grouped", "group_size": weight.group_size, "scales": scales, **common}
 
 
 def _dtypes(old: OldLayer) -> dict[str, str]:
@@ -105,7 +109,7 @@ def _dtypes(old: OldLayer) -> dict[str, str]:
     return {"group_scale": old.group_scales or ("int32" if old.weight.integer_scales else "float32")}
 
 
-def _input(old: OldLayer) -> dict[str, Any]:
+def _input(old: OldLayer) -> JsonObject:
     if old.activation_bits == 16:
         return {"kind": "floating"}
     return {"kind": "per_token" if old.activation_scale == "token" else "static", "bits": old.activation_bits}

@@ -18,10 +18,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool
@@ -32,6 +33,7 @@ from fqjax.checkpoint.checksums import checksums, with_checksums, with_sums
 from fqjax.checkpoint.checksums import verify as verify_checksums
 from fqjax.checkpoint.manifest import (
     MANIFEST_FILE,
+    Manifest,
     abstract_architecture,
     abstract_head,
     abstract_layers,
@@ -40,7 +42,7 @@ from fqjax.checkpoint.manifest import (
     read_manifest,
     read_stored_manifest,
 )
-from fqjax.checkpoint.tokenizer import FOLDER
+from fqjax.checkpoint.tokenizer import TOKENIZER_FOLDER
 from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unnest, with_leaves
 from fqjax.core.table import Sizes, Stored
 from fqjax.layers.head import Int8Table
@@ -49,8 +51,11 @@ from fqjax.layers.record import abstracted, shape_of
 from fqjax.layers.stacked import quantized_layers, stacked, unstacked
 from fqjax.layers.surgery import find_linears, replace_modules
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import CannotWrite, reason
+from fqjax.runtime.files import CannotWrite, JsonObject, reason
 from fqjax.runtime.quiet import collect_late_reads, muted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 """Where arrays go: one sharding for all, or a function of dotted name and shape."""
@@ -61,11 +66,17 @@ class HasCalibration(Protocol):
 
     @property
     def calibration(self) -> CalibrationRecord | None:
-        """What calibration found out; None where it is not known."""
+        """Findings of calibration; None where they are not known."""
         ...
 
 
-def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None, report: HasCalibration | None = None) -> None:
+def save(
+    path: str | Path,
+    model: nnx.Module,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    report: HasCalibration | None = None,
+) -> None:
     """Saves a model, quantized or not.
 
     Args:
@@ -90,12 +101,13 @@ def save(path: str | Path, model: nnx.Module, *, tokenizer: Any = None, report: 
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write(directory: Path, model: nnx.Module, tokenizer: Any, record: CalibrationRecord | None) -> None:
+def write(
+    directory: Path, model: nnx.Module, tokenizer: "PreTrainedTokenizerBase | None", record: CalibrationRecord | None
+) -> None:
     """Writes a checkpoint into a directory that does not exist yet."""
     model = unstacked(model)
     _, stored, _ = split_storable(model)
-    # Orbax does not store empty arrays; loading makes them again from the manifest.
-    leaves = {name: leaf for name, leaf in named_leaves(stored).items() if leaf.size}
+    leaves = _arrays_to_store(stored)
     manifest = with_checksums(describe(model), leaves)
     ocp.save(str(directory), nest(leaves))
     _write_beside(directory, tokenizer, record, manifest)
@@ -112,7 +124,7 @@ class Writer:
       CannotWrite: from every method.
     """
 
-    def __init__(self, directory: Path, skeleton: Any):
+    def __init__(self, directory: Path, skeleton: nnx.Module):
         self.directory, self.skeleton = directory.resolve(), skeleton
         self.sums: dict[str, str] = {}
         self.replaced: dict[str, nnx.Module] = {}
@@ -122,8 +134,7 @@ class Writer:
     def add(self, path: str, module: nnx.Module) -> None:
         """Writes the module with a dotted path, of which nothing has been written yet."""
         _, stored, _ = split_storable(module)
-        start = tuple(path.split("."))
-        leaves = {(*start, *name): leaf for name, leaf in named_leaves(stored).items() if leaf.size}
+        leaves = _arrays_to_store(stored, tuple(path.split(".")))
         self.sums |= checksums(leaves)
         if leaves:
             with _writing(self.directory):
@@ -134,7 +145,7 @@ class Writer:
             if name:
                 self.replaced[f"{path}.{name}"] = abstracted(layer)
 
-    def finish(self, tokenizer: Any, record: CalibrationRecord | None) -> nnx.Module:
+    def finish(self, tokenizer: "PreTrainedTokenizerBase | None", record: CalibrationRecord | None) -> nnx.Module:
         """Writes what goes beside the arrays.
 
         Returns:
@@ -147,9 +158,17 @@ class Writer:
         return model
 
 
-def _write_beside(directory: Path, tokenizer: Any, record: CalibrationRecord | None, manifest: dict[str, Any]) -> None:
+def _arrays_to_store(state: nnx.State, start: tuple[str, ...] = ()) -> dict[tuple[str, ...], jax.Array]:
+    """The arrays of a state by path from ``start`` on, but for empty ones, which loading makes from the manifest."""
+    leaves = cast(dict[tuple[str, ...], jax.Array], named_leaves(state))  # No abstract model is written.
+    return {(*start, *name): leaf for name, leaf in leaves.items() if leaf.size}
+
+
+def _write_beside(
+    directory: Path, tokenizer: "PreTrainedTokenizerBase | None", record: CalibrationRecord | None, manifest: JsonObject
+) -> None:
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory / FOLDER)
+        tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
     if record is not None:
         record.write(directory)
     (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -236,7 +255,7 @@ def load_abstract(directory: Path) -> nnx.Module:
 
 
 def _skeleton(
-    manifest: dict[str, Any], directory: Path, arrays: int, layers: dict[str, QuantizedLinear], model: Any
+    manifest: Manifest, directory: Path, arrays: int, layers: dict[str, QuantizedLinear], model: nnx.Module | None
 ) -> tuple[nnx.Module, dict[str, nnx.Module]]:
     """The abstract model, and its head if that is in INT8."""
     skeleton = abstract_architecture(manifest, directory, arrays) if model is None else model
@@ -292,7 +311,7 @@ def _load_arrays(
     raise InputError(f"{directory}: the arrays cannot be read ({failure})")
 
 
-def _stored_metadata(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
+def _stored_metadata(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype]]:
     """Shapes and dtypes of the stored arrays, by path."""
     try:
         with muted("absl", "asyncio"):
@@ -304,7 +323,7 @@ def _stored_metadata(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, 
 
 def _check_metadata(
     directory: Path,
-    found: dict[tuple[str, ...], tuple[tuple[int, ...], Any]],
+    found: dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype]],
     wanted: dict[tuple[str, ...], Leaf],
 ) -> None:
     for name, leaf in wanted.items():

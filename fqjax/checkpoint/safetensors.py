@@ -1,12 +1,11 @@
 """The safetensors files of a Hugging Face directory, single or sharded, read tensor by tensor.
 
 The safetensors package checks a file's header against its length before anything is read.  What it does not look for is a
-name that occurs twice, and its messages do not always name the tensor: :func:`read_header` and :func:`fault` do.
+name that occurs twice: :func:`read_header` does.
 """
 
-import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,28 +13,21 @@ from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import inside, parse_json, read_json
+from fqjax.runtime.files import JsonObject, inside, parse_json, read_json, reason
 
-LARGEST = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 """Bytes of a header, as the safetensors package has it."""
 
-PIECE = 2**22
+PIECE_VALUES = 2**22
 """Values that are looked at at once."""
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-FLOATS = ("F32", "F16", "BF16", "F64")
-
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16,
-    "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-"""Of the format's dtypes."""
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
 class Stored(NamedTuple):
-    """What a file's header says of a tensor."""
+    """Dtype and shape of a tensor, as its file's header has them."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -106,9 +98,9 @@ class TensorFiles:
           InputError: if the tensor is not in floating point.
         """
         dtype, shape = self._stored[name]
-        if dtype not in FLOATS:
+        if dtype not in FLOAT_DTYPES:
             path = self.directory / self.files[name]
-            raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(FLOATS)}")
+            raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
         return shape
 
     def read(self, name: str, dtype: DTypeLike, part: int | None = None) -> np.ndarray:
@@ -147,21 +139,21 @@ class TensorFiles:
 
     def _locate(self) -> dict[str, str]:
         """File of every tensor."""
-        index = self.directory / INDEX
+        index = self.directory / INDEX_FILE
         if index.exists():
-            return self._read_index(inside(self.directory, INDEX))
-        if (self.directory / SINGLE).exists():
-            header = self._header(SINGLE)
+            return self._read_index(inside(self.directory, INDEX_FILE))
+        if (self.directory / SINGLE_FILE).exists():
+            header = self._header(SINGLE_FILE)
             self.missing.clear()  # It is looked at once more.
-            return dict.fromkeys(header or (), SINGLE)
+            return dict.fromkeys(header or (), SINGLE_FILE)
         if self.partial:
-            self.missing.append(SINGLE)
+            self.missing.append(SINGLE_FILE)
             return {}
         others = sorted(p.name for p in self.directory.glob("*.bin")) or sorted(
             p.name for p in self.directory.glob("*.pt")
         )
         hint = f"; {others[0]} is a pickle, which fqjax does not read" if others else ""
-        raise InputError(f"{self.directory}: no {SINGLE} and no {INDEX}{hint}")
+        raise InputError(f"{self.directory}: no {SINGLE_FILE} and no {INDEX_FILE}{hint}")
 
     def _read_index(self, index: Path) -> dict[str, str]:
         files = read_json(index, "index of safetensors shards").get("weight_map")
@@ -171,11 +163,11 @@ class TensorFiles:
             if Path(file).name != file or file in ("", ".."):
                 raise InputError(f"{index}: {file!r} is not a file name in this directory")
             if not (self.directory / file).exists() and not self.partial:
-                raise InputError(f"{self.directory / file}: missing shard, named by {INDEX}")
+                raise InputError(f"{self.directory / file}: missing shard, named by {INDEX_FILE}")
         return files
 
     def _header(self, file: str) -> dict[str, Stored] | None:
-        """What a file's header says; None if the file may be missing, and is."""
+        """Entries of a file's header; None if the file may be missing, and is."""
         if self.partial and not (self.directory / file).exists():
             self.missing.append(file)
             return None
@@ -188,8 +180,8 @@ class TensorFiles:
                 slices = {name: tensors.get_slice(name) for name in tensors.keys()}
                 stored = {name: Stored(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
         except (SafetensorError, OSError) as error:
-            reason = fault(path) or str(error).removeprefix("Error while deserializing header: ")
-            raise InputError(f"{path}: truncated, or not a safetensors file ({reason})") from None
+            why = reason(error).removeprefix("Error while deserializing header: ")
+            raise InputError(f"{path}: truncated, or not a safetensors file ({why})") from None
         try:
             read_header(path)
         except ValueError as error:
@@ -201,63 +193,35 @@ def _is_finite(values: np.ndarray) -> bool:
     """In pieces: NumPy has to make float32 of bfloat16 first, and an embedding is large."""
     flat = values.reshape(-1)
     return all(
-        bool(np.isfinite(flat[i : i + PIECE].astype(np.float32)).all()) for i in range(0, max(flat.size, 1), PIECE)
+        bool(np.isfinite(flat[i : i + PIECE_VALUES].astype(np.float32)).all())
+        for i in range(0, max(flat.size, 1), PIECE_VALUES)
     )
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file as it stands there, entries by name, and the number of bytes behind it.
+def read_header(path: Path) -> tuple[JsonObject, int]:
+    """The header of a safetensors file as it stands there, entries by name, and the number of bytes after it.
 
     Raises:
       ValueError: if it is longer than the file, not a JSON object, or names an entry twice.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        behind = path.stat().st_size - 8 - length
-        if behind < 0 or length > LARGEST:
+        after = path.stat().st_size - 8 - length
+        if after < 0 or length > MAX_HEADER_BYTES:
             raise ValueError(f"its header of {length} bytes does not fit into the file")
         header = parse_json(file.read(length).decode())
     if not isinstance(header, dict):
         raise ValueError(f"its header: expected an object, got {type(header).__name__}")
-    return header, behind
+    return header, after
 
 
 def _bare_header(path: Path) -> dict[str, Stored] | None:
-    """What the header of a file says that consists of nothing else; None for any other file."""
+    """Entries of the header of a file that consists of nothing else; None for any other file."""
     try:
-        header, behind = read_header(path)
-        entries = {name: info for name, info in header.items() if name != "__metadata__"}
-        if behind or not any(info["data_offsets"][1] for info in entries.values()):
+        header, after = read_header(path)
+        entries = {name: cast(dict, info) for name, info in header.items() if name != "__metadata__"}
+        if after or not any(info["data_offsets"][1] for info in entries.values()):
             return None
         return {name: Stored(str(info["dtype"]), tuple(info["shape"])) for name, info in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None
-
-
-def fault(path: Path) -> str:
-    """What is wrong with the header of a safetensors file, as far as it lies with a name or a tensor; "" if nothing is."""
-    try:
-        header, end = read_header(path)
-    except (OSError, ValueError) as error:
-        return str(error)
-    reasons = (_tensor_fault(*entry, end) for entry in header.items() if entry[0] != "__metadata__")
-    return next(filter(None, reasons), "")
-
-
-def _tensor_fault(name: str, info: Any, end: int) -> str:
-    """What is wrong with one tensor's entry, where the file holds ``end`` bytes of tensors."""
-    if not isinstance(info, dict) or {"dtype", "shape", "data_offsets"} - set(info):
-        return f"tensor {name!r}: expected an object with dtype, shape and data_offsets"
-    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        return f"tensor {name!r} has the unknown dtype {dtype!r:.60}"
-    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            return f"tensor {name!r} has {what} {numbers!r:.60}, expected whole numbers from 0"
-    if len(offsets) != 2 or not offsets[0] <= offsets[1] <= end:
-        return f"tensor {name!r} has data_offsets {offsets!r:.60}, expected two in order and within {end} bytes"
-    if 8 * (offsets[1] - offsets[0]) != BITS[dtype] * math.prod(shape):
-        return (
-            f"tensor {name!r} has {offsets[1] - offsets[0]} bytes, which is not {dtype} of shape {tuple(shape)!r:.60}"
-        )
-    return ""

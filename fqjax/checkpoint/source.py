@@ -1,6 +1,6 @@
 """A model's directory of either kind, fqjax's own or Hugging Face's, as the commands take it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import jax.numpy as jnp
 
@@ -8,7 +8,11 @@ from fqjax.checkpoint.hugging_face import read_architecture, read_model, resolve
 from fqjax.checkpoint.manifest import MANIFEST_FILE, read_config, read_manifest
 from fqjax.checkpoint.orbax import load
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
+from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Source:
@@ -33,7 +37,11 @@ class Source:
                 f"{path_or_id}: not a model: neither {MANIFEST_FILE} (fqjax) nor config.json (Hugging Face) is in it"
             )
 
-    def tokenizer(self, *, required: bool = True) -> Any:
+    @overload
+    def tokenizer(self, *, required: Literal[True] = True) -> "PreTrainedTokenizerBase": ...
+    @overload
+    def tokenizer(self, *, required: bool) -> "PreTrainedTokenizerBase | None": ...
+    def tokenizer(self, *, required: bool = True) -> "PreTrainedTokenizerBase | None":
         """The tokenizer; None if there is none and it is not required.
 
         Raises:
@@ -45,7 +53,7 @@ class Source:
         check_vocabulary(tokenizer, self.config.vocab_size, self.directory)
         return tokenizer
 
-    def model(self) -> Any:
+    def model(self) -> CausalLM:
         """The model, in bfloat16 where it comes from Hugging Face.
 
         Raises:

@@ -1,28 +1,31 @@
 """Tokenizers, through transformers, imported only where one is loaded."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import inside, reason
 
-FOLDER = "tokenizer"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FOLDER = "tokenizer"
 """Where an fqjax checkpoint keeps its tokenizer."""
 
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def load_tokenizer(directory: str | Path) -> Any:
+def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
     """The tokenizer of a Hugging Face directory or of an fqjax checkpoint; None if it holds none.
 
     Raises:
       InputError: if there are tokenizer files that transformers cannot load.
     """
     directory = Path(directory)
-    if (directory / FOLDER).is_dir():
-        directory = directory / FOLDER
-    present = [name for name in FILES if (directory / name).exists()]
+    if (directory / TOKENIZER_FOLDER).is_dir():
+        directory = directory / TOKENIZER_FOLDER
+    present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
     if not present:
         return None
     for name in present:
@@ -34,7 +37,7 @@ def load_tokenizer(directory: str | Path) -> Any:
             raise InputError(f"{directory}: its tokenizer cannot be loaded ({reason(error)})") from None
 
 
-def check_vocabulary(tokenizer: Any, vocab_size: int, where: str | Path) -> None:
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int, where: str | Path) -> None:
     """Refuses a tokenizer that can give tokens which the model has no embedding for.
 
     Args:

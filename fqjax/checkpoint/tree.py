@@ -9,52 +9,46 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from fqjax.layers.record import Record
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
 
+Tree = dict[str, Any]
+"""Nested dictionaries with arrays, or with what Orbax knows of them, as leaves."""
 
-def named_leaves(state: Any) -> dict[tuple[str, ...], Leaf]:
+
+def named_leaves(state: nnx.State) -> dict[tuple[str, ...], Leaf]:
     """Every array of an NNX state (or abstract array) by its path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {_names(path): leaf for path, leaf in leaves}
 
 
-def with_leaves(state: Any, leaves: Mapping[tuple[str, ...], Leaf]) -> Any:
+def with_leaves(state: nnx.State, leaves: Mapping[tuple[str, ...], Leaf]) -> nnx.State:
     """The state with its arrays taken from ``leaves``."""
     old, structure = jax.tree_util.tree_flatten_with_path(state)
     return jax.tree_util.tree_unflatten(structure, [leaves[_names(path)] for path, _ in old])
 
 
-def nest(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+def nest(leaves: Mapping[tuple[str, ...], Leaf]) -> Tree:
     """A nested dictionary from paths."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return tree
+    return unflatten_dict(leaves)
 
 
-def unnest(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+def unnest(tree: Tree) -> dict[tuple[str, ...], Any]:
     """Undoes :func:`nest`."""
-    leaves: dict[tuple[str, ...], Any] = {}
-    for key, value in tree.items():
-        path = (*prefix, str(key))
-        leaves.update(unnest(value, path) if isinstance(value, dict) else {path: value})
-    return leaves
+    return {tuple(map(str, path)): leaf for path, leaf in flatten_dict(tree).items()}
 
 
-def split_storable(model: nnx.Module) -> tuple[Any, Any, Any]:
+def split_storable(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Graph definition, the state that is stored, and the rest: random number generators, and figures."""
     graphdef, rest, stored = nnx.split(model, (nnx.RngState, Record), ...)
     return graphdef, stored, rest
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+def _names(path: tuple[object, ...]) -> tuple[str, ...]:
     names = []
     for key in path:
         match key:

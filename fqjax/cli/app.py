@@ -1,6 +1,7 @@
 """The command line's application, and what its commands share: arguments, loading, JSON files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -66,7 +67,7 @@ def load_with_tokenizer(source: str, *, required: bool = True) -> "tuple[CausalL
     return opened.model(), tokenizer
 
 
-def write_json(path: Path | None, content: dict[str, Any]) -> None:
+def write_json(path: Path | None, content: Mapping[str, object]) -> None:
     """Writes what ``--json FILE`` asks for, if it was given.
 
     Raises:

@@ -1,8 +1,8 @@
 """``fqjax bench``: times of the kernels and of whole models."""
 
 import functools
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import typer
 
@@ -45,7 +45,7 @@ def bench(
     keep(_bench_kernels(shapes, rows) if what == "kernels" else _bench_model(model, scheme, prefill, decode, keep))
 
 
-def _bench_kernels(shapes: list[str] | None, rows: list[int] | None) -> dict[str, Any]:
+def _bench_kernels(shapes: list[str] | None, rows: list[int] | None) -> Mapping[str, object]:
     from fqjax.bench.kernels import default_shapes, line, parse_shape, run, summary
 
     all_shapes, all_rows = default_shapes()
@@ -62,8 +62,8 @@ def _bench_model(
     schemes: list[str] | None,
     prefill: list[str] | None,
     decode: list[str] | None,
-    keep: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
+    keep: Callable[[Mapping[str, object]], None],
+) -> Mapping[str, object]:
     import jax
 
     from fqjax.bench.model import SCHEMES, line, parse_case, parse_variant, run, summary

@@ -6,7 +6,6 @@ Exit codes: 0 done; 2 bad usage or bad input, with one line on stderr; 130 inter
 """
 
 import sys
-from typing import Any
 
 # isort: off
 # In the order in which --help lists them.
@@ -15,7 +14,7 @@ from fqjax.cli import convert, export, evaluate, generate, inspect, demo, bench,
 # isort: on
 from fqjax.cli.app import app
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.quiet import CLOSED
+from fqjax.runtime.quiet import CLOSED_LOOP_MESSAGE
 
 INTERRUPTED = 130
 """Exit code that typer makes of Ctrl-C."""
@@ -44,9 +43,9 @@ def _complain(message: str) -> int:
     return 2
 
 
-def _quiet_late_reads(unraisable: Any) -> None:
+def _quiet_late_reads(unraisable: "sys.UnraisableHookArgs") -> None:
     """Says nothing of reads that end after a failed load closed their event loop; the failure was reported."""
-    if str(unraisable.exc_value) != CLOSED:
+    if str(unraisable.exc_value) != CLOSED_LOOP_MESSAGE:
         sys.__unraisablehook__(unraisable)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +11,9 @@ from flax import nnx
 from rich.table import Table
 
 from fqjax.checkpoint.compressed.config import read_quantization
-from fqjax.checkpoint.fields import check_depth
+from fqjax.checkpoint.fields import ModelConfig, check_depth
 from fqjax.checkpoint.hugging_face import (
+    Parameters,
     abstract_model,
     check_layers,
     check_tensors,
@@ -37,16 +38,20 @@ from fqjax.models import FAMILIES
 from fqjax.presets import PRESETS
 from fqjax.report.report import format_bytes, narrow_table
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import JsonObject
 from fqjax.scheme import Scheme
 
-PROCESS, COPIES = 800e6, 6
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROCESS_BYTES, FLOAT32_COPIES = 800e6, 6
 """Bytes of the process without a model, and copies of a layer in float32 that are there at once, from what
 scripts/measure_conversion_memory.py measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What to convert, and how.
+    """Request for a conversion: of which model, how, and where to.
 
     Attributes:
       source: Hugging Face directory or hub id.
@@ -89,11 +94,11 @@ class Plan:
 
     conversion: Conversion
     directory: Path
-    architecture: tuple[str, Any]
+    architecture: tuple[str, ModelConfig]
     selection: Selection
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase | None"
     batches: list[np.ndarray]
-    fingerprint: dict[str, Any]
+    fingerprint: JsonObject
     stored_bits: dict[str, int]
     outer_bytes: dict[str, int]
     lacking: tuple[str, ...] = ()
@@ -149,7 +154,7 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     )
 
 
-def _check_share(scheme: Scheme, linears: dict[str, nnx.Linear], config: Any) -> None:
+def _check_share(scheme: Scheme, linears: dict[str, nnx.Linear], config: ModelConfig) -> None:
     """Refuses layers to keep in INT8 that put the share of INT4 out of reach.
 
     A token passes every layer once, but of a mixture's experts only some.
@@ -217,20 +222,20 @@ def peak_memory(made: Plan) -> float:
     outer = 2 * max(made.outer_bytes.values(), default=0)
     weights = {name: 2 * _size(linear) for name, linear in linears.items()}
     if scheme.method is None:
-        return PROCESS + max(outer, 3 * _largest_block(weights))
+        return PROCESS_BYTES + max(outer, 3 * _largest_block(weights))
     rows = {name: 4 * scheme.sample_rows * linear.in_features for name, linear in linears.items()}
     largest, together = max(_size(linear) for linear in linears.values()), scheme.method.shares_inputs
     sizes = [
         _size(linears[names[0]]) * (len(names) if together and reads_the_same(unit) else 1)
         for unit, names in units_of(linears).items()
     ]
-    work = 4 * COPIES * max(sizes)
+    work = 4 * FLOAT32_COPIES * max(sizes)
     if isinstance(scheme.method.rounding, Compensated):
         moments = {name: 8 * linear.in_features**2 for name, linear in linears.items()}
         # While they are summed up, codes of 16 bits and two weights in float32; then as much again as the largest take.
         besides = max(_largest_block(weights) + 8 * largest, max(moments.values()))
         work = max(work, _largest_block(moments) + besides)
-    return PROCESS + max(outer, _largest_block({name: weights[name] + rows[name] for name in linears}) + work)
+    return PROCESS_BYTES + max(outer, _largest_block({name: weights[name] + rows[name] for name in linears}) + work)
 
 
 def _size(linear: nnx.Linear) -> int:
@@ -246,7 +251,7 @@ def _largest_block(sizes: dict[str, int]) -> int:
 
 
 def estimated_bytes(made: Plan) -> dict[str, float]:
-    """What each layer will take, by dotted path, before flattening; where bits are still to be chosen, on average."""
+    """Estimated bytes of each layer, by dotted path, before flattening; where bits are still to be chosen, on average."""
     scheme = made.conversion.scheme
     kept = scheme.kept_in_int8(made.selection.linears)
     found: dict[str, float] = {}
@@ -264,7 +269,9 @@ def _bytes(linear: nnx.Linear, method: Method, bits: int) -> int:
     return layer_bytes(linear, form, quantizer, form.padded(linear.in_features))
 
 
-def _calibration(conversion: Conversion, tokenizer: Any, config: Any) -> tuple[str, list[np.ndarray]]:
+def _calibration(
+    conversion: Conversion, tokenizer: "PreTrainedTokenizerBase | None", config: ModelConfig
+) -> tuple[str, list[np.ndarray]]:
     if tokenizer is None:
         raise InputError(f"{conversion.source}: has no tokenizer, which calibration needs")
     text = reference_text() if conversion.calibration is None else read_text(conversion.calibration)
@@ -277,7 +284,7 @@ def _calibration(conversion: Conversion, tokenizer: Any, config: Any) -> tuple[s
     return text, batches
 
 
-def _outer_bytes(parameters: dict[Any, Any]) -> dict[str, int]:
+def _outer_bytes(parameters: Parameters) -> dict[str, int]:
     """Bytes of each module outside the blocks."""
     found: dict[str, int] = {}
     for path, variable in parameters.items():
@@ -286,7 +293,7 @@ def _outer_bytes(parameters: dict[Any, Any]) -> dict[str, int]:
     return found
 
 
-def _fingerprint(conversion: Conversion, files: TensorFiles, text: str) -> dict[str, Any]:
+def _fingerprint(conversion: Conversion, files: TensorFiles, text: str) -> JsonObject:
     return {
         "files": files.signature(),
         "text": hashlib.sha256(text.encode()).hexdigest(),

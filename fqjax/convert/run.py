@@ -2,7 +2,7 @@
 
 Everything that can be wrong with the input is looked for first: the plan is made from headers and configurations alone,
 before a weight is read (:mod:`fqjax.convert.plan`).  One block of the model at a time is then in memory: read from the
-shards, calibrated on what the block in front gave, quantized, written, dropped.  The work goes on in ``OUT.partial``
+shards, calibrated on what the block before gave, quantized, written, dropped.  The work goes on in ``OUT.partial``
 (:mod:`fqjax.convert.staging`), which remembers each finished step; the directory OUT appears at the end, complete, by
 one rename. A conversion may be killed at any moment; ``--resume`` goes on from there.
 """
@@ -10,7 +10,6 @@ one rename. A conversion may be killed at any moment; ``--resume`` goes on from 
 import functools
 import time
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 
@@ -45,7 +44,7 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
 
     Raises:
       InputError: if a weight or an activation is not finite, a layer could overflow, a shard changes meanwhile, or an
-        unfinished conversion stands in the way; nothing is left behind then, unless ``resume`` was asked for.  Also if
+        unfinished conversion stands in the way; nothing remains then, unless ``resume`` was asked for.  Also if
         something cannot be written, as on a full disk; then the conversion can be resumed.
     """
     start, out = time.perf_counter(), made.conversion.out
@@ -100,7 +99,7 @@ def _keep(store: DirectoryStore, layers: dict[str, QuantizedLinear]) -> None:
 
 
 def _outer_module(source: StreamedModel, name: str, *, int8_head: bool) -> nnx.Module:
-    module: Any = source.outer_module(name)
+    module = source.outer_module(name)
     if int8_head and name == source.skeleton.head_name:
         return getattr(with_int8_head(replace_modules(source.skeleton, {name: module})), name)
     return module

@@ -9,24 +9,19 @@ OUT.partial/...           what quantization has found out (fqjax/drivers/store.p
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fqjax.checkpoint.manifest import MANIFEST_FILE
 from fqjax.checkpoint.orbax import refuse_existing
-from fqjax.drivers.store import ACTIVATIONS
+from fqjax.drivers.store import ACTIVATIONS_FOLDER
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import read_json, write_whole, writing
+from fqjax.runtime.files import JsonObject, read_json, write_whole, writing
 
-try:
-    import fcntl
-except ImportError:  # Not on Windows, where two conversions into one directory go unnoticed.
-    fcntl = None
-
-LOCK, RECORD, COMPLETE = "lock", "plan.json", "complete"
+LOCK_FILE, RECORD_FILE, COMPLETE_FILE = "lock", "plan.json", "complete"
 
 
 def staging_directory(out: Path) -> Path:
@@ -39,7 +34,7 @@ def is_complete(out: Path) -> bool:
     staging = staging_directory(out)
     if not (out / MANIFEST_FILE).is_file() or not staging.is_dir():
         return False
-    return (staging / COMPLETE).is_file() or not any(staging.iterdir())
+    return (staging / COMPLETE_FILE).is_file() or not any(staging.iterdir())
 
 
 def publish(finished: Path, out: Path) -> None:
@@ -49,7 +44,7 @@ def publish(finished: Path, out: Path) -> None:
       InputError: if something has that name by now, or the name cannot be given.
     """
     refuse_existing(out)
-    write_whole(staging_directory(out) / COMPLETE, b"")
+    write_whole(staging_directory(out) / COMPLETE_FILE, b"")
     with writing(out):
         finished.rename(out)
 
@@ -60,18 +55,18 @@ def remove(staging: Path) -> None:
     Activations vanish at once, as a pass that found some of them would go on from there.
     """
     with contextlib.suppress(OSError):
-        (staging / ACTIVATIONS).rename(staging / f"{ACTIVATIONS}.unfinished")
+        (staging / ACTIVATIONS_FOLDER).rename(staging / f"{ACTIVATIONS_FOLDER}.unfinished")
     for path in [*staging.glob("*")] if staging.is_dir() else []:
-        if path.name not in (LOCK, COMPLETE, RECORD):
+        if path.name not in (LOCK_FILE, COMPLETE_FILE, RECORD_FILE):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    for name in (RECORD, LOCK, COMPLETE):
-        (staging / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # Windows removes no file that is open, such as the lock.
+        for name in (RECORD_FILE, LOCK_FILE, COMPLETE_FILE):
+            (staging / name).unlink(missing_ok=True)
         staging.rmdir()
 
 
 @contextlib.contextmanager
-def claimed(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Path]:
+def claimed(out: Path, fingerprint: JsonObject, resume: bool) -> Iterator[Path]:
     """Holds a conversion's staging directory for this process, begun anew or taken up where it was left.
 
     Args:
@@ -84,7 +79,7 @@ def claimed(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Pa
         fingerprint, or the directory cannot be written.
     """
     staging = staging_directory(out)
-    record = staging / RECORD
+    record = staging / RECORD_FILE
     with writing(staging):
         staging.mkdir(parents=True, exist_ok=True)
     with _locked(staging):
@@ -92,11 +87,13 @@ def claimed(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Pa
             raise InputError(f"{staging}: an unfinished conversion; pass --resume to go on with it, or remove it")
         if not record.is_file():
             strangers = sorted(
-                p.name for p in staging.iterdir() if p.name not in (LOCK, COMPLETE) and p.suffix != ".unfinished"
+                p.name
+                for p in staging.iterdir()
+                if p.name not in (LOCK_FILE, COMPLETE_FILE) and p.suffix != ".unfinished"
             )
             if strangers:
                 raise InputError(
-                    f"{staging}: holds {strangers[0]!r} and no {RECORD}; expected an unfinished conversion, or nothing"
+                    f"{staging}: holds {strangers[0]!r} and no {RECORD_FILE}; expected an unfinished conversion, or nothing"
                 )
             write_whole(record, json.dumps(fingerprint, indent=1).encode())
         begun = read_json(record, "record of a conversion")
@@ -108,20 +105,15 @@ def claimed(out: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Pa
 
 @contextlib.contextmanager
 def _locked(staging: Path) -> Iterator[None]:
+    lock = FileLock(staging / LOCK_FILE)
     with writing(staging):
-        lock = open(staging / LOCK, "w")
-    with lock:
         try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=0)
+        except Timeout:
             raise InputError(f"{staging}: another conversion is writing to it") from None
-        if not _is_same(staging / LOCK, lock):  # The other conversion ended, and took the directory with it.
-            raise InputError(f"{staging}: another conversion was writing to it until just now; try again")
+        except FileNotFoundError:  # The other conversion ended, and took the directory with it.
+            raise InputError(f"{staging}: another conversion was writing to it until just now; try again") from None
+    try:
         yield
-
-
-def _is_same(path: Path, file: Any) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    return False
+    finally:
+        lock.release()

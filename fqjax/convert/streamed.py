@@ -1,33 +1,39 @@
 """A Hugging Face checkpoint's model read part by part, so that no more than one block of it is in memory.
 
-What stands in front of the blocks and behind them, embeddings and head, is a part too: it is read when the first batch
+What stands before the blocks and after them, embeddings and head, is a part too: it is read when the first batch
 enters or the first result leaves, and dropped when the next block is looked up.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import PathParts
 from jaxtyping import DTypeLike
 
 from fqjax.checkpoint.compressed.config import read_quantization
 from fqjax.checkpoint.compressed.read import read_layer
+from fqjax.checkpoint.fields import ModelConfig
 from fqjax.checkpoint.hugging_face import abstract_model, check_layers, check_tensors, read_source
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.layers.surgery import dotted, find_linears, replace_modules
 from fqjax.models import FAMILIES
+from fqjax.models.causal_lm import CausalLM
 from fqjax.models.chain import Chain, call_layer, end, inference_view
 from fqjax.rewrites.equalize import rescale
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.memory import give_back
 
-EMBEDDINGS = ("embed_tokens", "embed_positions")
+EMBEDDING_MODULES = ("embed_tokens", "embed_positions")
 """Modules that turn tokens into the first block's input."""
 
-LAYERS = "layers"
+BLOCKS_MODULE = "layers"
+"""The list of the blocks."""
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 class StreamedModel:
@@ -49,7 +55,7 @@ class StreamedModel:
         self,
         directory: Path,
         name: str,
-        config: Any,
+        config: ModelConfig,
         dtype: DTypeLike = jnp.bfloat16,
         *,
         equalized: bool = False,
@@ -58,12 +64,12 @@ class StreamedModel:
         self.dtype, self.equalized = dtype, equalized
         self.files = TensorFiles(directory) if files is None else files
         self.signature = self.files.signature()
-        self.skeleton: Any = inference_view(abstract_model(name, config, dtype))
+        self.skeleton = inference_view(abstract_model(name, config, dtype))
         parameters = dict(nnx.to_flat_state(nnx.state(self.skeleton)))
         self.stored = check_layers(self.files, FAMILIES[name], parameters, read_quantization(directory))
         self.sources = check_tensors(self.files, FAMILIES[name], parameters, self.stored)
-        self.outer = list(dict.fromkeys(str(path[0]) for path in parameters if path[0] != LAYERS))
-        self._ends: tuple[str, Any] = ("", None)
+        self.outer = list(dict.fromkeys(str(path[0]) for path in parameters if path[0] != BLOCKS_MODULE))
+        self._ends: tuple[str, CausalLM] | None = None
 
     def chain(self) -> Chain:
         """The model as blocks, each of which is read when it is looked up."""
@@ -71,10 +77,10 @@ class StreamedModel:
 
     def block(self, index: int) -> nnx.Module:
         """Reads one block."""
-        self._ends = ("", None)
+        self._ends = None
         give_back()
         self.check_unchanged()
-        start = (LAYERS, index)
+        start = (BLOCKS_MODULE, index)
         block = self._filled(self.skeleton.layers[index], start)
         prefix = f"{dotted(start)}."
         linears = find_linears(block)
@@ -87,19 +93,20 @@ class StreamedModel:
             }
             block = replace_modules(block, made)
         elif self.equalized:
-            paths = [path for path in self.skeleton.scaling_paths() if path.producer.startswith(prefix)]
+            every = self.skeleton.scaling_paths()  # pyright: ignore[reportAttributeAccessIssue]
+            paths = [path for path in every if path.producer.startswith(prefix)]
             local = [p._replace(producer=p.producer[len(prefix) :], consumer=p.consumer[len(prefix) :]) for p in paths]
             rescale(linears, local)
         return block
 
     def outer_module(self, name: str) -> nnx.Module:
         """Reads one of the modules outside the blocks."""
-        self._ends = ("", None)
+        self._ends = None
         give_back()
         self.check_unchanged()
         return self._filled(getattr(self.skeleton, name), (name,))
 
-    def _filled(self, module: Any, start: tuple[Any, ...]) -> Any:
+    def _filled(self, module: ModelT, start: PathParts) -> ModelT:
         graphdef, state = nnx.split(module)
         flat = dict(nnx.to_flat_state(state))
         for path, variable in flat.items():
@@ -108,22 +115,22 @@ class StreamedModel:
                 flat[path] = variable.replace(read_source(self.files, source, self.dtype))
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
-    def _begin(self, tokens: Any) -> tuple[Any, Any]:
+    def _begin(self, tokens: jax.Array) -> tuple[jax.Array, tuple[object, ...]]:
         head = self.skeleton.head_name
-        return self._model("begin", () if head in EMBEDDINGS else (head,)).begin(tokens)
+        return self._model("begin", () if head in EMBEDDING_MODULES else (head,)).begin(tokens)
 
-    def _end(self, hidden: Any) -> Any:
-        unused = () if self.skeleton.head_name in EMBEDDINGS else EMBEDDINGS
+    def _end(self, hidden: jax.Array) -> jax.Array:
+        unused = () if self.skeleton.head_name in EMBEDDING_MODULES else EMBEDDING_MODULES
         graphdef, state = nnx.split(self._model("end", unused))
         return end(graphdef, state, hidden)
 
-    def _model(self, use: str, unused: tuple[str, ...]) -> Any:
+    def _model(self, use: str, unused: tuple[str, ...]) -> CausalLM:
         """The model without blocks, and with modules left empty that have no part in some use of it."""
-        if self._ends[0] != use:
-            self._ends = ("", None)
+        if self._ends is None or self._ends[0] != use:
+            self._ends = None
             made = {name: self.outer_module(name) for name in self.outer if name not in unused}
             made |= {name: _emptied(getattr(self.skeleton, name)) for name in self.outer if name in unused}
-            self._ends = use, replace_modules(self.skeleton, made | {LAYERS: nnx.List([])})
+            self._ends = use, replace_modules(self.skeleton, made | {BLOCKS_MODULE: nnx.List([])})
         return self._ends[1]
 
     def check_unchanged(self) -> None:
@@ -139,7 +146,7 @@ class _Blocks(Mapping[str, nnx.Module]):
 
     def __init__(self, model: StreamedModel):
         self.model = model
-        self.indices = {dotted((LAYERS, i)): i for i in range(len(model.skeleton.layers))}
+        self.indices = {dotted((BLOCKS_MODULE, i)): i for i in range(len(model.skeleton.layers))}
 
     def __getitem__(self, path: str) -> nnx.Module:
         return self.model.block(self.indices[path])

@@ -120,7 +120,7 @@ def gather_codes(
 
     Args:
       codes: of a weight, over K' channels.
-      source, part: of the extra channels, as :class:`fqjax.core.inputs.StoredInput` has them.
+      source, part: of the extra channels, as :class:`fqjax.core.stored_inputs.StoredInput` has them.
 
     Returns:
       The weight's codes on the K original channels, and the pieces that each channel of the activations has.

@@ -35,7 +35,7 @@ def steps(
     group_scale: Float32[Array, "groups n"] | Int[Array, "groups n"] | None,
     group_size: int,
 ) -> Float32[Array, "..."]:
-    """What each code of a weight is multiplied with, so shaped that it multiplies an array (N, groups * group_size).
+    """The factor of each code of a weight, so shaped that it multiplies an array (N, groups * group_size).
 
     Args:
       scale: a scalar, or one for every output channel, (N,).

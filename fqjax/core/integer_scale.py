@@ -26,12 +26,12 @@ from jaxtyping import Array, Float32, Int, Int8, Int32
 from fqjax.core.overflow import LIMIT
 
 AMPLIFIER = 1024
-LEAST = 4
-"""What the largest scale of an output channel has to become: with less, rounding the scales costs more than INT4 does."""
+LEAST_AMPLIFIED_SCALE = 4
+"""Lower bound of the largest integer scale of an output channel: with less, rounding the scales costs more than INT4 does."""
 LARGEST_FOLDED = 15
 """Of a scale that is folded: 15 times -8 fits into int8."""
-FOLD_SHRINKS = tuple(1 - i / 20 for i in range(8))
-"""What :func:`fold_scales` tries for the largest scale of a channel, relative to it."""
+FOLDED_SCALE_FRACTIONS = tuple(1 - i / 20 for i in range(8))
+"""Candidates of :func:`fold_scales` for the largest scale of a channel, relative to it."""
 
 
 def amplify(scales: Float32[Array, "groups n"], amplifier: int) -> Int32[Array, "groups n"]:
@@ -83,8 +83,8 @@ def safe_amplifier(
 ) -> int | None:
     """The largest power of two, at most ``most``, with which the accumulator cannot overflow.
 
-    A smaller one than ``most`` is taken only as long as the largest scale of every output channel becomes :data:`LEAST` at
-    least, groups without codes left out.
+    A smaller one than ``most`` is taken only as long as the largest scale of every output channel becomes
+    :data:`LEAST_AMPLIFIED_SCALE` at least, groups without codes left out.
 
     Args:
       scales: float scales, divided by their units.
@@ -104,7 +104,7 @@ def safe_amplifier(
         if scaled_bound(host, np.asarray(amplify(scales, amplifier)), x_qmax, bits) <= LIMIT:
             return amplifier
         amplifier //= 2
-        if amplifier * smallest < LEAST:
+        if amplifier * smallest < LEAST_AMPLIFIED_SCALE:
             return None
 
 
@@ -146,6 +146,6 @@ def fold_scales(
         represented = codes.reshape(n, groups, -1) * (integers * unit).T[:, :, None]
         return jnp.sum((represented.reshape(weight.shape) - weight) ** 2 * importance, axis=1), integers, unit
 
-    errors, integers, units = lax.map(split, jnp.asarray(FOLD_SHRINKS))
+    errors, integers, units = lax.map(split, jnp.asarray(FOLDED_SCALE_FRACTIONS))
     best = jnp.argmin(errors, axis=0)
     return jnp.take_along_axis(integers, best[None, None], axis=0)[0], jnp.take_along_axis(units, best[None], axis=0)[0]

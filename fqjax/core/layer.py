@@ -1,15 +1,24 @@
-"""What is known of a linear layer, and the plan of the layer that it becomes."""
+"""A linear layer with the statistics of its input, and the plan of the layer that it becomes."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from fqjax.core.formats.base import Grid, Weight
+from fqjax.core.formats.base import Grid, RoundedWeight
 from fqjax.core.inputs import InputQuantizer
 from fqjax.core.transforms.base import Recipe, Transform
+
+if TYPE_CHECKING:
+    TransformLike = Transform
+    InputsLike = InputQuantizer
+    GridLike = Grid
+    FunctionLike = Callable[[Array], Array]
+else:  # JAX puts placeholders into pytrees, which are no instances of the protocols.
+    TransformLike = InputsLike = GridLike = FunctionLike = object
 
 
 @jax.tree_util.register_dataclass
@@ -43,11 +52,11 @@ class LayerPlan:
       finish: what becomes of the output; None for nothing.
     """
 
-    transform: Any
-    inputs: Any
-    grid: Any
-    branches: tuple[Any, ...] = ()
-    finish: Any = None
+    transform: TransformLike
+    inputs: InputsLike
+    grid: GridLike
+    branches: tuple[FunctionLike, ...] = ()
+    finish: FunctionLike | None = None
 
     def round(self, weight: Float[Array, "n k"]) -> Int[Array, "n k"]:
         """The nearest codes of a weight that is not transformed yet."""
@@ -89,4 +98,4 @@ def relative_square(given: Float32[Array, "..."], exact: Float32[Array, "..."]) 
     return jnp.where(error == 0, 0.0, error / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny))
 
 
-__all__ = ["Grid", "LayerInputs", "LayerPlan", "Weight", "fake_input", "relative_error", "relative_square"]
+__all__ = ["Grid", "LayerInputs", "LayerPlan", "RoundedWeight", "fake_input", "relative_error", "relative_square"]

@@ -22,8 +22,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
-FIELD = "array"
+from fqjax.registry import import_all
+
+METADATA_KEY = "array"
 """Key of an array's :class:`ArrayField` in its dataclass field's metadata."""
+
+
+STORED_GROUPS = ("formats", "transforms", "inputs", "branches", "finishes")
+"""Groups of the registry whose modules define stored types."""
 
 
 _TYPES: dict[str, "type[Stored]"] = {}
@@ -76,7 +82,7 @@ def array(
     """Declare an array of a :class:`Stored` type; see :class:`ArrayField` for the arguments."""
     dtypes = (dtype,) if isinstance(dtype, str) else dtype
     declared = ArrayField(axes, dtypes, positive=positive, natural=natural, below=below, fill=fill)
-    return dataclasses.field(metadata={FIELD: declared})
+    return dataclasses.field(metadata={METADATA_KEY: declared})
 
 
 def static(**kwargs: Any) -> Any:
@@ -104,7 +110,7 @@ class Stored:
     @classmethod
     def table(cls) -> dict[str, ArrayField]:
         """The declarations of the arrays, by field."""
-        return {f.name: f.metadata[FIELD] for f in dataclasses.fields(cls) if FIELD in f.metadata}  # pyright: ignore[reportArgumentType]
+        return {f.name: f.metadata[METADATA_KEY] for f in dataclasses.fields(cls) if METADATA_KEY in f.metadata}  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def axes(cls, sizes: Sizes, statics: Mapping[str, Any]) -> dict[str, int | None]:
@@ -142,10 +148,14 @@ class Stored:
         shapes = {n: [s for a in d.axes if (s := lengths[a]) is not None] for n, d in cls.table().items()}
         return sum(math.prod(shapes[n]) * jnp.dtype(d.dtypes[0]).itemsize for n, d in cls.table().items())
 
+    @classmethod
+    def static_names(cls) -> list[str]:
+        """Names of the fields that are no arrays."""
+        return [f.name for f in dataclasses.fields(cls) if METADATA_KEY not in f.metadata]  # pyright: ignore[reportArgumentType]
+
     def statics(self) -> dict[str, Any]:
         """The fields that are no arrays."""
-        names = [f.name for f in dataclasses.fields(self) if FIELD not in f.metadata]  # pyright: ignore[reportArgumentType]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.static_names()}
 
     def arrays(self) -> dict[str, Array]:
         """The arrays, by field."""
@@ -207,15 +217,20 @@ class Stored:
         }
 
 
-def bytes_of(tree: Any) -> int:
+def bytes_of(tree: object) -> int:
     """Bytes of all arrays in a tree, which may be abstract."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def stored_type(kind: str) -> type[Stored]:
-    """The stored type of a kind, once the module that defines it is imported.
+    """The stored type of a kind; where it is not known, the modules of all registered pieces are imported first.
+
+    Types that are in no checkpoint, such as grids, are defined in the module of a registered piece.
 
     Raises:
       KeyError: if there is none.
     """
+    if kind not in _TYPES:
+        for group in STORED_GROUPS:
+            import_all(group)
     return _TYPES[kind]

@@ -25,19 +25,20 @@ from fqjax.core.channels import MAX_PIECES, count_pieces
 from fqjax.core.codes import absmax_scale, qmax
 from fqjax.core.transforms.diagonal import smoothing_factors
 
-ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7)
-QUANTILES = (0.99, 0.97, 0.95, 0.92, 0.89, 0.85, 0.8, 0.74)
+SMOOTHING_EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7)
+"""Candidates for the smoothing strength alpha."""
+THRESHOLD_QUANTILES = (0.99, 0.97, 0.95, 0.92, 0.89, 0.85, 0.8, 0.74)
 """Of the channel maxima: thresholds that a few channels pass, by little."""
-FRACTIONS = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12)
+THRESHOLD_FRACTIONS = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12)
 """Of the largest value: thresholds between a few large channels and the others."""
-CUTS = (0.9, 0.8, 0.7, 0.6, 0.5)
+CLIPPING_FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5)
 """Thresholds beyond which values are cut off, as fractions of the largest value."""
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-"""The same for single output channels of a weight."""
+CHANNEL_SCALE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Candidates for the scale of an output channel of a weight, relative to that of its largest entry."""
 
 
 class Found(NamedTuple):
-    """What :func:`search` chose.
+    """The choice of :func:`search`.
 
     Attributes:
       smoothing: what activations are divided by, (K,).
@@ -68,7 +69,7 @@ def search(
     *,
     x_bits: int,
     w_bits: int,
-    alphas: tuple[float, ...] | None = ALPHAS,
+    alphas: tuple[float, ...] | None = SMOOTHING_EXPONENTS,
     flatten_activations: bool = True,
     flatten_weights: bool = True,
     budgets: Float32[Array, " b"],
@@ -128,17 +129,18 @@ def channel_scales(weight: Float32[Array, "n k"], importance: Float32[Array, " k
         rounded = jnp.clip(jnp.round(weight / scale), -qmax(bits), qmax(bits)) * scale
         return jnp.sum((rounded - weight) ** 2 * importance, axis=1)
 
-    shrinks = jnp.asarray(SHRINKS)
+    shrinks = jnp.asarray(CHANNEL_SCALE_FRACTIONS)
     return whole * shrinks[jnp.argmin(lax.map(error, shrinks), axis=0)]
 
 
 def _cuts(channel_max: Float32[Array, " k"], bits: int, flatten: bool) -> _Cuts:
     largest = jnp.where(jnp.max(channel_max) > 0, jnp.max(channel_max), 1.0)
     whole = jnp.ones(channel_max.shape, jnp.int32)
-    thresholds = largest * jnp.asarray((1.0, *CUTS))
+    thresholds = largest * jnp.asarray((1.0, *CLIPPING_FRACTIONS))
     pieces = jnp.tile(whole, (len(thresholds), 1))
     if flatten:
-        lower = jnp.concatenate([jnp.quantile(channel_max, jnp.asarray(QUANTILES)), largest * jnp.asarray(FRACTIONS)])
+        quantiles = jnp.quantile(channel_max, jnp.asarray(THRESHOLD_QUANTILES))
+        lower = jnp.concatenate([quantiles, largest * jnp.asarray(THRESHOLD_FRACTIONS)])
         lower = jnp.maximum(lower, largest / MAX_PIECES)
         more = jax.vmap(lambda t: count_pieces(channel_max, t, qmax(bits)))(lower)
         thresholds, pieces = jnp.concatenate([thresholds, lower]), jnp.concatenate([pieces, more])

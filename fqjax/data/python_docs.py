@@ -1,4 +1,4 @@
-"""Text that every Python has: the language reference behind ``help()``, and the standard library's docstrings.
+"""Text that every Python has: the language reference of ``help()``, and the standard library's docstrings.
 
 The bundled model was trained on it, and the reference serves as calibration text where none is given.  The docstrings of
 some modules are held out, by the checksum of the module's name, so they are the same ones in every version of Python; a
@@ -32,7 +32,7 @@ def held_out_text() -> str:
 
 
 def training_text() -> str:
-    """What the bundled model was trained on: the reference and the other docstrings.  Takes a few seconds."""
+    """The bundled model's training text: the reference and the other docstrings.  Takes a few seconds."""
     text = "\n\n".join([*_docstrings(held_out=False), reference_text()])
     unseen = set(held_out_text().split("\n\n"))
     return "\n\n".join(paragraph for paragraph in text.split("\n\n") if paragraph not in unseen)

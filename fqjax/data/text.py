@@ -1,14 +1,19 @@
 """From text files to the token batches that calibration and evaluation take."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import ArrayLike, Int, Int32
 
+from fqjax.models.causal_lm import TextConfig
 from fqjax.models.checks import check_tokens
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.validation import MAX_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH = 2
 """Windows in a calibration batch; sensitivities are measured on the first batch."""
@@ -33,7 +38,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " tokens"]:
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> Int[np.ndarray, " tokens"]:
     """Token ids of a text, without special tokens.
 
     Raises:
@@ -48,7 +53,7 @@ def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " tokens"]:
 
 
 def calibration_batches(
-    token_ids: Int[np.ndarray, " tokens"], config: Any, *, samples: int, window: int
+    token_ids: Int[np.ndarray, " tokens"], config: TextConfig, *, samples: int, window: int
 ) -> list[Int32[np.ndarray, "batch window"]]:
     """Cuts windows evenly spread over a text.
 
@@ -72,8 +77,8 @@ def calibration_batches(
     return [windows[chosen[i : i + BATCH]] for i in range(0, len(chosen), BATCH)]
 
 
-def encode_prompt(tokenizer: Any, config: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt, with the BOS token in front if the model has one.
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", config: TextConfig, prompt: str) -> list[int]:
+    """Token ids of a prompt, with the BOS token before it if the model has one.
 
     Raises:
       InputError: if nothing would remain.
@@ -86,17 +91,19 @@ def encode_prompt(tokenizer: Any, config: Any, prompt: str) -> list[int]:
     return ids
 
 
-def decode_new(tokenizer: Any, config: Any, prompt_ids: list[int], new: Int32[np.ndarray, " new"]) -> str:
+def decode_new(
+    tokenizer: "PreTrainedTokenizerBase", config: TextConfig, prompt_ids: list[int], new: Int32[np.ndarray, " new"]
+) -> str:
     """The text that new tokens add to a prompt, up to the first that ends it."""
     ends = np.flatnonzero(np.isin(new, config.eos_token_id))
     kept = new[: ends[0]].tolist() if len(ends) else new.tolist()
     # Decoding the whole keeps a space, or a character split over tokens, that decoding the new part alone would lose.
-    before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
-    return tokenizer.decode([*prompt_ids, *kept], skip_special_tokens=True)[len(before) :]
+    before = cast(str, tokenizer.decode(prompt_ids, skip_special_tokens=True))
+    return cast(str, tokenizer.decode([*prompt_ids, *kept], skip_special_tokens=True))[len(before) :]
 
 
 def cut_windows(
-    token_ids: Int[np.ndarray, " tokens"], window: int, bos_token_id: int, windows: int | None = None
+    token_ids: ArrayLike | Sequence[int], window: int, bos_token_id: int, windows: int | None = None
 ) -> Int32[np.ndarray, "windows window"]:
     """Cuts a text's tokens into windows of BOS and ``window - 1`` tokens.
 

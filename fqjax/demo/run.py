@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -14,8 +14,12 @@ from fqjax.data.python_docs import held_out_text, reference_text
 from fqjax.data.text import calibration_batches, decode_new, encode, encode_prompt
 from fqjax.evaluation.perplexity import perplexity
 from fqjax.inference.generate import generate
+from fqjax.models.causal_lm import CausalLM
 from fqjax.quantize import quantize
 from fqjax.report.report import Report, format_bytes, narrow_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 SAVED = "flattenquant"
@@ -86,7 +90,7 @@ def _add_row(table: Table, scheme: str, value: float, ratio: float, report: Repo
     )
 
 
-def _continue(model: Any, tokenizer: Any) -> str:
+def _continue(model: CausalLM, tokenizer: "PreTrainedTokenizerBase") -> str:
     tokens = encode_prompt(tokenizer, model.config, PROMPT)
     new = generate(model, tokens, max_new_tokens=24)
     return PROMPT + decode_new(tokenizer, model.config, tokens, new).replace("\n", " ")

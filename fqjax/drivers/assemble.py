@@ -9,8 +9,8 @@ from jaxtyping import Array, Int
 from fqjax.core.channels import lay_out
 from fqjax.core.codes import NO_CODE
 from fqjax.core.formats.base import QTensor
-from fqjax.core.inputs import StoredInput
 from fqjax.core.layer import LayerInputs, LayerPlan, relative_error
+from fqjax.core.stored_inputs import StoredInput
 from fqjax.drivers.statistics import Span, Statistics
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Figures

@@ -1,15 +1,16 @@
-"""What a pass is: a named, resumable step over the blocks of a model, of which one is needed at a time."""
+"""Passes: a pass is a named, resumable step over the blocks of a model, of which one is needed at a time."""
 
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
 
 from fqjax.core.layer import LayerInputs
+from fqjax.drivers.flow import Activations, Batch
 from fqjax.drivers.method import Method
 from fqjax.drivers.statistics import Span, Statistics, layer_inputs
 from fqjax.drivers.store import Store
@@ -24,7 +25,7 @@ Keep = Callable[[dict[str, QuantizedLinear]], None]
 
 
 class Request(Protocol):
-    """What a quantization is asked for (:class:`fqjax.scheme.Scheme`)."""
+    """The request for a quantization (:class:`fqjax.scheme.Scheme`)."""
 
     @property
     def method(self) -> Method | None:
@@ -72,7 +73,7 @@ class Run:
         chain: Chain,
         linears: Mapping[str, nnx.Linear],
         request: Request,
-        calibration: Iterable[Any],
+        calibration: Iterable[Batch],
         keep: Keep,
         *,
         repeats: bool,
@@ -117,7 +118,7 @@ class BlockRun(NamedTuple):
     linears: Mapping[str, nnx.Linear]
 
     def statistics(self, short: str) -> Statistics:
-        """What calibration saw of a layer's input."""
+        """Statistics of a layer's input, from calibration."""
         return self.run.store["statistics", self.names[short]]
 
     def inputs(self, short: str) -> LayerInputs:
@@ -153,11 +154,11 @@ class Pass:
     def begin(self, run: Run) -> None:
         """Called before the first block, also where the pass is taken up again."""
 
-    def block(self, block: BlockRun, inputs: Iterable[Any]) -> Iterator[Any]:
+    def block(self, block: BlockRun, inputs: Iterable[Activations]) -> Iterator[Activations]:
         """Work on a block; yields its outputs, and is iterated to the end whether they are wanted or not."""
         return iter(())
 
-    def end(self, run: Run, outputs: Iterable[Any]) -> None:
+    def end(self, run: Run, outputs: Iterable[Activations]) -> None:
         """Called after the last block."""
 
 
@@ -180,11 +181,11 @@ def execute(run: Run, passes: Iterable[Pass]) -> None:
         one.end(run, outputs)
 
 
-def _step(one: Pass, run: Run, path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
+def _step(one: Pass, run: Run, path: str, block: nnx.Module, inputs: Iterable[Activations]) -> Iterator[Activations]:
     return one.block(run.block(path, block), inputs)
 
 
-def _first_inputs(one: Pass, run: Run) -> Iterable[Any]:
+def _first_inputs(one: Pass, run: Run) -> Iterable[Activations]:
     """Inputs of the first block, where float and quantized model still agree."""
     if one.inputs == "none":
         return []
@@ -192,7 +193,7 @@ def _first_inputs(one: Pass, run: Run) -> Iterable[Any]:
     return [(x, x) for x in feed.first()] if one.inputs == "both" else feed.first()
 
 
-def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
     """The first batch, and an iterable that still begins with it."""
     if isinstance(batches, np.ndarray | jax.Array):
         raise InputError("calibration: expected an iterable of batches, got one array; pass a list of it")

@@ -1,10 +1,10 @@
 """The first pass: every block runs on the outputs of the one before; its layers' statistics and their options are kept."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from fqjax.drivers.base import BlockRun, Pass
 from fqjax.drivers.candidates import Option, layer_options, shared_options
+from fqjax.drivers.flow import Activations
 from fqjax.drivers.statistics import Statistics, watch
 from fqjax.drivers.ties import shared_inputs
 
@@ -17,7 +17,7 @@ class Calibrate(Pass):
 
     name, title = "calibrated", "calibrating"
 
-    def block(self, block: BlockRun, inputs: Iterable[Any]) -> Iterator[Any]:
+    def block(self, block: BlockRun, inputs: Iterable[Activations]) -> Iterator[Activations]:
         run = block.run
         seen = yield from watch(run.chain, block.module, block.names, run.feed.paired(inputs), run.sample_rows)
         for shorts in _reading_alike(block):

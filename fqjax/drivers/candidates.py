@@ -23,9 +23,9 @@ from fqjax.layers.linear import layer_bytes
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.errors import InputError
 
-ROOM = 1.05
+PADDING_ALLOWANCE = 1.05
 """How much of the least bytes of all is allowed whatever the compression asked for: small layers consist of padding."""
-WORTH = 0.85
+INT4_BYTES_SHARE_LIMIT = 0.85
 """INT4's bytes as a share of INT8's, above which no compression is asked for: where padding takes what INT4 saves, the few
 layers that do get smaller would have to be INT4 whatever that costs."""
 
@@ -36,7 +36,7 @@ OutlineT = TypeVar("OutlineT", bound="Outline")
 @keepable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What is known of one way to quantize a layer, in numbers alone: a choice needs no more.
+    """Numbers of one way to quantize a layer, all that a choice needs.
 
     Attributes:
       bits: of the weight.
@@ -228,9 +228,9 @@ def select(
     ]  # fmt: skip
     errors, low_macs, sizes = map(list, zip(*tables, strict=True))
     smallest = sum(min(row) for row in sizes)
-    padded = allocation.int4_share < 1 and smallest > WORTH * sum(row[0] for row in sizes)
+    padded = allocation.int4_share < 1 and smallest > INT4_BYTES_SHARE_LIMIT * sum(row[0] for row in sizes)
     asked = allocation.compression and not padded
-    most = max(plain_bytes / allocation.compression, ROOM * smallest) if asked else float("inf")
+    most = max(plain_bytes / allocation.compression, PADDING_ALLOWANCE * smallest) if asked else float("inf")
     picked = choose(errors, low_macs, sizes, least_macs=least, most_bytes=most)
     return {name: found[i] for (name, found), i in zip(options.items(), picked, strict=True)}
 
@@ -256,7 +256,7 @@ def check_share(allocation: Allocation, able: float, macs: float) -> None:
 def costs_by_bits(
     options: Mapping[str, list[Outline]], chosen: Mapping[str, Outline], sensitivities: Mapping[str, float]
 ) -> dict[str, dict[int, float]]:
-    """What each layer costs the model, by the bits of its weight: as chosen, or with the other bits as little as can be."""
+    """Cost of each layer to the model, by the bits of its weight: as chosen, or with the other bits as little as can be."""
     found: dict[str, dict[int, float]] = {}
     for name, choices in options.items():
         costs: dict[int, list[float]] = {}
@@ -268,5 +268,5 @@ def costs_by_bits(
 
 
 def _costs(options: Sequence[Outline], last: float) -> list[float]:
-    """What each option costs the model: what the last one does, times how much smaller or larger its own error is."""
+    """Cost of each option to the model: that of the last one, times how much smaller or larger its own error is."""
     return [last * option.error / max(options[-1].error, 1e-30) for option in options]

@@ -30,7 +30,7 @@ T = TypeVar("T")
 RECORDS: dict[str, type] = {cls.__name__: cls for cls in (LayerPlan, Figures)}
 """Dataclasses that may be kept, by name; :func:`keepable` adds to them."""
 
-STRUCTURE = "structure"
+STRUCTURE_ENTRY = "structure"
 """Entry of a file's header that says what its arrays are."""
 
 
@@ -40,7 +40,7 @@ def keepable(cls: type[T]) -> type[T]:
     return cls
 
 
-def write_value(path: Path, value: Any) -> None:
+def write_value(path: Path, value: object) -> None:
     """Write a value to a file, which is either complete or absent.
 
     Raises:
@@ -49,7 +49,7 @@ def write_value(path: Path, value: Any) -> None:
     arrays: dict[str, np.ndarray] = {}
     structure = _encoded(value, arrays)
     with whole(path) as file:
-        file.write(save(arrays, {STRUCTURE: json.dumps(structure)}))
+        file.write(save(arrays, {STRUCTURE_ENTRY: json.dumps(structure)}))
 
 
 def read_value(path: Path) -> Any:
@@ -60,13 +60,13 @@ def read_value(path: Path) -> Any:
     """
     try:
         with safe_open(path, "np") as file:
-            structure = json.loads((file.metadata() or {})[STRUCTURE])
+            structure = json.loads((file.metadata() or {})[STRUCTURE_ENTRY])
             return _decoded(structure, {name: file.get_tensor(name) for name in file.keys()})
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); remove {path.parent}, and begin anew") from None
 
 
-def _encoded(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+def _encoded(value: object, arrays: dict[str, np.ndarray]) -> object:
     """A value as JSON; its arrays are added to ``arrays``."""
     match value:
         case None | bool() | int() | float() | str():
@@ -89,7 +89,7 @@ def _encoded(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     raise TypeError(f"{type(value).__name__}: not a value that the store can keep")
 
 
-def _fields(value: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def _fields(value: Any, arrays: dict[str, np.ndarray]) -> dict[str, object]:
     return {field.name: _encoded(getattr(value, field.name), arrays) for field in dataclasses.fields(value)}
 
 

@@ -8,8 +8,8 @@ from fqjax.runtime.settings import Settings
 
 if TYPE_CHECKING:
     from fqjax.core.formats.base import Format
-    from fqjax.core.inputs import StoredInput
     from fqjax.core.layer import LayerInputs, LayerPlan
+    from fqjax.core.stored_inputs import StoredInput
     from fqjax.layers.linear import QuantizedLinear
 
 
@@ -51,7 +51,7 @@ class Method(Settings):
     coarse_activations: bool = False
 
     def formats(self, bits: int) -> "tuple[Format, type[StoredInput]]":
-        """What is stored of a layer whose weight has so many bits: the weight's format, and the quantizer of its input."""
+        """Stored types of a layer whose weight has so many bits: the weight's format, and the quantizer of its input."""
         raise NotImplementedError
 
     def plans(self, layer: "LayerInputs", bits: int) -> "Iterable[LayerPlan]":

@@ -1,4 +1,4 @@
-"""Rounds a model's weights block by block, so that every layer makes up for the errors in front of it.
+"""Rounds a model's weights block by block, so that every layer makes up for the errors before it.
 
 A block gets its inputs twice: from the float model, and from the blocks before it as they were quantized.  From both the
 layers' inputs X and X' are taken, and with Q(X') as the quantized layer will see them, the moments
@@ -7,11 +7,11 @@ layers' inputs X and X' are taken, and with Q(X') as the quantized layer will se
 
 over all calibration rows; for an expert over those that are sent to it, times the squared weight of its output, and
 with hardly any weight over the others.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W
-(:func:`fqjax.core.rounding.gptq.aim_of`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is
+(:mod:`fqjax.drivers.compensation`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is
 run, and what it gives goes to the next one.  The layers of one block see what their neighbours, rounded to the nearest,
 make of the block's input.
 
-r says how much of the error of the blocks in front a layer takes back.  A least-squares fit to inputs with errors makes
+r says how much of the error of the blocks before a layer takes back.  A least-squares fit to inputs with errors makes
 weights smaller, layer after layer, so r = 1 can cost more than it gains (``scripts/ablation.py`` compares).  Where the
 inputs have hardly an error of their own, in INT8, the weight is left where it is and only rounded by GPTQ.
 
@@ -21,7 +21,7 @@ so that one compiled program serves all blocks.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +29,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from fqjax.core.formats.base import Grid
+from fqjax.core.inputs import InputQuantizer
 from fqjax.core.layer import LayerPlan, fake_input
-from fqjax.core.rounding.gptq import (
-    DAMPING,
-    Factored,
-    Prepared,
-    aim_of,
-    aim_of_more,
-    factorize,
-    gptq_prepared,
-    invert,
-    solve_ridge,
-)
+from fqjax.core.rounding.gptq import DAMPING
 from fqjax.core.transforms.base import Transform
+from fqjax.drivers.compensation import Moments, rounded_weight
+from fqjax.drivers.flow import Activations, Others, Pair
 from fqjax.layers.simulated import Simulated
 from fqjax.layers.surgery import dotted, find_linears, replace_modules
 from fqjax.layers.taps import Watcher
@@ -50,28 +42,19 @@ from fqjax.models.chain import Chain, Feed, run
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.memory import give_back
 
-DAMPING_RAISES = 3
-"""How often ten times the damping is tried where the damped moments have no Cholesky factor."""
-UNUSED = 1e-3
+UNROUTED_ROW_WEIGHT = 1e-3
 """How much a row counts that is not sent to an expert, next to one of which nothing else is used: what an expert that
 calibration never or hardly reached is rounded by."""
 
-STRIPE = 512
+STRIPE_ROWS = 512
 """Rows of a moment that are added to at once."""
 
 
-class Moments(NamedTuple):
-    """G and C above, (K, K), of smoothed inputs; C is None where the weight is left where it is."""
-
-    gram: Float32[Array, "k k"]
-    cross: Float32[Array, "k k"] | None
-
-
 class _Rounding(NamedTuple):
-    """What becomes of a layer's input: arrays alone, so that 4 or 8 bits are the same to the compiler."""
+    """The quantization of a layer's input: arrays alone, so that 4 or 8 bits are the same to the compiler."""
 
-    transform: Any
-    inputs: Any
+    transform: Transform
+    inputs: InputQuantizer
 
 
 class _Seen(nnx.Variable):
@@ -81,19 +64,19 @@ class _Seen(nnx.Variable):
 class _Tap(Watcher):
     """Computes what its layer computes, and keeps the input."""
 
-    def __init__(self, layer: Any):
+    def __init__(self, layer: Callable[..., Array]):
         self.layer, self.seen, self.counts = layer, _Seen(jnp.zeros(())), _Seen(jnp.zeros(()))
 
     def __call__(
-        self, x: Float[Array, "... k"], *args: Any, shares: Float32[Array, " rows"] | None = None, **kwargs: Any
+        self, x: Float[Array, "... k"], *args: object, shares: Float32[Array, " rows"] | None = None, **kwargs: object
     ) -> Array:
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         self.seen.set_value(rows)
-        self.counts.set_value(jnp.ones(len(rows)) if shares is None else jnp.maximum(shares**2, UNUSED))
+        self.counts.set_value(jnp.ones(len(rows)) if shares is None else jnp.maximum(shares**2, UNROUTED_ROW_WEIGHT))
         return self.layer(x, *args, **kwargs)
 
 
-def twice(feed: Feed) -> list[tuple[Any, Any]]:
+def twice(feed: Feed) -> list[Pair]:
     """The first block's inputs, from the float model and from the quantized one: they are still the same."""
     return [(x, x) for x in feed.first()]
 
@@ -104,7 +87,7 @@ def compensated(
     rough: Callable[[], Mapping[str, Simulated]],
     plans: Mapping[str, LayerPlan],
     feed: Feed,
-    inputs: Iterable[tuple[Any, Any]],
+    inputs: Iterable[Pair],
     upstream: float,
     damping: float = DAMPING,
 ) -> dict[str, Callable[[], Int[Array, "n k"]]]:
@@ -116,12 +99,12 @@ def compensated(
       rough: makes its quantized layers, weights rounded to the nearest; called once, if at all.
       plans: the plan of each.
       feed: the batches.
-      inputs: of the block, from the float model and from the quantized blocks in front; gone through once, if at all.
+      inputs: of the block, from the float model and from the quantized blocks before; gone through once, if at all.
       upstream: r above.
       damping: of the moments, relative to the mean of their diagonal; more where there is no Cholesky factor.
 
     Returns:
-      For each layer what rounds its weight to codes; called once each, as the moments are used up.
+      For each layer a function that rounds its weight to codes; called once each, as the moments are used up.
     """
     linears = find_linears(block)
 
@@ -131,7 +114,7 @@ def compensated(
 
     def codes(short: str) -> Int[Array, "n k"]:
         found = moments().pop(short)
-        rounded = _rounded(linears[short].kernel[...].T, plans[short], found, damping)
+        rounded = rounded_weight(linears[short].kernel[...].T, plans[short], found, damping)
         give_back()
         return rounded
 
@@ -143,9 +126,9 @@ def propagated(
     block: nnx.Module,
     layers: Mapping[str, Simulated],
     feed: Feed,
-    inputs: Iterable[tuple[Any, Any]],
-) -> Iterator[tuple[Any, Any]]:
-    """What the float block gives, and what it gives with quantized layers, for the inputs that :func:`compensated` takes."""
+    inputs: Iterable[Pair],
+) -> Iterator[Pair]:
+    """Outputs of the float block, and of it with quantized layers, for the inputs that :func:`compensated` takes."""
     quantized = nnx.split(replace_modules(block, layers))
     plain = nnx.split(block)
     for (exact, approximate), others in feed.paired(inputs):
@@ -153,11 +136,11 @@ def propagated(
 
 
 def _moments(
-    call: Callable[..., Any],
+    call: Callable[..., Activations],
     block: nnx.Module,
     rough: Callable[[], Mapping[str, Simulated]],
     plans: Mapping[str, LayerPlan],
-    inputs: Iterable[tuple[tuple[Any, Any], Any]],
+    inputs: Iterable[tuple[Pair, Others]],
     upstream: float,
 ) -> dict[str, Moments]:
     """The moments of all layers of a block, over all batches."""
@@ -183,16 +166,16 @@ def _no_moments(k: int, plan: LayerPlan) -> Moments:
 
 @functools.partial(jit, static_argnums=(0, 1, 2))
 def _inputs(
-    call: Callable[..., Any],
-    exact_def: Any,
-    approximate_def: Any,
-    exact_state: Any,
-    approximate_state: Any,
+    call: Callable[..., Activations],
+    exact_def: nnx.GraphDef,
+    approximate_def: nnx.GraphDef,
+    exact_state: nnx.State,
+    approximate_state: nnx.State,
     rounding: dict[str, _Rounding],
     upstream: float,
-    x: Any,
-    seen: Any,
-    others: Any,
+    x: Activations,
+    seen: Activations,
+    others: Others,
 ) -> dict[str, tuple[Float32[Array, "rows k"], Float32[Array, "rows k"], Float32[Array, "rows k"]]]:
     """For every layer and one batch Q(X') times how much its rows count, Q(X'), and what stands beside it in C."""
     exact, approximate = nnx.merge(exact_def, exact_state), nnx.merge(approximate_def, approximate_state)
@@ -221,83 +204,19 @@ def _plus_product(
     total: Float32[Array, "k k"], left: Float32[Array, "rows k"], right: Float32[Array, "rows k"]
 ) -> Float32[Array, "k k"]:
     """``total + left.T @ right``, some of its rows at a time."""
-    whole, rest = divmod(len(total), STRIPE)
+    whole, rest = divmod(len(total), STRIPE_ROWS)
 
-    def add(start: Any, width: int, total: Array) -> Array:
+    def add(start: int | Int[Array, ""], width: int, total: Array) -> Array:
         old = lax.dynamic_slice_in_dim(total, start, width, 0)
         product = lax.dynamic_slice_in_dim(left, start, width, 1).T @ right
         return lax.dynamic_update_slice_in_dim(total, old + product, start, 0)
 
     if whole:
-        total = lax.fori_loop(0, whole, lambda i, total: add(i * STRIPE, STRIPE, total), total)
-    return add(whole * STRIPE, rest, total) if rest else total
+        total = lax.fori_loop(0, whole, lambda i, total: add(i * STRIPE_ROWS, STRIPE_ROWS, total), total)
+    return add(whole * STRIPE_ROWS, rest, total) if rest else total
 
 
 def _taken(module: nnx.Module) -> dict[str, tuple[Float32[Array, "rows k"], Float32[Array, " rows"]]]:
     """Every layer's input, and how much its rows count."""
     taps = {dotted(path): node for path, node in nnx.iter_graph(module) if isinstance(node, _Tap)}
     return {path: (tap.seen.get_value(), tap.counts.get_value()) for path, tap in taps.items()}
-
-
-def _rounded(weight: Float[Array, "n k"], plan: LayerPlan, moments: Moments, damping: float) -> Int[Array, "n k"]:
-    """The weight that makes up for the errors in its input, rounded so that it makes up for its own.
-
-    The moments are used up.  It goes step by step, so that no more arrays of their size are there at once than must be.
-    Where they have no Cholesky factor whatever the damping, the codes are those of NaN
-    (:data:`fqjax.core.codes.NO_CODE`).
-    """
-    target = _transformed(weight, plan.transform)
-    if moments.cross is not None:
-        aim = jax.block_until_ready(_aim_of(target, *moments, damping=damping))
-        moments.cross.delete()
-        target = _solved(moments.gram, aim, target, damping)
-        del aim
-    factored = _factored(moments.gram, damping)
-    moments.gram.delete()
-    prepared = jax.block_until_ready(_invert(factored))
-    return jax.block_until_ready(_round_in_order(target, plan.grid, prepared))
-
-
-def _solved(
-    gram: Float32[Array, "k k"], aim: Float32[Array, "k n"], weight: Float32[Array, "n k"], least: float
-) -> Float32[Array, "n k"]:
-    """The weight that ``aim`` asks for, with the least damping with which there is one."""
-    found, finite = _solve_ridge(gram, aim, damping=least)
-    for damping in _more(least):
-        if bool(finite):
-            break
-        more = _aim_of_more(aim, weight, gram, damping=damping, before=least)
-        found, finite = _solve_ridge(gram, more, damping=damping)
-    return found
-
-
-def _factored(gram: Float32[Array, "k k"], least: float) -> Factored:
-    """The Cholesky factor with the least damping with which there is one."""
-    found = _factorize(gram, damping=least)
-    for damping in _more(least):
-        if bool(found.finite):
-            break
-        found = _factorize(gram, damping=damping)
-    return found
-
-
-def _more(damping: float) -> list[float]:
-    """Dampings to try after one that was not enough."""
-    return [damping * 10**i for i in range(1, DAMPING_RAISES + 1)]
-
-
-_aim_of = functools.partial(jit, static_argnames="damping")(aim_of)
-_aim_of_more = functools.partial(jit, static_argnames=("damping", "before"))(aim_of_more)
-_solve_ridge = functools.partial(jit, static_argnames="damping")(solve_ridge)
-_factorize = functools.partial(jit, static_argnames="damping")(functools.partial(factorize, act_order=True))
-_invert = jit(invert, donate_argnums=0)
-
-
-@jax.jit
-def _transformed(weight: Float[Array, "n k"], transform: Transform) -> Float32[Array, "n k"]:
-    return transform.weight(weight)
-
-
-@jit
-def _round_in_order(target: Float32[Array, "n k"], grid: Grid, prepared: Prepared) -> Int[Array, "n k"]:
-    return grid.round(gptq_prepared(target, prepared, grid.column))

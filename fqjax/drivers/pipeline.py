@@ -1,7 +1,7 @@
 """Quantization of a model's linear layers: the passes of a method, one after the other."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import jax
 from flax import nnx
@@ -10,6 +10,7 @@ from fqjax.checkpoint.calibration_record import CalibrationRecord
 from fqjax.drivers.allocate import Allocate
 from fqjax.drivers.base import Keep, Pass, Request, Run, execute
 from fqjax.drivers.calibrate import Calibrate
+from fqjax.drivers.flow import Batch
 from fqjax.drivers.method import Method
 from fqjax.drivers.rounding import RoundCompensated, RoundNearest
 from fqjax.drivers.settings import Compensated
@@ -30,7 +31,7 @@ def quantize_blocks(
     chain: Chain,
     linears: Mapping[str, nnx.Linear],
     request: Request,
-    calibration: Iterable[Any],
+    calibration: Iterable[Batch],
     keep: Keep,
 ) -> CalibrationRecord:
     """Quantize a model's linear layers.

@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import cast
 
 from jaxtyping import Array, Float32, Int
 
-from fqjax.core.formats.base import Weight
+from fqjax.core.formats.base import RoundedWeight
 from fqjax.core.inputs import InputQuantizer
 from fqjax.core.layer import LayerInputs, LayerPlan, fake_input, relative_square
 from fqjax.core.transforms.base import Transform
 from fqjax.drivers.assemble import assemble
 from fqjax.drivers.base import BlockRun, Pass
+from fqjax.drivers.flow import Activations, Pair
 from fqjax.drivers.method import Method
 from fqjax.drivers.moments import compensated, propagated
 from fqjax.drivers.settings import Compensated
@@ -29,7 +30,7 @@ class RoundNearest(Pass):
 
     name, title, inputs = "rounded", "quantizing", "none"
 
-    def block(self, block: BlockRun, inputs: Iterable[Any]) -> Iterator[Any]:
+    def block(self, block: BlockRun, inputs: Iterable[Activations]) -> Iterator[Activations]:
         plans, linears = chosen_plans(block), block.linears
         finish(block, plans, {s: functools.partial(rounded, plan, linears[s].kernel[...]) for s, plan in plans.items()})
         return iter(())
@@ -43,19 +44,19 @@ class RoundCompensated(Pass):
     def __init__(self, rounding: Compensated):
         self.rounding = rounding
 
-    def block(self, block: BlockRun, inputs: Iterable[Any]) -> Iterator[Any]:
-        run, plans = block.run, chosen_plans(block)
+    def block(self, block: BlockRun, inputs: Iterable[Activations]) -> Iterator[Activations]:
+        run, plans, pairs = block.run, chosen_plans(block), cast("Iterable[Pair]", inputs)
 
         def rough() -> dict[str, Simulated]:
             return {short: nearest(block.linears[short], plan) for short, plan in plans.items()}
 
         codes = compensated(
-            run.chain, block.module, rough, plans, run.feed, inputs, self.rounding.upstream, self.rounding.damping
+            run.chain, block.module, rough, plans, run.feed, pairs, self.rounding.upstream, self.rounding.damping
         )
         is_last = block.path == next(reversed(run.inside))
         kept = finish(block, plans, codes, simulate=not is_last)
         if not is_last:
-            yield from propagated(run.chain, block.module, kept, run.feed, inputs)
+            yield from propagated(run.chain, block.module, kept, run.feed, pairs)
 
 
 def chosen_plans(block: BlockRun) -> dict[str, LayerPlan]:
@@ -104,6 +105,6 @@ def _finished(layer: QuantizedLinear, plan: LayerPlan, inputs: LayerInputs, meth
 
 @jit
 def _relative_error(
-    transform: Transform, inputs: InputQuantizer, weight: Weight, layer: LayerInputs
+    transform: Transform, inputs: InputQuantizer, weight: RoundedWeight, layer: LayerInputs
 ) -> Float32[Array, ""]:
     return relative_square(fake_input(transform, inputs, layer.samples) @ weight().T, layer.samples @ layer.weight.T)

@@ -12,7 +12,6 @@ each for all batches are held for the next.
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from jaxtyping import Array, Float, Float32
 
 from fqjax.core.layer import LayerInputs
 from fqjax.drivers.codec import keepable
+from fqjax.drivers.flow import Activations, Batch, Others
 from fqjax.layers.surgery import dotted, replace_modules
 from fqjax.layers.taps import Watcher
 from fqjax.models.chain import Chain, Feed, chain, places, sweep
@@ -90,14 +90,14 @@ class Observer(Watcher):
 
     def __init__(self, linear: nnx.Linear, sample_rows: int):
         k = linear.in_features
-        self.linear = linear
+        self.linear: Callable[..., Array] = linear
         self.absmax, self.absmax_of_all = (_Statistic(jnp.zeros(k, jnp.float32)) for _ in range(2))
         self.samples = _Statistic(jnp.zeros((sample_rows, k), jnp.float32))
         self.lots = _Statistic(jnp.full(sample_rows, -1.0, jnp.float32))
         self.rows, self.passed = (_Statistic(jnp.zeros((), jnp.uint32)) for _ in range(2))
 
     def __call__(
-        self, x: Float[Array, "... k"], *args: Any, shares: Float32[Array, " rows"] | None = None, **kwargs: Any
+        self, x: Float[Array, "... k"], *args: object, shares: Float32[Array, " rows"] | None = None, **kwargs: object
     ) -> Array:
         self._note(x.reshape(-1, x.shape[-1]).astype(jnp.float32), shares)
         return self.linear(x, *args, **kwargs)
@@ -119,7 +119,7 @@ class Observer(Watcher):
 
 
 def calibrate(
-    model: nnx.Module, batches: Iterable[Any], names: Iterable[str], *, sample_rows: int = 512
+    model: nnx.Module, batches: Iterable[Batch], names: Iterable[str], *, sample_rows: int = 512
 ) -> dict[str, Statistics]:
     """Runs the batches through the model and returns the statistics of the named linear layers.
 
@@ -139,7 +139,7 @@ def calibrate(
     parts, found = chain(model, names := list(names)), {}
     inside, feed = places(parts.blocks, names), Feed(parts, batches)
 
-    def step(path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
+    def step(path: str, block: nnx.Module, inputs: Iterable[Activations]) -> Iterator[Activations]:
         found.update((yield from watch(parts, block, inside[path], feed.paired(inputs), sample_rows)))
 
     sweep(parts.blocks, feed.first, step, "calibrating")
@@ -147,8 +147,12 @@ def calibrate(
 
 
 def watch(
-    parts: Chain, block: nnx.Module, names: Mapping[str, str], inputs: Iterable[tuple[Any, Any]], sample_rows: int
-) -> Generator[Any, None, dict[str, Statistics]]:
+    parts: Chain,
+    block: nnx.Module,
+    names: Mapping[str, str],
+    inputs: Iterable[tuple[Activations, Others]],
+    sample_rows: int,
+) -> Generator[Activations, None, dict[str, Statistics]]:
     """Runs a block and yields its outputs; what is left at the end are the statistics of its linear layers.
 
     Args:
@@ -176,8 +180,14 @@ def watch(
 
 @functools.partial(jit, static_argnums=(0, 1, 2))
 def _observe(
-    call: Callable[..., Any], graphdef: Any, wanted: bool, statistics: Any, rest: Any, x: Any, others: Any
-) -> tuple[Any, Any]:
+    call: Callable[..., Activations],
+    graphdef: nnx.GraphDef,
+    wanted: bool,
+    statistics: nnx.State,
+    rest: nnx.State,
+    x: Activations,
+    others: Others,
+) -> tuple[nnx.State, Activations]:
     """The statistics with those of one batch in them, and the block's output if it is wanted."""
     running = nnx.merge(graphdef, statistics, rest)
     y = call(running, x, others)

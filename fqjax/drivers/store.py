@@ -25,11 +25,12 @@ import numpy as np
 from flax import nnx
 
 from fqjax.drivers.codec import read_value, write_value
+from fqjax.drivers.flow import Activations
 from fqjax.models.chain import Step, drain, sweep
 from fqjax.runtime.files import writing
 from fqjax.runtime.progress import track
 
-ACTIVATIONS = "activations"
+ACTIVATIONS_FOLDER = "activations"
 """Folder of the activations."""
 
 Key = tuple[str, ...]
@@ -39,7 +40,7 @@ class Store:
     """Keeps everything in memory, as long as it lives itself."""
 
     def __init__(self) -> None:
-        self._values: dict[Key, Any] = {}
+        self._values: dict[Key, object] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._values
@@ -47,19 +48,19 @@ class Store:
     def __getitem__(self, key: Key) -> Any:
         return self._values[key]
 
-    def __setitem__(self, key: Key, value: Any) -> None:
+    def __setitem__(self, key: Key, value: object) -> None:
         self._values[key] = value
 
     def sweep(
         self,
         name: str,
         blocks: Mapping[str, nnx.Module],
-        first: Callable[[], Iterable[Any]],
+        first: Callable[[], Iterable[Activations]],
         step: Step,
         title: str,
         *,
         keep_last: bool = False,
-    ) -> Iterable[Any]:
+    ) -> Iterable[Activations]:
         """One pass through the blocks, as :func:`fqjax.models.chain.sweep` has it.
 
         Args:
@@ -87,7 +88,7 @@ class DirectoryStore(Store):
     def __getitem__(self, key: Key) -> Any:
         return read_value(self._path(key))
 
-    def __setitem__(self, key: Key, value: Any) -> None:
+    def __setitem__(self, key: Key, value: object) -> None:
         write_value(self._path(key), value)
 
     def _path(self, key: Key) -> Path:
@@ -97,18 +98,18 @@ class DirectoryStore(Store):
         self,
         name: str,
         blocks: Mapping[str, nnx.Module],
-        first: Callable[[], Iterable[Any]],
+        first: Callable[[], Iterable[Activations]],
         step: Step,
         title: str,
         *,
         keep_last: bool = False,
-    ) -> Iterable[Any]:
-        folder, paths = self.directory / ACTIVATIONS, list(blocks)
+    ) -> Iterable[Activations]:
+        folder, paths = self.directory / ACTIVATIONS_FOLDER, list(blocks)
         with writing(folder):
             folder.mkdir(exist_ok=True)
         begun = [int(p.name.rpartition(".")[2]) for p in folder.glob(f"{name}.*") if p.suffix[1:].isdigit()]
         done = max(begun, default=0)
-        inputs: Iterable[Any] = _Carried(folder / f"{name}.{done:04d}")
+        inputs: Iterable[Activations] = _Carried(folder / f"{name}.{done:04d}")
         if not begun:
             inputs = self._carry(folder / f"{name}.0000", first())
         for i in track(range(done, len(paths)), title):
@@ -117,7 +118,7 @@ class DirectoryStore(Store):
             inputs = self._carry(folder / f"{name}.{i + 1:04d}", kept)
         return inputs
 
-    def _carry(self, folder: Path, outputs: Iterable[Any]) -> "_Carried":
+    def _carry(self, folder: Path, outputs: Iterable[Activations]) -> "_Carried":
         """Write activations, and remove those that the same pass had before."""
         unfinished = folder.with_name("unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -139,6 +140,6 @@ class _Carried:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Activations]:
         for path in sorted(self.folder.glob("*.safetensors")):
             yield read_value(path)

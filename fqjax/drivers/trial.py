@@ -2,13 +2,12 @@
 
 The error of a layer's own output says little about this: a layer that writes small corrections into the residual stream
 can be coarse, one that feeds attention scores cannot.  So every layer is tried for real: its block runs with both versions
-of each layer behind a switch, then the blocks after it run as they are.  That costs half as many forward passes as there
+of each layer chosen by a switch, then the blocks after it run as they are.  That costs half as many forward passes as there
 are layers, and two compiled programs.
 """
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from fqjax.core.layer import LayerPlan
 from fqjax.drivers.base import BlockRun, Pass, Run
+from fqjax.drivers.flow import Activations, Batch, Others
 from fqjax.layers.simulated import Simulated
 from fqjax.layers.surgery import replace_modules
 from fqjax.models.chain import Chain, Feed, as_arguments, places, run, sweep
@@ -50,7 +50,7 @@ class Trial(Pass):
     def begin(self, run: Run) -> None:
         self.feed = Feed(run.chain, [run.first_batch])
 
-    def block(self, block: BlockRun, inputs: Iterable[Any]) -> Iterator[Any]:
+    def block(self, block: BlockRun, inputs: Iterable[Activations]) -> Iterator[Activations]:
         run = block.run
         unit = {name: label for label, names in run.units.items() for name in names}
         labels = list(dict.fromkeys(unit[name] for name in block.names.values()))
@@ -62,7 +62,7 @@ class Trial(Pass):
 
         yield from tried(run.chain, block.module, low, numbers, self.feed, inputs)
 
-    def end(self, run: Run, outputs: Iterable[Any]) -> None:
+    def end(self, run: Run, outputs: Iterable[Activations]) -> None:
         unit = {name: label for label, names in run.units.items() for name in names}
         labels = dict.fromkeys(unit[name] for names in run.inside.values() for name in names.values())
         run.store["sensitivities",] = divergences(run.chain, list(labels), run.first_batch, outputs)
@@ -73,14 +73,16 @@ def nearest(linear: nnx.Linear, plan: LayerPlan) -> Simulated:
     return Simulated.of(linear, plan, rounded(plan, linear.kernel[...]))
 
 
-@jit
 def rounded(plan: LayerPlan, kernel: Float[Array, "k n"]) -> Int[Array, "n k"]:
-    """The nearest codes of a linear layer's kernel."""
+    """The nearest codes of a linear layer's kernel.
+
+    Not jitted: in one program XLA would multiply with the reciprocal of a row's step, which rounds ties another way.
+    """
     return plan.round(kernel.T.astype(jnp.float32))
 
 
 def sensitivities(
-    parts: Chain, names: Iterable[str], low: Callable[[str, nnx.Module], Mapping[str, Simulated]], batch: Any
+    parts: Chain, names: Iterable[str], low: Callable[[str, nnx.Module], Mapping[str, Simulated]], batch: Batch
 ) -> dict[str, float]:
     """Run a batch through a model with one layer quantized at a time.
 
@@ -97,7 +99,7 @@ def sensitivities(
     """
     feed, inside = Feed(parts, [batch]), places(parts.blocks, names := list(names))
 
-    def step(path: str, block: nnx.Module, inputs: Iterable[Any]) -> Iterator[Any]:
+    def step(path: str, block: nnx.Module, inputs: Iterable[Activations]) -> Iterator[Activations]:
         numbers = {short: i for i, short in enumerate(inside[path])}
         return tried(parts, block, functools.partial(low, path, block), numbers, feed, inputs)
 
@@ -111,8 +113,8 @@ def tried(
     low: Callable[[], Mapping[str, Simulated]],
     numbers: Mapping[str, int],
     feed: Feed,
-    inputs: Iterable[Any],
-) -> Iterator[Any]:
+    inputs: Iterable[Activations],
+) -> Iterator[Activations]:
     """Outputs of a block: of the exact input, of those with a layer of the blocks before quantized, and of the exact input
     with one of this block's layers quantized.
 
@@ -134,7 +136,7 @@ def tried(
         yield _run_probed(parts.call, graphdef, up, rest, jnp.int32(number), exact, others)
 
 
-def divergences(parts: Chain, labels: Iterable[str], batch: Any, outputs: Iterable[Any]) -> dict[str, float]:
+def divergences(parts: Chain, labels: Iterable[str], batch: Batch, outputs: Iterable[Activations]) -> dict[str, float]:
     """Divergence of each of the last block's outputs from the first of them, by a label each."""
     outputs = iter(outputs)
     exact, is_text = parts.end(next(outputs)), _is_token_batch(as_arguments(batch)[0])
@@ -151,13 +153,19 @@ def _probed(block: nnx.Module, low: Mapping[str, Simulated], numbers: Mapping[st
 
 @functools.partial(jit, static_argnums=(0, 1))
 def _run_probed(
-    call: Callable[..., Any], graphdef: Any, up: Any, rest: Any, number: Int32[Array, ""], x: Any, others: Any
-) -> Any:
+    call: Callable[..., Activations],
+    graphdef: nnx.GraphDef,
+    up: nnx.State,
+    rest: nnx.State,
+    number: Int32[Array, ""],
+    x: Activations,
+    others: Others,
+) -> Activations:
     chosen = jax.tree.map(lambda _: number, up)
     return call(nnx.merge(graphdef, chosen, rest), x, others)
 
 
-def divergence(exact: Any, approximate: Any, is_text: bool) -> Float32[Array, ""]:
+def divergence(exact: Activations, approximate: Activations, is_text: bool) -> Float32[Array, ""]:
     """Distance of two outputs of a model.
 
     Args:
@@ -189,9 +197,9 @@ def _relative_difference(exact: list[Array], approximate: list[Array]) -> Float3
     return jnp.asarray(error / jnp.maximum(power, jnp.finfo(jnp.float32).tiny), jnp.float32)
 
 
-def _floats(tree: Any) -> list[Array]:
+def _floats(tree: object) -> list[Array]:
     return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
-def _is_token_batch(args: tuple[Any, ...]) -> bool:
+def _is_token_batch(args: tuple[object, ...]) -> bool:
     return bool(args) and jnp.issubdtype(jnp.asarray(args[0]).dtype, jnp.integer)

@@ -7,13 +7,13 @@ are float32, and an incomplete last window is dropped.
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, ArrayLike, DTypeLike, Float32, Int32
 
 from fqjax.data.text import cut_windows
 from fqjax.layers.record import split_to_run
@@ -24,8 +24,8 @@ from fqjax.runtime.progress import track
 
 
 def perplexity(
-    model: Any,
-    token_ids: Any,
+    model: nnx.Module,
+    token_ids: ArrayLike | Sequence[int],
     window: int = 512,
     *,
     windows: int | None = None,
@@ -72,10 +72,13 @@ def perplexity(
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _window_losses(
-    graphdef: Any, state: Any, windows: Int32[Array, "batch window"], cache_dtype: Any
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    windows: Int32[Array, "batch window"] | np.ndarray,
+    cache_dtype: DTypeLike | None,
 ) -> Float32[Array, " batch"]:
     """Sum of negative log-likelihoods over each window."""
-    kinds = {} if cache_dtype is None else {"cache_dtype": cache_dtype}
-    logits = nnx.merge(graphdef, state)(windows[:, :-1], **kinds).astype(jnp.float32)
+    model, read = nnx.merge(graphdef, state), windows[:, :-1]
+    logits = (model(read) if cache_dtype is None else model(read, cache_dtype=cache_dtype)).astype(jnp.float32)
     picked = jnp.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - picked, axis=-1)

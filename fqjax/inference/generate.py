@@ -1,13 +1,13 @@
 """Text generation: the prompts, in pieces if they are long, then one jitted loop over a static, donated cache.
 
-Prompts of different lengths share a batch by padding on the right.  Every sequence keeps its own length and writes behind
+Prompts of different lengths share a batch by padding on the right.  Every sequence keeps its own length and writes after
 it, so positions are those it would have alone, and padding is overwritten before it could be seen.
 """
 
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from jaxtyping import Array, Float32, Int32
 
 from fqjax.inference.sampling import is_end, sample
 from fqjax.layers.record import split_to_run
-from fqjax.models.cache import Kind, dtype_of
+from fqjax.models.cache import KeyValueCache, Kind, dtype_of
+from fqjax.models.causal_lm import GenerativeModel
 from fqjax.models.checks import check_takes, check_tokens
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.validation import MAX_INDEX
@@ -40,6 +41,10 @@ CHUNK = 2048
 """Tokens of a prompt taken up at once, unless told otherwise."""
 
 
+Carry = tuple[Array, Array, Array, Array, KeyValueCache]
+"""State of the decoding loop: its step, the tokens so far, the last of them, which sequences have ended, and the cache."""
+
+
 class Sampling(NamedTuple):
     """How tokens are drawn: arrays, so that changing them does not compile again."""
 
@@ -48,8 +53,8 @@ class Sampling(NamedTuple):
 
 
 def generate(
-    model: Any,
-    prompt_tokens: Any,
+    model: GenerativeModel,
+    prompt_tokens: object,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -95,13 +100,13 @@ def generate(
     sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
     tokens, counts = _padded(prompts)
     cache = empty_cache(model, len(prompts), tokens.shape[1] + max_new_tokens, kv_cache)
-    graphdef, state = split_to_run(model)
+    graphdef, state = split_to_run(cast(nnx.Module, model))
     logits, cache = _take_up(graphdef, state, tokens, counts, cache, prefill_chunk)
     new, _ = decode(graphdef, state, cache, logits, keys, sampling, max_new_tokens, eos)
     return np.asarray(new)[0] if single else np.asarray(new)
 
 
-def eos_of(model: Any, eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
+def eos_of(model: object, eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
     """The tokens that end a sequence: those named, or for None the model's own.
 
     Raises:
@@ -120,7 +125,7 @@ def seed_of(seed: int) -> np.uint32:
     return np.uint32(int(seed) % 2**32)
 
 
-def empty_cache(model: Any, batch: int, capacity: int, kv_cache: Kind | None) -> Any:
+def empty_cache(model: GenerativeModel, batch: int, capacity: int, kv_cache: Kind | None) -> KeyValueCache:
     """The model's cache, in its own dtype or of the kind named.
 
     Raises:
@@ -133,7 +138,9 @@ def empty_cache(model: Any, batch: int, capacity: int, kv_cache: Kind | None) ->
     return model.make_cache(batch, capacity, dtype=dtype)
 
 
-def take_up(model: Any, tokens: Array, cache: Any, counts: Array) -> tuple[Float32[Array, "batch vocabulary"], Any]:
+def take_up(
+    model: GenerativeModel, tokens: Array | np.ndarray, cache: KeyValueCache, counts: Array | np.ndarray
+) -> tuple[Float32[Array, "batch vocabulary"], KeyValueCache]:
     """The model's ``prefill`` of an empty cache, or its ``extend`` if it has no other."""
     return getattr(model, "prefill", model.extend)(tokens, cache, counts)
 
@@ -145,9 +152,14 @@ def _padded(prompts: list[np.ndarray]) -> tuple[Int32[np.ndarray, "batch width"]
 
 
 def _take_up(
-    graphdef: Any, state: Any, tokens: np.ndarray, counts: np.ndarray, cache: Any, chunk: int
-) -> tuple[Float32[Array, "batch vocabulary"], Any]:
-    """Logits behind each prompt, and the cache; piece by piece, of which shorter prompts fill fewer."""
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    cache: KeyValueCache,
+    chunk: int,
+) -> tuple[Float32[Array, "batch vocabulary"], KeyValueCache]:
+    """Logits after each prompt, and the cache; piece by piece, of which shorter prompts fill fewer."""
     logits = None
     for start in range(0, tokens.shape[1], chunk):
         here = np.clip(counts - start, 0, chunk).astype(np.int32)
@@ -164,21 +176,25 @@ def _take_up(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def prefill(
-    graphdef: Any, state: Any, tokens: Int32[Array, "batch width"], cache: Any, counts: Int32[Array, " batch"]
-) -> tuple[Float32[Array, "batch vocabulary"], Any]:
-    """Logits behind each prompt (:func:`take_up`), and the cache with the prompts in it; the empty one is donated."""
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    tokens: Int32[Array, "batch width"] | np.ndarray,
+    cache: KeyValueCache,
+    counts: Int32[Array, " batch"] | np.ndarray,
+) -> tuple[Float32[Array, "batch vocabulary"], KeyValueCache]:
+    """Logits after each prompt (:func:`take_up`), and the cache with the prompts in it; the empty one is donated."""
     return take_up(nnx.merge(graphdef, state), tokens, cache, counts)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 5))
 def _extend(
-    graphdef: Any,
-    state: Any,
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
     tokens: Int32[Array, "batch width"],
-    cache: Any,
+    cache: KeyValueCache,
     counts: Int32[Array, " batch"],
     before: Float32[Array, "batch vocabulary"],
-) -> tuple[Float32[Array, "batch vocabulary"], Any]:
+) -> tuple[Float32[Array, "batch vocabulary"], KeyValueCache]:
     """Logits of rows whose prompt has ended stay what they were."""
     logits, cache = nnx.merge(graphdef, state).extend(tokens, cache, counts)
     return jnp.where(counts[:, None] > 0, logits, before), cache
@@ -186,21 +202,21 @@ def _extend(
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2, compiler_options=GRAPHS)
 def decode(
-    graphdef: Any,
-    state: Any,
-    cache: Any,
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    cache: KeyValueCache,
     logits: Float32[Array, "batch vocabulary"],
     keys: Array,
     sampling: Sampling | None,
     steps: int,
     eos: tuple[int, ...],
-) -> tuple[Int32[Array, "batch steps"], Any]:
+) -> tuple[Int32[Array, "batch steps"], KeyValueCache]:
     """The loop: append the last token, pick the next; until there are enough, or all sequences have ended.
 
     Args:
       graphdef, state: the model, as ``nnx.split`` gives it.
       cache: what the sequences hold; it is donated.
-      logits: behind them.
+      logits: of the tokens after them.
       keys: a random key for each row; not looked at without ``sampling``.
       sampling: None takes the most likely tokens.
       steps: how many tokens are wanted, the first of which ``logits`` gives.
@@ -214,7 +230,7 @@ def decode(
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), *sampling)
 
-    def body(carry: Any) -> Any:
+    def body(carry: Carry) -> Carry:
         step, out, token, ended, cache = carry
         logits, cache = model.extend(token[:, None], cache, jnp.ones(batch, jnp.int32))
         # A sequence that has ended repeats its last token.
@@ -222,7 +238,7 @@ def decode(
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
         return step + 1, out, token, ended | is_end(token, eos), cache
 
-    def unfinished(carry: Any) -> Array:
+    def unfinished(carry: Carry) -> Array:
         step, _, _, ended, _ = carry
         return (step < steps) & ~jnp.all(ended)
 
@@ -234,7 +250,7 @@ def decode(
     return jnp.where(jnp.arange(steps) < done, out, token[:, None]), cache
 
 
-def as_prompts(prompt_tokens: Any) -> tuple[list[np.ndarray], bool]:
+def as_prompts(prompt_tokens: object) -> tuple[list[np.ndarray], bool]:
     """A list of prompts, and whether one alone was given."""
     if not isinstance(prompt_tokens, Sequence | np.ndarray | jax.Array) or isinstance(prompt_tokens, str):
         raise InputError(f"prompt: expected token ids, got {type(prompt_tokens).__name__}")

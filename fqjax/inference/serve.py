@@ -7,22 +7,22 @@ programs, all over one cache and one table of slots that are donated from call t
 
 - ``_prefill``: the first piece of a prompt, into a slot whose old content is not looked at;
 - ``_extend``: a further piece;
-- ``_begin``: the first token behind a prompt, and the slot's settings;
-- ``_decode``: some tokens for every slot that decodes; the others keep their length, so that what is written behind it
+- ``_begin``: the first token after a prompt, and the slot's settings;
+- ``_decode``: some tokens for every slot that decodes; the others keep their length, so that what is written after it
   is never seen.
 
 A slot's arithmetic does not depend on its neighbours: a request gets the tokens that :func:`fqjax.generate` gives its prompt
 alone with the same settings and seed, up to the rounding of sums in batches of different sizes.
 
-This is a starting point to take over: :class:`Server` is what stands behind :func:`serve`, and a network front end would
-call its ``submit`` and ``step``.
+This is a starting point to take over: :func:`serve` is a loop over :class:`Server`, and a network front end would call
+its ``submit`` and ``step``.
 """
 
 import dataclasses
 import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,14 @@ from jaxtyping import Array, Bool, Float32, Int32
 from fqjax.inference.generate import GRAPHS, as_prompts, check_settings, empty_cache, eos_of, seed_of, take_up
 from fqjax.inference.sampling import is_end, sample
 from fqjax.layers.record import split_to_run
-from fqjax.models.cache import Kind
+from fqjax.models.cache import KeyValueCache, Kind
+from fqjax.models.causal_lm import GenerativeModel
 from fqjax.models.checks import check_tokens
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.validation import MAX_INDEX
 
 NO_TOKEN = -1
-"""What a step gives for a slot that does not decode."""
+"""The token of a slot that does not decode."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +57,12 @@ class Request:
       name: anything by which the caller knows the request again.
     """
 
-    prompt: Any
+    prompt: object
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    name: Any = None
+    name: object = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Finished:
 
 
 def serve(
-    model: Any,
+    model: GenerativeModel,
     requests: Iterable[Request],
     *,
     slots: int = 8,
@@ -108,8 +109,16 @@ def serve(
     Raises:
       InputError: for settings out of range, when it is called; for a request that cannot be served, when it is read.
     """
-    kinds = {"slots": slots, "capacity": capacity, "chunk": chunk, "burst": burst}
-    return _serve(Server(model, eos_token_id=eos_token_id, kv_cache=kv_cache, **kinds), iter(requests))
+    server = Server(
+        model,
+        slots=slots,
+        capacity=capacity,
+        chunk=chunk,
+        burst=burst,
+        eos_token_id=eos_token_id,
+        kv_cache=kv_cache,
+    )
+    return _serve(server, iter(requests))
 
 
 def _serve(server: "Server", requests: Iterator[Request]) -> Iterator[Finished]:
@@ -124,7 +133,7 @@ def _serve(server: "Server", requests: Iterator[Request]) -> Iterator[Finished]:
 
 
 class Slots(NamedTuple):
-    """What the device knows of each slot; a row each.
+    """State of the slots on the device; a row each.
 
     Attributes:
       token: the last one, which is not in the cache yet.
@@ -146,7 +155,7 @@ class Slots(NamedTuple):
 
 @dataclasses.dataclass
 class _Running:
-    """What the host knows of an occupied slot."""
+    """State of an occupied slot on the host."""
 
     request: Request
     prompt: np.ndarray
@@ -159,7 +168,7 @@ class Server:
 
     def __init__(
         self,
-        model: Any,
+        model: GenerativeModel,
         *,
         slots: int = 8,
         capacity: int = 2048,
@@ -182,8 +191,8 @@ class Server:
         self.chunk, self.burst, self.eos = min(chunk, capacity), burst, eos_of(model, eos_token_id)
         self.waiting: deque[_Running] = deque()
         self.running: list[_Running | None] = [None] * slots
-        self.graphdef, self.state = split_to_run(model)
-        # Whole pieces fit: a write behind the capacity would be moved in front of it.
+        self.graphdef, self.state = split_to_run(cast(nnx.Module, model))
+        # Whole pieces fit: a write past the capacity would be moved back before it.
         self.whole, self.kv_cache = -(-capacity // self.chunk) * self.chunk, kv_cache
         self.cache = empty_cache(model, slots, self.whole, kv_cache)
         keys = jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32))
@@ -278,15 +287,15 @@ class Server:
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
 def _prefill(
-    graphdef: Any,
-    state: Any,
-    cache: Any,
-    tokens: Array,
-    count: Array,
-    slot: Array,
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    cache: KeyValueCache,
+    tokens: Array | np.ndarray,
+    count: Array | np.ndarray,
+    slot: Array | np.int32,
     capacity: int,
     kv_cache: Kind | None,
-) -> tuple[Float32[Array, "1 vocabulary"], Any]:
+) -> tuple[Float32[Array, "1 vocabulary"], KeyValueCache]:
     """The first piece (1, chunk) of a prompt into a slot."""
     model = nnx.merge(graphdef, state)
     logits, filled = take_up(model, tokens, empty_cache(model, 1, capacity, kv_cache), count)
@@ -295,15 +304,20 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _extend(
-    graphdef: Any, state: Any, cache: Any, tokens: Array, count: Array, slot: Array
-) -> tuple[Float32[Array, "1 vocabulary"], Any]:
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    cache: KeyValueCache,
+    tokens: Array | np.ndarray,
+    count: Array | np.ndarray,
+    slot: Array | np.int32,
+) -> tuple[Float32[Array, "1 vocabulary"], KeyValueCache]:
     """A further piece (1, chunk) of a prompt into a slot."""
     held = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, slot, 1, axis=0), cache)
     logits, filled = nnx.merge(graphdef, state).extend(tokens, held, count)
     return logits, _put(cache, filled, slot)
 
 
-def _put(cache: Any, row: Any, slot: Array) -> Any:
+def _put(cache: KeyValueCache, row: KeyValueCache, slot: Array | np.int32) -> KeyValueCache:
     return jax.tree.map(lambda all, one: lax.dynamic_update_slice_in_dim(all, one, slot, axis=0), cache, row)
 
 
@@ -318,7 +332,7 @@ def _begin(
     top_p: Array,
     eos: tuple[int, ...],
 ) -> tuple[Slots, Int32[Array, ""]]:
-    """Picks the first token behind a prompt, and lets the slot decode from it."""
+    """Picks the first token after a prompt, and lets the slot decode from it."""
     key = jax.random.key(seed)
     first = _pick(logits, key[None], jnp.zeros(1, jnp.int32), temperature[None], top_p[None])[0]
     active = (limit > 1) & ~is_end(first, eos)
@@ -328,12 +342,12 @@ def _begin(
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=(2, 3), compiler_options=GRAPHS)
 def _decode(
-    graphdef: Any, state: Any, cache: Any, slots: Slots, burst: int, eos: tuple[int, ...]
-) -> tuple[Any, Slots, Int32[Array, "slots burst"]]:
+    graphdef: nnx.GraphDef, state: nnx.State, cache: KeyValueCache, slots: Slots, burst: int, eos: tuple[int, ...]
+) -> tuple[KeyValueCache, Slots, Int32[Array, "slots burst"]]:
     """Up to ``burst`` tokens for every slot that decodes; :data:`NO_TOKEN` for those that do not."""
     model = nnx.merge(graphdef, state)
 
-    def body(carry: tuple[Any, Slots], _: None) -> tuple[tuple[Any, Slots], Array]:
+    def body(carry: tuple[KeyValueCache, Slots], _: None) -> tuple[tuple[KeyValueCache, Slots], Array]:
         cache, s = carry
         logits, cache = model.extend(s.token[:, None], cache, s.active.astype(jnp.int32))
         token = jnp.where(s.active, _pick(logits, s.keys, s.step, s.temperature, s.top_p), s.token)

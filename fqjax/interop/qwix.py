@@ -7,10 +7,13 @@ is no padding.
 
 import importlib
 import math
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import DTypeLike
 
 from fqjax.core.formats.base import QTensor
 from fqjax.core.formats.grouped import LARGEST_GROUP, Grouped, GroupedTensor
@@ -19,7 +22,23 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.runtime.errors import InputError
 
 
-def to_qwix(layer: QuantizedLinear) -> Any:
+class QArray(Protocol):
+    """A ``qwix.QArray``.
+
+    Attributes:
+      qvalue: codes.
+      scale: the shape divides that of the codes.
+      zero_point: None for symmetric codes.
+      qtype: dtype that the codes stand for.
+    """
+
+    qvalue: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+    qtype: DTypeLike
+
+
+def to_qwix(layer: QuantizedLinear) -> QArray:
     """The weight of a layer as a ``qwix.QArray``.
 
     Args:
@@ -47,7 +66,7 @@ def to_qwix(layer: QuantizedLinear) -> Any:
     return qwix.QArray(codes, weight.steps()[:, :k:size].T)
 
 
-def from_qwix(array: Any) -> QTensor:
+def from_qwix(array: QArray) -> QTensor:
     """The weight that a ``qwix.QArray`` holds.
 
     Args:
@@ -93,7 +112,7 @@ def from_qwix(array: Any) -> QTensor:
     return Grouped(bits=bits, group_size=size).store(codes, jnp.float32(1), padded)  # pyright: ignore
 
 
-def _qwix() -> Any:
+def _qwix() -> ModuleType:
     try:
         return importlib.import_module("qwix")
     except ImportError:

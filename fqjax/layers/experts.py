@@ -22,12 +22,12 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from fqjax.layers.taps import is_watched, watched
-from pallas_kernels.matmul.reference import activated
+from pallas_kernels.quantize.reference import activated
 
-LARGEST_TILE = 1024
+TILE_ROWS_LIMIT = 1024
 """Rows that an expert in floating point takes at once, at most."""
-STEP = 16
-"""What that is a multiple of."""
+TILE_ROWS_MULTIPLE = 16
+"""Number that the rows of such a tile are a multiple of."""
 
 
 class Routing(NamedTuple):
@@ -151,7 +151,7 @@ def run_chosen(
     """Every expert on the tokens that are sent to it, tile by tile of them; an expert without any is not run."""
     experts = list(experts)
     pairs = routing.sorted(len(experts))
-    size = min(LARGEST_TILE, max(1, -(-len(pairs.token) // STEP)) * STEP)
+    size = min(TILE_ROWS_LIMIT, max(1, -(-len(pairs.token) // TILE_ROWS_MULTIPLE)) * TILE_ROWS_MULTIPLE)
     x = jnp.pad(rows[pairs.token], ((0, size), (0, 0)))
     one = jax.eval_shape(experts[0], jax.ShapeDtypeStruct((size, x.shape[1]), x.dtype))
     found = jnp.zeros((len(x), one.shape[1]), one.dtype)
@@ -159,7 +159,7 @@ def run_chosen(
     for i, expert in enumerate(experts):
 
         def tile(t: Array, found: Array, begin: Array = begins[i], expert: Callable[..., Array] = expert) -> Array:
-            """What the last tile writes behind its expert's rows, the next expert writes over."""
+            """One tile; rows that the last one writes after its expert's, the next expert writes over."""
             at = begin + t * size
             return lax.dynamic_update_slice_in_dim(found, expert(lax.dynamic_slice_in_dim(x, at, size)), at, 0)
 

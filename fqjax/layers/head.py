@@ -6,7 +6,7 @@ serves both, as it did in floating point: keeping the float table for the lookup
 were two.
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,9 @@ class Int8Table(nnx.Module):
         return int8_matmul(codes, table, scale, self.scale.get_value(), out_dtype=jnp.float32)
 
 
-def unembed(hidden: Float[Array, "... hidden"], head: Any) -> Float32[Array, "... vocabulary"]:
+def unembed(
+    hidden: Float[Array, "... hidden"], head: nnx.Embed | nnx.Linear | Int8Table
+) -> Float32[Array, "... vocabulary"]:
     """Logits by an ``nnx.Embed``, an ``nnx.Linear`` or an :class:`Int8Table`; accumulated and returned in float32."""
     if isinstance(head, Int8Table):
         return head.logits(hidden)
@@ -81,7 +83,7 @@ def with_int8_head(model: ModelT) -> ModelT:
         ``nnx.Embed`` nor an ``nnx.Linear`` without a bias, or holds a value that is not finite.
     """
     name = head_of(model)
-    head: Any = getattr(model, name)
+    head: object = getattr(model, name)
     if isinstance(head, Int8Table):
         return model
     if isinstance(head, nnx.Embed):
@@ -99,7 +101,7 @@ def with_int8_head(model: ModelT) -> ModelT:
     return replace_modules(model, {name: made})
 
 
-def head_of(model: Any) -> str:
+def head_of(model: object) -> str:
     """Name of the module that is the model's output head.
 
     Raises:

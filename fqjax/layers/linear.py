@@ -1,16 +1,17 @@
 """The layer that replaces ``nnx.Linear``: quantize the input, multiply integers, scale once."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from fqjax.core.formats.base import Format, QTensor
-from fqjax.core.inputs import Quantized, StoredInput
 from fqjax.core.overflow import check_accumulator
+from fqjax.core.stored_inputs import Quantized, StoredInput
 from fqjax.core.table import Sizes, bytes_of
+from fqjax.core.transforms.base import Transform
 from fqjax.layers.record import Figures, Record
 from pallas_kernels import gated_matmul
 
@@ -19,12 +20,27 @@ class QuantizedVariable(nnx.Variable):
     """Holds the integer parts of a model; not an ``nnx.Param``, so optimisers and gradients leave it alone."""
 
 
+class LayerParts(TypedDict):
+    """Arguments of :class:`QuantizedLinear`."""
+
+    weight: QTensor
+    input: StoredInput
+    bias: Array | None
+    dtype: str | None
+    param_dtype: str
+    figures: Figures
+    recipe: str
+    transform: Transform | None
+    branches: list[Callable[[Array], Array]]
+    finish: Callable[[Array], Array] | None
+
+
 class QuantizedLinear(nnx.Module):
     """``y = finish(weight @ input(transform(x)) + sum of branches + bias)``, on integer codes with int32 accumulation.
 
     Attributes:
       weight: a :class:`~fqjax.core.formats.base.QTensor`, codes (out, K').
-      input: a :class:`~fqjax.core.inputs.StoredInput`, from (..., K) real to (..., K') codes.
+      input: a :class:`~fqjax.core.stored_inputs.StoredInput`, from (..., K) real to (..., K') codes.
       bias: (out,) or None.
       transform: what runs before ``input`` does; None where that has taken it up, or there is none.
       branches: what is added to the product, each a function of the transformed input.
@@ -48,9 +64,9 @@ class QuantizedLinear(nnx.Module):
         param_dtype: DTypeLike,
         figures: Figures | None = None,
         recipe: str = "",
-        transform: Any = None,
-        branches: Sequence[Any] = (),
-        finish: Any = None,
+        transform: Transform | None = None,
+        branches: Sequence[Callable[[Array], Array]] = (),
+        finish: Callable[[Array], Array] | None = None,
         name: str = "linear layer",
     ):
         figures = figures or Figures()
@@ -98,24 +114,20 @@ class QuantizedLinear(nnx.Module):
         Args:
           x, dtype: as for :meth:`multiply`; this layer's activations are codes.
           following: quantizer of the next layer's input.
-          activation: of the first half, one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
+          activation: of the first half, one of :data:`pallas_kernels.quantize.reference.ACTIVATIONS`.
         """
         operand, recipe = self.weight.get_value().operand(), following.recipe()
         assert operand is not None and recipe is not None
         found = gated_matmul(
             x.codes,
-            operand.codes,
+            operand,
             x.scale,
-            operand.scale,
             recipe.multiplier,
             recipe.source,
             recipe.part,
-            bits=operand.bits,  # pyright: ignore[reportArgumentType]
             activation=activation,
             qmax=recipe.qmax,
-            group_scale=operand.group_scale,
             bias=None if self.bias is None else self.bias[...],
-            folded=operand.folded,
             per_token=recipe.per_token,
             out_dtype=self.result_dtype(dtype),
         )
@@ -148,7 +160,7 @@ class QuantizedLinear(nnx.Module):
 
     @property
     def figures(self) -> Figures:
-        """What was measured of the layer; not under ``jax.jit``."""
+        """Figures measured of the layer; not under ``jax.jit``."""
         return Figures.decoded(self.record.get_value())
 
     @property
@@ -172,10 +184,12 @@ class QuantizedLinear(nnx.Module):
 
     def changed(self, weight: QTensor, input: StoredInput, figures: Figures) -> "QuantizedLinear":
         """The same layer with another weight, quantizer of the input, and figures."""
-        return QuantizedLinear(**self.parts() | {"weight": weight, "input": input, "figures": figures})
+        parts = self.parts()
+        parts["weight"], parts["input"], parts["figures"] = weight, input, figures
+        return QuantizedLinear(**parts)
 
-    def parts(self) -> dict[str, Any]:
-        """What the layer is built of, by argument."""
+    def parts(self) -> LayerParts:
+        """The arguments that build the layer."""
         return {
             "weight": self.weight.get_value(),
             "input": self.input.get_value(),

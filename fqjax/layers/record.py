@@ -1,11 +1,11 @@
-"""What was measured of a quantized layer: figures beside the layer, not part of its type.
+"""Figures measured of a quantized layer, beside the layer, not part of its type.
 
 They are state, of a kind that nothing computes with: two layers of equal shapes and formats are one program to JAX whatever
 their errors are.  A checkpoint has them in its manifest, not among its arrays.
 """
 
 import dataclasses
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class Record(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What was measured of a layer.
+    """Figures measured of a layer.
 
     Attributes:
       relative_error: mean squared error of the layer's output on the calibration sample over the output's mean square,
@@ -47,7 +47,7 @@ class Figures:
 
     @classmethod
     def decoded(cls, array: UInt32[Array, " 4"] | np.ndarray) -> Self:
-        """What :meth:`encoded` was made of."""
+        """The figures that :meth:`encoded` was made of."""
         error, bound, macs, flattened = np.asarray(array, np.uint32)
         return cls(
             relative_error=float(error.view(np.float32)),
@@ -70,6 +70,6 @@ def split_to_run(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
     return graphdef, nnx.merge_state(empty, rest)
 
 
-def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+def shape_of(leaf: jax.Array | jax.ShapeDtypeStruct | np.ndarray) -> jax.ShapeDtypeStruct:
     """An array's shape and dtype."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

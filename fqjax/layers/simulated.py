@@ -39,8 +39,8 @@ class Simulated(nnx.Module):
 
     @classmethod
     def of(cls, linear: nnx.Linear, plan: LayerPlan, codes: Int[Array, "n k"]) -> "Simulated":
-        """What stands in for a linear layer."""
-        bias = None if linear.bias is None else linear.bias[...]
+        """The stand-in for a linear layer."""
+        bias = plan.transform.bias(linear.kernel[...].T, None if linear.bias is None else linear.bias[...])
         return cls(plan, codes, bias, dtype=linear.dtype, param_dtype=linear.param_dtype)
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:

@@ -6,7 +6,7 @@ that are not quantized alike (some in floating point, or with other scales) stay
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, UInt32
 
 from fqjax.core.formats.base import QTensor
-from fqjax.core.inputs import Quantized, StoredInput
+from fqjax.core.stored_inputs import Quantized, StoredInput
 from fqjax.core.table import Stored
 from fqjax.layers.experts import Expert, MixtureOfExperts, Routing, Sorted
 from fqjax.layers.linear import QuantizedLinear, QuantizedVariable
 from fqjax.layers.record import Figures, Record
 from fqjax.layers.surgery import dotted, find_linears
-from pallas_kernels.matmul.experts import expert_matmul, row_alignment
-from pallas_kernels.matmul.reference import activated
+from pallas_kernels import expert_matmul, row_alignment
+from pallas_kernels.quantize.reference import activated
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 StoredT = TypeVar("StoredT", bound=Stored)
@@ -33,7 +33,7 @@ class StackedLinear(nnx.Module):
 
     Attributes:
       weight: a :class:`~fqjax.core.formats.base.QTensor` whose arrays have an axis more, the first: the experts.
-      input: a :class:`~fqjax.core.inputs.StoredInput`: one for all experts, or with that axis too.
+      input: a :class:`~fqjax.core.stored_inputs.StoredInput`: one for all experts, or with that axis too.
       shared: whether it is one for all.
       record: figures of each expert's layer, (experts, 4).
       recipes: of each expert's layer.
@@ -69,17 +69,13 @@ class StackedLinear(nnx.Module):
         return self._multiply(quantizer(x) if self.shared else quantizer.of_experts(x, pairs.expert), pairs, x.dtype)
 
     def _multiply(self, x: Quantized, pairs: Sorted, dtype: DTypeLike) -> Float[Array, "rows n"]:
-        operand = self.weight.get_value().operand()
+        operand = self.weight.get_value().operand(weight_only=self.input.get_value().qmax is None)
         assert operand is not None  # Else they would not have been stacked.
         return expert_matmul(
             x.codes,
-            operand.codes,
+            operand,
             pairs.sizes,
             x.scale,
-            operand.scale,
-            operand.group_scale,
-            bits=operand.bits,  # pyright: ignore[reportArgumentType]
-            folded=operand.folded,
             out_dtype=self.dtype or jnp.result_type(dtype, self.param_dtype),
             alignment=row_alignment(),
         )
@@ -107,7 +103,7 @@ class StackedExperts(nnx.Module):
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
 
     def __call__(self, rows: Float[Array, "tokens hidden"], routing: Routing) -> Float32[Array, "tokens hidden"]:
-        """What the experts make of tokens, added up by weight."""
+        """The experts' outputs for tokens, added up by weight."""
         pairs = routing.sorted(len(self.down_proj.recipes), row_alignment())
         hidden = activated(self.gate_up_proj.of_tokens(rows, pairs), "silu", gated=True)
         return routing.mixed(self.down_proj.of_pairs(hidden, pairs), pairs)
@@ -129,7 +125,7 @@ def stacked(model: ModelT, *, in_place: bool = False) -> ModelT:
     return copy
 
 
-def stacked_experts(experts: Sequence[Any]) -> StackedExperts | None:
+def stacked_experts(experts: Sequence[Expert]) -> StackedExperts | None:
     """Experts stacked; None if they are not quantized alike."""
     gate_up, down = (stack([getattr(expert, name) for expert in experts]) for name in ("gate_up_proj", "down_proj"))
     return None if gate_up is None or down is None else StackedExperts(gate_up, down)
@@ -160,29 +156,29 @@ def _mixtures(model: nnx.Module, kind: type) -> list[MixtureOfExperts]:
     return [node for node in nodes if isinstance(node.experts, kind)]
 
 
-def stack(layers: Sequence[Any]) -> StackedLinear | None:
+def stack(layers: Sequence[nnx.Module]) -> StackedLinear | None:
     """Layers of one shape in one; None if some are not quantized, have a bias, differ in kind, or no kernel takes them."""
-    quantized = all(isinstance(layer, QuantizedLinear) and layer.bias is None and layer.is_plain for layer in layers)
-    if not quantized or len({_kind(layer) for layer in layers}) > 1:
+    plain = [layer for layer in layers if isinstance(layer, QuantizedLinear) and layer.bias is None and layer.is_plain]
+    if len(plain) < len(layers) or len({_kind(layer) for layer in plain}) > 1:
         return None
-    first, weights = layers[0], [layer.weight.get_value() for layer in layers]
+    first, weights = plain[0], [layer.weight.get_value() for layer in plain]
     if weights[0].operand() is None:
         return None
-    quantizers = [layer.input.get_value() for layer in layers]
+    quantizers = [layer.input.get_value() for layer in plain]
     shared = all(_equal(quantizers[0], other) for other in quantizers[1:])
     return StackedLinear(
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights),
         quantizers[0] if shared else jax.tree.map(lambda *leaves: jnp.stack(leaves), *quantizers),
         shared=shared,
-        record=jnp.stack([layer.record.get_value() for layer in layers]),
-        recipes=tuple(layer.recipe for layer in layers),
+        record=jnp.stack([layer.record.get_value() for layer in plain]),
+        recipes=tuple(layer.recipe for layer in plain),
         dtype=first.dtype,
         param_dtype=first.param_dtype,
     )
 
 
-def _kind(layer: QuantizedLinear) -> tuple[Any, ...]:
-    """What layers have to have in common: types, shapes and dtypes."""
+def _kind(layer: QuantizedLinear) -> tuple[object, ...]:
+    """Types, shapes and dtypes that layers have to have in common."""
     leaves, structure = jax.tree.flatten((layer.weight.get_value(), layer.input.get_value()))
     shapes = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
     return structure, shapes, layer.dtype, layer.param_dtype
@@ -195,7 +191,7 @@ def _equal(a: StoredInput, b: StoredInput) -> bool:
 def _taken(stacked: StoredT, i: int) -> StoredT:
     """One expert's part of what is stacked; arrays may be shapes."""
 
-    def take(leaf: Any) -> Any:
+    def take(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf[i]
 
     return jax.tree.map(take, stacked)

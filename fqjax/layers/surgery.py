@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
 
 from fqjax.runtime.errors import InputError
 
-HEADS = r"(^|\.)(lm_head|head|unembed|router)$"
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+HEAD_PATTERN = r"(^|\.)(lm_head|head|unembed|router)$"
 """Layers left alone in any model: output heads and expert routers, by their usual names."""
 
 
@@ -29,7 +31,7 @@ class Selection(NamedTuple):
         return Selection(linears, self.skipped | dict(reasons))
 
 
-def dotted(path: Iterable[Any]) -> str:
+def dotted(path: Iterable[object]) -> str:
     """A module's path as text: ``layers.0.mlp.down_proj``."""
     return ".".join(str(part) for part in path)
 
@@ -61,7 +63,7 @@ def select_linears(model: nnx.Module, ignore: Iterable[str] = (), *, required: b
     """
     found = find_linears(model)
     reasons = [(re.compile(p), "kept in float by the model") for p in getattr(model, "keep_in_float", ())]
-    reasons.append((re.compile(HEADS), "an output head or router"))
+    reasons.append((re.compile(HEAD_PATTERN), "an output head or router"))
     for text in ignore:
         pattern = _compile(text)
         if not any(pattern.search(name) for name in found):
@@ -84,7 +86,7 @@ def select_linears(model: nnx.Module, ignore: Iterable[str] = (), *, required: b
     return selection
 
 
-def replace_modules(model: Any, replacements: Mapping[str, nnx.Module] | Callable[[str, Any], Any]) -> Any:
+def replace_modules(model: ModelT, replacements: Mapping[str, nnx.Module] | Callable[[str, Any], object]) -> ModelT:
     """Returns a copy of the model with modules replaced; the original keeps its modules and its state.
 
     Args:

@@ -1,6 +1,6 @@
 """Layers that take note of what passes them, also where only some rows of their input count."""
 
-from typing import Any
+from collections.abc import Callable
 
 from flax import nnx
 from jaxtyping import Array, Float, Float32
@@ -13,13 +13,16 @@ class Watcher(nnx.Module):
     """
 
 
-def watched(layer: Any, x: Float[Array, "rows k"], shares: Float32[Array, " rows"] | None) -> Float[Array, "rows n"]:
+def watched(
+    layer: Callable[..., Array], x: Float[Array, "rows k"], shares: Float32[Array, " rows"] | None
+) -> Float[Array, "rows n"]:
     """Calls a layer; one that watches is told how much every row of its input counts, 0 for one that does not.
 
     A model that computes some layer for more rows than it uses, as a mixture of experts may, calls the layer by this
     function; then calibration goes by the rows that are used.
     """
-    return layer(x, shares=shares) if isinstance(layer, Watcher) and shares is not None else layer(x)
+    is_told = isinstance(layer, Watcher) and shares is not None
+    return layer(x, shares=shares) if is_told else layer(x)
 
 
 def is_watched(module: nnx.Module) -> bool:

@@ -13,8 +13,8 @@ from fqjax.registry import register
 
 if TYPE_CHECKING:
     from fqjax.core.formats.base import Format
-    from fqjax.core.inputs import StoredInput
     from fqjax.core.layer import LayerInputs, LayerPlan
+    from fqjax.core.stored_inputs import StoredInput
 
 
 @register

@@ -10,8 +10,8 @@ from fqjax.drivers.settings import Allocation
 
 if TYPE_CHECKING:
     from fqjax.core.formats.base import Format
-    from fqjax.core.inputs import StoredInput
     from fqjax.core.layer import LayerInputs, LayerPlan
+    from fqjax.core.stored_inputs import StoredInput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

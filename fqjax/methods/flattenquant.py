@@ -24,8 +24,8 @@ from fqjax.runtime.settings import Share
 
 if TYPE_CHECKING:
     from fqjax.core.formats.base import Format
-    from fqjax.core.inputs import StoredInput
     from fqjax.core.layer import LayerInputs, LayerPlan
+    from fqjax.core.stored_inputs import StoredInput
 
 Strength = Annotated[float, Ge(0), Le(100)]
 

@@ -23,8 +23,8 @@ from fqjax.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from fqjax.core.formats.base import Format
-    from fqjax.core.inputs import StoredInput
     from fqjax.core.layer import LayerInputs, LayerPlan
+    from fqjax.core.stored_inputs import StoredInput
     from fqjax.layers.linear import QuantizedLinear
 
 LARGEST_AMPLIFIER = 1 << 20

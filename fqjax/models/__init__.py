@@ -6,13 +6,15 @@ projections that are concatenated, so reading a checkpoint needs no more than th
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from flax import nnx
 
 from fqjax.models import llama, mistral, mixtral, opt, qwen2, qwen3, qwen3_moe
 from fqjax.models.causal_lm import CausalLM
 from fqjax.models.decoder import Decoder
+from fqjax.models.decoder_config import DecoderConfig
+from fqjax.models.opt import OPTConfig
+from fqjax.runtime.json_values import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class Family:
       model: the model's class; called as ``model(config, dtype=..., rngs=...)``.
       config: the configuration's class, a frozen dataclass of JSON values.
       config_from_hf: from a Hugging Face configuration to ``config``.
-      prefixes: what checkpoints put in front of the names of all tensors but the head's; the first that fits is used.
+      prefixes: what checkpoints put before the names of all tensors but the head's; the first that fits is used.
       fused: modules of a block that are several in the checkpoint, concatenated along the output axis, or that have another
         name there; ``*`` stands for a number.
       stacked: modules that in some checkpoints are a part of one tensor, along its first axis, with that tensor's name; ``*``
@@ -31,8 +33,8 @@ class Family:
     """
 
     model: Callable[..., CausalLM]
-    config: type
-    config_from_hf: Callable[[dict[str, Any]], Any]
+    config: type[DecoderConfig | OPTConfig]
+    config_from_hf: Callable[[JsonMapping], DecoderConfig | OPTConfig]
     prefixes: tuple[str, ...]
     fused: dict[str, tuple[str, ...]]
     stacked: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -57,8 +59,8 @@ _STACKED = {
 
 def _decoder(
     model: type[Decoder],
-    config: type,
-    config_from_hf: Callable[[dict[str, Any]], Any],
+    config: type[DecoderConfig],
+    config_from_hf: Callable[[JsonMapping], DecoderConfig],
     fused: Mapping[str, tuple[str, ...]] = {},
     stacked: Mapping[str, str] = {},
 ) -> Family:

@@ -1,4 +1,4 @@
-"""Attention over the tokens at hand, or over a cache: what the model families share.
+"""Attention over the tokens at hand, or over a cache, for all model families.
 
 There are three cases, told apart when the program is traced:
 
@@ -10,7 +10,7 @@ There are three cases, told apart when the program is traced:
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ from jaxtyping import Array, Float, Int32
 from fqjax.models.cache import LayerCache
 from fqjax.models.rotary import Rotation, rotate
 from pallas_kernels import decode_attention
-from pallas_kernels.matmul.dispatch import NO_GPU, capability, say
+from pallas_kernels.device import NO_GPU, capability, say
+
+ResultT = TypeVar("ResultT")
 
 BLOCK = 1024
 """Positions of a cache that several tokens attend to at once, which bounds the memory that scores take."""
@@ -52,8 +54,7 @@ def attend(
       holds them, its own among them, also where they are not read from it.
     """
     if decodes(qkv, cache, lengths):
-        kinds: Any = {"rotation": rotation, "scale": scale, "window": window}
-        out, arrays = decode_step(decode_attention, qkv, cache, lengths, **kinds)
+        out, arrays = decode_step(decode_attention, qkv, cache, lengths, rotation=rotation, scale=scale, window=window)
         return out[:, None], LayerCache(*arrays)
     heads = qkv.shape[2] - 2 * kv_heads
     q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
@@ -66,7 +67,7 @@ def attend(
         return causal_attention(q, *cache.rounded(k, v), scale, window), new
     if new.keys.shape[1] > BLOCK:
         return attend_in_blocks(q, new, lengths, scale, window), new
-    # Token i of sequence b stands at position lengths[b] + i and sees no position behind its own.
+    # Token i of sequence b stands at position lengths[b] + i and sees no position after its own.
     visible = _visible(lengths, q.shape[1], jnp.arange(new.keys.shape[1]), window)
     return jax.nn.dot_product_attention(q, *new.read(q.dtype), mask=visible[:, None], scale=scale), new
 
@@ -77,18 +78,20 @@ def decodes(qkv: Array, cache: LayerCache | None, lengths: Array | None) -> bool
 
 
 def decode_step(
-    attention: Callable[..., Any],
+    attention: Callable[..., ResultT],
     qkv: Float[Array, "batch one all_heads dim"],
-    cache: Any,
-    lengths: Any,
-    *operands: Any,
+    cache: LayerCache | None,
+    lengths: Int32[Array, " batch"] | None,
+    *operands: Array,
     rotation: Rotation | None,
-    **kinds: Any,
-) -> Any:
-    """What such a token sees, by :func:`pallas_kernels.decode_attention` or one that takes further operands."""
+    scale: float | None = None,
+    window: int | None,
+) -> ResultT:
+    """Attention of such a token, by :func:`pallas_kernels.decode_attention` or one that takes further operands."""
+    assert cache is not None and lengths is not None
     here = None if rotation is None else tuple(part[:, 0] for part in rotation)
     held = cache.keys, cache.values, lengths, cache.key_scales, cache.value_scales
-    return attention(qkv[:, 0], *held, *operands, rotation=here, **kinds)
+    return attention(qkv[:, 0], *held, *operands, rotation=here, scale=scale, window=window)
 
 
 def causal_attention(
@@ -100,12 +103,11 @@ def causal_attention(
 ) -> Float[Array, "batch length heads dim"]:
     """Attention among the tokens at hand: by cuDNN on an NVIDIA GPU that has it and for operands it takes, else by XLA.
 
-    What stands behind a token does not reach it, so sequences may be padded on the right.
+    What comes after a token does not reach it, so sequences may be padded on the right.
     """
     local = None if window is None else (window - 1, 0)
-    kinds: Any = {"is_causal": True, "scale": scale, "local_window_size": local}
-    xla = functools.partial(jax.nn.dot_product_attention, implementation="xla", **kinds)
-    cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn", **kinds)
+    causal = functools.partial(jax.nn.dot_product_attention, is_causal=True, scale=scale, local_window_size=local)
+    xla, cudnn = functools.partial(causal, implementation="xla"), functools.partial(causal, implementation="cudnn")
     reason = _cannot_use_cudnn(cudnn, q, k, v)
     say("attention among the tokens at hand", q.shape, "xla" if reason else "cudnn", reason or "")
     return xla(q, k, v) if reason else lax.platform_dependent(q, k, v, cuda=cudnn, default=xla)
@@ -137,7 +139,7 @@ def attend_in_blocks(
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     factor = 1 / math.sqrt(dim) if scale is None else scale
 
-    def body(i: Any, carry: Any) -> Any:
+    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, total, out = carry
         start = jnp.minimum(i * block, capacity - block)
         keys, values = cache.block(start, block).read(q.dtype)
@@ -161,12 +163,12 @@ def attend_in_blocks(
 
 
 def _visible(lengths: Array, length: int, positions: Array, window: int | None) -> Array:
-    """Whether each of ``length`` queries behind each sequence's length sees each position: (batch, length, positions)."""
+    """Whether each of ``length`` queries after each sequence's length sees each position: (batch, length, positions)."""
     distance = (lengths[:, None] + jnp.arange(length))[:, :, None] - positions
     return (distance >= 0) & (distance < window) if window is not None else distance >= 0
 
 
-def _cannot_use_cudnn(attention: Any, *operands: Array) -> str | None:
+def _cannot_use_cudnn(attention: Callable[..., Array], *operands: Array) -> str | None:
     """Why cuDNN cannot take these operands; None if it can."""
     if capability() < (8, 0):
         return NO_GPU

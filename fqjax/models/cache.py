@@ -20,7 +20,7 @@ Kind = Literal["int8"]
 
 
 def dtype_of(kind: str | None) -> DTypeLike | None:
-    """What :meth:`fqjax.models.causal_lm.CausalLM.make_cache` takes for a cache of that name; None for None.
+    """The dtype that :meth:`fqjax.models.causal_lm.CausalLM.make_cache` takes for a cache of that name; None for None.
 
     Raises:
       InputError: if there is none of that name.
@@ -58,7 +58,7 @@ class LayerCache:
         v: Float[Array, "batch length kv_heads head_dim"],
         lengths: Int[Array, " batch"] | None,
     ) -> "LayerCache":
-        """The cache with new entries behind each sequence's own length; ``lengths`` is None where it is empty."""
+        """The cache with new entries after each sequence's own length; ``lengths`` is None where it is empty."""
         if not self.is_int8:
             return LayerCache(write(self.keys, k, lengths), write(self.values, v, lengths))
         (k, k_scale), (v, v_scale) = quantize_heads(k), quantize_heads(v)
@@ -145,7 +145,7 @@ def quantize_heads(x: Float[Array, "*rows dim"]) -> tuple[Int8[Array, "*rows dim
 def dequantize_heads(
     codes: Int8[Array, "*rows dim"], scale: Float32[Array, "*rows"], dtype: DTypeLike
 ) -> Float[Array, "*rows dim"]:
-    """What codes stand for."""
+    """Keys or values from their codes and scales."""
     return (codes.astype(jnp.float32) * scale[..., None]).astype(dtype)
 
 
@@ -154,7 +154,7 @@ def write(
     new: Array,
     lengths: Int[Array, " batch"] | None,
 ) -> Array:
-    """Writes new entries (batch, length, ...) into (batch, capacity, ...) behind each sequence's own length, or in front."""
+    """Writes new entries (batch, length, ...) into (batch, capacity, ...) after each sequence's own length, or at 0."""
     new = new.astype(cache.dtype)
     if lengths is None:
         return jax.lax.dynamic_update_slice(cache, new, (0,) * cache.ndim)

@@ -1,13 +1,43 @@
-"""What every bundled language model offers: logits of a whole sequence, and logits of the next token over a cache."""
+"""Base of the bundled language models: logits of a whole sequence, and logits of the next token over a cache."""
 
 import abc
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, cast
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Float32, Int32
+from jaxtyping import Array, DTypeLike, Float, Float32, Int32, PyTree
 
 from fqjax.models.cache import KeyValueCache, LayerCache
+from fqjax.runtime.json_values import JsonMapping
+
+
+class GenerativeModel(Protocol):
+    """NNX module that :func:`fqjax.generate` and :func:`fqjax.serve` take; :class:`CausalLM`, or one of your own."""
+
+    @property
+    def make_cache(self) -> Callable[..., KeyValueCache]:
+        """As :meth:`CausalLM.make_cache`; it may lack ``dtype``, and then makes caches of its own dtype alone."""
+        ...
+
+    @property
+    def extend(self) -> Callable[..., tuple[Array, KeyValueCache]]:
+        """As :meth:`CausalLM.extend`."""
+        ...
+
+
+class TextConfig(Protocol):
+    """Special tokens of a language model, which every family's configuration has."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text; None for none."""
+        ...
+
+    @property
+    def eos_token_id(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        ...
 
 
 class CausalLM(nnx.Module):
@@ -24,7 +54,7 @@ class CausalLM(nnx.Module):
     config: Any
     dtype: DTypeLike
 
-    layers: Any
+    layers: nnx.List
     """The blocks, an ``nnx.List`` of :class:`Block`."""
 
     @property
@@ -35,12 +65,12 @@ class CausalLM(nnx.Module):
     @abc.abstractmethod
     def begin(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None = None
-    ) -> tuple[Float[Array, "batch length hidden"], tuple[Any, ...]]:
-        """What the first block gets, and what every block is called with besides."""
+    ) -> tuple[Float[Array, "batch length hidden"], tuple[PyTree, ...]]:
+        """The first block's input, and the further arguments of every block."""
 
     @abc.abstractmethod
     def final_norm(self, hidden: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
-        """The norm behind the last block; the identity in a family without one."""
+        """The norm after the last block; the identity in a family without one."""
 
     @abc.abstractmethod
     def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
@@ -49,7 +79,7 @@ class CausalLM(nnx.Module):
     def trunk(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None, *, fresh: bool = False
     ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
-        """Final hidden states, and the cache with the tokens written behind what it held (its lengths unchanged).
+        """Final hidden states, and the cache with the tokens written after what it held (its lengths unchanged).
 
         ``fresh`` promises that the cache is empty; its lengths are then not read.
         """
@@ -94,7 +124,7 @@ class CausalLM(nnx.Module):
           counts: how many of each row's tokens are real.  A row with none keeps what it had, and its logits mean nothing.
 
         Returns:
-          Logits behind each row's last real token, and the cache.
+          Logits after each row's last real token, and the cache.
         """
         hidden, cache = self.trunk(tokens, cache)  # pyright: ignore[reportAssignmentType]
         return self.head(_last(hidden, counts)), KeyValueCache(cache.layers, cache.lengths + counts)
@@ -124,7 +154,7 @@ class Block(nnx.Module):
         pending: Float[Array, "batch length hidden"] | None,
         cache: LayerCache | None,
         lengths: Int32[Array, " batch"] | None,
-        *rest: Any,
+        *rest: PyTree,
     ) -> tuple[Float[Array, "batch length hidden"], Float[Array, "batch length hidden"] | None, LayerCache | None]:
         """Runs the block.
 
@@ -144,7 +174,7 @@ class Block(nnx.Module):
         x: Float[Array, "batch length hidden"],
         cache: LayerCache | None,
         lengths: Int32[Array, " batch"] | None,
-        *rest: Any,
+        *rest: PyTree,
     ) -> tuple[Float[Array, "batch length hidden"], LayerCache | None]:
         """The block alone, with everything added."""
         x, pending, cache = self.step(x, None, cache, lengths, *rest)
@@ -155,7 +185,7 @@ def run_layers(
     layers: nnx.List,
     x: Float[Array, "batch length hidden"],
     cache: KeyValueCache | None,
-    *args: Any,
+    *args: PyTree,
     fresh: bool = False,
 ) -> tuple[Float[Array, "batch length hidden"], KeyValueCache | None]:
     """Runs one block after the other (:meth:`Block.step`) and gathers the caches.
@@ -177,7 +207,7 @@ def _last(hidden: Float[Array, "batch length hidden"], counts: Int32[Array, " ba
     return jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-def eos_ids(hf: dict[str, Any]) -> tuple[int, ...]:
+def eos_ids(hf: JsonMapping) -> tuple[int, ...]:
     """The tokens that end a text, from a Hugging Face configuration, where they are one number, a list, or absent."""
-    eos = hf.get("eos_token_id")
+    eos = cast(list[int] | int | None, hf.get("eos_token_id"))
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)

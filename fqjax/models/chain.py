@@ -2,18 +2,20 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, PyTree
 
+from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.progress import track
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
-Step = Callable[[str, nnx.Module, Iterable[Any]], Iterable[Any]]
-"""What a pass does with a block: (path, block, its inputs) -> its outputs, in the same order.  Iterating over the outputs is
+Step = Callable[[str, nnx.Module, Iterable[PyTree]], Iterable[PyTree]]
+"""Work of a pass on a block: (path, block, its inputs) -> its outputs, in the same order.  Iterating over the outputs is
 what does the work."""
 
 
@@ -29,9 +31,9 @@ class Chain(NamedTuple):
     """
 
     blocks: Mapping[str, nnx.Module]
-    begin: Callable[[Any], tuple[Any, Any]]
-    call: Callable[[Any, Any, Any], Any]
-    end: Callable[[Any], Any]
+    begin: Callable[[PyTree], tuple[PyTree, PyTree]]
+    call: Callable[[PyTree, PyTree, PyTree], PyTree]
+    end: Callable[[PyTree], PyTree]
 
 
 def chain(model: nnx.Module, names: Iterable[str]) -> Chain:
@@ -39,7 +41,8 @@ def chain(model: nnx.Module, names: Iterable[str]) -> Chain:
 
     A model that does not say what its blocks are is one, and so is one with any of the layers named outside its blocks.
     """
-    running: Any = inference_view(nnx.clone(model))
+    # Whatever says what its blocks are says it as a CausalLM does.
+    running = cast(CausalLM, inference_view(nnx.clone(model)))
     blocks = {f"layers.{i}": layer for i, layer in enumerate(running.layers)} if hasattr(running, "begin") else {}
     if not all(name.startswith(tuple(f"{path}." for path in blocks)) for name in names):
         return Chain({"": running}, as_arguments, call_model, lambda output: output)
@@ -47,7 +50,7 @@ def chain(model: nnx.Module, names: Iterable[str]) -> Chain:
     return Chain(blocks, running.begin, call_layer, lambda hidden: end(graphdef, state, hidden))
 
 
-def call_layer(layer: Any, x: Any, args: Any) -> Any:
+def call_layer(layer: Callable[..., tuple], x: PyTree, args: PyTree) -> PyTree:
     """Runs one of a language model's layers without a cache; ``Chain.call`` of such a model."""
     return layer(x, None, None, *args)[0]
 
@@ -55,19 +58,19 @@ def call_layer(layer: Any, x: Any, args: Any) -> Any:
 class Feed:
     """Batches on their way through a chain: the first block's inputs, and what every block is called with besides."""
 
-    def __init__(self, chain: Chain, batches: Iterable[Any]):
+    def __init__(self, chain: Chain, batches: Iterable[PyTree]):
         self.chain, self.batches = chain, batches
-        self.others: list[Any] = []
+        self.others: list[PyTree] = []
 
-    def first(self) -> Iterator[Any]:
-        """What the first block gets, batch by batch."""
+    def first(self) -> Iterator[PyTree]:
+        """The first block's inputs, batch by batch."""
         self.others = []
         for batch in self.batches:
             x, rest = self.chain.begin(batch)
             self.others.append(rest)
             yield x
 
-    def paired(self, inputs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    def paired(self, inputs: Iterable[PyTree]) -> Iterator[tuple[PyTree, PyTree]]:
         """Every batch's input to some block together with what the block is called with besides."""
         for i, x in enumerate(inputs):
             if i == len(self.others):  # A pass that was taken up in the middle began no batch.
@@ -78,12 +81,12 @@ class Feed:
 
 def sweep(
     blocks: Mapping[str, nnx.Module],
-    first: Callable[[], Iterable[Any]],
+    first: Callable[[], Iterable[PyTree]],
     step: Step,
     what: str,
     *,
     keep_last: bool = False,
-) -> Iterable[Any]:
+) -> Iterable[PyTree]:
     """Goes through the blocks once, with the outputs of each as the inputs of the next.
 
     Args:
@@ -105,8 +108,8 @@ def sweep(
     return inputs
 
 
-def drain(outputs: Iterable[Any]) -> list[Any]:
-    """Does the work behind some outputs that nobody wants; returns none."""
+def drain(outputs: Iterable[PyTree]) -> list[PyTree]:
+    """Runs through outputs that nobody wants, which does their work; returns none."""
     for _ in outputs:
         pass
     return []
@@ -127,7 +130,7 @@ def inference_view(model: ModelT) -> ModelT:
     return nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
 
 
-def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_arguments(batch: PyTree) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
     """Positional and keyword arguments that a batch stands for."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
@@ -136,22 +139,24 @@ def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
-def run(chain: Chain, block: tuple[Any, Any], x: Any, others: Any) -> Any:
+def run(chain: Chain, block: tuple[nnx.GraphDef, nnx.State], x: PyTree, others: PyTree) -> PyTree:
     """The output of a block, which is given as ``nnx.split`` gives it, jitted."""
     return _run(chain.call, *block, x, others)
 
 
-def call_model(model: Any, args: Any, kwargs: Any) -> Any:
+def call_model(model: Callable[..., PyTree], args: PyTree, kwargs: PyTree) -> PyTree:
     """Runs a whole model; ``Chain.call`` of one that is a single block."""
     return model(*args, **kwargs)
 
 
 @functools.partial(jit, static_argnums=(0, 1))
-def _run(call: Callable[..., Any], graphdef: Any, state: Any, x: Any, others: Any) -> Any:
+def _run(call: Callable[..., PyTree], graphdef: nnx.GraphDef, state: nnx.State, x: PyTree, others: PyTree) -> PyTree:
     return call(nnx.merge(graphdef, state), x, others)
 
 
 @functools.partial(jit, static_argnums=0)
-def end(graphdef: Any, state: Any, hidden: Any) -> Any:
+def end(
+    graphdef: nnx.GraphDef, state: nnx.State, hidden: Float[Array, "... hidden"]
+) -> Float32[Array, "... vocabulary"]:
     """A model's output, of what its last block gives."""
     return nnx.merge(graphdef, state).end(hidden)

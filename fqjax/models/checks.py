@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -10,7 +9,7 @@ from jaxtyping import Int
 from fqjax.runtime.errors import InputError
 
 
-def check_tokens(tokens: Int[np.ndarray, "..."], config: Any, length: int) -> None:
+def check_tokens(tokens: Int[np.ndarray, "..."], config: object, length: int) -> None:
     """Refuses tokens outside the vocabulary and sequences longer than the model has positions.
 
     Raises:
@@ -27,7 +26,7 @@ def check_tokens(tokens: Int[np.ndarray, "..."], config: Any, length: int) -> No
         raise InputError(f"token {low if low < 0 else high} is not in the model's vocabulary of {vocabulary}")
 
 
-def check_takes(function: Callable[..., Any], argument: str, what: str) -> None:
+def check_takes(function: Callable[..., object], argument: str, what: str) -> None:
     """Refuses a function without an argument of that name.
 
     Raises:

@@ -4,7 +4,7 @@ Query, key and value projections are one linear layer (``qkv_proj``), and so are
 the same input, which is then quantized once.  What a family varies stands in its :class:`DecoderConfig`.
 """
 
-from typing import Any
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from fqjax.layers.head import unembed
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM
 from fqjax.models.decoder_config import DecoderConfig
-from fqjax.models.experts import mixture
+from fqjax.models.experts import ExpertsConfig, mixture
 from fqjax.models.fused import after_attention, after_norm, gated
 from fqjax.models.rotary import Rotation, rotation
 from fqjax.rewrites.equalize import ScalingPath
@@ -43,14 +43,15 @@ class Attention(nnx.Module):
         lengths: Int32[Array, " batch"] | None,
         rotation: Rotation,
     ) -> tuple[Float[Array, "batch length hidden"], Float[Array, "batch length hidden"], LayerCache | None]:
-        """What is added to the stream ``x + pending`` that the norm reads, that stream, and the cache."""
+        """Attention's addition to the stream ``x + pending``, which the norm reads, that stream, and the cache."""
         qkv, x = after_norm(self.qkv_proj, norm, x, pending)
         qkv = qkv.reshape(*x.shape[:2], -1, self.head_dim)
         if self.normalizes:
             q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
             qkv = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], axis=2)
-        kinds: Any = {"rotation": rotation, "window": self.window}
-        out, cache = after_attention(self.o_proj, qkv, self.kv_heads, cache, lengths, **kinds)
+        out, cache = after_attention(
+            self.o_proj, qkv, self.kv_heads, cache, lengths, rotation=rotation, window=self.window
+        )
         return out, x, cache
 
 
@@ -65,19 +66,22 @@ class MLP(nnx.Module):
     def __call__(
         self, norm: nnx.RMSNorm, x: Float[Array, "... hidden"], pending: Float[Array, "... hidden"] | None
     ) -> tuple[Float[Array, "... hidden"], Float[Array, "... hidden"]]:
-        """What is added to the stream ``x + pending`` that the norm reads, and that stream."""
+        """The MLP's addition to the stream ``x + pending``, which the norm reads, and that stream."""
         return gated(self.gate_up_proj, self.down_proj, norm, x, pending, "silu")
 
 
 class Layer(Block):
-    """Attention and MLP, each behind a norm and beside a residual connection."""
+    """Attention and MLP, each after a norm and beside a residual connection."""
 
     def __init__(self, config: DecoderConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config
         self.input_layernorm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
         self.self_attn = Attention(c, c.window(index), dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
-        self.mlp = (mixture if c.has_experts(index) else MLP)(c, dtype=dtype, rngs=rngs)
+        if c.has_experts(index):
+            self.mlp = mixture(cast(ExpertsConfig, c), dtype=dtype, rngs=rngs)
+        else:
+            self.mlp = MLP(c, dtype=dtype, rngs=rngs)
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -118,7 +122,7 @@ class Decoder(CausalLM):
 
     def begin(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None = None
-    ) -> tuple[Float[Array, "batch length hidden"], tuple[Any, ...]]:
+    ) -> tuple[Float[Array, "batch length hidden"], tuple[Rotation]]:
         c, length = self.config, tokens.shape[1]
         positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
         return self.embed_tokens(tokens), (rotation(positions, c.head_dim, c.rope_theta, dict(c.rope_scaling)),)

@@ -1,17 +1,26 @@
 """Sizes and constants of the models in :mod:`fqjax.models.decoder`, and how they are read from Hugging Face's."""
 
 import dataclasses
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypedDict, TypeVar, cast
 
 from fqjax.models.causal_lm import eos_ids
-from fqjax.models.hf_config import check_choice, check_divides, check_number, sizes
+from fqjax.models.hf_config import check_choice, check_divides, check_number, sizes, token_id
 from fqjax.models.rotary import read_rope
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.json_values import JsonMapping
 from fqjax.runtime.validation import LayerCount, PositionCount, Positive, Scalar, Size, TokenId
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 ConfigT = TypeVar("ConfigT", bound="DecoderConfig")
+
+
+class Windows(TypedDict):
+    """The fields of a configuration that say which layers attend over a window, and over which."""
+
+    sliding_window: int | None
+    layer_types: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +85,7 @@ class DecoderConfig:
         return self.sliding_window if self.layer_types and self.layer_types[layer] == SLIDING else None
 
 
-def read_config(cls: type[ConfigT], hf: dict[str, Any], **own: Any) -> ConfigT:
+def read_config(cls: Callable[..., ConfigT], hf: JsonMapping, **own: object) -> ConfigT:
     """Reads what all families have in a Hugging Face configuration.
 
     Args:
@@ -88,7 +97,7 @@ def read_config(cls: type[ConfigT], hf: dict[str, Any], **own: Any) -> ConfigT:
       InputError: naming the entry that is absurd or not supported, and what was expected.
     """
     check_choice(hf, "hidden_act", ("silu",))
-    heads = hf["num_attention_heads"]
+    heads = cast(int, hf["num_attention_heads"])
     read = sizes(
         hf, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "max_position_embeddings",
@@ -97,7 +106,7 @@ def read_config(cls: type[ConfigT], hf: dict[str, Any], **own: Any) -> ConfigT:
     check_divides(read, "num_key_value_heads", "num_attention_heads")
     if hf.get("head_dim") is None:
         check_divides(read, "num_attention_heads", "hidden_size")
-    read |= sizes({"head_dim": hf["hidden_size"] // heads} | _given(hf, "head_dim"), "head_dim")
+    read |= sizes({"head_dim": read["hidden_size"] // heads} | _given(hf, "head_dim"), "head_dim")
     if read["head_dim"] % 2:
         raise InputError(f"config.json: head_dim {read['head_dim']}: expected an even number, for rotary positions")
     check_number("rms_norm_eps", hf["rms_norm_eps"])
@@ -108,13 +117,13 @@ def read_config(cls: type[ConfigT], hf: dict[str, Any], **own: Any) -> ConfigT:
         rope_theta=theta,
         rope_scaling=tuple(sorted(scaling.items())),
         tie_word_embeddings=bool(hf["tie_word_embeddings"]),
-        bos_token_id=hf.get("bos_token_id"),
+        bos_token_id=token_id(hf, "bos_token_id"),
         eos_token_id=eos_ids(hf),
         **own,
     )
 
 
-def read_windows(hf: dict[str, Any], window: Any, first: int) -> dict[str, Any]:
+def read_windows(hf: JsonMapping, window: object, first: int) -> Windows:
     """The fields ``sliding_window`` and ``layer_types`` from a Hugging Face configuration.
 
     Args:
@@ -129,7 +138,9 @@ def read_windows(hf: dict[str, Any], window: Any, first: int) -> dict[str, Any]:
     if window is not None:
         sizes({"sliding_window": window}, "sliding_window")
     layers = sizes(hf, "num_hidden_layers")["num_hidden_layers"]
-    types = hf.get("layer_types") or [SLIDING if window and i >= first else FULL for i in range(layers)]
+    types = cast(Sequence[str], hf.get("layer_types")) or [
+        SLIDING if window and i >= first else FULL for i in range(layers)
+    ]
     if len(types) != layers:
         raise InputError(f"config.json: layer_types has {len(types)} entries: expected {layers}, as num_hidden_layers")
     for kind in types:
@@ -137,8 +148,8 @@ def read_windows(hf: dict[str, Any], window: Any, first: int) -> dict[str, Any]:
             raise InputError(f"config.json: layer_types: {kind!r} is not supported; expected {FULL!r} or {SLIDING!r}")
     if window is None and SLIDING in types:
         raise InputError(f"config.json: layer_types has {SLIDING!r}: expected sliding_window to be set and in use")
-    return {"sliding_window": window, "layer_types": tuple(types)}
+    return {"sliding_window": cast(int | None, window), "layer_types": tuple(types)}
 
 
-def _given(hf: dict[str, Any], name: str) -> dict[str, Any]:
+def _given(hf: JsonMapping, name: str) -> dict[str, object]:
     return {name: hf[name]} if hf.get(name) is not None else {}

@@ -1,7 +1,7 @@
-"""What the families with a mixture of experts share: their configuration, and the module that stands in place of the MLP."""
+"""Mixtures of experts in the families that have them: their configuration, and the module in place of the MLP."""
 
 import dataclasses
-from typing import Any
+import functools
 
 from flax import nnx
 from jaxtyping import DTypeLike
@@ -10,6 +10,7 @@ from fqjax.layers.experts import Expert, MixtureOfExperts
 from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.hf_config import sizes
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.json_values import JsonMapping
 from fqjax.runtime.validation import ExpertCount, Size
 
 
@@ -46,19 +47,19 @@ class ExpertsConfig(DecoderConfig):
         return {f"mlp.experts.{i}": self.expert_size for i in range(self.num_experts)}
 
 
-def mixture(config: Any, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MixtureOfExperts:
+def mixture(config: ExpertsConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MixtureOfExperts:
     """The experts of a layer and their router, as an :class:`ExpertsConfig` says."""
     c = config
-    kinds: dict[str, Any] = {"use_bias": False, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+    linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
     experts = [
-        Expert(nnx.Linear(c.hidden_size, 2 * c.expert_size, **kinds), nnx.Linear(c.expert_size, c.hidden_size, **kinds))
+        Expert(linear(c.hidden_size, 2 * c.expert_size), linear(c.expert_size, c.hidden_size))
         for _ in range(c.num_experts)
     ]
-    gate = nnx.Linear(c.hidden_size, c.num_experts, **kinds)
+    gate = linear(c.hidden_size, c.num_experts)
     return MixtureOfExperts(gate, experts, c.num_experts_per_tok, normalized=c.norm_topk_prob)
 
 
-def read_experts(hf: dict[str, Any]) -> dict[str, Any]:
+def read_experts(hf: JsonMapping) -> dict[str, int]:
     """The number of experts, and of those a token goes to, from a Hugging Face configuration.
 
     Raises:

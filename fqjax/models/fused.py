@@ -1,4 +1,4 @@
-"""Linear layers together with what stands in front of them.
+"""Linear layers together with the norm, activation or attention before them.
 
 A quantized layer takes its input through the norm or the activation function, or from the parts of a decoding step's
 attention, through the quantization and the flattening in one pass
@@ -7,22 +7,26 @@ usual, also one that stands in for it while a model is calibrated.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TypeGuard
 
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from fqjax.core.inputs import Quantized
+from fqjax.core.stored_inputs import Quantized
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.models.attention import attend, decode_step, decodes
 from fqjax.models.cache import LayerCache
 from fqjax.models.rotary import Rotation
 from pallas_kernels import quantize_activated, quantize_normalized, quantized_decode_attention
-from pallas_kernels.matmul.reference import activated
+from pallas_kernels.quantize.reference import activated
+
+LinearLayer = Callable[[Array], Array]
+"""A module that is called with (..., K), quantized or not."""
 
 
 def after_norm(
-    linear: Any,
+    linear: LinearLayer,
     norm: nnx.RMSNorm | nnx.LayerNorm,
     x: Float[Array, "*rows k"],
     residual: Float[Array, "*rows k"] | None = None,
@@ -43,8 +47,8 @@ def after_norm(
 
 
 def gated(
-    gate_up: Any,
-    down: Any,
+    gate_up: LinearLayer,
+    down: LinearLayer,
     norm: nnx.RMSNorm | nnx.LayerNorm,
     x: Float[Array, "*rows k"],
     residual: Float[Array, "*rows k"] | None,
@@ -55,7 +59,7 @@ def gated(
     Args:
       gate_up, down: modules that are called with (..., K) and (..., half of what gate_up gives).
       norm, x, residual: as for :func:`after_norm`.
-      activation: one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
+      activation: one of :data:`pallas_kernels.quantize.reference.ACTIVATIONS`.
     """
     if not (_quantizes(gate_up) and gate_up.gates and _quantizes(down)):
         y, x = after_norm(gate_up, norm, x, residual)
@@ -66,14 +70,14 @@ def gated(
 
 
 def after_activation(
-    linear: Any, x: Float[Array, "*rows channels"], activation: str, *, gated: bool = False
+    linear: LinearLayer, x: Float[Array, "*rows channels"], activation: str, *, gated: bool = False
 ) -> Float[Array, "*rows out"]:
     """``linear(activation(x))``, or, gated, ``linear(activation(first half) * second half)``.
 
     Args:
       linear: a module that is called with (..., K).
       x: (..., K), or (..., 2 K) if gated.
-      activation: one of :data:`pallas_kernels.matmul.reference.ACTIVATIONS`.
+      activation: one of :data:`pallas_kernels.quantize.reference.ACTIVATIONS`.
       gated: whether there are two halves.
     """
     if not _quantizes(linear):
@@ -94,7 +98,7 @@ def after_activation(
 
 
 def after_attention(
-    linear: Any,
+    linear: LinearLayer,
     qkv: Float[Array, "batch length all_heads dim"],
     kv_heads: int,
     cache: LayerCache | None,
@@ -121,8 +125,8 @@ def after_attention(
     return linear.multiply(quantized, qkv.dtype), LayerCache(*arrays)
 
 
-def _pending(linear: Any, x: Array, residual: Array | None) -> tuple[Array, Array | None]:
-    """What a norm reads and what is yet to be added to it: nothing, unless ``linear`` quantizes and dtypes are the same."""
+def _pending(linear: LinearLayer, x: Array, residual: Array | None) -> tuple[Array, Array | None]:
+    """The norm's input and what is yet to be added to it: nothing, unless ``linear`` quantizes and dtypes are the same."""
     if residual is None or (residual.dtype == x.dtype and _quantizes(linear)):
         return x, residual
     return x + residual, None
@@ -150,6 +154,6 @@ def _normalized(
     return quantizer.scaled(codes, scale), x if total is None else total
 
 
-def _quantizes(linear: Any) -> bool:
+def _quantizes(linear: LinearLayer) -> TypeGuard[QuantizedLinear]:
     """Whether a layer's input can be quantized in the pass before it."""
     return isinstance(linear, QuantizedLinear) and linear.fuses

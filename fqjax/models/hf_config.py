@@ -1,17 +1,18 @@
 """Checks of Hugging Face configurations that the families share."""
 
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Collection, Mapping
+from typing import Annotated, cast
 
 from annotated_types import Gt
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.json_values import JsonMapping
 from fqjax.runtime.validation import Size, check_value
 
 WHERE = "config.json"
 
 
-def sizes(hf: dict[str, Any], *names: str) -> dict[str, int]:
+def sizes(hf: JsonMapping, *names: str) -> dict[str, int]:
     """The entries of these names.
 
     Raises:
@@ -20,7 +21,7 @@ def sizes(hf: dict[str, Any], *names: str) -> dict[str, int]:
     return {name: check_value(Size, hf[name], WHERE, name) for name in names}
 
 
-def check_divides(hf: dict[str, Any], divisor: str, of: str) -> None:
+def check_divides(hf: Mapping[str, int], divisor: str, of: str) -> None:
     """Checks that one size is a multiple of another.
 
     Raises:
@@ -30,7 +31,7 @@ def check_divides(hf: dict[str, Any], divisor: str, of: str) -> None:
         raise InputError(f"{WHERE}: {of} {hf[of]}: expected a multiple of {divisor} {hf[divisor]}")
 
 
-def check_choice(hf: dict[str, Any], name: str, supported: Iterable[str]) -> None:
+def check_choice(hf: JsonMapping, name: str, supported: Collection[str]) -> None:
     """Checks that an entry is one of those that a family's code covers.
 
     Raises:
@@ -41,7 +42,12 @@ def check_choice(hf: dict[str, Any], name: str, supported: Iterable[str]) -> Non
         raise InputError(f"{WHERE}: {name} {hf[name]!r} is not supported; expected {expected}")
 
 
-def check_number(name: str, value: Any, above: float = 0) -> None:
+def token_id(hf: JsonMapping, name: str) -> int | None:
+    """The token of this name; None where there is none."""
+    return cast(int | None, hf.get(name))
+
+
+def check_number(name: str, value: object, above: float = 0) -> None:
     """Checks that an entry is a finite number above a bound.
 
     Raises:

@@ -1,10 +1,10 @@
 """Llama 1, 2 and 3: :mod:`fqjax.models.decoder` as it is, with biases where the configuration asks for them."""
 
 import dataclasses
-from typing import Any
 
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import DecoderConfig, read_config
+from fqjax.runtime.json_values import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,11 +16,12 @@ class Llama(Decoder):
     """A Llama language model; arguments as for :class:`fqjax.models.decoder.Decoder`."""
 
 
-def config_from_hf(hf: dict[str, Any]) -> LlamaConfig:
+def config_from_hf(hf: JsonMapping) -> LlamaConfig:
     """Reads a Hugging Face configuration (the dictionary that ``AutoConfig`` gives).
 
     Raises:
       InputError: naming the entry that this family's code does not cover.
     """
-    biases = {name: bool(hf.get(name)) for name in ("attention_bias", "mlp_bias")}
-    return read_config(LlamaConfig, hf, **biases)
+    return read_config(
+        LlamaConfig, hf, attention_bias=bool(hf.get("attention_bias")), mlp_bias=bool(hf.get("mlp_bias"))
+    )

@@ -1,11 +1,11 @@
 """Mistral 7B and what shares its architecture: every layer attends over a sliding window (arXiv 2310.06825), or none."""
 
 import dataclasses
-from typing import Any
 
 from fqjax.models.decoder import Decoder
-from fqjax.models.decoder_config import FULL, SLIDING, DecoderConfig, read_config, read_windows
+from fqjax.models.decoder_config import FULL, SLIDING, DecoderConfig, Windows, read_config, read_windows
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.json_values import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Mistral(Decoder):
     """A Mistral language model; arguments as for :class:`fqjax.models.decoder.Decoder`."""
 
 
-def config_from_hf(hf: dict[str, Any]) -> MistralConfig:
+def config_from_hf(hf: JsonMapping) -> MistralConfig:
     """Reads a Hugging Face configuration (the dictionary that ``AutoConfig`` gives).
 
     Raises:
@@ -26,7 +26,7 @@ def config_from_hf(hf: dict[str, Any]) -> MistralConfig:
     return read_config(MistralConfig, hf, **one_window(hf, hf.get("sliding_window"), "Mistral"))
 
 
-def one_window(hf: dict[str, Any], window: Any, family: str) -> dict[str, Any]:
+def one_window(hf: JsonMapping, window: object, family: str) -> Windows:
     """Fields of the window of a family whose layers all have the same, ``window``, or none.
 
     Raises:

@@ -1,12 +1,12 @@
 """Mixtral: Mistral with a mixture of experts in place of every MLP (arXiv 2401.04088)."""
 
 import dataclasses
-from typing import Any
 
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import read_config
 from fqjax.models.experts import ExpertsConfig, read_experts
 from fqjax.models.mistral import one_window
+from fqjax.runtime.json_values import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Mixtral(Decoder):
     keep_in_float = (*Decoder.keep_in_float, r"\.mlp\.gate$")
 
 
-def config_from_hf(hf: dict[str, Any]) -> MixtralConfig:
+def config_from_hf(hf: JsonMapping) -> MixtralConfig:
     """Reads a Hugging Face configuration (the dictionary that ``AutoConfig`` gives).
 
     Raises:

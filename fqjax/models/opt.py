@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +12,10 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 from fqjax.layers.head import unembed
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM, eos_ids
-from fqjax.models.fused import after_activation, after_attention, after_norm
-from fqjax.models.hf_config import check_choice, check_divides, sizes
+from fqjax.models.fused import LinearLayer, after_activation, after_attention, after_norm
+from fqjax.models.hf_config import check_choice, check_divides, sizes, token_id
 from fqjax.rewrites.equalize import ScalingPath
+from fqjax.runtime.json_values import JsonMapping
 from fqjax.runtime.validation import LayerCount, PositionCount, Size, TokenId
 
 POSITION_OFFSET = 2
@@ -70,7 +71,7 @@ class OPTAttention(nnx.Module):
         cache: LayerCache | None,
         lengths: Int32[Array, " batch"] | None,
     ) -> tuple[Float[Array, "batch length hidden"], Float[Array, "batch length hidden"], LayerCache | None]:
-        """What is added to the stream ``x + pending`` that is read (behind the norm if any), that stream, and the cache."""
+        """The addition to the stream ``x + pending`` that is read (after the norm if any), that stream, and the cache."""
         qkv, x = _project(self.qkv_proj, norm, x, pending)
         batch, length, hidden = x.shape
         qkv = qkv.reshape(batch, length, 3 * self.heads, hidden // self.heads)
@@ -131,7 +132,7 @@ class OPT(CausalLM):
 
     def begin(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache | None = None
-    ) -> tuple[Float[Array, "batch length hidden"], tuple[Any, ...]]:
+    ) -> tuple[Float[Array, "batch length hidden"], tuple[()]]:
         length = tokens.shape[1]
         positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
         x = self.embed_tokens(tokens)
@@ -164,7 +165,7 @@ class OPT(CausalLM):
     def norm_paths(self) -> dict[str, str]:
         """For each linear layer that alone reads a norm's output, that norm; both by dotted path.
 
-        There is none where norms stand behind the layers, as the residual connection reads them too.
+        There is none where norms come after the layers, as the residual connection reads them too.
         """
         paths = {}
         if self.config.do_layer_norm_before and self.config.layer_norm_elementwise_affine:
@@ -187,13 +188,13 @@ class OPT(CausalLM):
 
 
 def _project(
-    linear: nnx.Module, norm: nnx.LayerNorm | None, x: Array, pending: Array | None
+    linear: LinearLayer, norm: nnx.LayerNorm | None, x: Array, pending: Array | None
 ) -> tuple[Float[Array, "batch length out"], Float[Array, "batch length hidden"]]:
-    """A linear layer of the stream ``x + pending``, behind the norm if there is one, and that stream."""
+    """A linear layer of the stream ``x + pending``, after the norm if there is one, and that stream."""
     if norm is not None:
         return after_norm(linear, norm, x, pending)
     x = x if pending is None else x + pending
-    return linear(x), x  # pyright: ignore[reportCallIssue]
+    return linear(x), x
 
 
 def _linear(config: OPTConfig, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
@@ -214,7 +215,7 @@ def _norm(config: OPTConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def config_from_hf(hf: dict[str, Any]) -> OPTConfig:
+def config_from_hf(hf: JsonMapping) -> OPTConfig:
     """Reads a Hugging Face configuration (the dictionary that ``AutoConfig`` gives).
 
     Raises:
@@ -226,12 +227,14 @@ def config_from_hf(hf: dict[str, Any]) -> OPTConfig:
         "max_position_embeddings",
     )  # fmt: skip
     check_divides(read, "num_attention_heads", "hidden_size")
-    flags = ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings")
     return OPTConfig(
         **read,
-        **{key: bool(hf[key]) for key in flags},
-        activation_function=hf["activation_function"],
+        do_layer_norm_before=bool(hf["do_layer_norm_before"]),
+        enable_bias=bool(hf["enable_bias"]),
+        layer_norm_elementwise_affine=bool(hf["layer_norm_elementwise_affine"]),
+        tie_word_embeddings=bool(hf["tie_word_embeddings"]),
+        activation_function=cast(str, hf["activation_function"]),
         remove_final_layer_norm=bool(hf.get("_remove_final_layer_norm")),
-        bos_token_id=hf.get("bos_token_id"),
+        bos_token_id=token_id(hf, "bos_token_id"),
         eos_token_id=eos_ids(hf),
     )

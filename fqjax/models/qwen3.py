@@ -1,11 +1,12 @@
 """Qwen3, the dense models: a norm over each head of queries and keys, and windows as in Qwen2."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import DecoderConfig, read_config
 from fqjax.models.qwen2 import upper_windows
+from fqjax.runtime.json_values import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class Qwen3(Decoder):
     """A Qwen3 language model; arguments as for :class:`fqjax.models.decoder.Decoder`."""
 
 
-def config_from_hf(hf: dict[str, Any]) -> Qwen3Config:
+def config_from_hf(hf: JsonMapping) -> Qwen3Config:
     """Reads a Hugging Face configuration (the dictionary that ``AutoConfig`` gives).
 
     Raises:

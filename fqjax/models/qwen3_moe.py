@@ -1,7 +1,8 @@
 """Qwen3 with experts: many small ones in place of the MLP, in all layers or some."""
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, cast
 
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import read_config
@@ -9,6 +10,7 @@ from fqjax.models.experts import ExpertsConfig, read_experts
 from fqjax.models.hf_config import sizes
 from fqjax.models.mistral import one_window
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.json_values import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,15 +26,15 @@ class Qwen3Moe(Decoder):
     keep_in_float = (*Decoder.keep_in_float, r"\.mlp\.gate$")
 
 
-def config_from_hf(hf: dict[str, Any]) -> Qwen3MoeConfig:
+def config_from_hf(hf: JsonMapping) -> Qwen3MoeConfig:
     """Reads a Hugging Face configuration (the dictionary that ``AutoConfig`` gives).
 
     Raises:
       InputError: naming the entry that this family's code does not cover.
     """
-    dense = tuple(hf.get("mlp_only_layers") or ())
+    dense = tuple(cast(Iterable[object], hf.get("mlp_only_layers") or ()))
     for layer in dense:
-        if type(layer) is not int or not 0 <= layer < hf["num_hidden_layers"]:
+        if type(layer) is not int or not 0 <= layer < cast(int, hf["num_hidden_layers"]):
             raise InputError(f"config.json: mlp_only_layers has {layer!r}: expected numbers of layers")
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
     return read_config(

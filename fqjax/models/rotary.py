@@ -7,14 +7,17 @@ fit a cache of keys that are already turned.
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from fqjax.models.hf_config import check_number
 from fqjax.runtime.errors import InputError
-from pallas_kernels.matmul.reference import rotated
+from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.validation import Scalar
+from pallas_kernels.attention.reference import rotated
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -45,7 +48,7 @@ def rotate(x: Float[Array, "batch length heads dim"], rotation: Rotation) -> Flo
 
 
 def rotation(
-    positions: Int32[Array, "*batch length"], head_dim: int, theta: float, scaling: dict[str, Any]
+    positions: Int32[Array, "*batch length"], head_dim: int, theta: float, scaling: Mapping[str, Scalar]
 ) -> Rotation:
     """Cosines and sines at positions, after the scaling that :func:`read_rope` found; for YaRN, times its magnitude."""
     angles = positions[..., None].astype(jnp.float32) * frequencies(head_dim, theta, scaling)
@@ -53,12 +56,12 @@ def rotation(
     return jnp.cos(angles) * size, jnp.sin(angles) * size
 
 
-def frequencies(head_dim: int, theta: float, scaling: dict[str, Any]) -> Float32[Array, " half"]:
+def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Scalar]) -> Float32[Array, " half"]:
     """Angle per position of each pair of channels, after scaling; ``scaling`` as in :func:`rotation`."""
     inverse = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     kind = scaling.get("rope_type", "default")
     if kind == "linear":
-        return inverse / scaling["factor"]
+        return inverse / _number(scaling, "factor")
     if kind == "llama3":
         return _llama3(inverse, scaling)
     if kind == "yarn":
@@ -66,50 +69,55 @@ def frequencies(head_dim: int, theta: float, scaling: dict[str, Any]) -> Float32
     return inverse
 
 
-def _llama3(inverse: Float32[Array, " half"], scaling: dict[str, Any]) -> Float32[Array, " half"]:
+def _llama3(inverse: Float32[Array, " half"], scaling: Mapping[str, Scalar]) -> Float32[Array, " half"]:
     """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, those between interpolated."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
-    return _blend(inverse, scaling["factor"], jnp.clip((turns - low) / (high - low), 0, 1))
+    low, high = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
+    turns = _number(scaling, "original_max_position_embeddings") * inverse / (2 * math.pi)
+    return _blend(inverse, _number(scaling, "factor"), jnp.clip((turns - low) / (high - low), 0, 1))
 
 
-def _yarn(inverse: Float32[Array, " half"], theta: float, scaling: dict[str, Any]) -> Float32[Array, " half"]:
+def _yarn(inverse: Float32[Array, " half"], theta: float, scaling: Mapping[str, Scalar]) -> Float32[Array, " half"]:
     """YaRN (arXiv 2309.00071, section 3.2).
 
     Pairs that turn more than ``beta_fast`` times within the original length are kept, those that turn less than
     ``beta_slow`` times are stretched by ``factor``, and those between are interpolated by their index.
     """
-    half, original = inverse.shape[0], scaling["original_max_position_embeddings"]
+    half, original = inverse.shape[0], _number(scaling, "original_max_position_embeddings")
 
     def index(turns: float) -> float:
         return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
 
-    low, high = index(scaling.get("beta_fast", 32)), index(scaling.get("beta_slow", 1))
+    low, high = index(_number(scaling, "beta_fast", 32)), index(_number(scaling, "beta_slow", 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
     ramp = (jnp.arange(half, dtype=jnp.float32) - low) / (high - low or 0.001)
-    return _blend(inverse, scaling["factor"], 1 - jnp.clip(ramp, 0, 1))
+    return _blend(inverse, _number(scaling, "factor"), 1 - jnp.clip(ramp, 0, 1))
 
 
 def _blend(inverse: Float32[Array, " half"], factor: float, kept: Float32[Array, " half"]) -> Float32[Array, " half"]:
     return (1 - kept) * inverse / factor + kept * inverse
 
 
-def _yarn_magnitude(scaling: dict[str, Any]) -> float:
-    """What YaRN multiplies queries and keys with (its section 3.4): ``attention_factor``, or what ``factor`` implies."""
+def _yarn_magnitude(scaling: Mapping[str, Scalar]) -> float:
+    """Factor of queries and keys in YaRN (its section 3.4): ``attention_factor``, or what ``factor`` implies."""
     if "attention_factor" in scaling:
-        return scaling["attention_factor"]
+        return _number(scaling, "attention_factor")
 
     def magnitude(mscale: float) -> float:
-        return 0.1 * mscale * math.log(max(scaling["factor"], 1.0)) + 1.0
+        return 0.1 * mscale * math.log(max(_number(scaling, "factor"), 1.0)) + 1.0
 
     if "mscale" in scaling and "mscale_all_dim" in scaling:
-        return magnitude(scaling["mscale"]) / magnitude(scaling["mscale_all_dim"])
+        return magnitude(_number(scaling, "mscale")) / magnitude(_number(scaling, "mscale_all_dim"))
     return magnitude(1.0)
 
 
-def read_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+def _number(scaling: Mapping[str, Scalar], name: str, default: float | None = None) -> float:
+    """An entry that :func:`read_rope` has found to be a number."""
+    return cast(float, scaling[name] if default is None else scaling.get(name, default))
+
+
+def read_rope(hf: JsonMapping) -> tuple[float, dict[str, Scalar]]:
     """Reads theta and scaling from a Hugging Face configuration.
 
     ``rope_parameters`` holds both in transformers 5; before, theta stood beside ``rope_scaling``.
@@ -120,8 +128,8 @@ def read_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     Raises:
       InputError: naming the entry that is missing, out of range, or of a kind that is not supported.
     """
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = dict(cast(Mapping[str, Scalar], hf.get("rope_parameters") or hf.get("rope_scaling") or {}))
+    kind = cast(str, rope.get("rope_type", rope.get("type", "default")))
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
         raise InputError(f"config.json: rope_parameters has entries for {nested[0]}; expected the same for all layers")
@@ -130,7 +138,7 @@ def read_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     part = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if part not in (None, 1):
         raise InputError(f"config.json: partial_rotary_factor {part!r} is not supported; expected 1")
-    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    theta = cast(float, rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
     check_number("rope_theta", theta, above=1)
     names = (*REQUIRED[kind], *OPTIONAL.get(kind, ()))
     scaling = {key: rope[key] for key in names if rope.get(key) is not None}
@@ -138,7 +146,7 @@ def read_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     return float(theta), {"rope_type": kind, **scaling} if kind != "default" else {}
 
 
-def _check_scaling(kind: str, scaling: dict[str, Any]) -> None:
+def _check_scaling(kind: str, scaling: Mapping[str, Scalar]) -> None:
     for key in REQUIRED[kind]:
         if key not in scaling:
             raise InputError(f"config.json: rope_type {kind!r} needs {key!r}")
@@ -147,11 +155,11 @@ def _check_scaling(kind: str, scaling: dict[str, Any]) -> None:
             check_number(key, value)
         elif not isinstance(value, bool):
             raise InputError(f"config.json: truncate {value!r} of rope_type {kind!r}: expected true or false")
-    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+    if kind == "llama3" and _number(scaling, "low_freq_factor") >= _number(scaling, "high_freq_factor"):
         raise InputError(
             f"config.json: high_freq_factor {scaling['high_freq_factor']}: expected more than low_freq_factor "
             f"{scaling['low_freq_factor']}"
         )
-    fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
+    fast, slow = _number(scaling, "beta_fast", 32), _number(scaling, "beta_slow", 1)
     if fast <= slow:
         raise InputError(f"config.json: beta_fast {fast}: expected more than beta_slow {slow}")

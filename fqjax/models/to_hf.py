@@ -1,12 +1,17 @@
 """From a model of fqjax back to Hugging Face: the configuration, and the parts of concatenated layers."""
 
 import dataclasses
-from typing import Any
+from typing import cast
 
 import jax.numpy as jnp
+from jaxtyping import DTypeLike
+
+from fqjax.models.decoder_config import DecoderConfig
+from fqjax.models.experts import ExpertsConfig
+from fqjax.models.opt import OPTConfig
 
 
-def config_to_hf(architecture: str, config: Any, dtype: Any) -> dict[str, Any]:
+def config_to_hf(architecture: str, config: DecoderConfig | OPTConfig, dtype: DTypeLike) -> dict[str, object]:
     """The content of config.json, from which ``config_from_hf`` of the same family reads ``config`` again.
 
     Args:
@@ -21,7 +26,7 @@ def config_to_hf(architecture: str, config: Any, dtype: Any) -> dict[str, Any]:
     if "remove_final_layer_norm" in entries:  # OPT
         return entries | {"_remove_final_layer_norm": entries.pop("remove_final_layer_norm")}
     entries["hidden_act"] = "silu"
-    scaling = dict(config.rope_scaling)
+    scaling = dict(cast(DecoderConfig, config).rope_scaling)
     theta = entries.pop("rope_theta")
     # transformers 5 reads the first, earlier versions and other programs the other two.
     entries["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": theta}
@@ -33,12 +38,12 @@ def config_to_hf(architecture: str, config: Any, dtype: Any) -> dict[str, Any]:
     if kind == "mixtral":
         own = ("num_experts", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob")
         return {key: value for key, value in entries.items() if key not in own} | {
-            "num_local_experts": config.num_experts
+            "num_local_experts": cast(ExpertsConfig, config).num_experts
         }
     return entries
 
 
-def part_sizes(config: Any, module: str, parts: int, outputs: int) -> tuple[int, ...]:
+def part_sizes(config: DecoderConfig | OPTConfig, module: str, parts: int, outputs: int) -> tuple[int, ...]:
     """Output channels of each part of a layer.
 
     Args:
@@ -47,12 +52,12 @@ def part_sizes(config: Any, module: str, parts: int, outputs: int) -> tuple[int,
       parts: how many it consists of in a checkpoint.
       outputs: of the whole layer.
     """
-    if module.endswith("qkv_proj") and hasattr(config, "num_key_value_heads"):
+    if module.endswith("qkv_proj") and isinstance(config, DecoderConfig):
         values = config.num_key_value_heads * config.head_dim
         return outputs - 2 * values, values, values
     return (outputs // parts,) * parts
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Tuples as the lists that JSON has."""
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

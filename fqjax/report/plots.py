@@ -1,4 +1,4 @@
-"""Pictures of a quantized model, and the numbers behind them: what flattening did to the channels, which layers got which
+"""Pictures of a quantized model, and the numbers they show: what flattening did to the channels, which layers got which
 bits at what cost, and what more INT4 would cost.
 """
 
@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -20,8 +20,13 @@ from fqjax.layers.stacked import quantized_layers
 from fqjax.report.report import LayerReport, Report, ratio
 from fqjax.runtime.errors import InputError
 
-COLORS = {4: "tab:orange", 8: "tab:blue"}
-MOST = 4
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BITS_COLORS = {4: "tab:orange", 8: "tab:blue"}
+"""Color of a layer, by the bits of its weight."""
+
+MAX_LAYERS_SHOWN = 4
 """Layers shown channel by channel: those with the most flattened channels."""
 
 
@@ -74,7 +79,7 @@ LAYER_COLUMNS = (
 )
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -112,7 +117,7 @@ def activation_channels(layer: QuantizedLinear, absmax: np.ndarray) -> Channels:
 
 def _plot_channels(layers: dict[str, QuantizedLinear], record: CalibrationRecord | None, path: Path) -> Path:
     """Largest activation and weight of each channel, before and after flattening."""
-    shown = sorted(layers, key=lambda name: -layers[name].expansion)[:MOST]
+    shown = sorted(layers, key=lambda name: -layers[name].expansion)[:MAX_LAYERS_SHOWN]
     shape = (len(shown), 2 if record else 1)
     figure = _figure(6 * shape[1], 2.3 * shape[0])
     axes = figure.subplots(*shape, squeeze=False)
@@ -148,7 +153,7 @@ def _plot_bits(rows: list[LayerReport], scheme: str, path: Path) -> Path:
     axis = figure.subplots()
     for row in rows:
         block, kind = (names.index(part) for names, part in zip((blocks, kinds), places[row.name], strict=True))
-        picture[block, kind] = to_rgb(COLORS[row.bits])
+        picture[block, kind] = to_rgb(BITS_COLORS[row.bits])
         text = f"INT{row.bits}" + (f"  +{row.expansion - 1:.1%}" if row.expansion > 1 else "")
         axis.text(kind, block, text, ha="center", va="center", fontsize=7, color="white")
     axis.imshow(picture, aspect="auto")
@@ -159,7 +164,7 @@ def _plot_bits(rows: list[LayerReport], scheme: str, path: Path) -> Path:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Splits a layer's path behind its last number: the block, and which of its layers."""
+    """Splits a layer's path after its last number: the block, and which of its layers."""
     found = re.match(r"(.*(?:^|\.)\d+)\.(.+)$", name)
     return (found[1], found[2]) if found else ("", name)
 
@@ -171,7 +176,7 @@ def _plot_layers(report: Report, rows: list[LayerReport], path: Path) -> Path:
     figure = _figure(10, max(2.5, 0.22 * len(rows) + 1))
     left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(rows))
-    colors = [COLORS[row.bits] for row in rows]
+    colors = [BITS_COLORS[row.bits] for row in rows]
     left.barh(places, [100 * (row.expansion - 1) for row in rows], color=colors)
     left.set_xlabel("channels added by flattening, %")
     left.set_yticks(places, [row.name for row in rows], fontsize=7)
@@ -180,7 +185,7 @@ def _plot_layers(report: Report, rows: list[LayerReport], path: Path) -> Path:
     right.set_xscale("log")
     right.set_xlabel("error of the layer's output, % of its mean square")
     present = sorted({row.bits for row in rows})
-    handles = [Patch(color=COLORS[bits]) for bits in present]
+    handles = [Patch(color=BITS_COLORS[bits]) for bits in present]
     right.legend(handles, [f"INT{bits}, {_share(rows, bits):.0%} of the arithmetic" for bits in present], fontsize=8)
     figure.suptitle(
         f"{report.scheme}: {report.int4_mac_share:.1%} of the arithmetic in INT4, K'/K {report.expansion:.3f}"
@@ -189,7 +194,7 @@ def _plot_layers(report: Report, rows: list[LayerReport], path: Path) -> Path:
 
 
 def _plot_share(report: Report, rows: list[LayerReport], path: Path) -> Path:
-    """What more INT4 costs, and where the model is."""
+    """The cost of more INT4, and where the model is."""
     figure = _figure(6, 3.6)
     axis = figure.subplots()
     shares, costs = np.transpose(report.trade_off)
@@ -208,7 +213,7 @@ def _share(rows: list[LayerReport], bits: int) -> float:
     return ratio(sum(row.macs for row in rows if row.bits == bits), sum(row.macs for row in rows))
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> "Figure":
     """A figure of its own, of a size in inches: not one of pyplot's, whose backend belongs to the caller."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -218,6 +223,6 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: "Figure", path: Path) -> Path:
     figure.savefig(path, dpi=130)
     return path

@@ -1,9 +1,8 @@
-"""What quantization did, layer by layer: bits, K'/K, error, bytes, overflow margin."""
+"""Reports on quantized models, layer by layer: bits, K'/K, error, bytes, overflow margin."""
 
 import dataclasses
 import json
 import math
-from typing import Any
 
 from flax import nnx
 from rich.box import SIMPLE_HEAD
@@ -16,6 +15,7 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Record, abstracted
 from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.surgery import dotted, select_linears
+from fqjax.runtime.files import JsonObject
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,8 @@ class Report:
             return []
         return self.calibration.trade_off({row.name: row.macs for row in self.layers})
 
-    def to_json(self) -> dict[str, Any]:
-        """What ``fqjax inspect --json`` writes."""
+    def to_json(self) -> JsonObject:
+        """The report as ``fqjax inspect --json`` writes it."""
         return {
             "scheme": self.scheme,
             "layers": [

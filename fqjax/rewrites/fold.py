@@ -1,4 +1,4 @@
-"""Smoothing folded into what stands in front of a layer, for formats that know of no smoothing.
+"""Smoothing folded into the norm or layer before a layer, for formats that know of no smoothing.
 
 A layer that divides its input by s before it is quantized can leave that to whoever makes the input:
 
@@ -10,11 +10,14 @@ A layer that divides its input by s before it is quantized can leave that to who
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import numpy as np
+from flax import nnx
 
 from fqjax.layers.linear import QuantizedLinear
+from fqjax.rewrites.equalize import ScalingPath
 from fqjax.runtime.errors import InputError
 
 TOLERANCE = 1e-6
@@ -23,14 +26,14 @@ TOLERANCE = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Folding:
-    """What modules have to be divided by, by dotted path: norms channel by channel, layers by output channels."""
+    """Divisors of modules, by dotted path: norms channel by channel, layers by output channels."""
 
     norms: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
 
 
 def smoothing_of(layer: QuantizedLinear) -> np.ndarray:
-    """What a layer divides its input by, channel by channel, float64 (K,); ones without smoothing."""
+    """Divisors of a layer's input, channel by channel, float64 (K,); ones without smoothing."""
     quantizer = layer.input.get_value()
     fixed = quantizer.fixed_scale()
     scale = 1.0 if fixed is None else np.float64(fixed)
@@ -38,7 +41,7 @@ def smoothing_of(layer: QuantizedLinear) -> np.ndarray:
     return np.ones_like(factors) if np.abs(factors - 1).max() <= TOLERANCE else factors
 
 
-def fold_smoothing(model: Any, layers: dict[str, QuantizedLinear]) -> Folding:
+def fold_smoothing(model: nnx.Module, layers: dict[str, QuantizedLinear]) -> Folding:
     """Finds for every smoothed layer what can take its smoothing over.
 
     Args:
@@ -49,8 +52,9 @@ def fold_smoothing(model: Any, layers: dict[str, QuantizedLinear]) -> Folding:
       InputError: naming the layer, and why its smoothing cannot be folded.
     """
     folding = Folding({}, {})
-    norms = model.norm_paths() if hasattr(model, "norm_paths") else {}
-    paths = {path.consumer: path for path in model.scaling_paths()} if hasattr(model, "scaling_paths") else {}
+    norms: Mapping[str, str] = getattr(model, "norm_paths", dict)()
+    scaling_paths: Iterable[ScalingPath] = getattr(model, "scaling_paths", tuple)()
+    paths = {path.consumer: path for path in scaling_paths}
     for name, layer in layers.items():
         factors = smoothing_of(layer)
         if (factors == 1).all():
@@ -81,13 +85,15 @@ def _by_row(name: str, rows: np.ndarray, factors: np.ndarray, outputs: int) -> n
     return found
 
 
-def _outputs(model: Any, name: str) -> int:
+def _outputs(model: nnx.Module, name: str) -> int:
     module = module_at(model, name)
-    return module.weight.get_value().shape[0] if isinstance(module, QuantizedLinear) else module.out_features
+    if isinstance(module, QuantizedLinear):
+        return module.weight.get_value().shape[0]
+    return cast(nnx.Linear, module).out_features
 
 
-def module_at(model: Any, name: str) -> Any:
+def module_at(model: nnx.Module, name: str) -> nnx.Module:
     """The module with a dotted path."""
     for part in name.split("."):
-        model = model[int(part)] if part.isdigit() else getattr(model, part)
+        model = cast(nnx.List, model)[int(part)] if part.isdigit() else getattr(model, part)
     return model

@@ -1,4 +1,4 @@
-"""What fqjax raises when the input is at fault rather than the program."""
+"""The error for input that is at fault, rather than the program."""
 
 
 class InputError(ValueError):

@@ -5,14 +5,17 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from fqjax.runtime.errors import InputError
 
-LARGEST = 2**28
+JsonObject = dict[str, object]
+"""A JSON object as :func:`read_json` gives it and :mod:`json` writes it; its entries are of no known type until checked."""
+
+MAX_JSON_BYTES = 2**28
 """Bytes of a JSON file beyond which it is not read."""
 
-LONGEST = 300
+MAX_REASON_CHARACTERS = 300
 """Characters of an error's message that are shown."""
 
 
@@ -36,7 +39,7 @@ def inside(directory: Path, name: str) -> Path:
     return path
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> JsonObject:
     """Reads a JSON object.
 
     Args:
@@ -47,8 +50,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
       InputError: if the file cannot be read, is not JSON, not an object, or names an entry twice.
     """
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"larger than {LARGEST >> 20} MiB")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
         content = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"expected an object, got {type(content).__name__}")
@@ -62,10 +65,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def reason(error: BaseException) -> str:
     """An error's message in one line, cut where it becomes a list of everything there is; its type if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= MAX_REASON_CHARACTERS else f"{text[:MAX_REASON_CHARACTERS]}..."
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str) -> object:
     """Parses JSON in which no object has an entry twice.
 
     Raises:
@@ -77,7 +80,7 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, object]]) -> JsonObject:
     entries = dict(pairs)
     if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
@@ -109,7 +112,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Any]:
+def whole(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write that gets its name when it is complete and on the disk.
 
     Raises:

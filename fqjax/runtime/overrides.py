@@ -6,10 +6,12 @@ common is kept.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TypeVar
 
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.settings import Settings, alternatives, check_field, hints_of
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 class _Draft:
@@ -17,14 +19,14 @@ class _Draft:
 
     def __init__(self, config: Settings):
         self.cls: type[Settings] = type(config)
-        self.values: dict[str, Any] = {name: getattr(config, name) for name in hints_of(self.cls)}
+        self.values: dict[str, object] = {name: getattr(config, name) for name in hints_of(self.cls)}
         self.values = {name: _Draft(v) if isinstance(v, Settings) else v for name, v in self.values.items()}
 
     def become(self, cls: type[Settings]) -> None:
         """Makes it one of another kind."""
         self.cls, self.values = cls, {name: v for name, v in self.values.items() if name in hints_of(cls)}
 
-    def made(self) -> Any:
+    def made(self) -> Settings:
         return self.cls(**{name: v.made() if isinstance(v, _Draft) else v for name, v in self.values.items()})
 
     def keys(self) -> Iterator[tuple[str, "_Draft", str]]:
@@ -37,11 +39,11 @@ class _Draft:
                 yield from ((f"{name}.{key}", part, field) for key, part, field in inner.keys())
 
 
-def overridden(config: Any, settings: Iterable[str], label: str, aliases: Iterable[str] = ()) -> Any:
+def overridden(config: SettingsT, settings: Iterable[str], label: str, aliases: Iterable[str] = ()) -> SettingsT:
     """The configuration with settings applied.
 
     Args:
-      config: of :class:`~fqjax.runtime.settings.Settings`.
+      config: to start from; it is not changed.
       settings: ``KEY=VALUE`` each.
       label: of the configuration, for messages.
       aliases: keys that the caller takes itself, for the list of those that there are.
@@ -62,6 +64,7 @@ def overridden(config: Any, settings: Iterable[str], label: str, aliases: Iterab
         if part.values.get(name) == before:  # A value that has no effect may be taken back, but not be given again.
             idle[full] = f"{key}={text}"
     made = draft.made()
+    assert isinstance(made, type(config))  # Only parts change their kind.
     for key, reason in _all_unused(made):
         if key in idle:
             raise InputError(f"--set {idle[key]}: {reason}")
@@ -119,7 +122,7 @@ def _change(part: _Draft, name: str, text: str) -> None:
         part.values[name] = _parsed(hint, text, name)
 
 
-def _parsed(hint: Any, text: str, name: str) -> Any:
+def _parsed(hint: object, text: str, name: str) -> object:
     """The first reading of a text that the hint admits."""
     for value in _readings(text):
         try:
@@ -130,7 +133,7 @@ def _parsed(hint: Any, text: str, name: str) -> Any:
     return check_field(hint, number, name)  # Refuses it.
 
 
-def _readings(text: str) -> Iterator[Any]:
+def _readings(text: str) -> Iterator[bool | int | float | str | None]:
     words = {"none": None, "true": True, "false": False}
     if text.lower() in words:
         yield words[text.lower()]

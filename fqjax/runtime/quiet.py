@@ -26,14 +26,14 @@ def muted(*names: str) -> Iterator[None]:
 
 
 def collect_late_reads() -> None:
-    """Collects what a failed load leaves behind: reads that end after it closed their event loop, and complain of that.
+    """Collects the remains of a failed load: reads that end after it closed their event loop, and complain of that.
 
     Anything else that cannot be raised meanwhile is still reported as ever.
     """
     hook = sys.unraisablehook
 
     def others(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != CLOSED:
+        if str(unraisable.exc_value) != CLOSED_LOOP_MESSAGE:
             hook(unraisable)
 
     sys.unraisablehook = others
@@ -43,5 +43,5 @@ def collect_late_reads() -> None:
         sys.unraisablehook = hook
 
 
-CLOSED = "Event loop is closed"
-"""How such reads complain."""
+CLOSED_LOOP_MESSAGE = "Event loop is closed"
+"""The message with which such reads complain."""

@@ -11,7 +11,7 @@ import functools
 import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Union
+from typing import Annotated, Any, ClassVar, TypeGuard, Union
 
 from annotated_types import Ge, Le
 
@@ -51,14 +51,14 @@ class Settings:
 
 
 @functools.cache
-def hints_of(cls: type) -> dict[str, Any]:
+def hints_of(cls: type) -> dict[str, object]:
     """The types of a dataclass's fields that are set, by name, with their annotations."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 @functools.cache
-def defaults_of(cls: type) -> dict[str, Any]:
+def defaults_of(cls: type) -> dict[str, object]:
     """The defaults of a dataclass's fields that have one."""
     found = {}
     for field in dataclasses.fields(cls):
@@ -69,19 +69,19 @@ def defaults_of(cls: type) -> dict[str, Any]:
     return found
 
 
-def alternatives(hint: Any) -> tuple[list[type], list[Any]]:
+def alternatives(hint: object) -> tuple[list[type], list[object]]:
     """The members of a type: classes of configurations, and all others."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     parts = [member for member in members if is_part(member)]
     return parts, [member for member in members if member not in parts]
 
 
-def is_part(hint: Any) -> bool:
+def is_part(hint: object) -> TypeGuard[type]:
     """Whether a type is that of configurations: a dataclass, or a base of registered ones."""
     return isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "group"))
 
 
-def check_field(hint: Any, value: Any, name: str) -> Any:
+def check_field(hint: object, value: object, name: str) -> object:
     """A field's value, converted to its type where nothing is lost: whole numbers to floats, lists to tuples.
 
     Args:

@@ -39,7 +39,7 @@ T = TypeVar("T")
 Schema = Mapping[str, Any]
 """A JSON schema, as pydantic describes a hint."""
 
-WORDS = {
+TYPE_WORDS = {
     "integer": "a whole number",
     "number": "a number",
     "boolean": "true or false",
@@ -47,11 +47,16 @@ WORDS = {
     "null": "null",
     "object": "an object",
 }
-BOUNDS = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "of at most"}
+BOUND_WORDS = {
+    "exclusiveMinimum": "above",
+    "minimum": "of at least",
+    "exclusiveMaximum": "below",
+    "maximum": "of at most",
+}
 """Words for the entries of a JSON schema."""
 
 
-def validated(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+def validated(cls: type[T], mapping: Mapping[str, object], where: str) -> T:
     """An instance of a dataclass from the entries of a JSON object.
 
     Args:
@@ -66,7 +71,7 @@ def validated(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     return _read(cls, mapping, where, "")
 
 
-def check_value(hint: Any, value: Any, where: str, name: str) -> Any:
+def check_value(hint: object, value: object, where: str, name: str) -> Any:
     """A single entry's value, converted as in :func:`validated`.
 
     Args:
@@ -81,7 +86,7 @@ def check_value(hint: Any, value: Any, where: str, name: str) -> Any:
     return _read(hint, value, where, name)
 
 
-def check_given(cls: type, mapping: Mapping[str, Any], where: str) -> None:
+def check_given(cls: type, mapping: Mapping[str, object], where: str) -> None:
     """Checks those entries of an object that are fields of a dataclass, not null and not lists; all may be absent.
 
     Raises:
@@ -93,13 +98,13 @@ def check_given(cls: type, mapping: Mapping[str, Any], where: str) -> None:
 
 
 @functools.cache
-def _scalar_hints(cls: type) -> dict[str, Any]:
+def _scalar_hints(cls: type) -> dict[str, object]:
     hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls)]
     return {name: hints[name] for name in names if get_origin(hints[name]) is not tuple}
 
 
-def _read(hint: Any, value: Any, where: str, name: str) -> Any:
+def _read(hint: object, value: object, where: str, name: str) -> Any:
     from pydantic import ValidationError
 
     adapter = _adapter(hint)
@@ -114,14 +119,14 @@ def _read(hint: Any, value: Any, where: str, name: str) -> Any:
 
 
 @functools.cache
-def _adapter(hint: Any) -> "TypeAdapter[Any]":
+def _adapter(hint: object) -> "TypeAdapter[tuple[Any]]":
     from pydantic import ConfigDict, TypeAdapter
 
     # Within a tuple, since a dataclass by itself takes its configuration from the class alone.
     return TypeAdapter(tuple[hint], config=ConfigDict(extra="forbid", allow_inf_nan=False))  # pyright: ignore[reportInvalidTypeForm]
 
 
-def _message(error: "ValidationError", adapter: "TypeAdapter[Any]", value: Any, where: str, name: str) -> str:
+def _message(error: "ValidationError", adapter: "TypeAdapter[tuple[Any]]", value: Any, where: str, name: str) -> str:
     """One line on the first of pydantic's findings: the entry's dotted path, its value, and the kind of value expected."""
     first = error.errors(include_url=False)[0]
     whole, kind, location = adapter.json_schema(), first["type"], first["loc"][1:]
@@ -194,19 +199,19 @@ def _words(schema: Schema) -> str:
     if kind == "array":
         item = schema.get("items", {})
         return f"a list, each {_words(item)}" if item.get("type", "array") != "array" else "a list"
-    number = "a finite number" if schema.get("maximum") == MAX_FLOAT else WORDS.get(kind, "another type")
-    bounds = {key: schema[key] for key in BOUNDS if abs(schema.get(key, MAX_FLOAT)) < MAX_FLOAT}
+    number = "a finite number" if schema.get("maximum") == MAX_FLOAT else TYPE_WORDS.get(kind, "another type")
+    bounds = {key: schema[key] for key in BOUND_WORDS if abs(schema.get(key, MAX_FLOAT)) < MAX_FLOAT}
     if {"minimum", "maximum"} <= bounds.keys():
         return f"{number} from {bounds['minimum']} to {bounds['maximum']}"
-    return " ".join([number, " and ".join(f"{BOUNDS[key]} {limit}" for key, limit in bounds.items())]).rstrip()
+    return " ".join([number, " and ".join(f"{BOUND_WORDS[key]} {limit}" for key, limit in bounds.items())]).rstrip()
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "too large a number"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_setting(hint: Any, value: Any, name: str) -> Any:
+def check_setting(hint: object, value: object, name: str) -> object:
     """A single setting's value, converted as in :func:`validated`.
 
     Raises:
@@ -217,5 +222,5 @@ def check_setting(hint: Any, value: Any, name: str) -> Any:
         return adapter.validate_json(json.dumps([value]), strict=True)[0]
     except (TypeError, ValueError, RecursionError):  # pydantic's errors are of the second kind.
         text = value if isinstance(value, str) else _short(value)
-        words = _words(adapter.json_schema()["prefixItems"][0]).replace(WORDS["null"], "none")
+        words = _words(adapter.json_schema()["prefixItems"][0]).replace(TYPE_WORDS["null"], "none")
         raise InputError(f"{name}={text}: expected {words}") from None

@@ -1,27 +1,42 @@
 """Entry points for attention of one new token a sequence over a cache of keys and values.
 
-The kernel, and what the cache looks like: :mod:`pallas_kernels.attention.triton`; Hopper GPUs have another for INT8 caches,
+The kernel, and the layout of the cache: :mod:`pallas_kernels.attention.triton`; Hopper GPUs have another for INT8 caches,
 :mod:`pallas_kernels.attention.hopper`.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
 
+from pallas_kernels import device
+from pallas_kernels.attention import reference, triton
 from pallas_kernels.attention.codes import Recipe
 from pallas_kernels.attention.parts import Parts
-from pallas_kernels.attention.triton import cannot_use, reference, run
-from pallas_kernels.matmul.dispatch import NO_GPU, capability, hopper_device, say
-from pallas_kernels.matmul.reference import together
-from pallas_kernels.quantize.dispatch import STEP, Quantization, quantize
+from pallas_kernels.attention.triton import Finish, Result
+from pallas_kernels.device import NO_GPU
+from pallas_kernels.quantize.dispatch import CHANNEL_MULTIPLE, quantize
+from pallas_kernels.quantize.kind import Implementation as QuantizeImplementation
+from pallas_kernels.quantize.kind import Quantization
 
 Implementation = Literal["mosaic", "triton", "xla"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("mosaic", "triton", "xla")
+FASTER: dict[str, Implementation] = {"triton": "mosaic", "xla": "triton"}
+"""The implementation that would have been faster than one."""
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call: lengths (batch,), cosines and sines or nothing, and the cache's two or four arrays."""
+
+    qkv: Array
+    lengths: Array
+    rotation: tuple[Array, ...]
+    cache: tuple[Array, ...]
 
 
 def decode_attention(
@@ -37,14 +52,14 @@ def decode_attention(
     window: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "batch heads dim"], tuple[Array, ...]]:
-    """Appends a token to every sequence, and ``softmax(q @ keys.T * scale) @ values`` over what it has then.
+    """Appends a token to every sequence, and gives ``softmax(q @ keys.T * scale) @ values`` over its filled positions.
 
     Args:
       qkv: the new tokens' queries, then keys, then values; neighbouring query heads share a key-value head where there are
         fewer of those.
       keys, values: of the cache, in the dtype of ``qkv``, or another floating one, or int8.
       lengths: positions filled before; the new token goes to the next, or, in a full cache, to the last.
-      key_scales, value_scales: what int8 codes are multiplied with.
+      key_scales, value_scales: of int8 codes.
       rotation: cosines and sines that queries and keys are turned by first, pairs taken from the two halves of a head
         (arXiv 2104.09864).
       scale: 1 / sqrt(dim) by default.
@@ -53,15 +68,15 @@ def decode_attention(
         of compute capability 8.0 or more; and elsewhere "xla", which looks at the whole capacity.
 
     Returns:
-      What the queries see, and the arrays of the cache in the order in which they are given.  Queries see the new key and
-      value as the cache holds them.
+      The output of every head, and the arrays of the cache in the order in which they are given.  Queries see the new key
+      and value as the cache holds them.
 
     Raises:
       ValueError: if shapes do not fit together, or codes and scales do not come together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    held = keys, values, lengths, key_scales, value_scales
-    return _attend(functools.partial(_whole, qkv.dtype), implementation, qkv, *held, rotation, scale, window)
+    inputs = _checked(qkv, keys, values, lengths, key_scales, value_scales, rotation, implementation)
+    return _attend(functools.partial(_whole, qkv.dtype), implementation, inputs, scale, window)
 
 
 def quantized_decode_attention(
@@ -82,9 +97,9 @@ def quantized_decode_attention(
     window: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Int8[Array, "batch width"], Float32[Array, " batch"] | None, tuple[Array, ...]]:
-    """:func:`decode_attention`, and its output quantized for the layer behind it, in the pass that puts the parts together.
+    """:func:`decode_attention`, and its output quantized for the next layer, in the pass that puts the parts together.
 
-    With fixed scales there need not be such a pass: what one program has found whole, it quantizes itself.
+    With fixed scales there need not be such a pass: a program that has computed a whole output quantizes it itself.
 
     Args:
       multiplier, source, part, qmax, per_token: as :func:`pallas_kernels.quantize_normalized` takes them; channels are those
@@ -104,91 +119,86 @@ def quantized_decode_attention(
             f"{multiplier.shape} and {part.shape}"
         )
     kind = Quantization(name="quantize_attended", qmax=qmax, per_token=per_token)
-    finish = functools.partial(_quantized, kind, (multiplier, source, part), implementation)
-    recipe = None if per_token or len(source) % STEP else Recipe(qmax, multiplier, source, part)
-    held = keys, values, lengths, key_scales, value_scales
-    (codes, *scales), written = _attend(finish, implementation, qkv, *held, rotation, scale, window, recipe)
+    recipe = Recipe(qmax, multiplier, source, part)
+    finish = functools.partial(_quantized, kind, recipe, implementation)
+    inputs = _checked(qkv, keys, values, lengths, key_scales, value_scales, rotation, implementation)
+    by_kernel = None if per_token or len(source) % CHANNEL_MULTIPLE else recipe
+    (codes, *scales), written = _attend(finish, implementation, inputs, scale, window, by_kernel)
     return codes, scales[0] if scales else None, written
 
 
 def _attend(
-    finish: Any,
+    finish: Finish[Result],
     implementation: Implementation | None,
-    qkv: Array,
-    keys: Array,
-    values: Array,
-    lengths: Array,
-    key_scales: Array | None,
-    value_scales: Array | None,
-    rotation: tuple[Array, Array] | None,
+    inputs: Inputs,
     scale: float | None,
     window: int | None,
     recipe: Recipe | None = None,
-) -> Any:
-    """What ``finish`` makes of the parts and their sums, and the cache, by the implementation asked for or the fastest."""
-    _check(qkv, keys, values, lengths, key_scales, value_scales, rotation)
-    if implementation not in (None, "mosaic", "triton", "xla"):
-        raise NotImplementedError(f"implementation {implementation!r} is not one of: mosaic, triton, xla")
-    cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
-    operands = qkv, lengths, rotation or (), cache
-    kinds: Any = {"scale": 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale), "window": window}
+) -> tuple[Result, tuple[Array, ...]]:
+    """The result that ``finish`` makes of the parts and their sums, and the cache, by an implementation or the fastest."""
+    qkv, _, _, (keys, values, *_) = inputs
+    factor = 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale)
 
-    def xla(*operands: Any) -> Any:
-        out, cache = reference(*operands, **kinds)
+    def xla(inputs: Inputs) -> tuple[Result, tuple[Array, ...]]:
+        out, cache = reference.decode_attention(*inputs, scale=factor, window=window)
         return finish(out, None), cache
 
     if implementation == "xla":
-        return xla(*operands)
+        return xla(inputs)
     reasons = {
         "mosaic": _not_on_hopper(qkv, keys, values),
-        "triton": NO_GPU if capability() < (8, 0) else cannot_use(qkv, keys, values),
+        "triton": NO_GPU if device.capability() < (8, 0) else triton.cannot_use(qkv, keys, values),
     }
     used = implementation or next((name for name, why in reasons.items() if why is None), "xla")
     if why := reasons[used] if implementation else None:
         raise NotImplementedError(
             f"decode_attention: implementation {used!r} cannot take qkv {qkv.shape} {qkv.dtype}: {why}"
         )
-    missed = {"triton": "mosaic", "xla": "triton"}  # What would have been faster.
-    say("decode_attention", (*qkv.shape, keys.shape[1]), used, reasons[missed[used]] or "" if used in missed else "")
+    missed = (reasons[FASTER[used]] or "") if used in FASTER else ""
+    device.say("decode_attention", (*qkv.shape, keys.shape[1]), used, missed)
     if used == "xla":
-        return xla(*operands)
-    kernel = functools.partial(_on_hopper if used == "mosaic" else run, **kinds, finish=finish, recipe=recipe)
-    return kernel(*operands) if implementation else lax.platform_dependent(*operands, cuda=kernel, default=xla)
+        return xla(inputs)
+
+    def kernel(inputs: Inputs) -> tuple[Result, tuple[Array, ...]]:
+        run = _hopper_run() if used == "mosaic" else triton.run
+        return run(*inputs, scale=factor, window=window, finish=finish, recipe=recipe)
+
+    return kernel(inputs) if implementation else lax.platform_dependent(inputs, cuda=kernel, default=xla)
 
 
 def _not_on_hopper(qkv: Array, keys: Array, values: Array) -> str | None:
     """Why the kernel for Hopper GPUs cannot run here."""
-    if hopper_device() is None:
+    if device.hopper_device() is None:
         return "this is no Hopper GPU"
-    from pallas_kernels.attention import hopper as attention
+    from pallas_kernels.attention import hopper
 
-    return attention.cannot_use(qkv, keys, values)
-
-
-def _on_hopper(*operands: Any, **kinds: Any) -> Any:
-    from pallas_kernels.attention import hopper as attention
-
-    return attention.run(*operands, **kinds)
+    return hopper.cannot_use(qkv, keys, values)
 
 
-def _whole(dtype: Any, out: Array, sums: Array | None) -> Array:
-    """(batch, heads, dim) of what the kernel's programs have found: (batch, kv_heads, parts, group, dim)."""
-    out = out if sums is None else together(out, sums)
+def _hopper_run() -> Callable[..., tuple[Result, tuple[Array, ...]]]:
+    from pallas_kernels.attention import hopper
+
+    return hopper.run
+
+
+def _whole(dtype: DTypeLike, out: Array, sums: Array | None) -> Array:
+    """(batch, heads, dim) of the outputs of the kernel's programs: (batch, kv_heads, parts, group, dim)."""
+    out = out if sums is None else reference.together(out, sums)
     return out.reshape(len(out), -1, out.shape[-1]).astype(dtype)
 
 
 def _quantized(
-    kind: Quantization, recipe: Sequence[Array], implementation: Any, out: Array, sums: Array | None
+    kind: Quantization, recipe: Recipe, implementation: Implementation | None, out: Array, sums: Array | None
 ) -> tuple[Array, ...]:
     """Codes of that, (batch, channels), and their scales."""
-    by = None if implementation == "mosaic" else implementation  # It is another kernel's.
+    by: QuantizeImplementation | None = None if implementation == "mosaic" else implementation  # Another kernel's.
     if sums is None:
-        return quantize(kind, by)(out.reshape(len(out), -1), *recipe)
+        return quantize(kind, by)(out.reshape(len(out), -1), *recipe[1:])
     kind = dataclasses.replace(kind, parts=Parts(*out.shape[2:]))
-    return quantize(kind, by)(out.reshape(len(out), -1), sums.reshape(len(out), -1), *recipe)
+    return quantize(kind, by)(out.reshape(len(out), -1), sums.reshape(len(out), -1), *recipe[1:])
 
 
-def _check(
+def _checked(
     qkv: Array,
     keys: Array,
     values: Array,
@@ -196,7 +206,8 @@ def _check(
     key_scales: Array | None,
     value_scales: Array | None,
     rotation: tuple[Array, Array] | None,
-) -> None:
+    implementation: Implementation | None,
+) -> Inputs:
     heads = qkv.shape[1] - 2 * keys.shape[2] if qkv.ndim == 3 and keys.ndim == 4 else 0
     if heads < 1 or keys.shape[::3] != qkv.shape[::2] or heads % keys.shape[2]:
         raise ValueError(
@@ -218,3 +229,7 @@ def _check(
             raise ValueError(f"decode_attention: {name}_scales must be {keys.shape[:3]}, got {scales.shape}")
     if keys.dtype != values.dtype:
         raise ValueError(f"decode_attention: keys are {keys.dtype} and values {values.dtype}; expected one dtype")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise NotImplementedError(f"implementation {implementation!r} is not one of: {', '.join(IMPLEMENTATIONS)}")
+    cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
+    return Inputs(qkv, lengths, rotation or (), cache)

@@ -1,17 +1,18 @@
-"""Codes of attention's output, written by the kernel that finds it (Pallas Triton).
+"""Codes of attention's output, written by the kernel that computes it (Pallas Triton).
 
-Where one program finds all that a key-value head's query heads give, it can quantize it with fixed scales, and flatten the
-large channels over extra ones, of which it writes those that continue its own.
+Where one program computes the whole output of a key-value head's query heads, it can quantize it with fixed scales, and
+flatten the large channels over extra ones, of which it writes those that continue its own.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_kernels.quantize.triton import code_beyond, held_before, rounded, runs
+from pallas_kernels.mosaic.math import code_beyond, held_before, rounded, runs
+from pallas_kernels.mosaic.types import Ref
 
 
 class Recipe(NamedTuple):
@@ -23,6 +24,25 @@ class Recipe(NamedTuple):
     part: Array
 
 
+class Sizes(Protocol):
+    """Sizes of an attention: key-value heads, query heads of each, channels of each, extra channels, largest code."""
+
+    @property
+    def kv_heads(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def extra(self) -> int: ...
+
+    @property
+    def qmax(self) -> int: ...
+
+
 class Channels(NamedTuple):
     """Some of the codes that a program writes.
 
@@ -30,20 +50,21 @@ class Channels(NamedTuple):
       at: the channels of its heads that they are made of.
       multiplier: of those.
       to: where they go in the row.
-      before: what the channels before hold, float32, and which of them are the program's; None for the heads' own channels.
+      before: the magnitudes that the channels before hold, float32, and which of them are the program's; None for the heads'
+        own channels.
     """
 
     at: Array
     multiplier: Array
-    to: Any
+    to: pl.Slice
     before: tuple[Array, Array] | None = None
 
 
-def channels(p: Any, recipe: Sequence[Any]) -> list[Channels]:
+def channels(p: Sizes, recipe: Sequence[Ref]) -> list[Channels]:
     """The codes that this program writes: of its heads, and of the extra channels that continue theirs.
 
     Args:
-      p: what the kernel is made for.
+      p: sizes that the kernel is made for.
       recipe: references to the multiplier, and, if there are extra channels, to their sources and parts.
     """
     multiplier_ref, *flattening = recipe
@@ -63,7 +84,7 @@ def channels(p: Any, recipe: Sequence[Any]) -> list[Channels]:
     return found
 
 
-def write(p: Any, interpret: bool, out_ref: Any, channels: Sequence[Channels], codes_ref: Any) -> None:
+def write(p: Sizes, interpret: bool, out_ref: Ref, channels: Sequence[Channels], codes_ref: Ref) -> None:
     """Writes codes.  The output is read again, from the cache: without the rows that repeat the last, and in any order."""
     from jax.experimental.pallas import triton as plgpu
 
@@ -75,4 +96,5 @@ def write(p: Any, interpret: bool, out_ref: Any, channels: Sequence[Channels], c
             codes_ref[to] = rounded(y, p.qmax, interpret).astype(jnp.int8)
             continue
         full, own = before
-        plgpu.store(codes_ref.at[to], code_beyond(y, full, p.qmax, interpret), mask=own)
+        at_extra = codes_ref.at[to]
+        plgpu.store(at_extra, code_beyond(y, full, p.qmax, interpret), mask=own)  # pyright: ignore[reportArgumentType]

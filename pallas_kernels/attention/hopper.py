@@ -1,14 +1,12 @@
 """Attention of one new token a sequence over INT8 codes, a warp at a time, for Hopper GPUs.
 
-It is what :mod:`pallas_kernels.attention.triton` computes, cut up otherwise: every warp looks at every so many-th tile of 16
-positions and has an online softmax of its own, and the warps of a unit, which has a key-value head of a sequence or a share
-of it, put together what they found.  What a unit does: :mod:`pallas_kernels.attention.hopper_unit`.
+It computes the same as :mod:`pallas_kernels.attention.triton`, cut up otherwise: every warp looks at every so many-th tile of
+16 positions and has an online softmax of its own, and the warps of a unit, which has a key-value head of a sequence or a
+share of it, put their outputs together.  The work of a unit: :mod:`pallas_kernels.attention.hopper_unit`.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +14,12 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.attention.codes import Recipe
-from pallas_kernels.attention.hopper_memory import MOST_GROUP, TILE, shared_words
+from pallas_kernels.attention.hopper_cut import Cut, best_cut
+from pallas_kernels.attention.hopper_memory import MOST_GROUP, shared_words
 from pallas_kernels.attention.hopper_unit import Unit
-from pallas_kernels.attention.triton import PROGRAMS, Problem
-from pallas_kernels.mosaic.compat import kernel_in_place, plgpu
+from pallas_kernels.attention.problem import Problem
+from pallas_kernels.attention.triton import Finish, Result
+from pallas_kernels.mosaic.compat import FragmentedArray, LaunchContext, Ref, ir, kernel_in_place, plgpu
 from pallas_kernels.mosaic.lanes import Lanes
 
 DIMS = (64, 128)
@@ -28,51 +28,7 @@ MOST_EXTRA = 1024
 """Channels that large ones continue in, for which a CTA has shared memory."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How the work is cut up.
-
-    Attributes:
-      splits: units that share a key-value head of a sequence.
-      warps: of a unit, 4, 8 or 16.
-      units: of a CTA, which has nothing else in common; warps * units is at most 16.  With 16 warps none of them gets more
-        than 128 registers, with which as many as can be are on a multiprocessor at once.
-    """
-
-    splits: int = 1
-    warps: int = 4
-    units: int = 1
-
-    def __post_init__(self) -> None:
-        if (
-            self.splits < 1
-            or self.warps not in (4, 8, 16)
-            or self.units not in (1, 2, 4)
-            or self.warps * self.units > 16
-        ):
-            raise ValueError(f"Cut: warps must be 4, 8 or 16, and with units (1, 2, 4) 16 at most, got {self}")
-
-    def programs(self, heads: int, capacity: int) -> int:
-        """For each key-value head of each sequence."""
-        del heads, capacity
-        return self.splits
-
-
-def best_cut(heads: int, capacity: int) -> Cut:
-    """The fastest of those tried on an H200 in November 2026; ``scripts/tune_decoding.py`` tries them again.
-
-    Args:
-      heads: key-value heads of all sequences together.
-      capacity: of the cache.
-    """
-    if heads <= PROGRAMS:
-        return Cut(splits=max(1, min(PROGRAMS // heads, -(-capacity // (8 * TILE)))), warps=8)
-    if heads <= 3 * PROGRAMS:  # So many CTAs of 4 warps are on the GPU at once.
-        return Cut(warps=4)
-    return Cut(warps=4, units=math.gcd(heads, 4))
-
-
-def cannot_use(qkv: Any, keys: Any, values: Any) -> str | None:
+def cannot_use(qkv: Array, keys: Array, values: Array) -> str | None:
     """Why the kernel cannot take these operands; None if it can."""
     dim, group = qkv.shape[2], qkv.shape[1] // keys.shape[2] - 2
     if qkv.dtype not in (jnp.bfloat16, jnp.float16):
@@ -97,11 +53,11 @@ def run(
     *,
     scale: float,
     window: int | None,
-    finish: Callable[[Array, Array | None], Any],
+    finish: Finish[Result],
     recipe: Recipe | None = None,
     cut: Cut | None = None,
-) -> tuple[Any, tuple[Array, ...]]:
-    """The kernel, and what puts together the parts; everything as :func:`pallas_kernels.attention.triton.run` takes it."""
+) -> tuple[Result, tuple[Array, ...]]:
+    """The kernel, with the arguments of :func:`pallas_kernels.attention.triton.run`."""
     cut = cut or best_cut(len(qkv) * cache[0].shape[2], cache[0].shape[1])
     p = Problem.of(qkv, rotation, cache, scale, window, cut)
     if recipe is not None and p.splits == 1 and len(recipe.source) <= MOST_EXTRA:
@@ -109,13 +65,15 @@ def run(
     how = recipe[1 : 4 if p.extra else 2] if recipe is not None and p.qmax else ()
     results = jax.custom_batching.sequential_vmap(build(p))(lengths, qkv, *rotation, *cache, *how)
     written, (first, *rest) = tuple(results[:4]), results[4:]
-    return (first,) if p.qmax else finish(first, rest[0] if rest else None), written
+    if p.qmax:
+        return (first,), written  # pyright: ignore[reportReturnType]
+    return finish(first, rest[0] if rest else None), written
 
 
-def build(p: Problem) -> Any:
+def build(p: Problem[Cut]) -> Callable[..., tuple[Array, ...]]:
     """The kernel: a function of lengths, qkv, the rotation's two if there is one, the cache's four arrays, and a recipe's.
 
-    It gives the cache's arrays, with the new tokens; then what it found, (batch, kv_heads, splits, group, dim), and the
+    It gives the cache's arrays, with the new tokens; then its output, (batch, kv_heads, splits, group, dim), and the
     logarithms of the sums if there are several splits; or, with a recipe, the codes.
 
     Args:
@@ -138,17 +96,17 @@ def build(p: Problem) -> Any:
     first = 2 + 2 * p.rotates  # of the cache among the operands
     inputs = first + 4 + ((3 if p.extra else 1) if p.qmax else 0)
 
-    def decode_attention(*refs: Any, **scratch: Any) -> None:
+    def decode_attention(*refs: Ref, **scratch: Ref) -> None:
         names = list(scratch)
 
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (len(refs) + len(names)), plgpu.Layout.WG_SPLAT(())))
-        def emit(ctx: Any, *given: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), *[plgpu.RefType()] * (len(refs) + len(names))))
+        def emit(ctx: LaunchContext, cta: FragmentedArray, *memory: ir.Value) -> None:
             del ctx
-            lanes, (*memory, cta) = Lanes(), given
+            lanes = Lanes()
             shared = dict(zip(names, memory[len(refs) :], strict=True))
             Unit(lanes, p, lanes.place(cta), memory[:inputs], memory[inputs : len(refs)], shared).run()
 
-        emit(*refs, *scratch.values(), lax.axis_index("cta"))
+        emit(lax.axis_index("cta"), *refs, *scratch.values())
 
     return kernel_in_place(
         decode_attention,

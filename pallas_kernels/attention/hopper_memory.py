@@ -1,44 +1,54 @@
-"""Where a unit of warps finds and leaves what it works on in attention (:mod:`pallas_kernels.attention.hopper_unit`)."""
+"""Device and shared memory as a unit of warps sees them in attention (:mod:`pallas_kernels.attention.hopper_unit`)."""
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
-from pallas_kernels.attention.triton import Problem
+from pallas_kernels.attention.hopper_cut import TILE_POSITIONS, Cut
+from pallas_kernels.attention.problem import Problem
+from pallas_kernels.mosaic.compat import ir
+from pallas_kernels.mosaic.lanes import Lanes, Word
 
-TILE = 16
-"""Positions."""
 MOST_GROUP = 8
 """Query heads that share a key-value head, at most."""
-PITCH = 33
+REGISTER_PITCH_WORDS = 33
 """Words from one register's place in shared memory to the next one's: so lanes read from as many banks as they can."""
 
 
-def shared_words(p: Problem) -> dict[str, int]:
-    """What a unit keeps in shared memory, in words.
+def shared_words(p: Problem[Cut]) -> dict[str, int]:
+    """Shared memory of a unit by name, in words.
 
-    The codes of its queries, twice each, new key and new value, and what each counts; the real values of the last two; each
-    warp's sums and statistics, the new token's behind them; and for extra channels what these continue.
+    The codes of its queries, twice each, new key and new value, and the size of each; the real values of the last two; each
+    warp's sums and statistics, the new token's after them; and for extra channels the outputs that they continue.
     """
     rows = p.group + 2
     found = {"codes": 2 * rows * p.dim // 4, "sizes": rows, "new": 2 * p.dim}
-    found |= {"sums": p.cut.warps * (p.dim // 4) * PITCH, "statistics": (p.cut.warps + 1) * 2 * MOST_GROUP}
+    found |= {
+        "sums": p.cut.warps * (p.dim // 4) * REGISTER_PITCH_WORDS,
+        "statistics": (p.cut.warps + 1) * 2 * MOST_GROUP,
+    }
     return found | ({"outputs": p.group * p.dim, "extra": 2 * p.extra} if p.extra else {})
 
 
 class Memory:
-    """A unit's place among the others, and what it reads and writes.
+    """A unit's place among the others, its reads and writes.
 
     Args:
-      lanes: what its instructions are emitted by.
-      p: what the kernel is made for, with a :class:`pallas_kernels.attention.hopper.Cut`.
+      lanes: emits its instructions.
+      p: what the kernel is made for, with a :class:`pallas_kernels.attention.hopper_cut.Cut`.
       cta: number of the CTA, which has several units.
       inputs, outputs: references to what the kernel takes and gives.
       shared: to what :func:`shared_words` describes.
     """
 
     def __init__(
-        self, lanes: Any, p: Problem, cta: Any, inputs: Sequence[Any], outputs: Sequence[Any], shared: dict[str, Any]
+        self,
+        lanes: Lanes,
+        p: Problem[Cut],
+        cta: Word,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        shared: Mapping[str, ir.Value],
     ):
         self.o, self.p, self.shared = lanes, p, shared
         self.words = shared_words(p)
@@ -57,23 +67,23 @@ class Memory:
         self.warps = p.splits * p.cut.warps
         self.piece = p.dim // 8  # channels of either half of a key that a lane has, and of a value
 
-    def _dealt(self, count: int) -> list[Any]:
-        """What this thread does of ``count`` things: (number, whether there is such a one), several times."""
+    def _dealt(self, count: int) -> list[tuple[Word, Word | None]]:
+        """This thread's share of ``count`` things: (number, whether there is such a one), several times."""
         threads = 32 * self.p.cut.warps
         return [
             (self.thread + at, None if at + threads <= count else self.thread + at < count)
             for at in range(0, count, threads)
         ]
 
-    def _only(self, condition: Any) -> Any:
+    def _only(self, condition: Word | None) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if condition is None else self.o.when(condition)
 
     # Shared memory, of which every unit has its own.
 
-    def _shared(self, name: str, index: Any, count: int = 1) -> tuple[Any, ...]:
+    def _shared(self, name: str, index: Word, count: int = 1) -> tuple[Word, ...]:
         return self.o.load_shared(self.shared[name], index + self.unit * self.words[name], count)
 
-    def _keep_shared(self, name: str, index: Any, word: Any, nbytes: int = 4) -> None:
+    def _keep_shared(self, name: str, index: Word, word: Word, nbytes: int = 4) -> None:
         first = self.unit * (self.words[name] * (4 if nbytes == 2 else 1))
         self.o.store_shared(self.shared[name], index + first, word, nbytes)
 
@@ -82,45 +92,45 @@ class Memory:
 
     # Device memory.
 
-    def _words(self, ref: Any, offset: Any, nbytes: int) -> list[Any]:
+    def _words(self, ref: ir.Value, offset: Word, nbytes: int) -> list[Word]:
         """So many neighbouring bytes, 16 at a time at most."""
         count = min(nbytes // 4, 4)
         return [word for at in range(0, nbytes, 4 * count) for word in self.o.load(ref, offset + at, count)]
 
-    def _cached(self, position: Any, nbytes: int) -> Any:
-        """Where a position's entry is, of which a head has so many bytes."""
+    def _cached(self, position: Word, nbytes: int) -> Word:
+        """Offset of a position's entry, of which a head has so many bytes."""
         p = self.p
         return ((self.batch * p.capacity + position) * p.kv_heads + self.head) * nbytes
 
-    def _keys(self, tile: Any, last: Any) -> list[Any]:
+    def _keys(self, tile: Word, last: Word) -> list[Word]:
         """A tile's keys, positions 0 to 7 and 8 to 15; and both scales of one position for every lane, in turns."""
         o, found = self.o, []
         for rows in (0, 8):
-            position = o.minimum(tile * TILE + self.row + rows, last)
+            position = o.minimum(tile * TILE_POSITIONS + self.row + rows, last)
             offset = self._cached(position, self.p.dim) + self.column * self.piece
             for half in (0, self.p.dim // 2):
                 found += self._words(self.cache[0], offset + half, self.piece)
-        position = o.minimum(tile * TILE + (self.lane & (TILE - 1)), last)
+        position = o.minimum(tile * TILE_POSITIONS + (self.lane & (TILE_POSITIONS - 1)), last)
         return [*found, *(o.load(ref, self._cached(position, 4))[0] for ref in self.cache[2:])]
 
-    def _values(self, tile: Any, last: Any) -> list[Any]:
+    def _values(self, tile: Word, last: Word) -> list[Word]:
         """A tile's values: the channels of the lane's row, of the four positions of its column."""
         o, found = self.o, []
         for position in (0, 1, 8, 9):
-            position = o.minimum(tile * TILE + self.column * 2 + position, last)
+            position = o.minimum(tile * TILE_POSITIONS + self.column * 2 + position, last)
             offset = self._cached(position, self.p.dim) + self.row * self.piece
             found += self._words(self.cache[1], offset, self.piece)
         return found
 
-    # What is new: queries, and a key and a value.
+    # The new token: queries, a key and a value.
 
-    def _angles(self) -> list[list[Any]]:
+    def _angles(self) -> list[list[Word]]:
         """Cosines and sines of a lane's two channels."""
         o = self.o
         offset = (self.batch * (self.p.dim // 2) + self._pair()) * 4
         return [[o.as_real(word) for word in o.load(ref, offset, 2)] for ref in self.rotation]
 
-    def _new_rows(self) -> list[list[Any]]:
+    def _new_rows(self) -> list[list[Word]]:
         """The rows of this head that are new, one for each warp: words of two neighbouring channels of either half.
 
         They are the queries, then the key and the value; where there are fewer warps, they have several one after the other.
@@ -136,19 +146,19 @@ class Memory:
             found.append([word for at in (0, p.dim) for word in o.load(self.qkv, row + at)])
         return found
 
-    def _pair(self) -> Any:
+    def _pair(self) -> Word:
         """The first of a lane's two neighbouring channels of a half; lanes beyond it repeat others."""
         return (self.lane << 1) & (self.p.dim // 2 - 1)
 
-    # What codes need.
+    # Recipes of codes.
 
-    def _extra_channels(self) -> list[list[Any]]:
+    def _extra_channels(self) -> list[list[Word]]:
         """Source and part of this thread's."""
         o, p = self.o, self.p
         numbers = [o.minimum(number, o.constant(p.extra - 1)) for number, _ in self._dealt(p.extra)]
         return [[o.load(ref, number * 4)[0] for ref in self.recipe[1:]] for number in numbers]
 
-    def _keep_extra_channels(self, words: Sequence[Sequence[Any]]) -> None:
+    def _keep_extra_channels(self, words: Sequence[Sequence[Word]]) -> None:
         """Leaves them in shared memory until they are needed."""
         for (number, there), recipe in zip(self._dealt(self.p.extra), words, strict=True):
             with self._only(there):

@@ -1,8 +1,8 @@
-"""What a unit of warps does in attention over INT8 codes (:mod:`pallas_kernels.attention.hopper`).
+"""The work of a unit of warps in attention over INT8 codes (:mod:`pallas_kernels.attention.hopper`).
 
 First the warps turn and quantize the queries, the new key and the new value, a row each.  Then nothing is shared until the
-end, when they put together through shared memory what each has found.  What lanes load of the cache, 16 bytes each, is what
-the tensor cores want of them, so that keys and values never change their lane:
+end, when they put their outputs together through shared memory.  Lanes load of the cache, 16 bytes each, exactly what
+the tensor cores take from them, so that keys and values never change their lane:
 
 * Scores are ``q @ keys.T`` in integers.  The queries' codes of 15 bits lie as two int8 codes in the upper and lower eight
   rows of the left operand.  Which channel is which of a product's is free, so a lane takes neighbouring ones of a row.
@@ -18,32 +18,42 @@ its way.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.attention.hopper_memory import MOST_GROUP, PITCH, TILE, Memory
-from pallas_kernels.attention.triton import LOW, LOWEST
-from pallas_kernels.matmul import reference
+from pallas_kernels.attention.hopper_cut import TILE_POSITIONS
+from pallas_kernels.attention.hopper_memory import MOST_GROUP
+from pallas_kernels.attention.hopper_output import Output
+from pallas_kernels.attention.problem import UPPER_CODE_UNIT
+from pallas_kernels.attention.reference import LOWEST_SCORE
+from pallas_kernels.mosaic.lanes import Word
 
-LEAST_SCALE = 1e-30
+SMALLEST_SCALE = 1e-30
 """Below every value's scale: its logarithm is finite."""
-LOG2_E = math.log2(math.e)
+LOG2_OF_E = math.log2(math.e)
 
 
-class Unit(Memory):
+class Query(NamedTuple):
+    """The left operand's fragments, and the value of one in a product of codes."""
+
+    fragments: list[tuple[Word, Word, Word, Word]]
+    factor: Word
+
+
+class Unit(Output):
     """A unit's work."""
 
     def run(self) -> None:
         """All of it."""
         p, o = self.p, self.o
-        # What is needed first is asked for first: tiles are so many bytes that what comes behind them waits.
+        # Operands that are needed first are loaded first: tiles are so many bytes that later loads wait for them.
         (self.length,) = o.load(self.lengths, self.batch * 4)
         angles, rows, extra = self._angles(), self._new_rows(), self._extra_channels()
         self.oldest, begin = None, o.constant(0)
         if p.window is not None:  # Otherwise the first tile is known before the length is.
             self.oldest = o.maximum(self.length + (1 - p.window), o.constant(0))
-            begin = self.oldest // TILE
+            begin = self.oldest // TILE_POSITIONS
         last = o.constant(p.capacity - 1)
         fetched = [*self._keys(begin + self.number, last), *self._values(begin + self.number, last)]
         self._keep_extra_channels(extra)
@@ -52,24 +62,24 @@ class Unit(Memory):
         self._see_new_token(queries)
         # Where there are no registers to keep the queries in, they are read again for each tile.
         query = self._query() if p.cut.warps * p.cut.units < 16 else None
-        count = (self.length + (TILE - 1)) // TILE - begin - self.number
+        count = (self.length + (TILE_POSITIONS - 1)) // TILE_POSITIONS - begin - self.number
         turns = o.maximum(count + (self.warps - 1), o.constant(0)) // self.warps
         last = o.maximum(self.length - 1, o.constant(0))
 
-        def turn(i: Any, carry: list[Any]) -> list[Any]:
+        def turn(i: Word, carry: list[Word]) -> list[Word]:
             tile = begin + self.number + i * self.warps
             return self._tile(tile, last, query or self._query(), carry)
 
-        nothing = [o.constant(LOWEST), *[o.constant(0.0)] * (1 + p.dim // 4)]
+        nothing = [o.constant(LOWEST_SCORE), *[o.constant(0.0)] * (1 + p.dim // 4)]
         found = o.repeat(turns, turn, [*nothing, *fetched])[: len(nothing)]
         multipliers = self._multipliers()
         self._leave(found)
         self._synchronize()
         self._finish(*multipliers)
 
-    # What is new: queries, and a key and a value.
+    # The new token: queries, a key and a value.
 
-    def _prepare(self, angles: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    def _prepare(self, angles: Sequence[Sequence[Word]], rows: Sequence[Sequence[Word]]) -> list[list[Word]]:
         """Turns and quantizes what is new; and writes the new token into the cache.
 
         Returns:
@@ -83,12 +93,12 @@ class Unit(Memory):
             x = [*halves[0], *halves[1]]
             if p.rotates:
                 x = self._turned(x, angles, is_value)
-            limit = o.select(is_query, o.constant(127.0 * LOW), o.constant(127.0))
+            limit = o.select(is_query, o.constant(127.0 * UPPER_CODE_UNIT), o.constant(127.0))
             largest = self._largest(x)
             inverse = o.reciprocal(largest) * limit
-            size = largest * o.select(is_query, o.constant(1 / 127 / LOW), o.constant(1 / 127))
+            size = largest * o.select(is_query, o.constant(1 / 127 / UPPER_CODE_UNIT), o.constant(1 / 127))
             whole = [o.rounded(value * inverse) for value in x]
-            upper = [o.select(is_query, (value + LOW // 2) >> 7, value) for value in whole]
+            upper = [o.select(is_query, (value + UPPER_CODE_UNIT // 2) >> 7, value) for value in whole]
             lower = [value - (high << 7) for value, high in zip(whole, upper, strict=True)]
             with self._only(None if first + p.cut.warps <= tasks else task < tasks):
                 self._keep(task, upper, lower)
@@ -99,21 +109,16 @@ class Unit(Memory):
             queries.append(x)
         return queries
 
-    def _turned(self, x: Sequence[Any], angles: Sequence[Any], is_value: Any) -> list[Any]:
+    def _turned(self, x: Sequence[Word], angles: Sequence[Sequence[Word]], is_value: Word) -> list[Word]:
         """Channels of both halves, turned by their position if they are not a value's; as their dtype holds them."""
         o = self.o
         cos = [o.select(is_value, o.constant(1.0), a) for a in angles[0]]
         sin = [o.select(is_value, o.constant(0.0), a) for a in angles[1]]
-        ahead = [x[i] * cos[i] - x[2 + i] * sin[i] for i in range(2)]
-        behind = [x[2 + i] * cos[i] + x[i] * sin[i] for i in range(2)]
-        return self._rounded(ahead + behind)
+        first = [x[i] * cos[i] - x[2 + i] * sin[i] for i in range(2)]
+        second = [x[2 + i] * cos[i] + x[i] * sin[i] for i in range(2)]
+        return self._rounded(first + second)
 
-    def _rounded(self, values: Sequence[Any]) -> list[Any]:
-        """As the dtype of queries holds them."""
-        o, dtype = self.o, self.p.dtype
-        return [x for i in range(0, len(values), 2) for x in o.unpair(dtype, o.pair(dtype, *values[i : i + 2]))]
-
-    def _largest(self, values: Sequence[Any]) -> Any:
+    def _largest(self, values: Sequence[Word]) -> Word:
         """The largest magnitude that a warp has."""
         o = self.o
         largest = functools.reduce(o.maximum, [o.maximum(x, 0 - x) for x in values])
@@ -121,7 +126,7 @@ class Unit(Memory):
             largest = o.maximum(largest, o.across(largest, distance))
         return o.maximum(largest, o.constant(1e-8))
 
-    def _keep(self, task: Any, upper: Sequence[Any], lower: Sequence[Any]) -> None:
+    def _keep(self, task: Word, upper: Sequence[Word], lower: Sequence[Word]) -> None:
         """Leaves codes in shared memory: all upper ones, a row after the other, then all lower ones."""
         p = self.p
         for i, codes in enumerate((upper, lower)):
@@ -129,10 +134,10 @@ class Unit(Memory):
                 at = ((task + i * (p.group + 2)) * p.dim + self._pair()) + half * p.dim // 2
                 self._keep_shared("codes", at, self._two(codes[2 * half : 2 * half + 2]), nbytes=2)
 
-    def _two(self, codes: Sequence[Any]) -> Any:
+    def _two(self, codes: Sequence[Word]) -> Word:
         return self.o.bytes_of(codes[0], codes[1], 0x0040)
 
-    def _append(self, is_value: Any, task: Any, codes: Sequence[Any], size: Any) -> None:
+    def _append(self, is_value: Word, task: Word, codes: Sequence[Word], size: Word) -> None:
         """Writes the new key or value into the cache, and its codes as real numbers into shared memory."""
         o, p = self.o, self.p
         for i, code in enumerate(codes):
@@ -147,8 +152,8 @@ class Unit(Memory):
                 with o.when(self.lane < 1):
                     o.store(self.written[2 + kind], place * 4, size)
 
-    def _see_new_token(self, queries: Sequence[Sequence[Any]]) -> None:
-        """What queries see in the new token, as the cache holds it: statistics behind those of the warps."""
+    def _see_new_token(self, queries: Sequence[Sequence[Word]]) -> None:
+        """The queries' scores of the new token, as the cache holds it: statistics after those of the warps."""
         o, p = self.o, self.p
         key_size, value_size = (o.as_real(self._shared("sizes", o.constant(p.group + i))[0]) for i in range(2))
         channels = [self._pair() + (i % 2 + i // 2 * (p.dim // 2)) for i in range(4)]
@@ -158,17 +163,17 @@ class Unit(Memory):
             score = functools.reduce(lambda a, b: a + b, [a * b for a, b in zip(x, key, strict=True)])
             for distance in (1, 2, 4, 8, 16)[: 3 + p.dim // 64]:
                 score = score + o.across(score, distance)
-            score = score * (key_size * (p.scale * LOG2_E)) + o.log2(value_size)
+            score = score * (key_size * (p.scale * LOG2_OF_E)) + o.log2(value_size)
             task = self.warp + turn * p.cut.warps
             with o.when((task < p.group) & (self.lane < 1)):
                 at = task + p.cut.warps * 2 * MOST_GROUP
-                best = o.select(leads, score, o.constant(LOWEST))
+                best = o.select(leads, score, o.constant(LOWEST_SCORE))
                 total = o.select(leads, o.reciprocal(value_size), o.constant(0.0))
                 self._keep_shared("statistics", at, best)
                 self._keep_shared("statistics", at + MOST_GROUP, total)
 
-    def _query(self) -> dict[str, Any]:
-        """The left operand's fragments, and what a product of codes counts."""
+    def _query(self) -> Query:
+        """The queries' codes from shared memory."""
         p, o, each = self.p, self.o, self.piece // 4
         task = o.minimum(self.row, o.constant(p.group - 1))
         high, low = [], []
@@ -178,11 +183,11 @@ class Unit(Memory):
                 words += self._shared("codes", at, each)
         fragments = [(high[i], low[i], high[i + 1], low[i + 1]) for i in range(0, len(high), 2)]
         (size,) = self._shared("sizes", task)
-        return {"fragments": fragments, "factor": o.as_real(size) * (p.scale * LOG2_E)}
+        return Query(fragments, o.as_real(size) * (p.scale * LOG2_OF_E))
 
     # The tiles.
 
-    def _tile(self, tile: Any, last: Any, query: dict[str, Any], carry: Sequence[Any]) -> list[Any]:
+    def _tile(self, tile: Word, last: Word, query: Query, carry: Sequence[Word]) -> list[Word]:
         """A tile's share, and the next one on its way."""
         p, o = self.p, self.o
         count = p.dim // 4
@@ -190,19 +195,19 @@ class Unit(Memory):
         outputs, rest = rest[:count], rest[count:]
         *keys, key_scale, value_scale = rest[: p.dim // 8 + 2]
         values = rest[p.dim // 8 + 2 :]
-        products = self._products(query["fragments"], keys)
+        products = self._products(query.fragments, keys)
         fetched = self._keys(tile + self.warps, last)
         columns = [self.column * 2 + i for i in (0, 1, 8, 9)]
         key_scale, value_scale = o.as_real(key_scale), o.as_real(value_scale)
-        exponent = o.log2(o.maximum(value_scale, o.constant(LEAST_SCALE)))
+        exponent = o.log2(o.maximum(value_scale, o.constant(SMALLEST_SCALE)))
         scores, raised = [], []
         for product, at in zip(products, columns, strict=True):
-            score = o.real(product) * (query["factor"] * o.shuffle(key_scale, at))
-            position = tile * TILE + at
+            score = o.real(product) * (query.factor * o.shuffle(key_scale, at))
+            position = tile * TILE_POSITIONS + at
             visible = last >= position
             if self.oldest is not None:
                 visible = visible & (position >= self.oldest)
-            scores.append(o.select(visible, score, o.constant(LOWEST)))
+            scores.append(o.select(visible, score, o.constant(LOWEST_SCORE)))
             raised.append(scores[-1] + o.shuffle(exponent, at))
         higher = functools.reduce(o.maximum, raised)
         for distance in (1, 2):
@@ -218,7 +223,7 @@ class Unit(Memory):
         outputs = self._added(outputs, values, halves)
         return [higher, total, *outputs, *fetched, *self._values(tile + self.warps, last)]
 
-    def _products(self, fragments: Sequence[Any], keys: Sequence[Any]) -> list[Any]:
+    def _products(self, fragments: Sequence[Sequence[Word]], keys: Sequence[Word]) -> list[Word]:
         """Of queries and keys: of the lane's row, for positions 0, 1, 8 and 9 of its column."""
         o, found, each = self.o, [], self.p.dim // 16
         for words in (keys[:each], keys[each:]):
@@ -228,7 +233,7 @@ class Unit(Memory):
             found += [(sums[i] << 7) + sums[i + 2] for i in range(2)]
         return found
 
-    def _added(self, outputs: Sequence[Any], values: Sequence[Any], weights: Sequence[Any]) -> list[Any]:
+    def _added(self, outputs: Sequence[Word], values: Sequence[Word], weights: Sequence[Word]) -> list[Word]:
         """Outputs with a tile's values, each times its weight."""
         o, found, each = self.o, [], self.piece // 4
         flipped = [word ^ -0x7F7F7F80 for word in values]  # Codes plus 128.
@@ -247,122 +252,3 @@ class Unit(Memory):
                 at = 4 * (2 * word + channel // 2)
                 found += o.multiply_halves(outputs[at : at + 4], fragment, weights)
         return found
-
-    # The end.
-
-    def _leave(self, carry: Sequence[Any]) -> None:
-        """A warp's part, for all warps to see."""
-        o, p = self.o, self.p
-        best, total, *outputs = carry
-        for distance in (1, 2):
-            total = total + o.across(total, distance)
-        for i, x in enumerate(outputs):
-            self._keep_shared("sums", (self.warp * (p.dim // 4) + i) * PITCH + self.lane, x)
-        with o.when(self.column < 1):
-            at = self.warp * (2 * MOST_GROUP) + self.row
-            self._keep_shared("statistics", at, best)
-            self._keep_shared("statistics", at + MOST_GROUP, total)
-
-    def _together(self, query: Any, channel: Any) -> tuple[Any, Any]:
-        """An output, and the logarithm of its sum to the base of 2."""
-        o, p = self.o, self.p
-        row, inside = channel // self.piece, channel % self.piece
-        register = (inside << 1) + (query & 1)
-        lane = row * 4 + (query >> 1)
-
-        def real(name: str, index: Any) -> Any:
-            return o.as_real(self._shared(name, index)[0])
-
-        statistics = [query + warp * 2 * MOST_GROUP for warp in range(p.cut.warps + 1)]
-        best = [real("statistics", at) for at in statistics]
-        highest = functools.reduce(o.maximum, best)
-        shares = [o.exp2(x - highest) for x in best]
-        sums = [real("sums", (register + warp * (p.dim // 4)) * PITCH + lane) for warp in range(p.cut.warps)]
-        sums.append(real("new", channel + p.dim))
-        total = output = o.constant(0.0)
-        for at, share, found in zip(statistics, shares, sums, strict=True):
-            total = total + real("statistics", at + MOST_GROUP) * share
-            output = output + found * share
-        there = total > 0.0
-        output = output * o.reciprocal(o.select(there, total, o.constant(1.0)))
-        log_sum = o.select(there, highest + o.log2(o.select(there, total, o.constant(1.0))), o.constant(-math.inf))
-        return output, log_sum
-
-    def _finish(self, multipliers: Sequence[Any], beyond: Sequence[Any]) -> None:
-        """Writes what all warps found."""
-        o, p = self.o, self.p
-        channels = p.group * p.dim
-        for i, (number, there) in enumerate(self._dealt(channels)):
-            at = number if there is None else o.minimum(number, o.constant(channels - 1))
-            query, channel = at // p.dim, at % p.dim
-            output, log_sum = self._together(query, channel)
-            with self._only(there):
-                if p.qmax:
-                    self._write_code(at, output, multipliers[i])
-                    continue
-                part = (self.batch * p.kv_heads + self.head) * p.splits + self.split
-                if p.splits == 1:
-                    word = o.pair(p.dtype, output, output)
-                    o.store(self.found[0], (part * channels + at) * 2, word, nbytes=2)
-                    continue
-                o.store(self.found[0], (part * channels + at) * 4, output)
-                with o.when(channel < 1):
-                    o.store(self.found[1], (part * p.group + query) * 4, log_sum * math.log(2))
-        if p.extra:
-            self._synchronize()
-            self._write_extra(beyond)
-
-    # Codes.
-
-    def _multipliers(self) -> tuple[list[Any], list[Any]]:
-        """Of this thread's channels, and of what its extra ones continue; read when there are registers again."""
-        o, p = self.o, self.p
-        if not p.qmax:
-            return [], []
-        channels = p.group * p.dim
-        places = [
-            self.head * channels + o.minimum(number, o.constant(channels - 1)) for number, _ in self._dealt(channels)
-        ]
-        sources = [
-            self._shared("extra", o.minimum(number, o.constant(p.extra - 1)))[0] for number, _ in self._dealt(p.extra)
-        ]
-        own, beyond = ([o.as_real(o.load(self.recipe[0], at * 4)[0]) for at in some] for some in (places, sources))
-        return own, beyond
-
-    def _between(self, x: Any, low: float, high: float) -> Any:
-        return self.o.maximum(self.o.minimum(x, self.o.constant(high)), self.o.constant(low))
-
-    def _code(self, output: Any, multiplier: Any) -> Any:
-        """Of an output as its dtype holds it, at most 16 bits."""
-        limit = float(reference.LARGEST_CODE)
-        return self.o.rounded(self._between(self._rounded([output, output])[0] * multiplier, -limit, limit))
-
-    def _write_code(self, at: Any, output: Any, multiplier: Any) -> None:
-        o, p = self.o, self.p
-        code = self._code(output, multiplier)
-        if p.extra:
-            self._keep_shared("outputs", at, output)
-        to = self._coded(self.head * (p.group * p.dim) + at)
-        o.store(self.found[0], to, self._between(code, -p.qmax, p.qmax), nbytes=1)
-
-    def _coded(self, channel: Any) -> Any:
-        """Where a code goes."""
-        return self.batch * (self.p.kv_heads * self.p.group * self.p.dim + self.p.extra) + channel
-
-    def _write_extra(self, multipliers: Sequence[Any]) -> None:
-        """The extra channels that continue this head's."""
-        o, p = self.o, self.p
-        channels = p.group * p.dim
-        for (number, there), multiplier in zip(self._dealt(p.extra), multipliers, strict=True):
-            with self._only(there):
-                source, part = (self._shared("extra", number + i * p.extra)[0] for i in range(2))
-                source = source - self.head * channels
-                own = (source >= 0) & (source < channels)
-                output = o.as_real(self._shared("outputs", self._between(source, 0, channels - 1))[0])
-                code = self._code(output, multiplier)
-                full = o.minimum(part, o.constant(reference.LARGEST_CODE)) * p.qmax
-                beyond = self._between(o.maximum(code, 0 - code) - full, 0, p.qmax)
-                beyond = o.select(code < 0, 0 - beyond, beyond)
-                with o.when(own):
-                    to = self._coded(number + p.kv_heads * channels)
-                    o.store(self.found[0], to, beyond, nbytes=1)

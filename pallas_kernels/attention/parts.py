@@ -2,21 +2,18 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_kernels.matmul import reference
-
-MOST_PARTS = 32
-"""Parts at most that a kernel puts a row together of."""
+from pallas_kernels.attention import reference
+from pallas_kernels.mosaic.types import Ref, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a row of attention's output comes in: (kv_heads, count, group, dim), with the logarithms of the sums.
+    """The parts of a row of attention's output: (kv_heads, count, group, dim), with the logarithms of the sums.
 
     Attributes:
       count: of parts, each from some of the positions.
@@ -33,10 +30,10 @@ class Parts:
         shape = (len(x), -1, self.count, self.group)
         return reference.together(x.reshape(*shape, self.dim), sums.reshape(shape)).reshape(len(x), -1)
 
-    def read(self, x_ref: Any, sums_ref: Any, row: Any, at: Any) -> Array:
+    def read(self, x_ref: Ref, sums_ref: Ref, row: Scalar, at: Array | pl.Slice) -> Array:
         """Some channels of a row in a kernel, float32: those with the numbers ``at``, or a slice of whole heads."""
         by_head = isinstance(at, pl.Slice)
-        if by_head:
+        if isinstance(at, pl.Slice):
             head, channel = at.start // self.dim + jnp.arange(at.size // self.dim), jnp.arange(self.dim)[None, :]
         else:
             head, channel = at // self.dim, at % self.dim
@@ -50,7 +47,7 @@ class Parts:
         found = [x_ref[row, each(at * self.dim) + channel] for at in heads]
         largest = functools.reduce(jnp.maximum, sums)
         largest = jnp.where(largest > -jnp.inf, largest, 0.0)
-        # A part without positions has no share, and what it found means nothing.
+        # A part without positions has no share, and its output means nothing.
         shares = [each(jnp.exp(s - largest)) for s in sums]
         weighed = [jnp.where(share > 0, x, 0.0) * share for x, share in zip(found, shares, strict=True)]
         return (sum(weighed[1:], weighed[0]) / sum(shares[1:], shares[0])).reshape(-1)

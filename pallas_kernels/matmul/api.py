@@ -1,5 +1,7 @@
 """The entry points of the integer matmuls, on plain arrays.
 
+:func:`quantized_matmul` takes a :class:`Weight` of any format; the other functions are it for one format each.
+
 Every function takes ``implementation``: None picks the fastest one that supports the call on this device, a name asks for
 that one and raises ``NotImplementedError`` if it cannot take the case.  All implementations give the same bits as
 :mod:`pallas_kernels.matmul.reference`, but where floats are added up: over groups with float scales, and in
@@ -11,13 +13,47 @@ that one and raises ``NotImplementedError`` if it cannot take the case.  All imp
 Codes are integers, so no function here has a gradient; differentiating raises ``NotImplementedError``.
 """
 
-from typing import Any, Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8
 
-from pallas_kernels.matmul.dispatch import Implementation, Matmul, hopper_device, matmul, problem
+from pallas_kernels.device import hopper_device
+from pallas_kernels.matmul import dispatch
+from pallas_kernels.matmul.hopper.decoders import Int4Bf16, Int4Shifted, decoder_for
+from pallas_kernels.matmul.hopper.decoders import Int8 as Int8Codes
+from pallas_kernels.matmul.hopper.problem import Problem
+from pallas_kernels.matmul.kind import Implementation, Matmul, Weight
 from pallas_kernels.matmul.operands import checked_operands
+
+
+def quantized_matmul(
+    x: Int8[Array, "*rows k"] | Float[Array, "*rows k"],
+    weight: Weight,
+    x_scale: Float32[Array, "..."] | float = 1.0,
+    bias: Float[Array, " n"] | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Array:
+    """Multiplies activations with a quantized weight, accumulates, and scales once at the end.
+
+    Args:
+      x: activation codes, (..., k); or, for a format of weights alone, activations of a floating dtype.
+      weight: codes (n, k) in their format, with their scales.
+      x_scale: float32 scalar, or one per row, shape ``x.shape[:-1]``.
+      bias: optional, (n,), added in float32 before the cast.
+      out_dtype: a floating dtype, or, for activation codes, int32 for the bare accumulator (without scales and bias).
+      implementation: None, "mosaic" or "xla".
+
+    Returns:
+      ``cast(acc * (x_scale * weight.scale) + bias)``, shape (..., n), where ``acc`` is ``int32(x @ codes.T)``, or, with
+      groups, ``sum_g(group_scale[g] * int32(x_g @ codes_g.T))``.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together.
+      NotImplementedError: if the named implementation cannot take the call.
+    """
+    kind = Matmul(decoder=weight.decoder, out_dtype=jnp.dtype(out_dtype))
+    return dispatch.matmul(kind, implementation)(checked_operands(kind, x, weight, x_scale, bias, implementation))
 
 
 def int8_matmul(
@@ -30,26 +66,17 @@ def int8_matmul(
     out_dtype: DTypeLike = jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> Array:
-    """Multiplies int8 codes, accumulates in int32, scales once at the end.
+    """:func:`quantized_matmul` of int8 weight codes (n, k): ``cast(int32(x @ weight.T) * (x_scale * weight_scale) + bias)``.
 
     Args:
       x: activation codes, (..., k).
       weight: weight codes, (n, k): output channels first, input channels contiguous.
       x_scale: float32 scalar, or one per row, shape ``x.shape[:-1]``.
       weight_scale: float32 scalar, or one per output channel, shape (n,).
-      bias: optional, (n,), added in float32 before the cast.
-      out_dtype: a floating dtype, or int32 for the bare accumulator (scales and bias are then ignored).
-      implementation: None, "mosaic" or "xla".
-
-    Returns:
-      ``cast(int32(x @ weight.T) * (x_scale * weight_scale) + bias)``, shape (..., n).
-
-    Raises:
-      ValueError: if shapes do not fit together.
-      NotImplementedError: if the named implementation cannot take the call.
+      bias, out_dtype, implementation: as for :func:`quantized_matmul`.
     """
-    kind = Matmul(bits=8, out_dtype=jnp.dtype(out_dtype))
-    return _matmul(kind, x, weight, x_scale, weight_scale, None, bias, implementation)
+    operand = Weight(Int8Codes(), weight, weight_scale)
+    return quantized_matmul(x, operand, x_scale, bias, out_dtype=out_dtype, implementation=implementation)
 
 
 def int4_matmul(
@@ -66,8 +93,8 @@ def int4_matmul(
 
     ``packed`` has shape (n, k / 2) with k a multiple of 256; everything else is as in :func:`int8_matmul`.
     """
-    kind = Matmul(bits=4, out_dtype=jnp.dtype(out_dtype))
-    return _matmul(kind, x, packed, x_scale, weight_scale, None, bias, implementation)
+    operand = Weight(Int4Shifted(), packed, weight_scale)
+    return quantized_matmul(x, operand, x_scale, bias, out_dtype=out_dtype, implementation=implementation)
 
 
 def grouped_int8_matmul(
@@ -82,19 +109,17 @@ def grouped_int8_matmul(
     folded: bool = False,
     implementation: Implementation | None = None,
 ) -> Array:
-    """Multiplies int8 codes whose weights have a scale for every output channel and every group of input channels.
+    """:func:`quantized_matmul` of int8 weight codes with a scale for every output channel and group of input channels.
 
     Args:
       x: activation codes, (..., k).
       weight: weight codes, (n, k).
       x_scale: float32 scalar, or one per row, shape ``x.shape[:-1]``.
       group_scale: (groups, n); a group is k / groups neighbouring channels.  int32 or int16 scales keep the sum over the
-        groups in int32 (Integer Scale, arXiv 2405.14597); whoever makes them sees to it that neither the sum nor, with
-        4-bit codes, 16 times the sum can overflow (:func:`fqjax.core.integer_scale.scaled_bound`).  With float32 scales
-        every group's product is converted.
-      weight_scale: what all of it is multiplied with besides: float32 scalar, such as 1 / amplifier, or one per output
-        channel, (n,).
-      bias, out_dtype: as for :func:`int8_matmul`.
+        groups in int32 (Integer Scale, arXiv 2405.14597); the caller sees to it that neither the sum nor, with 4-bit codes,
+        16 times the sum can overflow.  With float32 scales every group's product is converted.
+      weight_scale: common factor: float32 scalar, such as 1 / amplifier, or one per output channel, (n,).
+      bias, out_dtype: as for :func:`quantized_matmul`.
       folded: promises that the scales are integers and that every code times its scale fits into int8 (scales from 1 to 15
         for 4-bit codes).  The result is the same, but codes may be multiplied with their scales first, after which the
         matmul need not know of groups.
@@ -102,13 +127,10 @@ def grouped_int8_matmul(
 
     Returns:
       ``cast(sum_g(group_scale[g] * int32(x_g @ weight_g.T)) * (x_scale * weight_scale) + bias)``, shape (..., n).
-
-    Raises:
-      ValueError: if shapes do not fit together.
-      NotImplementedError: if the named implementation cannot take the call.
     """
-    kind = Matmul(bits=8, grouped=True, folded=folded, out_dtype=jnp.dtype(out_dtype))
-    return _matmul(kind, x, weight, x_scale, weight_scale, group_scale, bias, implementation)
+    decoder = decoder_for(8, group_dtype=group_scale.dtype, folded=folded)
+    operand = Weight(decoder, weight, weight_scale, group_scale)
+    return quantized_matmul(x, operand, x_scale, bias, out_dtype=out_dtype, implementation=implementation)
 
 
 def grouped_int4_matmul(
@@ -124,8 +146,9 @@ def grouped_int4_matmul(
     implementation: Implementation | None = None,
 ) -> Array:
     """:func:`grouped_int8_matmul` with 4-bit weight codes, two to a byte as :func:`pallas_kernels.pack_int4` packs them."""
-    kind = Matmul(bits=4, grouped=True, folded=folded, out_dtype=jnp.dtype(out_dtype))
-    return _matmul(kind, x, packed, x_scale, weight_scale, group_scale, bias, implementation)
+    decoder = decoder_for(4, group_dtype=group_scale.dtype, folded=folded)
+    operand = Weight(decoder, packed, weight_scale, group_scale)
+    return quantized_matmul(x, operand, x_scale, bias, out_dtype=out_dtype, implementation=implementation)
 
 
 def weight_only_int4_matmul(
@@ -144,24 +167,20 @@ def weight_only_int4_matmul(
       x: activations, (..., k), of a floating dtype.
       packed: weight codes, (n, k / 2), as :func:`pallas_kernels.pack_int4` packs them.
       group_scale: (groups, n); a group is k / groups neighbouring channels.
-      weight_scale: what all of it is multiplied with besides: float32 scalar, or one per output channel, (n,).
-      bias, out_dtype: as for :func:`int8_matmul`; ``out_dtype`` is a floating one.
+      weight_scale: common factor: float32 scalar, or one per output channel, (n,).
+      bias, out_dtype: as for :func:`quantized_matmul`; ``out_dtype`` is a floating one.
       implementation: None, "mosaic" (bfloat16 activations, groups of 128) or "xla".  XLA's weights are rounded to the dtype
         of ``x``; the kernel multiplies codes, which are exact, and applies the scales to the sums.
 
     Returns:
       ``cast(sum_g(group_scale[g] * (x_g @ codes_g.T)) * weight_scale + bias)``, shape (..., n).
-
-    Raises:
-      ValueError: if shapes do not fit together.
-      NotImplementedError: if the named implementation cannot take the call.
     """
-    kind = Matmul(bits=4, grouped=True, weight_only=True, out_dtype=jnp.dtype(out_dtype))
-    return _matmul(kind, x, packed, jnp.float32(1), weight_scale, group_scale, bias, implementation)
+    operand = Weight(Int4Bf16(), packed, weight_scale, group_scale)
+    return quantized_matmul(x, operand, bias=bias, out_dtype=out_dtype, implementation=implementation)
 
 
 def can_use_mosaic(
-    bits: Literal[4, 8],
+    bits: int,
     rows: int,
     n: int,
     k: int,
@@ -180,11 +199,6 @@ def can_use_mosaic(
     """
     from pallas_kernels.matmul.hopper.launch import cannot_use
 
-    p = problem(bits, rows, n, k, out_dtype, group_dtype=group_dtype, folded=folded, weight_only=weight_only)
+    decoder = decoder_for(bits, group_dtype=group_dtype, folded=folded, weight_only=weight_only)
+    p = Problem(m=rows, n=n, k=k, decoder=decoder, out_dtype=jnp.dtype(out_dtype))
     return (device or hopper_device()) is not None and cannot_use(p) is None
-
-
-def _matmul(kind: Matmul, *given: Any) -> Array:
-    """``given`` is what is checked behind the kind (:func:`pallas_kernels.matmul.operands.checked_operands`)."""
-    *_, implementation = given
-    return matmul(kind, implementation)(*checked_operands(kind, *given))

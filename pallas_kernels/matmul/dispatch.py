@@ -1,202 +1,106 @@
-"""Which implementation runs, and what JAX's transformations make of functions of integers."""
+"""The choice of an implementation, and the rules of JAX's transformations for functions of integers."""
 
-import dataclasses
-import functools
-import importlib.util
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike
+from jaxtyping import Array
 
-from pallas_kernels.matmul import reference
+from pallas_kernels import device
+from pallas_kernels.device import NO_HOPPER
+from pallas_kernels.gradient import without_gradient
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES
+from pallas_kernels.matmul.hopper.problem import Problem
+from pallas_kernels.matmul.kind import Implementation, Matmul, Operands
 
-Implementation = Literal["mosaic", "xla"]
-NO_HOPPER = "it needs an NVIDIA GPU of compute capability 9.0"
-NO_GPU = "it needs an NVIDIA GPU of compute capability 8.0 or more"
-log = logging.getLogger("pallas_kernels")
-
-
-@functools.cache
-def capability() -> tuple[int, int]:
-    """Compute capability of this process's NVIDIA GPU; (0, 0) if it has none."""
-    try:
-        major, minor = jax.devices("cuda")[0].compute_capability.split(".")
-    except (RuntimeError, AttributeError):
-        return 0, 0
-    return int(major), int(minor)
+if TYPE_CHECKING:  # Mosaic GPU is imported only where it may be used.
+    from pallas_kernels.matmul.hopper.kernels import Config
 
 
-@functools.cache
-def hopper_device() -> str | None:
-    """The name of this process's Hopper GPU; None if it has none."""
-    return jax.devices("cuda")[0].device_kind if capability() == (9, 0) else None
+@device.cached
+def matmul(kind: Matmul, implementation: Implementation | None) -> Callable[[Operands], Array]:
+    """The matmul as a function of its operands, with its rules for transformations."""
 
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether this version of JAX has the Triton backend of Pallas."""
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
-
-
-def problem(
-    bits: Literal[4, 8],
-    m: int,
-    n: int,
-    k: int,
-    out_dtype: DTypeLike,
-    *,
-    per_token: bool = False,
-    per_channel: bool = False,
-    bias: bool = False,
-    group_dtype: DTypeLike | None = None,
-    folded: bool = False,
-    weight_only: bool = False,
-    experts: int = 0,
-    gate: Any = None,
-) -> Any:
-    """A :class:`pallas_kernels.matmul.hopper.problem.Problem`; Mosaic GPU is imported only where it may be used."""
-    from pallas_kernels.matmul.hopper.problem import Problem
-
-    kinds = {
-        "per_token": per_token,
-        "per_channel": per_channel,
-        "bias": bias,
-        "folded": folded,
-        "weight_only": weight_only,
-        "experts": experts,
-        "gate": gate,
-    }
-    groups = None if group_dtype is None else jnp.dtype(group_dtype)
-    return Problem(m=m, n=n, k=k, bits=bits, out_dtype=jnp.dtype(out_dtype), group_dtype=groups, **kinds)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Matmul:
-    """Which of the integer matmuls is meant.
-
-    Attributes:
-      bits: of the weight codes.
-      grouped: whether groups of input channels have scales.
-      folded: whether those are integers from 1 to 15, and codes of 4 bits times them fit into int8.
-      weight_only: whether activations are real numbers.
-      out_dtype: of the result.
-    """
-
-    bits: Literal[4, 8]
-    grouped: bool = False
-    folded: bool = False
-    weight_only: bool = False
-    out_dtype: Any
-
-    @property
-    def name(self) -> str:
-        """Of the entry point."""
-        if self.weight_only:
-            return f"weight_only_int{self.bits}_matmul"
-        return f"grouped_int{self.bits}_matmul" if self.grouped else f"int{self.bits}_matmul"
-
-    def split(self, rest: Sequence[Array]) -> tuple[Array | None, Array | None]:
-        """Scales of groups and bias, each None if not there, of what stands behind the four operands of every matmul."""
-        groups, bias = rest[: self.grouped], rest[self.grouped :]
-        return groups[0] if groups else None, bias[0] if bias else None
-
-    def xla(self, x: Array, weight: Array, x_scale: Array, weight_scale: Array, *rest: Array) -> Array:
-        """The reference."""
-        groups, bias = self.split(rest)
-        f = getattr(reference, self.name)
-        if self.weight_only:
-            return f(x, weight, groups, weight_scale, bias, self.out_dtype)
-        if groups is None:
-            return f(x, weight, x_scale, weight_scale, bias, self.out_dtype)
-        return f(x, weight, x_scale, groups, weight_scale, bias, self.out_dtype, self.folded)
-
-
-@functools.cache
-def matmul(kind: Matmul, implementation: Implementation | None) -> Callable[..., Array]:
-    """The matmul as a function of (x, weight, x_scale, weight_scale, scales of groups if any, bias if any).
-
-    It has its rules for transformations.
-    """
-
-    def rows(x: Array, weight: Array, x_scale: Array, weight_scale: Array, *rest: Array) -> Array:
+    def rows(operands: Operands) -> Array:
         """Any leading axes of x are rows."""
-        if not x.size or not weight.size:
-            return kind.xla(x, weight, x_scale, weight_scale, *rest)
-        flat, scale = x.reshape(-1, x.shape[-1]), x_scale.reshape(-1) if x_scale.ndim else x_scale
-        y = _run(kind, implementation, flat, weight, scale, weight_scale, *rest)
-        return y.reshape(*x.shape[:-1], weight.shape[0])
+        x, codes, x_scale, *_ = operands
+        if not x.size or not codes.size:
+            return kind.xla(operands)
+        scale = x_scale.reshape(-1) if x_scale.ndim else x_scale
+        y = _run(kind, implementation, operands._replace(x=x.reshape(-1, x.shape[-1]), x_scale=scale))
+        return y.reshape(*x.shape[:-1], codes.shape[0])
 
     batched = jax.custom_batching.custom_vmap(rows)
 
     @batched.def_vmap
-    def _(size: int, in_batched: list[bool], *operands: Array) -> tuple[Array, bool]:
-        x, weight, x_scale, weight_scale, *rest = operands
-        x_batched, weight_batched, scale_batched, *others_batched = in_batched
-        if weight_batched or any(others_batched):  # Several weights: one after the other.
-            axes = [0 if b else None for b in in_batched]
-            each = lambda i: rows(*(o if a is None else o[i] for o, a in zip(operands, axes, strict=True)))  # noqa: E731
+    def _(size: int, in_batched: list[Operands], operands: Operands) -> tuple[Array, bool]:
+        (are_batched,) = in_batched
+        x, x_scale = operands.x, operands.x_scale
+        of_weight = are_batched._replace(x=False, x_scale=False)
+        if any(jax.tree.leaves(of_weight)):  # Several weights: one after the other.
+
+            def each(i: Array) -> Array:
+                return rows(jax.tree.map(lambda operand, b: operand[i] if b else operand, operands, are_batched))
+
             return lax.map(each, jnp.arange(size)), True
-        if not x_batched:
+        if not are_batched.x:
             x = jnp.broadcast_to(x, (size, *x.shape))
-        if scale_batched or x_scale.ndim:  # One scale a row, for every row.
-            x_scale = x_scale if scale_batched else x_scale[None]
+        if are_batched.x_scale or x_scale.ndim:  # One scale a row, for every row.
+            x_scale = x_scale if are_batched.x_scale else x_scale[None]
             x_scale = x_scale.reshape(*x_scale.shape, *(1,) * (x.ndim - 1 - x_scale.ndim))
             x_scale = jnp.broadcast_to(x_scale, x.shape[:-1])
-        return batched(x, weight, x_scale, weight_scale, *rest), True
+        return batched(operands._replace(x=x, x_scale=x_scale)), True
 
     return without_gradient(kind.name, batched)
 
 
-def without_gradient(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f``, which says so clearly when it is differentiated."""
-    closed = jax.custom_jvp(f)
-
-    @closed.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        del primals, tangents
-        raise NotImplementedError(
-            f"{name} cannot be differentiated: it works on integer codes; differentiate the unquantized model, or stop the "
-            "gradient in front of it with jax.lax.stop_gradient"
-        )
-
-    return closed
-
-
-def _run(kind: Matmul, implementation: Implementation | None, *operands: Array) -> Array:
+def _run(kind: Matmul, implementation: Implementation | None, operands: Operands) -> Array:
     """One matmul with x of shape (m, k), by the implementation asked for or the fastest there is."""
-    device = hopper_device()
-    if implementation == "xla" or (implementation is None and device is None):
-        return kind.xla(*operands)
-    from pallas_kernels.matmul.hopper import launch as matmul
+    if implementation == "xla" or (implementation is None and device.hopper_device() is None):
+        return kind.xla(operands)
+    from pallas_kernels.matmul.hopper import launch
 
-    x, weight, x_scale, weight_scale, *rest = operands
-    (m, k), n = x.shape, weight.shape[0]
-    if m == 1:  # A scale for every row is one for all, which kernels need not pad.
+    x, codes, x_scale, *_ = operands
+    if len(x) == 1:  # A scale for every row is one for all, which kernels need not pad.
         x_scale = x_scale.reshape(())
-        operands = (x, weight, x_scale, weight_scale, *rest)
-    groups, bias = kind.split(rest)
-    kinds = {"per_token": bool(x_scale.ndim), "per_channel": bool(weight_scale.ndim), "bias": bias is not None}
-    kinds |= {"folded": kind.folded, "weight_only": kind.weight_only}
-    p = problem(kind.bits, m, n, k, kind.out_dtype, group_dtype=None if groups is None else groups.dtype, **kinds)
-    config = configuration(kind.name, p, x, None if groups is None else len(groups), implementation)
+        operands = operands._replace(x_scale=x_scale)
+    p = Problem(
+        m=len(x),
+        n=codes.shape[0],
+        k=x.shape[1],
+        decoder=kind.decoder,
+        out_dtype=kind.out_dtype,
+        per_token=bool(x_scale.ndim),
+        per_channel=bool(operands.scale.ndim),
+        bias=operands.bias is not None,
+    )
+    config = configuration(kind.name, p, x, group_count(operands.group_scale), implementation)
     if config is None:
-        return kind.xla(*operands)
+        return kind.xla(operands)
 
-    def mosaic(x: Array, weight: Array, x_scale: Array, weight_scale: Array, *rest: Array) -> Array:
-        return matmul.matmul(p, config, x, weight, x_scale, weight_scale, *kind.split(rest))
+    def mosaic(operands: Operands) -> Array:
+        return launch.matmul(p, config, *operands)
 
     if implementation == "mosaic":
-        return mosaic(*operands)
-    return lax.platform_dependent(*operands, cuda=mosaic, default=kind.xla)
+        return mosaic(operands)
+    return lax.platform_dependent(operands, cuda=mosaic, default=kind.xla)
+
+
+def group_count(group_scale: Array | None) -> int | None:
+    """Groups of input channels that have scales; None without."""
+    return None if group_scale is None else group_scale.shape[-2]
 
 
 def configuration(
-    name: str, p: Any, x: Array, groups: int | None, implementation: Implementation | None, reason: str | None = None
-) -> Any:
+    name: str,
+    p: Problem,
+    x: Array,
+    groups: int | None,
+    implementation: Implementation | None,
+    reason: str | None = None,
+) -> "Config | None":
     """The configuration of the kernel that computes a problem; None where XLA does.
 
     Args:
@@ -204,7 +108,7 @@ def configuration(
       p: the problem.
       x: its activations.
       groups: of input channels that have scales; None without.
-      implementation: what was asked for.
+      implementation: the one asked for.
       reason: why the kernels cannot take it, if that is known already.
 
     Raises:
@@ -212,29 +116,23 @@ def configuration(
     """
     from pallas_kernels.matmul.hopper import tuning
 
-    device = hopper_device()
-    reason = NO_HOPPER if device is None else reason or _cannot_use(p, x, groups)
+    gpu = device.hopper_device()
+    reason = NO_HOPPER if gpu is None else reason or _cannot_use(p, x, groups)
     if reason and implementation == "mosaic":
         raise NotImplementedError(f"{name}: implementation 'mosaic' cannot take x {x.shape} {x.dtype}: {reason}")
-    config = None if reason or device is None else tuning.choose(p, device)
+    config = None if reason or gpu is None else tuning.choose(p, gpu)
     if config is None and implementation == "mosaic":
         config = tuning.rule(p)
-    say(name, (p.m, p.n, p.k), "xla" if config is None else f"mosaic, {config}", reason or "")
+    device.say(name, (p.m, p.n, p.k), "xla" if config is None else f"mosaic, {config}", reason or "")
     return config
 
 
-def _cannot_use(p: Any, x: Array, groups: int | None) -> str | None:
+def _cannot_use(p: Problem, x: Array, groups: int | None) -> str | None:
     """Why the kernels cannot take a problem with these activations and so many groups; None if they can."""
-    from pallas_kernels.matmul.hopper import launch as matmul
+    from pallas_kernels.matmul.hopper import launch
 
-    if x.dtype != p.x_dtype:
-        return f"x is {x.dtype}, not {p.x_dtype}"
-    if groups is not None and p.k != 128 * groups:
-        return f"groups have {p.k // groups} input channels, not 128"
-    return matmul.cannot_use(p)
-
-
-@functools.cache
-def say(name: str, shape: tuple[int, ...], choice: str, why: str) -> None:
-    """Logs once what runs for operands of a shape, and why not the kernel where it does not."""
-    log.info("%s %s: %s%s", name, " x ".join(map(str, shape)), choice, f" ({why})" if why else "")
+    if x.dtype != p.decoder.x_dtype:
+        return f"x is {x.dtype}, not {p.decoder.x_dtype}"
+    if groups is not None and p.k != STEP_CODES * groups:
+        return f"groups have {p.k // groups} input channels, not {STEP_CODES}"
+    return launch.cannot_use(p)

@@ -11,32 +11,29 @@ rows of an expert do not fill the last of its tiles, that is padded.
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
+from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
 
-from pallas_kernels.matmul import reference
-from pallas_kernels.matmul.dispatch import (
-    Implementation,
-    Matmul,
-    configuration,
-    hopper_device,
-    problem,
-    without_gradient,
-)
+from pallas_kernels import device
+from pallas_kernels.gradient import without_gradient
+from pallas_kernels.matmul.dispatch import configuration, group_count
+from pallas_kernels.matmul.hopper.problem import Problem
+from pallas_kernels.matmul.kind import Implementation, Matmul, Operands, Weight
+from pallas_kernels.matmul.operands import check_format
+from pallas_kernels.quantize import reference
+from pallas_kernels.ragged import ROW_ALIGNMENT, divide, most_tiles
 
-LARGEST_TILE = 256
-"""Rows of a tile at most, where XLA multiplies."""
-ALIGNMENT = 8
-"""What the number of rows of every expert has to be a multiple of for the kernel."""
+TILE_ROWS = 256
+"""Of a tile at most, where XLA multiplies."""
 
 
 def row_alignment() -> int:
-    """What the numbers of rows of experts are best made multiples of on this machine."""
-    return ALIGNMENT if hopper_device() else 1
+    """A number of which the numbers of rows of experts are best made multiples on this machine."""
+    return ROW_ALIGNMENT if device.hopper_device() else 1
 
 
 class Tiles(NamedTuple):
@@ -45,7 +42,7 @@ class Tiles(NamedTuple):
     Attributes:
       rows: which rows are in each tile, (tiles, size); in padding, and in tiles that are not needed, any rows.
       expert: of each tile.
-      place: where each row stands in the tiles, as the index of a row of all tiles one below the other.
+      place: of each row in the tiles, as the index of a row of all tiles one below the other.
     """
 
     rows: Int32[Array, "tiles size"]
@@ -55,37 +52,7 @@ class Tiles(NamedTuple):
 
 def tile_size(rows: int, experts: int) -> int:
     """Rows of a tile: about as many as an expert has on average, a power of two."""
-    return min(LARGEST_TILE, 1 << max(0, -(-rows // experts) - 1).bit_length())
-
-
-class Division(NamedTuple):
-    """Where tiles of rows sorted by expert begin.
-
-    Attributes:
-      expert, begin: of each tile, and its first row; of tiles that are not needed, anything.
-      ends: the row behind the last one of each expert.
-      needed: tiles of each expert.
-    """
-
-    expert: Int32[Array, " tiles"]
-    begin: Int32[Array, " tiles"]
-    ends: Int32[Array, " experts"]
-    needed: Int32[Array, " experts"]
-
-
-def most_tiles(experts: int, rows: int, size: int, alignment: int = 1) -> int:
-    """Tiles of ``size`` rows that the worst division of the rows needs, experts having multiples of ``alignment``."""
-    fullest = min(experts, rows // alignment)
-    return fullest + (rows - alignment * fullest) // size
-
-
-def divide(group_sizes: Int32[Array, " experts"], count: int, size: int) -> Division:
-    """Where ``count`` tiles of ``size`` rows begin, which are enough."""
-    ends, needed = jnp.cumsum(group_sizes), -(-group_sizes // size)
-    tile_ends, tile = jnp.cumsum(needed), jnp.arange(count)
-    expert = jnp.searchsorted(tile_ends, tile, side="right").clip(max=len(group_sizes) - 1)
-    begin = (ends - group_sizes)[expert] + (tile - (tile_ends - needed)[expert]) * size
-    return Division(expert.astype(jnp.int32), begin.astype(jnp.int32), ends, needed)
+    return min(TILE_ROWS, 1 << max(0, -(-rows // experts) - 1).bit_length())
 
 
 def cut(group_sizes: Int32[Array, " experts"], rows: int, size: int) -> Tiles:
@@ -126,14 +93,10 @@ def map_tiles(
 
 def expert_matmul(
     x: Int8[Array, "rows k"] | Float[Array, "rows k"],
-    weight: Int8[Array, "experts n stored"],
+    weight: Weight,
     group_sizes: Int32[Array, " experts"],
-    x_scale: Float32[Array, "..."],
-    weight_scale: Float32[Array, "..."],
-    group_scale: Int[Array, "experts groups n"] | Float32[Array, "experts groups n"] | None = None,
+    x_scale: Float32[Array, "..."] | float = 1.0,
     *,
-    bits: Literal[4, 8],
-    folded: bool = False,
     out_dtype: DTypeLike = jnp.bfloat16,
     alignment: int = 1,
     implementation: Implementation | None = None,
@@ -143,20 +106,16 @@ def expert_matmul(
     With float scales of groups on a GPU, whose products are added up in another order, they are close instead.
 
     Args:
-      x: activation codes sorted by expert, (rows, k), or, with 4-bit weights in groups with float scales, real activations.
-      weight: weight codes of every expert, (experts, n, k), or (experts, n, k / 2) with 4 bits, two to a byte as
-        :func:`pallas_kernels.pack_int4` packs them.
-      group_sizes: rows of each expert, (experts,); their sum is the number of rows at most.  What comes out for rows beyond
-        it is not defined.
+      x: activation codes sorted by expert, (rows, k), or, for a format of weights alone, real activations.
+      weight: weights of every expert: codes (experts, n, k * bits / 8); scale a scalar, one an expert, (experts,), or one an
+        output channel of each, (experts, n); scales of groups (experts, groups, n).
+      group_sizes: rows of each expert, (experts,); their sum is the number of rows at most.  Results for rows beyond it are
+        not defined.
       x_scale: float32 scalar, or one a row, (rows,); it means nothing for real activations.
-      weight_scale: float32 scalar, one an expert, (experts,), or one an output channel of each, (experts, n).
-      group_scale: scales of groups of input channels, as in :func:`pallas_kernels.grouped_int8_matmul`; None without groups.
-      bits: of a weight code.
-      folded: as in :func:`pallas_kernels.grouped_int8_matmul`.
       out_dtype: a floating dtype, or int32 for the bare accumulator.
       alignment: a number that all of ``group_sizes`` are multiples of (:func:`row_alignment`); the rows that an expert is
         given for it can hold anything.
-      implementation: "mosaic", "xla", or None for what is fastest here.
+      implementation: "mosaic", "xla", or None for the fastest one here.
 
     Returns:
       (rows, n), in the order of the rows.
@@ -165,59 +124,61 @@ def expert_matmul(
       ValueError: if shapes do not fit together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    weight_only = jnp.issubdtype(x.dtype, jnp.floating)
-    kind = Matmul(
-        bits=bits,
-        grouped=group_scale is not None,
-        folded=folded,
-        weight_only=weight_only,
-        out_dtype=jnp.dtype(out_dtype),
-    )
-    x_scale, weight_scale = (jnp.asarray(scale, jnp.float32) for scale in (x_scale, weight_scale))
-    _check(kind, x, weight, group_sizes, x_scale, weight_scale, group_scale)
-    rest = () if group_scale is None else (group_scale,)
-    return without_gradient("expert_matmul", functools.partial(_run, kind, alignment, implementation))(
-        x, weight, group_sizes, x_scale, weight_scale, *rest
-    )
+    kind = Matmul(decoder=weight.decoder, out_dtype=jnp.dtype(out_dtype))
+    of_rows = jnp.asarray(1 if jnp.issubdtype(x.dtype, jnp.floating) else x_scale, jnp.float32)
+    scale = jnp.asarray(weight.scale, jnp.float32)
+    operands = Operands(x, weight.codes, of_rows, scale, weight.group_scale)
+    _check(kind, operands, group_sizes)
+    run = functools.partial(_run, kind, alignment, implementation)
+    return without_gradient("expert_matmul", run)(operands, group_sizes)
 
 
-def _run(kind: Matmul, alignment: int, implementation: Implementation | None, *operands: Array) -> Array:
+def _run(
+    kind: Matmul, alignment: int, implementation: Implementation | None, operands: Operands, group_sizes: Array
+) -> Array:
     """By the implementation asked for, or the fastest there is."""
-    x, weight, _, x_scale, _, *groups = operands
-    (rows, k), (experts, n) = x.shape, weight.shape[:2]
-    if implementation == "xla" or (implementation is None and hopper_device() is None) or not rows:
-        return _xla(kind, *operands)
-    from pallas_kernels.matmul.hopper import launch as matmul
+    x, codes, x_scale, *_ = operands
+    experts, n = codes.shape[:2]
+    if implementation == "xla" or (implementation is None and device.hopper_device() is None) or not len(x):
+        return _xla(kind, operands, group_sizes)
+    from pallas_kernels.matmul.hopper import launch
 
-    kinds = {"per_token": bool(x_scale.ndim), "per_channel": True, "folded": kind.folded, "experts": experts}
-    kinds |= {"weight_only": kind.weight_only, "group_dtype": groups[0].dtype if groups else None}
-    p = problem(kind.bits, rows, n, k, kind.out_dtype, **kinds)
-    reason = f"experts' rows are multiples of {alignment}, not of {ALIGNMENT}" if alignment % ALIGNMENT else None
-    config = configuration("expert_matmul", p, x, groups[0].shape[1] if groups else None, implementation, reason)
+    p = Problem(
+        m=len(x),
+        n=n,
+        k=x.shape[1],
+        decoder=kind.decoder,
+        out_dtype=kind.out_dtype,
+        per_token=bool(x_scale.ndim),
+        per_channel=True,
+        experts=experts,
+    )
+    reason = None
+    if alignment % ROW_ALIGNMENT:
+        reason = f"experts' rows are multiples of {alignment}, not of {ROW_ALIGNMENT}"
+    config = configuration("expert_matmul", p, x, group_count(operands.group_scale), implementation, reason)
     if config is None:
-        return _xla(kind, *operands)
+        return _xla(kind, operands, group_sizes)
 
-    def mosaic(
-        x: Array, weight: Array, sizes: Array, x_scale: Array, weight_scale: Array, group_scale: Array | None = None
-    ) -> Array:
-        each = weight_scale if weight_scale.ndim == 2 else weight_scale[..., None]
-        each = jnp.broadcast_to(each, (experts, n))
-        return matmul.expert_matmul(p, config, x, weight, sizes, x_scale, each, group_scale)
+    def mosaic(operands: Operands, group_sizes: Array) -> Array:
+        x, codes, x_scale, scale, group_scale, _ = operands
+        each = jnp.broadcast_to(scale if scale.ndim == 2 else scale[..., None], (experts, n))
+        return launch.expert_matmul(p, config, x, codes, group_sizes, x_scale, each, group_scale)
 
     if implementation == "mosaic":
-        return mosaic(*operands)
-    return lax.platform_dependent(*operands, cuda=mosaic, default=functools.partial(_xla, kind))
+        return mosaic(operands, group_sizes)
+    return lax.platform_dependent(operands, group_sizes, cuda=mosaic, default=functools.partial(_xla, kind))
 
 
-def _xla(
-    kind: Matmul, x: Array, weight: Array, group_sizes: Array, x_scale: Array, weight_scale: Array, *groups: Array
-) -> Array:
-    each = jnp.broadcast_to(weight_scale, weight.shape[:1]) if not weight_scale.ndim else weight_scale
+def _xla(kind: Matmul, operands: Operands, group_sizes: Array) -> Array:
+    x, codes, x_scale, scale, group_scale, _ = operands
+    each = jnp.broadcast_to(scale, codes.shape[:1]) if not scale.ndim else scale
     scales = (x_scale,) if x_scale.ndim else ()
 
     def tile(expert: Array, x: Array, *scale: Array) -> Array:
         (of_rows,) = scale or (x_scale,)
-        return kind.xla(x, weight[expert], of_rows, each[expert], *(g[expert] for g in groups))
+        groups = None if group_scale is None else group_scale[expert]
+        return kind.xla(Operands(x, codes[expert], of_rows, each[expert], groups))
 
     return map_tiles(tile, group_sizes, x, *scales)
 
@@ -249,33 +210,24 @@ def quantize_per_token_for_experts(
     return without_gradient("quantize_per_token_for_experts", quantize)(x, multiplier[expert])
 
 
-def _check(
-    kind: Matmul,
-    x: Array,
-    weight: Array,
-    group_sizes: Array,
-    x_scale: Array,
-    weight_scale: Array,
-    group_scale: Array | None,
-) -> None:
-    if x.ndim != 2 or weight.ndim != 3:
+def _check(kind: Matmul, operands: Operands, group_sizes: Array) -> None:
+    x, codes, x_scale, scale, group_scale, _ = operands
+    if x.ndim != 2 or codes.ndim != 3:
         raise ValueError(
-            f"expert_matmul: expected x (rows, k) and weight (experts, n, k), got {x.shape}, {weight.shape}"
+            f"expert_matmul: expected x (rows, k) and weight (experts, n, k), got {x.shape}, {codes.shape}"
         )
-    (rows, k), (experts, n, stored) = x.shape, weight.shape
-    if weight.dtype != jnp.int8 or (not kind.weight_only and x.dtype != jnp.int8):
-        raise ValueError(f"expert_matmul: expected int8 codes, got x {x.dtype} and weight {weight.dtype}")
-    if kind.weight_only and (kind.bits != 4 or group_scale is None or group_scale.dtype != jnp.float32):
-        raise ValueError("expert_matmul: real activations need 4-bit weights with float32 scales of groups")
-    if stored * (8 // kind.bits) != k:
-        raise ValueError(f"expert_matmul: x {x.shape} does not fit {kind.bits}-bit weight codes {weight.shape}")
+    (rows, k), (experts, n, stored) = x.shape, codes.shape
+    check_format("expert_matmul", kind.decoder, codes, group_scale)
+    kind.decoder.check("expert_matmul", x, codes, group_scale)
+    if stored * kind.decoder.halves != k:
+        raise ValueError(f"expert_matmul: x {x.shape} does not fit {kind.decoder.bits}-bit weight codes {codes.shape}")
     if group_sizes.shape != (experts,):
         raise ValueError(f"expert_matmul: group_sizes must be ({experts},), got {group_sizes.shape}")
     if x_scale.shape not in ((), (rows,)):
         raise ValueError(f"expert_matmul: x_scale must be a scalar or ({rows},), got {x_scale.shape}")
-    if weight_scale.shape not in ((), (experts,), (experts, n)):
+    if scale.shape not in ((), (experts,), (experts, n)):
         raise ValueError(
-            f"expert_matmul: weight_scale must be a scalar, ({experts},) or ({experts}, {n}), got {weight_scale.shape}"
+            f"expert_matmul: weight_scale must be a scalar, ({experts},) or ({experts}, {n}), got {scale.shape}"
         )
     if group_scale is None:
         return
@@ -284,5 +236,3 @@ def _check(
         raise ValueError(
             f"expert_matmul: group_scale must be ({experts}, groups, {n}) with groups a divisor of {k}, got {shape}"
         )
-    if kind.folded and not jnp.issubdtype(group_scale.dtype, jnp.integer):
-        raise ValueError("expert_matmul: only integer scales can be folded")

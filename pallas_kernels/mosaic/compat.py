@@ -5,16 +5,30 @@ they use of it from this file, so that a new release is looked at in one place.
 """
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as _plgpu
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as _mgpu
+from jax.experimental.mosaic.gpu import FragmentedArray, LaunchContext
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, vector
+from jaxlib.mlir.dialects import arith as _arith
+from jaxlib.mlir.dialects import llvm as _llvm
+from jaxlib.mlir.dialects import memref as _memref
+from jaxlib.mlir.dialects import vector as _vector
+
+from pallas_kernels.mosaic.types import Kernel, Layout, Ref, Scalar, Scratch
 
 __all__ = [
+    "FragmentedArray",
+    "Kernel",
+    "LaunchContext",
+    "Layout",
+    "Ref",
+    "Scalar",
+    "Scratch",
     "arith",
     "interpret_params",
     "ir",
@@ -34,8 +48,14 @@ __all__ = [
 ]
 
 
-plgpu: Any = _plgpu  # Their annotations are not written for type checkers.
+plgpu: Any = _plgpu  # Their annotations are not written for type checkers, or are not there.
 mgpu: Any = _mgpu
+arith: Any = _arith
+llvm: Any = _llvm
+memref: Any = _memref
+vector: Any = _vector
+
+Outputs = jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct]
 
 
 def _version() -> tuple[int, int]:
@@ -47,8 +67,8 @@ version = _version()
 """(major, minor) of JAX."""
 
 
-def interpret_params() -> Any:
-    """What makes ``plgpu.kernel`` run in NumPy on a CPU.
+def interpret_params() -> object:
+    """The setting by which ``plgpu.kernel`` runs in NumPy on a CPU.
 
     Raises:
       NotImplementedError: on JAX before 0.11, whose interpreter lacks what the kernels use.
@@ -62,12 +82,43 @@ def interpret_params() -> Any:
     return InterpretGPUParams()
 
 
-def kernel(body: Any, *, out_type: Any, scratch_types: Any, **settings: Any) -> Any:
-    """``plgpu.kernel`` with lane-level lowering and without automatic barriers: the kernels place their own."""
-    return plgpu.kernel(body, out_type=out_type, scratch_types=scratch_types, compiler_params=_params(), **settings)
+def kernel(
+    body: Callable[..., None],
+    *,
+    out_type: Outputs,
+    scratch_types: Mapping[str, Scratch],
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    num_threads: int,
+    cluster: tuple[str, int] | None = None,
+    interpret: object = None,
+) -> Kernel:
+    """``plgpu.kernel`` with lane-level lowering and without automatic barriers: the kernels place their own.
+
+    Args:
+      body: takes references to operands and results, and to scratch memory by keyword.
+      out_type, scratch_types, grid, grid_names: as there.
+      num_threads: warpgroups of a CTA, along the axis "warpgroup".
+      cluster: name of the axis of the CTAs of a cluster, and how many there are; None for one.
+      interpret: :func:`interpret_params`, or None.
+    """
+    settings: dict[str, object] = {"interpret": interpret} if interpret else {}
+    if cluster is not None:
+        settings |= {"cluster": (cluster[1],), "cluster_names": (cluster[0],)}
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        compiler_params=_params(),
+        grid=grid,
+        grid_names=grid_names,
+        num_threads=num_threads,
+        thread_name="warpgroup",
+        **settings,
+    )
 
 
-def _params() -> Any:
+def _params() -> object:
     return plgpu.CompilerParams(
         lowering_semantics=plgpu.LoweringSemantics.Lane,  # 0.11 changed the default to warpgroups.
         unsafe_no_auto_barriers=True,
@@ -75,37 +126,47 @@ def _params() -> Any:
 
 
 def kernel_in_place(
-    body: Any, *, out_type: Any, aliases: dict[int, int], scratch_types: Any, num_threads: int, **mesh: Any
-) -> Any:
-    """The same, where some operands become results, which ``plgpu.kernel`` does not offer.
+    body: Callable[..., None],
+    *,
+    out_type: Sequence[jax.ShapeDtypeStruct],
+    aliases: dict[int, int],
+    scratch_types: Mapping[str, Scratch],
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    num_threads: int,
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """:func:`kernel` where some operands become results, which ``plgpu.kernel`` does not offer.
 
     Args:
       body: takes operands, results and scratch memory.
-      out_type: a list.
+      out_type: of the results.
       aliases: number of an operand to number of the result that it becomes.
-      scratch_types: a dict.
-      num_threads: warpgroups of a CTA.
-      mesh: its grid and what the axes are called.
+      scratch_types, grid, grid_names, num_threads: as for :func:`kernel`.
     """
     from jax._src.pallas import mpmd
 
-    grid = plgpu.Mesh(**mesh, num_threads=num_threads, thread_name="warpgroup")
+    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, num_threads=num_threads, thread_name="warpgroup")
 
-    def scoped(*refs: Any) -> None:
+    def scoped(*refs: Ref) -> None:
         pl.run_scoped(functools.partial(body, *refs), collective_axes="warpgroup", **scratch_types)
 
-    settings: dict[str, Any] = {"input_output_aliases": aliases, "compiler_params": _params(), "name": body.__name__}
-    return mpmd._mpmd_map([(grid, scoped)], out_type, **settings)
+    return mpmd._mpmd_map(
+        [(mesh, scoped)],
+        list(out_type),  # pyright: ignore[reportArgumentType]
+        input_output_aliases=aliases,
+        compiler_params=_params(),  # pyright: ignore[reportArgumentType]
+        name=body.__name__,
+    )
 
 
-def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> Any:
+def load(ref: Ref, layout: Layout | None = None, *, optimized: bool = True) -> jax.Array:
     """``plgpu.load`` of a whole reference; 0.10 asks for an index, 0.11 deprecates it."""
     if version < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
     return plgpu.load(ref, layout=layout, optimized=optimized)
 
 
-def store_transposed(ref: Any, value: Any) -> None:
+def store_transposed(ref: Ref, value: jax.Array) -> None:
     """Writes a warpgroup's accumulators to shared memory, transposed; 0.11 need not move them between lanes first."""
     if version < (0, 11):
         value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -129,7 +190,7 @@ def _extension() -> Any:
     return found._mosaic_gpu_ext
 
 
-def ptx(code: str, *operands: Any, results: int = 0, convergent: bool = False) -> tuple[Any, ...]:
+def ptx(code: str, *operands: ir.Value, results: int = 0, convergent: bool = False) -> tuple[ir.Value, ...]:
     """Inline PTX with side effects, inside ``plgpu.inline_mgpu``.
 
     Args:
@@ -140,9 +201,8 @@ def ptx(code: str, *operands: Any, results: int = 0, convergent: bool = False) -
     """
     word = ir.IntegerType.get_signless(32)
     kinds = [{1: "b", 32: "r", 64: "l"}[ir.IntegerType(operand.type).width] for operand in operands]
-    settings: dict[str, Any] = {"has_side_effects": True}
-    if hasattr(llvm.InlineAsmOp, "convergent"):
-        settings["convergent"] = convergent
+    convergence = {"convergent": convergent} if hasattr(llvm.InlineAsmOp, "convergent") else {}
     kind = llvm.StructType.get_literal([word] * results) if results else ir.Type.parse("!llvm.void")
-    value: Any = llvm.inline_asm(kind, list(operands), code, ",".join(["=r"] * results + kinds), **settings)
+    constraints = ",".join(["=r"] * results + kinds)
+    value = llvm.inline_asm(kind, list(operands), code, constraints, has_side_effects=True, **convergence)
     return tuple(llvm.extractvalue(word, value, [i]) for i in range(results))

@@ -1,4 +1,4 @@
-"""Single lanes of a warp: what a kernel is written in whose every register has its place in a tensor-core fragment.
+"""Single lanes of a warp: the language of kernels whose every register has its place in a tensor-core fragment.
 
 A kernel takes a :class:`Lanes`, which emits machine instructions, and works with 32-bit values, one in every lane, by
 Python's operators.  NumPy arrays with an element for every thread have the same operators, so another object with the same
@@ -7,16 +7,20 @@ methods can run a kernel on a CPU, lane by lane; tests do.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import DTypeLike
 
-from pallas_kernels.mosaic.compat import arith, ir, llvm, mgpu, ptx
+from pallas_kernels.mosaic.compat import FragmentedArray, arith, ir, llvm, mgpu, ptx
 from pallas_kernels.mosaic.registers import i32, shared_address
 
 EVERY_LANE = "0xffffffff"
 FIRST_BARRIER = 12
-"""Of the 16 in hardware; Pallas takes them from the other end."""
+"""Number of the first barrier used, of the 16 in hardware; Pallas takes them from the other end."""
+
+
+Emit = Callable[..., ir.Value]
+"""Emits an operation on two values."""
 
 
 class Word:
@@ -25,46 +29,52 @@ class Word:
     Its operators are those of NumPy's arrays: integers wrap, a shift to the right keeps the sign.
     """
 
-    def __init__(self, value: Any):
+    def __init__(self, value: ir.Value):
         self.value = value
 
     @property
     def floats(self) -> bool:
         return isinstance(self.value.type, ir.F32Type)
 
-    def _same(self, other: Any) -> Any:
+    def _same(self, other: "Word | float") -> ir.Value:
         if isinstance(other, Word):
             return other.value
         return arith.constant(self.value.type, float(other)) if self.floats else i32(int(other))
 
-    def _by(self, ints: Any, floats: Any, other: Any, swapped: bool = False) -> "Word":
+    def _by(
+        self,
+        ints: Callable[..., ir.Value],
+        floats: Callable[..., ir.Value],
+        other: "Word | float",
+        swapped: bool = False,
+    ) -> "Word":
         operands = (self.value, self._same(other))[:: -1 if swapped else 1]
         if not self.floats:
             return Word(ints(*operands))
         return Word(floats(*operands, fastmath=ir.Attribute.parse("#arith.fastmath<contract>")))
 
-    def __add__(self, other: Any) -> "Word":
+    def __add__(self, other: "Word | float") -> "Word":
         return self._by(arith.addi, arith.addf, other)
 
-    def __sub__(self, other: Any) -> "Word":
+    def __sub__(self, other: "Word | float") -> "Word":
         return self._by(arith.subi, arith.subf, other)
 
-    def __mul__(self, other: Any) -> "Word":
+    def __mul__(self, other: "Word | float") -> "Word":
         return self._by(arith.muli, arith.mulf, other)
 
-    def __rsub__(self, other: Any) -> "Word":
+    def __rsub__(self, other: "Word | float") -> "Word":
         return self._by(arith.subi, arith.subf, other, swapped=True)
 
-    def __and__(self, other: Any) -> "Word":
+    def __and__(self, other: "Word | float") -> "Word":
         return Word(arith.andi(self.value, self._same(other)))
 
-    def __xor__(self, other: Any) -> "Word":
+    def __xor__(self, other: "Word | float") -> "Word":
         return Word(arith.xori(self.value, self._same(other)))
 
-    def __lshift__(self, other: Any) -> "Word":
+    def __lshift__(self, other: "Word | float") -> "Word":
         return Word(arith.shli(self.value, self._same(other)))
 
-    def __rshift__(self, other: Any) -> "Word":
+    def __rshift__(self, other: "Word | float") -> "Word":
         return Word(arith.shrsi(self.value, self._same(other)))
 
     def __floordiv__(self, other: int) -> "Word":
@@ -75,18 +85,18 @@ class Word:
         """Of what is not negative."""
         return Word(arith.remui(self.value, i32(other)))
 
-    def _compared(self, how: str, other: Any) -> "Word":
+    def _compared(self, how: str, other: "Word | float") -> "Word":
         if self.floats:
             return Word(arith.cmpf(getattr(arith.CmpFPredicate, "O" + how), self.value, self._same(other)))
         return Word(arith.cmpi(getattr(arith.CmpIPredicate, "s" + how.lower()), self.value, self._same(other)))
 
-    def __lt__(self, other: Any) -> "Word":
+    def __lt__(self, other: "Word | float") -> "Word":
         return self._compared("LT", other)
 
-    def __ge__(self, other: Any) -> "Word":
+    def __ge__(self, other: "Word | float") -> "Word":
         return self._compared("GE", other)
 
-    def __gt__(self, other: Any) -> "Word":
+    def __gt__(self, other: "Word | float") -> "Word":
         return self._compared("GT", other)
 
 
@@ -101,23 +111,23 @@ class Lanes:
         """Number in the CTA."""
         return Word(mgpu.utils.thread_idx())
 
-    def place(self, scalar: Any) -> Word:
+    def place(self, scalar: FragmentedArray) -> Word:
         """An int32 scalar of the kernel."""
         return Word(scalar.registers.item())
 
     # Memory.  Offsets are in bytes.
 
-    def load(self, ref: Any, offset: Word, count: int = 1) -> tuple[Word, ...]:
+    def load(self, ref: ir.Value, offset: Word, count: int = 1) -> tuple[Word, ...]:
         """1, 2 or 4 neighbouring words of device memory that nobody writes meanwhile."""
         vector, places = self._vector(count)
         code = f"ld.global.nc.L1::no_allocate{vector}.b32 {places}, [${count}];"
         return tuple(map(Word, ptx(code, self._address(ref, offset), results=count)))
 
-    def store(self, ref: Any, offset: Word, word: Word, nbytes: int = 4) -> None:
+    def store(self, ref: ir.Value, offset: Word, word: Word, nbytes: int = 4) -> None:
         """Writes a word to device memory, or its lowest bytes."""
         self._write("global", self._address(ref, offset), word, nbytes)
 
-    def _write(self, where: str, address: Any, word: Word, nbytes: int) -> None:
+    def _write(self, where: str, address: ir.Value, word: Word, nbytes: int) -> None:
         code = {
             1: "st.{}.b8 [$0], $1;",
             2: "{{ .reg .b16 x, y; mov.b32 {{x, y}}, $1; st.{}.b16 [$0], x; }}",
@@ -129,13 +139,13 @@ class Lanes:
         places = ", ".join(f"${i}" for i in range(count))
         return (f".v{count}", f"{{{places}}}") if count > 1 else ("", places)
 
-    def load_shared(self, ref: Any, index: Word, count: int = 1) -> tuple[Word, ...]:
+    def load_shared(self, ref: ir.Value, index: Word, count: int = 1) -> tuple[Word, ...]:
         """1, 2 or 4 neighbouring words of shared memory, from the ``index``-th on."""
         address = (Word(shared_address(ref)) + index * 4).value
         vector, places = self._vector(count)
         return tuple(map(Word, ptx(f"ld.shared{vector}.b32 {places}, [${count}];", address, results=count)))
 
-    def store_shared(self, ref: Any, index: Word, word: Word, nbytes: int = 4) -> None:
+    def store_shared(self, ref: ir.Value, index: Word, word: Word, nbytes: int = 4) -> None:
         """Writes a word there, or its lower half, of which ``index`` counts bytes."""
         address = (Word(shared_address(ref)) + (index * 4 if nbytes == 4 else index)).value
         self._write("shared", address, word, nbytes)
@@ -148,19 +158,19 @@ class Lanes:
             convergent=True,
         )
 
-    def _address(self, ref: Any, offset: Word) -> Any:
+    def _address(self, ref: ir.Value, offset: Word) -> ir.Value:
         wide = ir.IntegerType.get_signless(64)
         return arith.addi(llvm.ptrtoint(wide, mgpu.utils.memref_ptr(ref)), arith.extui(wide, offset.value))
 
     # What flows between lanes, and through conditions and loops.
 
     def shuffle(self, x: Word, lane: Word) -> Word:
-        """What another lane of the warp has."""
+        """The value of another lane of the warp."""
         code = f"shfl.sync.idx.b32 $0, $1, $2, 31, {EVERY_LANE};"
         return self._like(x, *ptx(code, self._bits(x), lane.value, results=1, convergent=True))
 
     def across(self, x: Word, distance: int) -> Word:
-        """What the lane has whose number differs in one bit."""
+        """The value of the lane whose number differs in one bit."""
         code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, {EVERY_LANE};"
         return self._like(x, *ptx(code, self._bits(x), results=1, convergent=True))
 
@@ -177,7 +187,7 @@ class Lanes:
         """A loop of ``count`` turns, as many for all lanes of a warp."""
 
         @mgpu.utils.fori(count.value, [word.value for word in carry])
-        def loop(turn: Any, values: Any) -> Any:
+        def loop(turn: ir.Value, values: Sequence[ir.Value]) -> list[ir.Value]:
             return [word.value for word in body(Word(turn), [Word(value) for value in values])]
 
         return [Word(value) for value in loop.results]
@@ -218,13 +228,13 @@ class Lanes:
 
     # Several small numbers in a word, the first in its lowest bits.
 
-    def pair(self, dtype: Any, low: Word, high: Word) -> Word:
+    def pair(self, dtype: DTypeLike, low: Word, high: Word) -> Word:
         """Two float32 as two float16 or bfloat16."""
         name = {jnp.float16: "f16x2", jnp.bfloat16: "bf16x2"}[jnp.dtype(dtype).type]
         code = f"{{ .reg .f32 x, y; mov.b32 x, $1; mov.b32 y, $2; cvt.rn.{name}.f32 $0, y, x; }}"
         return Word(ptx(code, self._bits(low), self._bits(high), results=1)[0])
 
-    def unpair(self, dtype: Any, word: Word) -> tuple[Word, Word]:
+    def unpair(self, dtype: DTypeLike, word: Word) -> tuple[Word, Word]:
         """The float32 of such a pair."""
         if jnp.dtype(dtype) == jnp.bfloat16:
             return self.as_real(word << 16), self.as_real(word & -(1 << 16))
@@ -263,8 +273,8 @@ class Lanes:
         found = [Word(value) for value in ptx(code, *operands, results=4, convergent=True)]
         return [self.as_real(word) for word in found] if floats else found
 
-    def _bits(self, word: Word) -> Any:
+    def _bits(self, word: Word) -> ir.Value:
         return mgpu.utils.bitcast(word.value, ir.IntegerType.get_signless(32)) if word.floats else word.value
 
-    def _like(self, x: Word, found: Any) -> Word:
+    def _like(self, x: Word, found: ir.Value) -> Word:
         return self.as_real(Word(found)) if x.floats else Word(found)

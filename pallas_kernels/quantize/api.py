@@ -1,4 +1,4 @@
-"""Entry points that turn real activations into integer codes, with what stands in front of that.
+"""Entry points that turn real activations into integer codes, fused with the norm or the activation function before.
 
 Every function takes ``implementation``: None picks the fastest one that supports the call on this device, a name asks for
 that one and raises ``NotImplementedError`` if it cannot take the case.
@@ -11,24 +11,23 @@ get the one code or the other.  All work under ``jit``, ``vmap`` and ``shard_map
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from pallas_kernels.matmul import reference
-from pallas_kernels.matmul.dispatch import without_gradient
-from pallas_kernels.quantize import dispatch as rows
-from pallas_kernels.quantize.dispatch import Implementation, Quantization
+from pallas_kernels.gradient import without_gradient
+from pallas_kernels.quantize import dispatch, reference
+from pallas_kernels.quantize.kind import IMPLEMENTATIONS, Implementation, Quantization
 
 
 class Quantized(NamedTuple):
-    """Codes of rows, and what else is known of them.
+    """Codes of rows, with their scales and the normalised sum.
 
     Attributes:
       codes: int8 (..., k + e).
       scale: one a row, (...,); None if scales are fixed.
-      x: what was normalised, (..., k), that is, the sum with the residual; None without one.
+      x: input of the norm, (..., k): the sum with the residual; None without one.
     """
 
     codes: Int8[Array, "*rows width"]
@@ -52,7 +51,7 @@ def quantize_activations(
 
     Args:
       x: real activations, (..., k).
-      multiplier: what each input channel is multiplied with before rounding, (k,): 1 / (smoothing * scale).
+      multiplier: factor of each input channel before rounding, (k,): 1 / (smoothing * scale).
       source: for each extra channel, the channel it continues, (e,).
       part: for each extra channel, how many times ``qmax`` is held by the channels before it, (e,).
       qmax: largest code, 127 or 7.
@@ -113,15 +112,15 @@ def quantize_normalized(
     rounding, nothing is rounded to the dtype of ``x`` in between.
 
     Args:
-      x: real activations in front of the norm, (..., k).
+      x: real activations before the norm, (..., k).
       multiplier: 1 / (smoothing * scale), (k,); with ``per_token``, 1 / smoothing.
       source, part: as in :func:`quantize_activations`; a code beyond 32767 counts as that.  With ``per_token`` nothing is
         flattened, and extra channels are padding.
-      epsilon: what is added to the mean square, or to the variance.
+      epsilon: added to the mean square, or to the variance.
       qmax: largest code, 127 or 7.
       weight, bias: of the norm, (k,).
       center: whether the mean is subtracted.
-      residual: what is added to x first, in float32; the sum that is returned is rounded to the dtype of x.
+      residual: added to x first, in float32; the sum that is returned is rounded to the dtype of x.
       per_token: whether every row gets a scale of its own.
       implementation: None, "triton" or "xla".
 
@@ -137,9 +136,15 @@ def quantize_normalized(
         raise ValueError(
             f"quantize_normalized: residual must be {x.dtype}{x.shape}, got {residual.dtype}{residual.shape}"
         )
-    there: Any = {"residual": residual is not None, "weight": weight is not None, "bias": bias is not None}
     kind = Quantization(
-        name="quantize_normalized", qmax=qmax, per_token=per_token, epsilon=epsilon, center=center, **there
+        name="quantize_normalized",
+        qmax=qmax,
+        per_token=per_token,
+        residual=residual is not None,
+        epsilon=epsilon,
+        center=center,
+        weight=weight is not None,
+        bias=bias is not None,
     )
     codes, *rest = _quantize(kind, implementation, x, residual, weight, bias, multiplier, source, part)
     return Quantized(codes, rest.pop(0) if per_token else None, *rest)
@@ -157,7 +162,7 @@ def quantize_activated(
     per_token: bool = False,
     implementation: Implementation | None = None,
 ) -> Quantized:
-    """:func:`quantize_activations` or :func:`quantize_per_token` behind an activation function, in one pass over ``x``.
+    """:func:`quantize_activations` or :func:`quantize_per_token` after an activation function, in one pass over ``x``.
 
     All is float32 up to the rounding, as in :func:`quantize_normalized`, whose arguments these are too.
 
@@ -169,15 +174,16 @@ def quantize_activated(
       ValueError: if there is no such activation, or shapes do not fit together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    how = checked_activation("quantize_activated", x.shape, multiplier, source, part, activation, gated=gated)
-    kind = Quantization(name="quantize_activated", qmax=qmax, per_token=per_token, **how)
+    name = "quantize_activated"
+    check_activation(name, x.shape, multiplier, source, part, activation, gated=gated)
+    kind = Quantization(name=name, qmax=qmax, per_token=per_token, activation=activation, gated=gated)
     return Quantized(*_quantize(kind, implementation, x, multiplier, source, part))
 
 
-def checked_activation(
+def check_activation(
     name: str, shape: tuple[int, ...], multiplier: Array, source: Array, part: Array, activation: str, *, gated: bool
-) -> dict[str, Any]:
-    """What of a :class:`pallas_kernels.quantize.dispatch.Quantization` says that x, of that shape, is activated.
+) -> None:
+    """Checks the arguments of an activation function and a recipe for x of that shape.
 
     Raises:
       ValueError: if there is no such activation, or shapes do not fit together.
@@ -187,13 +193,12 @@ def checked_activation(
     if gated and shape[-1] % 2:
         raise ValueError(f"{name}: {shape[-1]} channels are no two halves, one of which could gate the other")
     _check(name, shape, shape[-1] // (1 + gated), multiplier, source, part)
-    return {"activation": activation, "gated": gated}
 
 
 def _quantize(kind: Quantization, implementation: Implementation | None, *operands: Array | None) -> tuple[Array, ...]:
-    if implementation not in (None, "triton", "xla"):
-        raise NotImplementedError(f"implementation {implementation!r} is not one of: triton, xla")
-    return rows.quantize(kind, implementation)(*(operand for operand in operands if operand is not None))
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise NotImplementedError(f"implementation {implementation!r} is not one of: {', '.join(IMPLEMENTATIONS)}")
+    return dispatch.quantize(kind, implementation)(*(operand for operand in operands if operand is not None))
 
 
 def _check(name: str, shape: tuple[int, ...], k: int, multiplier: Array, source: Array, part: Array) -> None:

@@ -1,20 +1,18 @@
-"""What stands in front of an integer matmul, in one pass over the rows of activations.
+"""Fused pass before a matmul: residual, norm or activation, quantization and flattening in one read of each row.
 
-A residual is added, the row is normalised, or goes through an activation function and its gate, or is put together of what
-parts of an attention found; then it is quantized, with scales that are fixed or with one for every row, and its large
+A residual is added, the row is normalised, or goes through an activation function and its gate, or is put together from the
+parts of an attention; then it is quantized, with scales that are fixed or with one for every row, and its large
 channels are flattened over extra ones.  XLA makes several kernels of that, as a row is needed whole before any of its codes
-is known.  Here (Pallas Triton) a program holds a row in its registers: what it reads, it reads once, and what the extra
-channels continue is read again, from the cache.  Of a few rows, which leave the GPU idle, every program writes a piece; where
+is known.  Here (Pallas Triton) a program holds a row in its registers: it is read once, but for the channels that extra ones
+continue, which are read again, from the cache.  Of a few rows, which leave the GPU idle, every program writes a piece; where
 a row is needed whole, each of its programs reads all of it.
 
 The K channels of a row are read in runs of the powers of two that K is the sum of, since arrays in Triton have such sizes.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +20,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_kernels.attention.parts import MOST_PARTS, Parts
-from pallas_kernels.matmul import reference
-from pallas_kernels.matmul.dispatch import NO_GPU, capability, has_triton, say, without_gradient
-from pallas_kernels.quantize.triton import ACTIVATIONS, kernel
+from pallas_kernels import device
+from pallas_kernels.device import NO_GPU
+from pallas_kernels.gradient import without_gradient
+from pallas_kernels.mosaic.math import ACTIVATIONS
+from pallas_kernels.quantize.kind import Implementation, Quantization
+from pallas_kernels.quantize.triton import kernel
 
-Implementation = Literal["triton", "xla"]
-STEP = 128
+CHANNEL_MULTIPLE = 128
 """K and the number of extra channels are multiples of it."""
+MOST_PARTS = 32
+"""Parts that a kernel puts a row together from, at most."""
 MOST_CHANNELS = 32768
-"""What the registers of 16 warps hold."""
+"""Of a row: as many as the registers of 16 warps hold."""
 FEW_ROWS = 264
 """Up to so many rows, two for each multiprocessor of an H100 or H200, what counts is how long one row takes."""
 PROGRAMS = 528
@@ -42,81 +43,15 @@ WHOLE_ROWS_IN_PIECES = 16
 """The same where channels do, so that every program reads the row whole."""
 FEWEST_ROWS = 8
 """Up to so many rows, pieces are smaller still."""
-MOST_PIECES, LARGEST_PIECE = 32, 4096
-"""Of such a row; channels of one."""
+MOST_PIECES = 32
+"""Of such a row."""
+PIECE_CHANNELS = 4096
+"""Of a piece, at most."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantization:
-    """Which of the operations is meant; see :func:`pallas_kernels.quantize_normalized` and its neighbours.
-
-    Attributes:
-      name: of the entry point.
-      qmax: largest code.
-      per_token: whether every row gets a scale of its own.
-      residual: whether something is added to x first.
-      epsilon: of the norm; None for no norm.
-      center: whether the norm subtracts the mean.
-      weight, bias: whether the norm has them.
-      activation: function that x goes through; None for none.
-      gated: whether the second half of x is multiplied with the activated first.
-      parts: what x comes in; None if it is whole.
-      largest: whether the largest magnitudes of x times its multiplier, of as many channels each as there may be, are known
-        already, so that a scale for every row needs no more than them.
-    """
-
-    name: str
-    qmax: int
-    per_token: bool
-    residual: bool = False
-    epsilon: float | None = None
-    center: bool = False
-    weight: bool = False
-    bias: bool = False
-    activation: str | None = None
-    gated: bool = False
-    parts: Parts | None = None
-    largest: bool = False
-
-    @property
-    def whole(self) -> bool:
-        """Whether a row is needed whole before any of its codes is known."""
-        return (self.per_token and not self.largest) or self.epsilon is not None
-
-    @property
-    def of_rows(self) -> int:
-        """How many of the operands have a row for every row of x, itself one of them."""
-        return 1 + (self.parts is not None) + self.largest + self.residual
-
-    def split(self, operands: Sequence[Any]) -> tuple[Any, ...]:
-        """x, its parts' sums, largest magnitudes, residual, weight and bias, each None if not there; and the recipe.
-
-        That is the multiplier, the sources and the parts.
-        """
-        there = (True, self.parts is not None, self.largest, self.residual, self.weight, self.bias)
-        given = iter(operands)
-        return *(next(given) if is_there else None for is_there in there), tuple(given)
-
-    def xla(self, *operands: Array) -> tuple[Array, ...]:
-        """The reference: codes, then the scales and what was normalised, as far as they are asked for."""
-        x, sums, _, residual, weight, bias, recipe = self.split(operands)
-        y = x.astype(jnp.float32)
-        if self.parts is not None:
-            y = self.parts.together(y, sums)
-        if residual is not None:
-            y = y + residual.astype(jnp.float32)
-            x = y.astype(x.dtype)
-        if self.epsilon is not None:
-            y = reference.normalized(y, self.epsilon, self.center, weight, bias)
-        if self.activation is not None:
-            y = reference.activated(y, self.activation, self.gated)
-        found = reference.quantized(y, *recipe, qmax=self.qmax, per_token=self.per_token)
-        return (*found, x) if self.residual else found
-
-
-@functools.cache
+@device.cached
 def quantize(kind: Quantization, implementation: Implementation | None) -> Callable[..., tuple[Array, ...]]:
-    """The function of what :meth:`Quantization.split` takes, with its rules for transformations."""
+    """The quantization as a function of its operands (:meth:`Quantization.split`), with its rules for transformations."""
 
     def rows(*operands: Array) -> tuple[Array, ...]:
         """Any leading axes of x are rows."""
@@ -144,17 +79,17 @@ def _run(kind: Quantization, implementation: Implementation | None, *operands: A
     if implementation == "xla":
         return kind.xla(*operands)
     x, *_, recipe = kind.split(operands)
-    reason = NO_GPU if capability() < (8, 0) else cannot_use(kind, x, *recipe)
+    reason = NO_GPU if device.capability() < (8, 0) else cannot_use(kind, x, *recipe)
     if reason and implementation == "triton":
         raise NotImplementedError(f"{kind.name}: implementation 'triton' cannot take x {x.shape} {x.dtype}: {reason}")
-    say(kind.name, x.shape, "xla" if reason else "triton", reason or "")
+    device.say(kind.name, x.shape, "xla" if reason else "triton", reason or "")
     if reason:
         return kind.xla(*operands)
     triton = functools.partial(call, kind)
     return triton(*operands) if implementation else lax.platform_dependent(*operands, cuda=triton, default=kind.xla)
 
 
-def cannot_use(kind: Quantization, x: Any, multiplier: Any, source: Any, part: Any) -> str | None:
+def cannot_use(kind: Quantization, x: Array, multiplier: Array, source: Array, part: Array) -> str | None:
     """Why the kernel cannot take these operands; None if it can."""
     del part
     k, extra = multiplier.shape[0], source.shape[0]
@@ -162,17 +97,17 @@ def cannot_use(kind: Quantization, x: Any, multiplier: Any, source: Any, part: A
         return f"x is {x.dtype}, not bfloat16, float16 or float32"
     if not x.size:
         return "there is nothing to do"
-    if k % STEP or k > MOST_CHANNELS:
-        return f"{k} channels are not a multiple of {STEP} up to {MOST_CHANNELS}"
-    if extra % STEP:
-        return f"{extra} extra channels are not a multiple of {STEP}"
+    if k % CHANNEL_MULTIPLE or k > MOST_CHANNELS:
+        return f"{k} channels are not a multiple of {CHANNEL_MULTIPLE} up to {MOST_CHANNELS}"
+    if extra % CHANNEL_MULTIPLE:
+        return f"{extra} extra channels are not a multiple of {CHANNEL_MULTIPLE}"
     if kind.activation not in (None, *ACTIVATIONS):
         return f"it knows no {kind.activation}"
     if math.prod(x.shape) >= 2**31:
         return "x has 2^31 elements or more"
     if kind.parts is not None and kind.parts.count > MOST_PARTS:
         return f"x comes in {kind.parts.count} parts, more than {MOST_PARTS}"
-    if not has_triton():
+    if not device.has_triton():
         return "this version of JAX has no Triton backend of Pallas"
     return None
 
@@ -186,7 +121,7 @@ def call(
     """The kernel, for x of shape (rows, channels).
 
     Args:
-      kind: what it is to do.
+      kind: the operation.
       operands: as :meth:`Quantization.split` takes them.
       piece: channels of a row at most that a program writes, 0 for whole rows, and its warps; by default :func:`best_piece`.
       interpret: whether to run on the CPU.
@@ -206,11 +141,11 @@ def call(
     if kind.residual:
         outputs.append(jax.ShapeDtypeStruct((rows, k), x.dtype))
     used = (x, sums, largest, residual, weight, bias, *(recipe if extra and not kind.per_token else recipe[:1]))
-    settings: dict[str, Any] = {}
+    params = None
     if not interpret:
         from jax.experimental.pallas import triton as plgpu
 
-        settings["compiler_params"] = plgpu.CompilerParams(num_warps=warps, num_stages=1)
+        params = plgpu.CompilerParams(num_warps=warps, num_stages=1)
     return tuple(
         pl.pallas_call(
             functools.partial(kernel, kind, programs, pieces, interpret),
@@ -218,7 +153,7 @@ def call(
             out_shape=outputs,
             interpret=interpret,
             name=kind.name,
-            **settings,
+            compiler_params=params,
         )(*(operand for operand in used if operand is not None))
     )
 
@@ -231,7 +166,7 @@ def _warps(much: bool, few: bool) -> int:
 def best_piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
     """Channels of a piece at most, 0 for whole rows, and warps.
 
-    What was best of those tried on an H200 in November 2026; ``scripts/tune_decoding.py`` tries them again.
+    The best of those tried on an H200 in November 2026; ``scripts/tune_decoding.py`` tries them again.
     """
     if rows > ROWS_IN_PIECES:
         return 0, 0
@@ -240,15 +175,15 @@ def best_piece(kind: Quantization, rows: int, k: int) -> tuple[int, int]:
         return 512 if rows <= FEWEST_ROWS else 1024, 8 if few else 4
     if not kind.whole:
         if kind.parts is not None:
-            size = STEP if rows <= FEWEST_ROWS else 512
-            return max(kind.parts.dim, size), 8 if few and size > STEP else 4
+            size = CHANNEL_MULTIPLE if rows <= FEWEST_ROWS else 512
+            return max(kind.parts.dim, size), 8 if few and size > CHANNEL_MULTIPLE else 4
         return 512, 8 if few else 4
     if kind.parts is not None:
         return 0, 0
     much = k * (1 + kind.gated) > 8192
     if not few:  # Rows are programs enough; but extra channels have some of their own.
-        wanted = not (much or kind.per_token) and k // math.gcd(k, LARGEST_PIECE) <= MOST_PIECES // 4
-        return (LARGEST_PIECE, 16) if wanted else (0, 0)
-    size = (512 if rows <= FEWEST_ROWS else LARGEST_PIECE) if much else 256 if rows <= FEWEST_ROWS else 1024
-    sizes = (size << i for i in range(LARGEST_PIECE.bit_length()) if size << i <= LARGEST_PIECE)
+        wanted = not (much or kind.per_token) and k // math.gcd(k, PIECE_CHANNELS) <= MOST_PIECES // 4
+        return (PIECE_CHANNELS, 16) if wanted else (0, 0)
+    size = (512 if rows <= FEWEST_ROWS else PIECE_CHANNELS) if much else 256 if rows <= FEWEST_ROWS else 1024
+    sizes = (size << i for i in range(PIECE_CHANNELS.bit_length()) if size << i <= PIECE_CHANNELS)
     return next(((size, 8) for size in sizes if k // math.gcd(k, size) <= MOST_PIECES), (0, 0))

@@ -1,64 +1,60 @@
-"""The kernel that quantizes rows of activations, with what stands in front of that (Pallas Triton).
-
-What it computes, and how it is cut up: :mod:`pallas_kernels.quantize.dispatch`.
-"""
+"""The kernel of the fused pass before a matmul (Pallas Triton); see :mod:`pallas_kernels.quantize.dispatch`."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_kernels.matmul import reference
-
-if TYPE_CHECKING:
-    from pallas_kernels.quantize.dispatch import Quantization
+from pallas_kernels.mosaic.math import ACTIVATIONS, code_beyond, held_before, rounded, runs
+from pallas_kernels.mosaic.types import Ref, Scalar
+from pallas_kernels.quantize.kind import Quantization
 
 
 class _Part(NamedTuple):
-    """Some of a row's channels: where they are in x, and where what they gate; where codes go; what is done to them."""
+    """Some of a row's channels: their places in x, those that they gate, those of their codes; and their factor and shift."""
 
-    at: Any
-    beside: Any
-    to: Any
+    at: Array | pl.Slice
+    beside: Array | pl.Slice
+    to: Array | pl.Slice
     multiplier: Array
     shift: Array | None
 
 
 class _Read(NamedTuple):
-    """What such channels hold, float32: what is to be normalised, activated or quantized, and what it gates, if anything."""
+    """Values of such channels, float32: to be normalised, activated or quantized; and the values that they gate, if any."""
 
     x: Array
     beside: Array | None
 
 
-def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]], interpret: bool, *refs: Any) -> None:
-    """One program: every so many-th row, or a piece of one.  What is the same for all rows is read once."""
+def kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]], interpret: bool, *refs: Ref) -> None:
+    """One program: every so many-th row, or a piece of one.  The recipe, the same for all rows, is read once."""
     results = 1 + kind.per_token + kind.residual
     operands = kind.split(refs[:-results])
     x_ref, sums_ref, largest_ref, residual_ref, weight_ref, bias_ref, (multiplier_ref, *flattening) = operands
     codes_ref, *others = refs[-results:]
     (rows, width), k = codes_ref.shape, multiplier_ref.shape[0]
 
-    def part(at: Any, beside: Any, to: Any) -> _Part:
+    def part(at: Array | pl.Slice, beside: Array | pl.Slice, to: Array | pl.Slice) -> _Part:
         multiplier = given = multiplier_ref[at]
         if weight_ref is not None:
             multiplier = given * weight_ref[at].astype(jnp.float32)
         return _Part(at, beside, to, multiplier, None if bias_ref is None else given * bias_ref[at].astype(jnp.float32))
 
-    def read(row: Any, part: _Part) -> _Read:
-        if kind.parts is not None:
+    def read(row: Scalar, part: _Part) -> _Read:
+        if kind.parts is not None and sums_ref is not None:
             return _Read(kind.parts.read(x_ref, sums_ref, row, part.at), None)
         x = x_ref[row, part.at].astype(jnp.float32)
         if residual_ref is not None:
             x = x + residual_ref[row, part.at].astype(jnp.float32)
         return _Read(x, x_ref[row, part.beside].astype(jnp.float32) if kind.gated else None)
 
-    def scaled(part: _Part, held: _Read, mean: Any, factor: Any) -> Array:
-        """What is rounded, or divided by its row's scale and rounded."""
+    def scaled(part: _Part, held: _Read, mean: Array | float, factor: Array | float) -> Array:
+        """Values to be rounded, or to be divided by their row's scale and rounded."""
         x, beside = held
         if kind.epsilon is not None:
             y = (x - mean if kind.center else x) * factor * part.multiplier
@@ -67,11 +63,11 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
             x = ACTIVATIONS[kind.activation](x)
         return x * part.multiplier if beside is None else x * part.multiplier * beside
 
-    def channels(start: Any, n: int) -> _Part:
+    def channels(start: Scalar, n: int) -> _Part:
         return part(pl.ds(start, n), pl.ds(k + start, n), pl.ds(start, n))
 
-    def added(start: Any, n: int) -> tuple[_Part, Array]:
-        """Extra channels, and what those before them hold."""
+    def added(start: Scalar, n: int) -> tuple[_Part, Array]:
+        """Extra channels, and the magnitude that those before them hold."""
         source, full = (ref[pl.ds(start, n)] for ref in flattening)
         return part(source, k + source, pl.ds(k + start, n)), held_before(full, kind.qmax)
 
@@ -81,15 +77,18 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
     def scale_of(largest: Sequence[Array]) -> Array:
         return jnp.maximum(functools.reduce(jnp.maximum, map(jnp.max, largest)), 1e-8) / kind.qmax
 
-    def given(row: Any) -> Array | None:
+    def given(row: Scalar) -> Array | None:
         """A row's scale, where its largest magnitudes are known."""
         if largest_ref is None:
             return None
         return scale_of([largest_ref[row, pl.ds(*at)] for at in runs(largest_ref.shape[1])])
 
-    def known(parts: Sequence[_Part], entered: Sequence[_Read]) -> tuple[Any, Any, list[Array], Any]:
-        """A row's mean, what it is multiplied with, its channels then, and its scale, each None where there is none."""
-        mean = factor = scale = None
+    def known(
+        parts: Sequence[_Part], entered: Sequence[_Read]
+    ) -> tuple[Array | float, Array | float, list[Array], Array | None]:
+        """A row's mean, its factor, its channels after both, and its scale, None where it has none."""
+        mean = factor = 1.0
+        scale = None
         if kind.epsilon is not None:
             centered = [held.x for held in entered]
             if kind.center:
@@ -101,8 +100,8 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
             scale = scale_of([jnp.abs(y) for y in values])
         return mean, factor, values, scale
 
-    def piece(row: Any, place: Any) -> None:
-        """Some of a row's channels; what depends on all of them is found once more for each piece."""
+    def piece(row: Scalar, place: Scalar) -> None:
+        """Some of a row's channels; statistics of all of them are computed once more for each piece."""
         (n, count), (extra_n, extra_count) = pieces
 
         def first() -> tuple[_Part, _Read]:
@@ -114,7 +113,8 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
             return part, before, read(row, part)
 
         flattened = extra_count and not kind.per_token  # Otherwise extra channels are padding.
-        early = late = mean = factor = None
+        early = late = None
+        mean = factor = 1.0
         scale = given(row)
         if kind.whole:
             parts = [channels(*at) for at in runs(k)]
@@ -139,6 +139,7 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
             codes_ref[row, part.to] = code_beyond(scaled(part, held, mean, factor), before, kind.qmax, interpret)
 
         def the_scale() -> None:
+            assert scale is not None
             others[0][row] = scale
 
         if extra_count:
@@ -146,7 +147,7 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
         if kind.per_token:
             pl.when(place == 0)(the_scale)
 
-    def one(row: Any) -> None:
+    def one(row: Scalar) -> None:
         entered = [read(row, part) for part in parts]
         # What is read twice is read before the row is added up: the sum need not be waited for.
         again = [read(row, part) for part, _ in extras]
@@ -177,41 +178,3 @@ def kernel(kind: "Quantization", programs: int, pieces: Sequence[tuple[int, int]
     else:
         turns = (rows - number + programs - 1) // programs
         lax.fori_loop(0, turns, lambda i, _: one(number + i * programs), None)
-
-
-def runs(channels: int) -> list[tuple[int, int]]:
-    """(start, size) of runs that are powers of two and together the channels, the largest first."""
-    runs, start = [], 0
-    for bit in reversed(range(channels.bit_length())):
-        if channels >> bit & 1:
-            runs.append((start, 1 << bit))
-            start += 1 << bit
-    return runs
-
-
-def rounded(y: Array, limit: int, interpret: bool) -> Array:
-    """Integers in float32, half to even, at most ``limit``."""
-    y = jnp.minimum(jnp.maximum(y, float(-limit)), float(limit))
-    if interpret:
-        return jnp.round(y)
-    shift = 1.5 * 2**23  # From here on floats are one apart.  Triton knows no rounding, and leaves such sums alone.
-    return (y + shift) - shift
-
-
-def held_before(part: Array, qmax: int) -> Array:
-    """What the channels before extra ones hold, float32, from their parts."""
-    return jnp.minimum(part, reference.LARGEST_CODE).astype(jnp.float32) * qmax
-
-
-def code_beyond(y: Array, before: Array, qmax: int, interpret: bool) -> Array:
-    """Codes of extra channels: what those before them, which hold ``before``, have left."""
-    c = rounded(y, reference.LARGEST_CODE, interpret)
-    beyond = jnp.minimum(jnp.maximum(jnp.abs(c) - before, 0.0), float(qmax))
-    return jnp.where(c < 0, -beyond, beyond).astype(jnp.int8)
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": lambda x: x / (1 + jnp.exp(-x)),
-    "relu": lambda x: jnp.maximum(x, 0.0),
-}
-"""Those of :data:`pallas_kernels.matmul.reference.ACTIVATIONS` that can be written in what Triton knows."""

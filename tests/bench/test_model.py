@@ -11,6 +11,8 @@ from fqjax.bench import model as bench
 from fqjax.bench import model_record
 from fqjax.bench.random_models import CONFIGS, architecture, described, random_model
 from fqjax.cli.main import main
+from fqjax.core.formats.uniform import Uniform
+from fqjax.core.stored_inputs import FloatingInput, PerTokenInput, StaticInput
 from fqjax.layers.stacked import StackedExperts, quantized_layers
 from fqjax.runtime.errors import InputError
 from tests.models import variants
@@ -38,7 +40,7 @@ MIXTRAL = CONFIGS["mixtral-8x7b"] | {
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch):
     """How long something takes is not what is tested."""
-    monkeypatch.setattr(bench, "REPEATS", 2)
+    monkeypatch.setattr(bench, "TIMED_CALLS", 2)
 
 
 @pytest.mark.sample(1)
@@ -49,18 +51,22 @@ def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
     model = random_model(*described(hf), scheme, extra=0.1)
     layers = quantized_layers(model)
     assert bool(layers) == (scheme.method is not None)
-    macs = sum(layer.summary.macs for layer in layers.values())
-    share = sum(layer.summary.macs for layer in layers.values() if layer.bits == 4) / max(macs, 1)
+    macs = sum(layer.figures.macs for layer in layers.values())
+    share = sum(layer.figures.macs for layer in layers.values() if layer.bits == 4) / max(macs, 1)
     least = scheme.method.allocation.int4_share if layers else 0.0
     assert least <= share <= min(1.0, least + 0.2) or not layers
     grouped = scheme.name.startswith("w4a")
     for layer in layers.values():
         weight, quantizer = layer.weight.get_value(), layer.input.get_value()
-        assert (weight.format.group_size, weight.format.folded) == (
-            (128, scheme.name.endswith("folded")) if grouped else (0, False)
-        )
-        assert (quantizer.scale is None) == grouped
-        assert quantizer.used == (0 if grouped else round(0.1 * quantizer.multiplier.size))
+        if grouped:
+            kinds = {"folded": "folded", "scale": "integer"}
+            scales = kinds.get(scheme.name.split("-")[-1], "float")
+            assert (weight.format.group_size, weight.format.scales) == (128, scales)
+            assert type(quantizer) is (FloatingInput if scheme.name.startswith("w4a16") else PerTokenInput)
+        else:
+            assert isinstance(weight.format, Uniform) and isinstance(quantizer, StaticInput)
+        flattened = 0 if grouped else round(0.1 * quantizer.inputs)
+        assert quantizer.flattened() == layer.figures.flattened == flattened
     logits = model(jnp.arange(12).reshape(1, 12))
     assert bool(jnp.isfinite(logits).all()) and 0.01 < float(jnp.std(logits)) < 100
     if hf is MIXTRAL and layers:
@@ -77,7 +83,7 @@ def test_activations_use_the_codes(monkeypatch):
         noted = lambda s, x, *a, real=real: (seen.append(x), real(s, x, *a))[1]  # noqa: E731
         monkeypatch.setattr(fqjax.QuantizedLinear, name, noted)
     model(jax.random.randint(jax.random.key(0), (1, 32), 0, 1024))
-    spreads = [float(jnp.std(codes.astype(jnp.float32))) for codes in seen]
+    spreads = [float(jnp.std(x.codes.astype(jnp.float32))) for x in seen]
     assert len(spreads) == 8 and all(2 < spread < 90 for spread in spreads), spreads
 
 
@@ -200,8 +206,8 @@ def test_decoding_begins_behind_a_full_cache(monkeypatch):
     monkeypatch.setattr(type(model), "extend", noted)
     bench.decode.clear_cache()
     bench.measure(model, bench.Case("decode", 2, 16))
-    assert len(seen) == (bench.STEPS + bench.LEAD) * (bench.REPEATS + 1)
-    assert sorted(set(map(tuple, seen))) == [(16 + i, 16 + i) for i in range(bench.STEPS)]
+    assert len(seen) == (bench.DECODED_TOKENS + bench.SHORT_CALL_TOKENS) * (bench.TIMED_CALLS + 1)
+    assert sorted(set(map(tuple, seen))) == [(16 + i, 16 + i) for i in range(bench.DECODED_TOKENS)]
 
 
 def test_the_command(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import fqjax
-from fqjax.checkpoint.calibration_record import FILE, CalibrationRecord, read_calibration_record
+from fqjax.checkpoint.calibration_record import CALIBRATION_FILE, CalibrationRecord, read_calibration_record
 from fqjax.layers.stacked import quantized_layers
 from fqjax.report.plots import _place, activation_channels, plot_report, weight_channels
 from fqjax.runtime.errors import InputError
@@ -65,8 +65,8 @@ def test_findings_survive_the_disk(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"\x40\0\0\0\0\0\0\0" + b"{" * 64])
 def test_a_damaged_file_is_named(tmp_path, content):
-    (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(InputError, match=FILE):
+    (tmp_path / CALIBRATION_FILE).write_bytes(content)
+    with pytest.raises(InputError, match=CALIBRATION_FILE):
         read_calibration_record(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_flattened_channels_hold_what_the_large_ones_held():
     x = np.random.default_rng(0).normal(size=(64, 64)) * np.r_[np.full(3, 30.0), np.ones(61)]
     model, report = fqjax.quantize(Two(), "flattenquant-w8a8", [jnp.asarray(x, jnp.float32)])
     layer = quantized_layers(model)["first"]
-    source = np.asarray(layer.input.get_value().source)[: layer.input.get_value().used]
+    source = np.asarray(layer.input.get_value().source)[: layer.figures.flattened]
     assert len(source)
     for channels in (weight_channels(layer), activation_channels(layer, report.calibration.activations["first"])):
         assert len(channels.before) == 64 and len(channels.after) == 64 + len(source)

@@ -1,6 +1,7 @@
 """Damage to an fqjax checkpoint: flipped bits, arrays or manifests of another one, entries of the wrong type."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from flax import nnx
 import fqjax
 from fqjax.checkpoint.checksums import array_checksum
 from fqjax.checkpoint.orbax import load, save
-from fqjax.checkpoint.tree import named_leaves
+from fqjax.checkpoint.tree import named_leaves, split_storable
 from fqjax.runtime.errors import InputError
 from tests.models import variants
 
@@ -61,10 +62,8 @@ def save_changed(original, directory, **fields):
     changed = load(path)
     layer = changed.layers[0].mlp.down_proj
     weight = layer.weight.get_value()
-    parts = {"codes": weight.codes, "scale": weight.scale} | {
-        name: change(getattr(weight, name)) for name, change in fields.items()
-    }
-    layer.weight.set_value(type(weight)(parts["codes"], parts["scale"], weight.format))
+    parts = {name: change(getattr(weight, name)) for name, change in fields.items()}
+    layer.weight.set_value(dataclasses.replace(weight, **parts))
     save(directory, changed)
     shutil.copy(path / "fqjax.json", directory / "fqjax.json")
 
@@ -83,7 +82,7 @@ def test_a_checksum_is_that_of_the_bytes_in_c_order_and_little_endian():
 def test_every_array_has_a_checksum(original):
     model, path = original
     sums = json.loads((path / "fqjax.json").read_text())["checksums"]
-    leaves = {name: leaf for name, leaf in named_leaves(nnx.state(model)).items() if leaf.size}
+    leaves = {name: leaf for name, leaf in named_leaves(split_storable(model)[1]).items() if leaf.size}
     assert sums["algorithm"] == "crc32" and set(sums["arrays"]) == {".".join(name) for name in leaves}
     assert all(sums["arrays"][".".join(name)] == array_checksum(leaf) for name, leaf in leaves.items())
 
@@ -141,7 +140,14 @@ def test_a_value_that_changed(original, tmp_path, field):
 
 def test_verification_can_be_left_out(original, tmp_path):
     save_changed(original, tmp_path / "out", codes=lambda codes: codes.at[0, 0].multiply(-1))
-    load(tmp_path / "out", verify=False)
+    refused(tmp_path / "out", f"array {LAYER}.weight.codes is not what was saved")
+    found = named_leaves(nnx.state(load(tmp_path / "out", verify=False)))
+    for name, leaf in named_leaves(nnx.state(original[0])).items():
+        changed = np.asarray(found[name] != leaf)
+        if ".".join(name) == f"{LAYER}.weight.codes":
+            assert changed[0, 0] and changed.sum() == 1
+        else:
+            assert not changed.any()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
@@ -215,6 +221,18 @@ def layer(**changes):
     return lambda m: m["layers"][LAYER].update(changes)
 
 
+def weight(**changes):
+    return lambda m: m["layers"][LAYER]["weight"].update(changes)
+
+
+def quantizer(**changes):
+    return lambda m: m["layers"][LAYER]["input"].update(changes)
+
+
+def figures(**changes):
+    return lambda m: m["layers"][LAYER]["figures"].update(changes)
+
+
 def config(**changes):
     return lambda m: m["architecture"]["config"].update(changes)
 
@@ -225,9 +243,8 @@ MANIFESTS = [
     (lambda m: m.update(format_version=True), "not of the format 'fqjax'"),
     (lambda m: m.update(format_version=0), "not of the format 'fqjax'"),
     (lambda m: m.update(format_version=7), "format version 7"),
-    (lambda m: m.update(schemes={}), "schemes {}: expected a list"),
-    (lambda m: m.update(schemes=[3]), "schemes [3]: expected a list"),
-    (lambda m: m.update(schemes=[]), "scheme 0: expected the index of one of schemes"),
+    (lambda m: m.update(recipes={}), "recipes {}: expected a list"),
+    (lambda m: m.update(recipes=[]), "recipe 0: expected the index of one of recipes"),
     (lambda m: m.update(layers=[]), "layers []: expected an object"),
     (lambda m: m.update(architecture="llama"), "architecture 'llama': expected an object or null"),
     (lambda m: m.update(architecture={}), "no entry 'name'"),
@@ -237,21 +254,43 @@ MANIFESTS = [
     (lambda m: m["architecture"].update(name=["Llama"]), "name ['Llama']: expected text"),
     (lambda m: m["architecture"].update(config=3), "config 3: expected an object"),
     (layer(weight=None), "weight None: expected an object"),
-    (layer(weight={"bits": 8, "zero_point": 1}), "unknown entry 'zero_point'"),
-    (layer(weight={"bits": "8"}), "bits '8'"),
-    (layer(weight={"bits": 8, "group_size": -1}), LAYER),
+    (layer(weight={}), LAYER),
+    (layer(weight={"kind": "uniform", "bits": 8, "zero_point": 1}), "zero_point"),
+    (layer(weight={"kind": "uniform"}), "bits"),
+    (layer(weight={"kind": "grouped", "bits": 4, "group_size": -1}), "group_size -1: expected a divisor of 128"),
+    (layer(weight={"kind": "grouped", "bits": 4, "group_size": 48}), LAYER),
+    (weight(kind="future"), "'future'"),
+    (weight(kind=["uniform"]), LAYER),
+    (weight(bits="8"), LAYER),
+    (weight(bits=5), LAYER),
+    (weight(granularity="row"), LAYER),
+    (layer(dtypes={"scale": "float64"}), "scale is float64; expected float32"),
+    (layer(dtypes={"zeros": "int8"}), "zeros: not an array of uniform"),
+    (layer(dtypes={"scale": 8}), LAYER),
+    (layer(input=None), "input None: expected an object"),
+    (layer(input={}), LAYER),
+    (quantizer(kind="future"), "'future'"),
+    (quantizer(kind="static_plan"), LAYER),
+    (quantizer(bits=9), "bits 9: expected a whole number from 2 to 8"),
+    (quantizer(bits="8"), "bits '8': expected a whole number"),
+    (quantizer(zero=1), "zero"),
+    (layer(transform={"kind": "future"}), "'future'"),
+    (layer(branches=[{"kind": "future"}]), "'future'"),
+    (layer(branches=None), "branches None"),
+    (layer(finish={"kind": "future"}), "'future'"),
     (layer(out_features=-1), "out_features -1: expected a whole number from 1"),
     (layer(out_features=10**15), "out_features 1000000000000000: expected a whole number from 1 to 16777216"),
     (layer(in_features=48.0), "in_features 48.0"),
     (layer(width=True), "width True"),
     (layer(width=8), "width 8: expected room"),
-    (layer(flattened=-1), "expected room"),
-    (layer(activation_bits=5), "activation_bits 5: expected 4 or 8"),
-    (layer(activation_scale="row"), "activation_scale 'row': expected 'tensor' or 'token'"),
+    (layer(width=129), "width 129: expected a multiple of 128"),
+    (figures(flattened=-1), "flattened -1"),
+    (figures(flattened=10**6), "expected room"),
     (layer(dtype="object"), "dtype 'object'"),
-    (layer(scheme=-1), "scheme -1"),
-    (layer(scheme=1), "scheme 1"),
-    (layer(relative_error="small"), "relative_error 'small'"),
+    (layer(recipe=-1), "recipe -1"),
+    (layer(recipe=1), "recipe 1"),
+    (figures(relative_error="small"), "relative_error 'small'"),
+    (figures(future=1), "unknown entry 'future'"),
     (lambda m: m["layers"].update({LAYER: 3}), "expected an object"),
     (config(vocab_size=10**15), "vocab_size 1000000000000000: expected a whole number from 1 to"),
     (config(num_hidden_layers=9999), "num_hidden_layers 9999: expected fewer"),
@@ -261,7 +300,7 @@ MANIFESTS = [
     (config(eos_token_id=["a"]), "eos_token_id ['a']: expected a list, each a whole number"),
     (config(future=1), "unknown entry 'future'"),
     (config(rope_theta=20000.0), "fqjax.json: not what was saved, by its checksum"),
-    (layer(macs=1), "fqjax.json: not what was saved, by its checksum"),
+    (figures(macs=1), "fqjax.json: not what was saved, by its checksum"),
 ]
 
 
@@ -271,11 +310,12 @@ def test_a_manifest_that_was_changed(saved, change, part):
     refused(saved, part)
 
 
-def test_a_manifest_whose_numbers_are_written_otherwise_is_the_same(saved):
+def test_a_manifest_whose_numbers_are_written_otherwise_is_the_same(saved, original):
     path = saved / "fqjax.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(dict(reversed(manifest.items())), indent=3))
-    load(saved)
+    found = named_leaves(nnx.state(load(saved)))
+    assert all(np.array_equal(found[name], leaf) for name, leaf in named_leaves(nnx.state(original[0])).items())
 
 
 @pytest.mark.thorough

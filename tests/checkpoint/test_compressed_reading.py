@@ -5,10 +5,12 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import fqjax
 from fqjax.checkpoint.compressed.config import LayerScheme, parse_quantization, write_quantization
+from fqjax.checkpoint.tree import named_leaves
 from fqjax.cli import main as cli
 from tests.conftest import make_checkpoint, refused
 from tests.models import variants
@@ -194,7 +196,12 @@ def test_zero_points_of_zero_and_plain_orders_are_passed_over(tmp_path):
         tensors[f"{Q}.weight_zero_point"] = np.zeros((48, 1), np.int8)
         tensors[f"{Q}.weight_g_idx"] = np.zeros(48, np.int32)
 
-    fqjax.load_hf(stored(tmp_path, edit=edit))
+    leaves = [
+        named_leaves(nnx.state(fqjax.load_hf(stored(tmp_path / name, edit=change))[0]))
+        for name, change in (("plain", lambda tensors: None), ("edited", edit))
+    ]
+    assert leaves[0].keys() == leaves[1].keys()
+    assert all(np.array_equal(leaf, leaves[1][name]) for name, leaf in leaves[0].items())
 
 
 def test_codes_beyond_four_bits(tmp_path):

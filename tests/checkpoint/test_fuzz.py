@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fqjax
-from fqjax.checkpoint.safetensors import INDEX
+from fqjax.checkpoint.safetensors import INDEX_FILE
 from fqjax.cli import main as cli
 from tests.conftest import make_checkpoint
 
@@ -133,7 +133,7 @@ def test_config_json(folder, edits):
 @bounded
 @given(edits=changes)
 def test_the_index(folder, edits):
-    path = folder / "source" / INDEX
+    path = folder / "source" / INDEX_FILE
     with replaced(path, with_changes(path.read_text(), edits)):
         plans(folder)
 

@@ -8,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
+from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.runtime.errors import InputError
 from tests.conftest import edit_tensor, make_checkpoint
 from tests.models import variants
@@ -68,14 +69,18 @@ def test_opt_without_the_outer_prefix_is_read(tmp_path):
 def test_a_copy_of_a_tied_head_is_passed_over(tmp_path):
     directory = variants.write_checkpoint(tmp_path, variants.VARIANTS["llama-tied"])
     tensors = load_file(directory / "model.safetensors")
+    expected = load_hf(directory)[0](variants.tokens())
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     save_file(tensors, directory / "model.safetensors")
-    load_hf(directory)
+    np.testing.assert_array_equal(load_hf(directory)[0](variants.tokens()), expected)
 
 
 def test_torch_is_not_needed(monkeypatch, checkpoint):
     monkeypatch.setitem(sys.modules, "torch", None)
-    load_hf(checkpoint)
+    model, tokenizer = load_hf(checkpoint)
+    weight = TensorFiles(checkpoint).read("model.norm.weight", jnp.bfloat16)
+    np.testing.assert_array_equal(model.norm.scale[...], weight)
+    assert tokenizer is not None
 
 
 def fails(directory, message):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -179,8 +180,8 @@ def fails(directory, message):
 
 
 def test_a_newer_format_is_refused(saved):
-    change_manifest(saved, lambda m: m.update(format_version=2, schemes=None))
-    fails(saved, "format version 2; this fqjax reads versions up to 1")
+    change_manifest(saved, lambda m: m.update(format_version=3, recipes=None))
+    fails(saved, "format version 3; this fqjax reads versions up to 2")
 
 
 def test_what_is_no_checkpoint(tmp_path, saved):
@@ -188,8 +189,9 @@ def test_what_is_no_checkpoint(tmp_path, saved):
     fails(tmp_path, "no fqjax.json")
     (saved / "fqjax.json").write_text("{")
     fails(saved, "not a manifest")
-    (saved / "fqjax.json").write_text('{"format": "fqjax", "format_version": 1}')
-    fails(saved, "no entry 'architecture'")
+    for version, entry in ((1, "schemes"), (2, "architecture")):
+        (saved / "fqjax.json").write_text(json.dumps({"format": "fqjax", "format_version": version}))
+        fails(saved, f"no entry '{entry}'")
 
 
 LAYER = "layers.0.mlp.down_proj"
@@ -200,10 +202,10 @@ LAYER = "layers.0.mlp.down_proj"
     ("change", "message"),
     [
         (lambda m: m["layers"][LAYER]["weight"].update(bits=5), "down_proj' has no valid format"),
-        (lambda m: m["layers"][LAYER].pop("macs"), "down_proj' has no valid format"),
+        (lambda m: m["layers"][LAYER]["figures"].pop("macs"), "down_proj' has no valid format"),
         (lambda m: m["layers"][LAYER].update(out_features=49), r"down_proj.weight.codes is stored as int8 .*says int8"),
-        (lambda m: m["layers"][LAYER].update(accumulator_bound=3), "the checkpoint is damaged"),
-        (lambda m: m["layers"][LAYER].update(accumulator_bound=2**31), "down_proj: the int32 accumulator"),
+        (lambda m: m["layers"][LAYER]["figures"].update(accumulator_bound=3), "the checkpoint is damaged"),
+        (lambda m: m["layers"][LAYER]["figures"].update(accumulator_bound=2**31), "down_proj: the int32 accumulator"),
         (lambda m: m["layers"].update(other=m["layers"][LAYER]), "no linear layer 'other'"),
         (lambda m: m["layers"].pop(LAYER), "down_proj"),
         (lambda m: m["architecture"].update(name="Bert"), "no valid architecture"),
@@ -231,7 +233,7 @@ def test_a_changed_code_is_noticed_by_its_bound(tmp_path):
     weight = layer.weight.get_value()
     worst = jnp.argmax(jnp.sum(jnp.abs(weight.unpacked().astype(jnp.int32)), axis=1))
     codes = weight.codes.at[worst, 0].set(weight.codes[worst, 0] ^ 3)
-    layer.weight.set_value(type(weight)(codes, weight.scale, weight.format))
+    layer.weight.set_value(dataclasses.replace(weight, codes=codes))
     save(tmp_path / "out", model)
     fails(tmp_path / "out", "the checkpoint is damaged")
 

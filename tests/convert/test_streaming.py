@@ -67,9 +67,9 @@ def test_the_result_is_that_of_quantization_in_memory(case, text, tmp_path):
     assert_same(loaded, wanted)
     assert report.layers == expected.layers and report.skipped == expected.skipped
     assert report.model_bytes == expected.model_bytes
-    if expected.record is not None:
-        assert report.calibration.costs == expected.record.costs
-        for name, values in expected.record.activations.items():
+    if expected.calibration is not None:
+        assert report.calibration.costs == expected.calibration.costs
+        for name, values in expected.calibration.activations.items():
             np.testing.assert_array_equal(report.calibration.activations[name], values)
     # What is written part by part looks like what is written at once.
     fqjax.save(tmp_path / "saved", wanted, report=expected)

@@ -7,17 +7,8 @@ import pytest
 
 from fqjax.core.channels import PADDING, lay_out
 from fqjax.core.codes import qmax
-from fqjax.core.inputs import (
-    COARSE_BITS,
-    Floating,
-    FloatingInput,
-    InputQuantizer,
-    PerToken,
-    PerTokenInput,
-    Static,
-    StaticInput,
-    bits_of,
-)
+from fqjax.core.inputs import COARSE_BITS, Floating, InputQuantizer, PerToken, Static, bits_of
+from fqjax.core.stored_inputs import FloatingInput, PerTokenInput, StaticInput
 from fqjax.core.transforms.base import Recipe
 
 K = 40

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fqjax.drivers.assemble import assemble
-from fqjax.drivers.candidates import Outline, costs_by_bits, layer_inputs, layer_options, select
+from fqjax.drivers.candidates import Outline, costs_by_bits, layer_options, select
 from fqjax.drivers.settings import Allocation
-from fqjax.drivers.statistics import Statistics
+from fqjax.drivers.statistics import Statistics, layer_inputs
 from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
 
@@ -30,9 +30,9 @@ def seen():
 
 
 def test_a_percentile_leaves_out_single_extreme_tokens(linear, seen):
-    whole = layer_inputs(linear, seen, SCHEME.method)
+    whole = layer_inputs(linear, seen)
     np.testing.assert_array_equal(whole.x_max, seen.absmax)
-    usual = layer_inputs(linear, seen, SCHEME.override(["activation_percentile=99"]).method).x_max
+    usual = layer_inputs(linear, seen, 99).x_max
     np.testing.assert_allclose(usual[10:], np.percentile(np.abs(seen.samples), 99, axis=0)[10:], rtol=1e-5)
     assert usual[3] < 4 and usual[5] == seen.absmax[5]
 
@@ -45,8 +45,8 @@ def test_a_percentile_that_is_none_is_refused(percentile):
 
 def test_options_are_of_rising_width_and_falling_error(linear, seen):
     options = layer_options(linear, seen, WIDE)
-    by_bits = {bits: [option for option in options if option.grid.bits == bits] for bits in (8, 4)}
-    assert [option.grid.bits for option in options] == [8] * len(by_bits[8]) + [4] * len(by_bits[4])
+    by_bits = {bits: [option for option in options if option.bits == bits] for bits in (8, 4)}
+    assert [option.bits for option in options] == [8] * len(by_bits[8]) + [4] * len(by_bits[4])
     for bits, block in ((8, 128), (4, 256)):
         widths = [option.width for option in by_bits[bits]]
         assert widths == sorted(set(widths)) and all(width % block == 0 for width in widths)
@@ -58,10 +58,10 @@ def test_options_are_of_rising_width_and_falling_error(linear, seen):
 
 def test_a_layer_costs_as_chosen_or_as_little_as_the_other_bits_can(linear, seen):
     options = layer_options(linear, seen, WIDE)
-    low = [option for option in options if option.grid.bits == 4]
+    low = [option for option in options if option.bits == 4]
     costs = costs_by_bits({"a": options}, {"a": low[0]}, {"a": 2.0})["a"]
     assert costs[4] == pytest.approx(2 * low[0].error / low[-1].error)
-    assert costs[8] == pytest.approx(2 * min(o.error for o in options if o.grid.bits == 8) / low[-1].error)
+    assert costs[8] == pytest.approx(2 * min(o.error for o in options if o.bits == 8) / low[-1].error)
     assert costs_by_bits({"a": options}, {"a": options[0]}, {"a": 2.0})["a"][4] == pytest.approx(2.0)
     assert jnp.isfinite(jnp.asarray(list(costs.values()))).all()
 
@@ -72,10 +72,10 @@ def test_a_layer_costs_as_chosen_or_as_little_as_the_other_bits_can(linear, seen
 def test_an_option_takes_the_bytes_of_the_layer_made_of_it(seen, scheme, bias):
     method = PRESETS[scheme].override(["max_expansion=3"] if scheme.startswith("flatten") else []).method
     linear = nnx.Linear(300, 64, use_bias=bias, rngs=nnx.Rngs(0))
-    inputs = layer_inputs(linear, seen, method)
+    inputs = layer_inputs(linear, seen)
     for option in layer_options(linear, seen, method):
-        layer = assemble("a", linear, option.grid.round(inputs.weight), inputs, "{}", macs=1)
-        assert layer.nbytes == option.bytes
+        layer = assemble("a", linear, option.plan, option.plan.round(inputs.weight), inputs, macs=1)
+        assert layer.nbytes == option.bytes and layer.sizes.width == option.width
 
 
 @pytest.mark.parametrize("selection", ["sensitivity", "kl", "budget"])

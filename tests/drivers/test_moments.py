@@ -1,20 +1,21 @@
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import fqjax
+from fqjax.core.layer import fake_input
 from fqjax.drivers import moments as module
-from fqjax.drivers.assemble import assemble, count_macs
-from fqjax.drivers.candidates import layer_inputs, layer_options
-from fqjax.drivers.moments import Moments
+from fqjax.drivers.candidates import layer_options
+from fqjax.drivers.compensation import Moments
 from fqjax.drivers.statistics import calibrate
+from fqjax.drivers.trial import nearest
+from fqjax.layers.simulated import Simulated
 from fqjax.layers.stacked import quantized_layers
 from fqjax.layers.surgery import find_linears
 from fqjax.models.chain import Feed, chain, places, sweep
 from fqjax.presets import PRESETS
+from fqjax.runtime.errors import InputError
 
 
 class Chain(nnx.Module):
@@ -38,36 +39,30 @@ def batches(count=4, rows=200):
 @pytest.fixture
 def setup():
     model, data = Chain(nnx.Rngs(0)), batches()
-    linears, scheme = find_linears(model), PRESETS["flattenquant-w4a4"]
+    linears, method = find_linears(model), PRESETS["flattenquant-w4a4"].method
     seen = calibrate(model, data, linears)
-    macs = count_macs(linears, seen)
-    grids = {name: layer_options(linear, seen[name], scheme)[-1].grid for name, linear in linears.items()}
-
-    def finish(name, view):
-        inputs = layer_inputs(linears[name], seen[name], scheme)
-        return assemble(name, linears[name], view(), inputs, scheme, macs[name])
-
-    nearest = {name: finish(name, lambda n=name: grids[n].round(linears[n].kernel[...].T)) for name in linears}
-    return model, nearest, grids, data, finish
+    plans = {name: layer_options(linear, seen[name], method)[-1].plan for name, linear in linears.items()}
+    rough = {name: nearest(linear, plans[name]) for name, linear in linears.items()}
+    return model, rough, plans, data
 
 
-def compensate(model, nearest, grids, batches, finish, *, upstream):
-    """Rounds the weights of all quantized layers anew; ``finish`` makes a layer of its name and of its integer view."""
-    parts, done = chain(model, nearest), {}
-    inside, feed = places(parts.blocks, nearest), Feed(parts, batches)
+def compensate(model, rough, plans, batches, *, upstream):
+    """Rounds the weights of all quantized layers anew."""
+    parts, done, linears = chain(model, rough), {}, find_linears(model)
+    inside, feed = places(parts.blocks, rough), Feed(parts, batches)
 
     def step(path, block, inputs):
         names = inside[path]
-        layers = module.compensated(
+        codes = module.compensated(
             parts,
             block,
-            lambda: {short: nearest[name] for short, name in names.items()},
-            {short: grids[name] for short, name in names.items()},
+            lambda: {short: rough[name] for short, name in names.items()},
+            {short: plans[name] for short, name in names.items()},
             feed,
             inputs,
-            {short: functools.partial(finish, name) for short, name in names.items()},
             upstream,
         )
+        layers = {s: Simulated.of(linears[name], plans[name], codes[s]()) for s, name in names.items()}
         done.update({names[short]: layer for short, layer in layers.items()})
         return module.propagated(parts, block, layers, feed, inputs)
 
@@ -76,37 +71,37 @@ def compensate(model, nearest, grids, batches, finish, *, upstream):
 
 
 def test_the_moments_are_those_of_the_inputs(setup, monkeypatch):
-    model, nearest, grids, data, finish = setup
+    model, rough, plans, data = setup
     taken = {}
 
-    def note(weight, grid, moments):
+    def note(weight, plan, moments, damping):
         taken[weight.shape] = moments
-        return grid.round(weight)
+        return plan.round(weight)
 
-    monkeypatch.setattr(module, "_rounded", note)
-    compensate(model, nearest, grids, data, finish, upstream=0.3)
+    monkeypatch.setattr(module, "rounded_weight", note)
+    compensate(model, rough, plans, data, upstream=0.3)
     x = jnp.concatenate(data)
-    exact, seen = np.tanh(np.asarray(model.first(x))), np.tanh(np.asarray(nearest["first"](x)))
+    exact, seen = np.tanh(np.asarray(model.first(x))), np.tanh(np.asarray(rough["first"](x)))
     x = np.asarray(x)
     for shape, name, wanted, given in (((48, 64), "first", x, x), ((32, 48), "second", exact, seen)):
-        grid = grids[name]
-        rows = np.asarray(grid.activations(jnp.asarray(given)), np.float64)
-        aim = (given + 0.3 * (wanted - given)) / np.asarray(grid.smoothing)
+        plan = plans[name]
+        rows = np.asarray(fake_input(plan.transform, plan.inputs, jnp.asarray(given)), np.float64)
+        aim = (given + 0.3 * (wanted - given)) / np.asarray(plan.transform.factors)
         for found, expected in zip(taken[shape], Moments(rows.T @ rows, rows.T @ aim), strict=True):
             np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
 
 
 def test_compensated_layers_are_closer_to_the_model(setup):
-    model, nearest, grids, data, finish = setup
-    done = compensate(model, nearest, grids, data, finish, upstream=0.3)
+    model, rough, plans, data = setup
+    done = compensate(model, rough, plans, data, upstream=0.3)
     fresh = batches(count=6)[-1]
 
     def error(layers):
         y = jnp.tanh(layers["second"](jnp.tanh(layers["first"](fresh))))
         return float(jnp.mean((y - model(fresh)) ** 2))
 
-    assert set(done) == set(nearest)
-    assert error(done) < 0.7 * error(nearest)
+    assert set(done) == set(rough)
+    assert error(done) < 0.7 * error(rough)
 
 
 def less_definite(monkeypatch, by):
@@ -123,11 +118,11 @@ def less_definite(monkeypatch, by):
 
 
 def test_moments_without_a_cholesky_factor_are_damped_more(setup, monkeypatch):
-    model, nearest, grids, data, finish = setup
+    model, rough, plans, data = setup
     less_definite(monkeypatch, by=0.05)
-    done = compensate(model, nearest, grids, data, finish, upstream=0.3)
+    done = compensate(model, rough, plans, data, upstream=0.3)
     x = jnp.concatenate(data)
-    wanted, given, rounded = (layers["first"](x) for layers in (find_linears(model), done, nearest))
+    wanted, given, rounded = (layers["first"](x) for layers in (find_linears(model), done, rough))
     assert jnp.mean((given - wanted) ** 2) < 2 * jnp.mean((rounded - wanted) ** 2)
 
 
@@ -139,16 +134,27 @@ def test_moments_that_no_damping_helps_are_refused_with_the_layers_name(scheme, 
         fqjax.quantize(model, scheme, batches())
 
 
-def test_layers_come_block_after_block_and_only_as_they_are_asked_for(setup):
-    model, nearest, grids, data, _ = setup
-    asked = []
+def test_nothing_is_done_for_codes_that_nobody_asks_for(setup):
+    model, rough, plans, data = setup
+    parts, read, made = chain(model, rough), [], []
+    feed = Feed(parts, data)
 
-    def remembered(name, view):
-        asked.append(name)
-        return nearest[name]
+    def inputs():
+        for pair in module.twice(feed):
+            read.append(pair)
+            yield pair
 
-    assert compensate(model, nearest, grids, data, remembered, upstream=0.3) == nearest
-    assert asked == ["first", "second"]
+    def layers():
+        made.append(rough)
+        return rough
+
+    (block,) = parts.blocks.values()
+    codes = module.compensated(parts, block, layers, plans, feed, inputs(), 0.3)
+    assert list(codes) == ["first", "second"] and not read and not made
+    first = codes["first"]()
+    assert len(read) == len(data) and len(made) == 1
+    assert first.shape == (48, 64) and codes["second"]().shape == (32, 48)
+    assert len(read) == len(data) and len(made) == 1
 
 
 @pytest.mark.sample(1)
@@ -156,7 +162,7 @@ def test_layers_come_block_after_block_and_only_as_they_are_asked_for(setup):
 def test_presets_that_compensate(scheme):
     model, data = Chain(nnx.Rngs(0)), batches()
     quantized, report = fqjax.quantize(model, scheme, (batch for batch in data))
-    assert report.int4_mac_share >= PRESETS[scheme].int4_share
+    assert report.int4_mac_share >= PRESETS[scheme].method.allocation.int4_share
     layers = quantized_layers(quantized)
     if "hopper" in scheme:
         assert all(layer.input.get_value().bits == 8 for layer in layers.values())

@@ -3,12 +3,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fqjax.drivers.assemble import assemble, count_macs
-from fqjax.drivers.candidates import layer_inputs, layer_options
+from fqjax.drivers.candidates import layer_options
 from fqjax.drivers.statistics import calibrate
-from fqjax.drivers.trial import divergence, sensitivities
+from fqjax.drivers.trial import divergence, nearest, sensitivities
 from fqjax.layers.surgery import find_linears, replace_modules
-from fqjax.models.chain import chain, sweep
+from fqjax.models.chain import chain
 from fqjax.presets import PRESETS
 
 
@@ -30,17 +29,16 @@ def setup():
     model, batch = Scorer(), jnp.asarray(np.random.default_rng(0).integers(0, 20, (4, 12)))
     linears = find_linears(model)
     seen = calibrate(model, [batch], linears)
-    macs = count_macs(linears, seen)
-    method, candidates = PRESETS["flattenquant"].method, {}
-    for name, linear in linears.items():
-        inputs, option = layer_inputs(linear, seen[name], method), layer_options(linear, seen[name], method)[-1]
-        candidates[name] = assemble(name, linear, option.grid.round(inputs.weight), inputs, "{}", macs[name])
+    candidates = {
+        name: nearest(linear, layer_options(linear, seen[name], PRESETS["flattenquant"].method)[-1].plan)
+        for name, linear in linears.items()
+    }
     return model, batch, candidates
 
 
 def tried(model, candidates, batch):
     """The sensitivity of every layer of a model that is one block."""
-    return sensitivities(chain(model, candidates), list(candidates), lambda *_: candidates, batch, sweep)
+    return sensitivities(chain(model, candidates), list(candidates), lambda *_: candidates, batch)
 
 
 def test_each_sensitivity_is_that_of_the_model_with_one_layer_replaced(setup):

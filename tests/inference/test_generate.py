@@ -178,7 +178,7 @@ def test_learned_positions_set_a_limit(tmp_path):
 @pytest.mark.parametrize("dtype", [None, jnp.int8])
 def test_the_loop_moves_no_cache_on_a_hopper_gpu(dtype, monkeypatch):
     """Compiled for one: entries are written in place, and the kernel reads the cache as it lies."""
-    monkeypatch.setattr("pallas_kernels.attention.api.capability", lambda: (9, 0))
+    monkeypatch.setattr("pallas_kernels.device.capability", lambda: (9, 0))
     sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 4096}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     config = LlamaConfig(**sizes, **heads, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=False)

@@ -1,6 +1,6 @@
 import pytest
 
-from pallas_kernels.matmul.dispatch import hopper_device
+from pallas_kernels.device import hopper_device
 
 
 @pytest.fixture(params=["xla", pytest.param("mosaic", marks=pytest.mark.gpu)])

@@ -133,6 +133,18 @@ def test_integer_scales_for_groups_in_int8(model, data):
     assert error(model, after, data[-1]) < 1.1 * error(model, before, data[-1])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_layers_in_int8_beside_folded_scales(model, data, share):
+    """Codes of 8 bits leave no room for scales in their bytes, so theirs stay beside them."""
+    scheme = fqjax.PRESETS["w4a8-integer-scale-folded"].override([f"int4_share={share}"])
+    changed, report = fqjax.quantize(model, scheme, data)
+    kinds = {8: "group of 128, integer", 4: "group of 128, folded"}
+    assert 8 in {row.bits for row in report.layers} and all(row.scales == kinds[row.bits] for row in report.layers)
+    assert error(model, changed, data[-1]) < (0.02 if share else 1e-3)
+    for row in report.layers:
+        assert row.relative_error < (1e-3 if row.bits == 8 else 0.02)
+
+
 def test_as_in_the_paper_without_units(model, data, quantized):
     before, _ = quantized["w4a8"]
     after, _ = fqjax.integer_scales(before, 4096, units=False)

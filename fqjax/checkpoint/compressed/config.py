@@ -19,10 +19,10 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import inside, read_json
+from fqjax.runtime.files import JsonObject, inside, read_json
 
 METHOD = "compressed-tensors"
 LINEAR = "Linear"
@@ -31,6 +31,7 @@ FORMATS = (INT, PACKED, MIXED, "naive-quantized")
 """Formats in which integers are stored; "naive-quantized" has the tensors of "int-quantized"."""
 
 Activations = Literal["static", "token"]
+Strategy = Literal["tensor", "channel", "group"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,11 @@ class LayerScheme:
     """
 
     bits: int
-    strategy: Literal["tensor", "channel", "group"]
+    strategy: Strategy
     group_size: int = 0
     activations: Activations | None = None
 
-    def to_json(self, targets: Iterable[str]) -> dict[str, Any]:
+    def to_json(self, targets: Iterable[str]) -> JsonObject:
         """The entry in ``config_groups`` for modules with this scheme."""
         symmetric = {"type": "int", "symmetric": True}
         weights = symmetric | {"num_bits": self.bits, "strategy": self.strategy, "dynamic": False}
@@ -84,7 +85,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """What ``quantization_config`` says.
+    """Schemes of modules, as ``quantization_config`` gives them.
 
     Attributes:
       schemes: by target, in the order of the configuration.
@@ -104,7 +105,7 @@ class Quantization:
 
 
 def read_quantization(directory: Path) -> Quantization | None:
-    """What config.json says of quantization; None if it says nothing.
+    """The quantization that config.json describes; None if it describes none.
 
     Raises:
       InputError: naming the entry that fqjax cannot express, and what was expected.
@@ -115,7 +116,7 @@ def read_quantization(directory: Path) -> Quantization | None:
     return None if entry is None else parse_quantization(entry, str(path))
 
 
-def parse_quantization(entry: Any, where: str) -> Quantization:
+def parse_quantization(entry: object, where: str) -> Quantization:
     """Checks and reads the entry.
 
     Args:
@@ -126,9 +127,10 @@ def parse_quantization(entry: Any, where: str) -> Quantization:
       InputError: as :func:`read_quantization`.
     """
     where = f"{where}: quantization_config"
-    _expect(where, isinstance(entry, dict), "expected an object")
+    entry = _object(where, entry)
     # Early checkpoints nest what later ones have side by side.
-    entry = {**entry, **entry["quantization_config"]} if isinstance(entry.get("quantization_config"), dict) else entry
+    nested = entry.get("quantization_config")
+    entry = {**entry, **nested} if isinstance(nested, dict) else entry
     method = entry.get("quant_method", METHOD)
     _expect(where, method == METHOD, f"quant_method {method!r} is not supported; expected {METHOD!r}")
     _refuse(where, entry, "kv_cache_scheme", "a quantized key-value cache")
@@ -139,7 +141,8 @@ def parse_quantization(entry: Any, where: str) -> Quantization:
     _expect(where, kind == "dense", f"sparsity_config with format {kind!r} (sparse weights) cannot be expressed")
     _format(where, entry)
     groups = entry.get("config_groups")
-    _expect(where, isinstance(groups, dict) and groups, "expected an object config_groups with at least one group")
+    if not isinstance(groups, dict) or not groups:
+        raise InputError(f"{where}: expected an object config_groups with at least one group")
     schemes: dict[str, LayerScheme] = {}
     for name, group in groups.items():
         schemes |= _group(f"{where}: config_groups: {name}", name, group)
@@ -147,7 +150,7 @@ def parse_quantization(entry: Any, where: str) -> Quantization:
     return Quantization(schemes, tuple(ignore))
 
 
-def write_quantization(schemes: Mapping[str, LayerScheme], ignore: Iterable[str]) -> dict[str, Any]:
+def write_quantization(schemes: Mapping[str, LayerScheme], ignore: Iterable[str]) -> JsonObject:
     """The entry for modules with these schemes, by name; ``ignore`` names the other linear modules."""
     kinds = list(dict.fromkeys(schemes.values()))
     targets = {
@@ -165,13 +168,13 @@ def write_quantization(schemes: Mapping[str, LayerScheme], ignore: Iterable[str]
     }
 
 
-def _group(where: str, name: str, group: Any) -> dict[str, LayerScheme]:
+def _group(where: str, name: str, group: object) -> dict[str, LayerScheme]:
     """The schemes of one group, by target."""
     if isinstance(group, list):
         scheme = PRESETS.get(name.upper())
         _expect(where, scheme is not None, f"the preset is not supported; expected one of {', '.join(PRESETS)}")
         return dict.fromkeys(_targets(where, group), scheme)  # pyright: ignore[reportReturnType]
-    _expect(where, isinstance(group, dict), "expected an object or a list of targets")
+    group = _object(where, group, "expected an object or a list of targets")
     if group.get("format") is not None:
         _format(where, group)
     _refuse(where, group, "output_activations", "quantized outputs")
@@ -182,10 +185,9 @@ def _group(where: str, name: str, group: Any) -> dict[str, LayerScheme]:
     return dict.fromkeys(targets, scheme)
 
 
-def _scheme(where: str, weights: Any, inputs: Any) -> LayerScheme:
-    _integers(f"{where}: weights", weights)
-    bits: Any = weights.get("num_bits", 8)
-    size: Any = weights.get("group_size")
+def _scheme(where: str, weights: object, inputs: object) -> LayerScheme:
+    weights = _integers(f"{where}: weights", weights)
+    bits, size = weights.get("num_bits", 8), weights.get("group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     here = f"{where}: weights"
     _expect(here, bits in (4, 8), f"num_bits {bits!r}: expected 4 or 8")
@@ -206,11 +208,13 @@ def _scheme(where: str, weights: Any, inputs: Any) -> LayerScheme:
     activations = None if inputs is None else _activations(f"{where}: input_activations", inputs)
     if activations is None:
         _expect(where, bits == 4, "8-bit weights with activations in floating point cannot be expressed")
-    return LayerScheme(bits=bits, strategy=strategy, group_size=groups, activations=activations)
+    return LayerScheme(
+        bits=cast(int, bits), strategy=cast(Strategy, strategy), group_size=groups, activations=activations
+    )
 
 
-def _activations(where: str, inputs: Any) -> Activations:
-    _integers(where, inputs)
+def _activations(where: str, inputs: object) -> Activations:
+    inputs = _integers(where, inputs)
     bits, dynamic = inputs.get("num_bits", 8), inputs.get("dynamic", False)
     strategy = inputs.get("strategy") or "tensor"
     _expect(where, bits == 8, f"num_bits {bits!r}: expected 8")
@@ -224,22 +228,23 @@ def _activations(where: str, inputs: Any) -> Activations:
     )
 
 
-def _integers(where: str, args: Any) -> None:
-    _expect(where, isinstance(args, dict), "expected an object")
+def _integers(where: str, entry: object) -> JsonObject:
+    args = _object(where, entry)
     kind = str(args.get("type", "int")).lower()
     _expect(where, kind == "int", f"type {kind!r} (such as fp8) cannot be expressed; expected 'int'")
     _expect(where, args.get("symmetric", True) is True, "asymmetric codes (zero points) cannot be expressed")
+    return args
 
 
-def _format(where: str, entry: Mapping[str, Any]) -> None:
+def _format(where: str, entry: Mapping[str, object]) -> None:
     found = entry.get("format")
     expected = ", ".join(map(repr, FORMATS))
     _expect(where, found in FORMATS, f"format {found!r} cannot be expressed; expected one of {expected}")
 
 
-def _targets(where: str, targets: Any) -> list[str]:
-    listed = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    _expect(where, listed, "expected a list of targets")
+def _targets(where: str, targets: object) -> list[str]:
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise InputError(f"{where}: expected a list of targets")
     for target in targets:
         if target.startswith("re:"):
             try:
@@ -255,10 +260,16 @@ def _fits(target: str, module: str) -> bool:
     return target in (module, LINEAR)
 
 
-def _refuse(where: str, entry: Mapping[str, Any], name: str, what: str) -> None:
+def _refuse(where: str, entry: Mapping[str, object], name: str, what: str) -> None:
     _expect(where, not entry.get(name), f"{name} ({what}) cannot be expressed; expected none")
 
 
-def _expect(where: str, condition: Any, message: str) -> None:
+def _object(where: str, entry: object, message: str = "expected an object") -> JsonObject:
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: {message}")
+    return entry
+
+
+def _expect(where: str, condition: object, message: str) -> None:
     if not condition:
         raise InputError(f"{where}: {message}")

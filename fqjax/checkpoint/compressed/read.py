@@ -8,8 +8,9 @@ ones with the same scale, so that nothing is rounded.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -17,23 +18,23 @@ from jaxtyping import DTypeLike
 
 from fqjax.checkpoint.compressed.config import LayerScheme, Quantization
 from fqjax.checkpoint.compressed.packing import unpack_int32
-from fqjax.checkpoint.safetensors import FLOATS, TensorFiles
+from fqjax.checkpoint.safetensors import FLOAT_DTYPES, TensorFiles
 from fqjax.core.channels import PADDING
 from fqjax.core.formats.base import QTensor
 from fqjax.core.formats.grouped import LARGEST_GROUP, Grouped
 from fqjax.core.formats.uniform import Uniform
-from fqjax.core.inputs import FloatingInput, PerTokenInput, StaticInput, StoredInput
+from fqjax.core.stored_inputs import FloatingInput, PerTokenInput, StaticInput, StoredInput
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Figures
 from fqjax.layers.surgery import find_linears
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
 
-OPTIONAL = ("weight_zero_point", "input_zero_point", "weight_g_idx", "weight_shape")
+OPTIONAL_ENDINGS = ("weight_zero_point", "input_zero_point", "weight_g_idx", "weight_shape")
 """Tensors that a module may have, and that say nothing new where fqjax can express it."""
 
 
-RECIPE = '{"name": "compressed-tensors", "summary": "Read from a compressed-tensors checkpoint."}'
+COMPRESSED_RECIPE = '{"name": "compressed-tensors", "summary": "Read from a compressed-tensors checkpoint."}'
 """Of layers read: another program quantized them."""
 
 
@@ -67,7 +68,7 @@ class StoredLayer(NamedTuple):
 
 
 def stored_layer(
-    files: TensorFiles, quantization: Quantization, name: str, modules: Iterable[str], shape: tuple[int, int]
+    files: TensorFiles, quantization: Quantization, name: str, modules: Iterable[str], shape: tuple[int, ...]
 ) -> StoredLayer | None:
     """Checks a layer's tensors by the files' headers; reads no more of them than static scales of activations.
 
@@ -106,7 +107,7 @@ def stored_layer(
     return StoredLayer(name, parts, tensors, _input_scale(files, name, parts))
 
 
-def read_layer(files: TensorFiles, layer: StoredLayer, bias: Any, dtype: DTypeLike) -> QuantizedLinear:
+def read_layer(files: TensorFiles, layer: StoredLayer, bias: jax.Array | None, dtype: DTypeLike) -> QuantizedLinear:
     """Builds a layer from its tensors.
 
     Args:
@@ -129,13 +130,13 @@ def read_layer(files: TensorFiles, layer: StoredLayer, bias: Any, dtype: DTypeLi
         dtype=dtype,
         param_dtype=dtype,
         figures=Figures(accumulator_bound=weight.bound(quantizer.qmax), macs=n * k),
-        recipe=RECIPE,
+        recipe=COMPRESSED_RECIPE,
         name=f"{files.directory}: {layer.name}",
     )
 
 
 def read_layers(
-    model: Any, files: TensorFiles, layers: Mapping[str, StoredLayer], dtype: DTypeLike
+    model: nnx.Module, files: TensorFiles, layers: Mapping[str, StoredLayer], dtype: DTypeLike
 ) -> dict[str, nnx.Module]:
     """The quantized layers of a model whose other parameters have been read, by dotted path."""
     linears = find_linears(model)
@@ -174,12 +175,12 @@ def _check_tensors(files: TensorFiles, part: Part) -> list[str]:
     for ending, expected in scales.items():
         name = f"{module}.{ending}"
         dtype, shape = _stored(files, name)
-        if dtype not in FLOATS or shape not in expected:
+        if dtype not in FLOAT_DTYPES or shape not in expected:
             raise InputError(
                 f"{files.directory}: tensor {name!r} is {dtype} {shape}; expected floating point, {expected[0]}"
             )
     codes = "weight_packed" if f"{module}.weight_packed" in files else "weight"
-    present = [f"{module}.{ending}" for ending in OPTIONAL if f"{module}.{ending}" in files]
+    present = [f"{module}.{ending}" for ending in OPTIONAL_ENDINGS if f"{module}.{ending}" in files]
     return [f"{module}.{ending}" for ending in (codes, *scales)] + present
 
 
@@ -216,7 +217,7 @@ def _weight(files: TensorFiles, layer: StoredLayer) -> QTensor:
     return grouped.store(padded, scale, group_scale)
 
 
-def _group_scales(layer: StoredLayer, scales: list[np.ndarray], width: int) -> Any:
+def _group_scales(layer: StoredLayer, scales: list[np.ndarray], width: int) -> jax.Array:
     """Scales of groups so small that each lies in one group of every part, (width / size, out); 1 for padding."""
     k = layer.parts[0].shape[1]
     sizes = [part.scheme.group_size or LARGEST_GROUP for part in layer.parts]

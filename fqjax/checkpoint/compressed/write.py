@@ -7,7 +7,7 @@
 
 Codes are written as they are, scales in float32: of tensors, of output channels, or of groups, in which case integer scales
 are multiplied with the channel's.  What the format has no word for is refused before anything is written, but for smoothing,
-which is folded into what stands in front of the layer (:mod:`fqjax.rewrites.fold`).
+which is folded into what stands before the layer (:mod:`fqjax.rewrites.fold`).
 """
 
 import json
@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from fqjax.checkpoint.compressed.config import INT, LayerScheme, write_quantizat
 from fqjax.checkpoint.compressed.packing import pack_int32
 from fqjax.checkpoint.hugging_face import source_of
 from fqjax.checkpoint.orbax import refuse_existing
-from fqjax.checkpoint.safetensors import INDEX, SINGLE
+from fqjax.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
 from fqjax.core.formats.grouped import Grouped
 from fqjax.core.formats.uniform import Uniform, UniformTensor
 from fqjax.layers.head import Int8Table
@@ -36,10 +36,14 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.surgery import find_linears
 from fqjax.models import FAMILIES, architecture_of
+from fqjax.models.causal_lm import CausalLM
 from fqjax.models.to_hf import config_to_hf, part_sizes
 from fqjax.rewrites.fold import Folding, fold_smoothing
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHARD_BYTES = 4 * 10**9
 """Bytes of tensors from which on a file is closed and another begun."""
@@ -47,11 +51,13 @@ SHARD_BYTES = 4 * 10**9
 Tensors = dict[str, np.ndarray]
 
 
-def save_compressed_tensors(path: str | Path, model: nnx.Module, *, tokenizer: Any = None) -> None:
+def save_compressed_tensors(
+    path: str | Path, model: nnx.Module, *, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> None:
     """Saves a quantized model as a Hugging Face directory in the format compressed-tensors, for vLLM and transformers.
 
     The weights that its tensors stand for, codes times scales, are those of the model's layers, to one rounding in float32
-    where scales are integers or smoothing is folded into a layer.  Smoothing in front of which a norm stands is folded into
+    where scales are integers or smoothing is folded into a layer.  Smoothing before which a norm stands is folded into
     the norm, whose weight is then rounded to its dtype once more.
 
     Args:
@@ -69,7 +75,7 @@ def save_compressed_tensors(path: str | Path, model: nnx.Module, *, tokenizer: A
     staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
     try:
         staging.mkdir(parents=True)
-        _write(staging, model, schemes, folding)
+        _write(staging, cast(CausalLM, model), schemes, folding)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         staging.rename(path)
@@ -79,7 +85,7 @@ def save_compressed_tensors(path: str | Path, model: nnx.Module, *, tokenizer: A
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_expressible(model: Any) -> tuple[dict[str, LayerScheme], Folding]:
+def check_expressible(model: nnx.Module) -> tuple[dict[str, LayerScheme], Folding]:
     """How every quantized layer is written, by dotted path, and what smoothing is folded into.
 
     Raises:
@@ -108,7 +114,7 @@ def check_expressible(model: Any) -> tuple[dict[str, LayerScheme], Folding]:
                 f"{name}: {flattened} flattened channels cannot be expressed in compressed-tensors; expected a scheme "
                 "that does not flatten, such as smoothquant, w4a8 or w4a16"
             )
-        if quantizer.bits == 4:
+        if quantizer.code_bits == 4:
             raise InputError(f"{name}: 4-bit activations cannot be expressed; expected 8 bits or floating point")
     folding = fold_smoothing(model, layers)
     return {name: _scheme(layer, name in folding.outputs) for name, layer in layers.items()}, folding
@@ -127,7 +133,7 @@ def _scheme(layer: QuantizedLinear, by_channel: bool) -> LayerScheme:
     return LayerScheme(bits=layer.bits, strategy="group", group_size=size, activations=activations)
 
 
-def _write(directory: Path, model: Any, schemes: dict[str, LayerScheme], folding: Folding) -> None:
+def _write(directory: Path, model: CausalLM, schemes: dict[str, LayerScheme], folding: Folding) -> None:
     name = architecture_of(model)
     assert name is not None
     modules = {layer: _modules(model, layer) for layer in schemes}
@@ -140,14 +146,14 @@ def _write(directory: Path, model: Any, schemes: dict[str, LayerScheme], folding
     _write_shards(directory, _tensors(model, schemes, folding))
 
 
-def _modules(model: Any, layer: str) -> list[str]:
-    """What a linear layer is called in the checkpoint: its parts."""
+def _modules(model: CausalLM, layer: str) -> list[str]:
+    """Names of a linear layer in the checkpoint, those of its parts."""
     family = FAMILIES[architecture_of(model) or ""]
     tensors = source_of((*layer.split("."), "kernel"), family, family.prefixes[0]).tensors
     return [tensor.removesuffix(".weight") for tensor in tensors]
 
 
-def _tensors(model: Any, schemes: dict[str, LayerScheme], folding: Folding) -> Iterator[Tensors]:
+def _tensors(model: CausalLM, schemes: dict[str, LayerScheme], folding: Folding) -> Iterator[Tensors]:
     """The checkpoint's tensors, those of one layer or parameter after the other."""
     layers = quantized_layers(model)
     for name in track(layers, "writing", len(layers)):
@@ -167,7 +173,7 @@ def _tensors(model: Any, schemes: dict[str, LayerScheme], folding: Folding) -> I
 
 
 def _quantized(
-    model: Any, name: str, layer: QuantizedLinear, scheme: LayerScheme, factors: np.ndarray | None
+    model: CausalLM, name: str, layer: QuantizedLinear, scheme: LayerScheme, factors: np.ndarray | None
 ) -> Iterator[Tensors]:
     """A quantized layer's tensors, part by part."""
     weight, quantizer = layer.weight.get_value(), layer.input.get_value()
@@ -199,8 +205,8 @@ def _stored_codes(module: str, codes: np.ndarray, scheme: LayerScheme) -> Tensor
 
 def _scales(layer: QuantizedLinear, scheme: LayerScheme) -> np.ndarray:
     """Float32 scales as the format shapes them: (1,), (out, 1) or (out, groups)."""
-    weight, k = layer.weight.get_value(), layer.input.get_value().multiplier.shape[0]
-    if weight.group_scale is None:
+    weight, k = layer.weight.get_value(), layer.sizes.inputs
+    if isinstance(weight, UniformTensor):
         scale = np.asarray(weight.scale, np.float32).reshape(-1)
         return scale if scheme.strategy == "tensor" else np.broadcast_to(scale, weight.shape[0])[:, None]
     # One column a group, as dequantizing has them, bit for bit.
@@ -215,7 +221,7 @@ def _divided(values: np.ndarray, factors: np.ndarray) -> np.ndarray:
     return np.asarray(jnp.asarray(divided.astype(np.float32)).astype(values.dtype))
 
 
-def _split(model: Any, module: str, tensors: tuple[str, ...], values: np.ndarray) -> Tensors:
+def _split(model: CausalLM, module: str, tensors: tuple[str, ...], values: np.ndarray) -> Tensors:
     """A parameter as the tensors that it consists of in the checkpoint."""
     sizes = part_sizes(model.config, module, len(tensors), len(values)) if len(tensors) > 1 else (len(values),)
     return dict(zip(tensors, np.split(values, np.cumsum(sizes)[:-1]), strict=True))
@@ -241,14 +247,14 @@ def _write_shards(directory: Path, groups: Iterator[Tensors]) -> None:
         total += _bytes(tensors)
     close()
     if len(written) == 1:
-        written[0][0].rename(directory / SINGLE)
+        written[0][0].rename(directory / SINGLE_FILE)
         return
     names = [f"model-{i + 1:05}-of-{len(written):05}.safetensors" for i in range(len(written))]
     for (file, _), name in zip(written, names, strict=True):
         file.rename(directory / name)
     where = {tensor: name for (_, tensors), name in zip(written, names, strict=True) for tensor in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _bytes(tensors: Tensors) -> int:

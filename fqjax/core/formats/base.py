@@ -12,13 +12,15 @@ as far, and :meth:`Grid.pack` lays them out over K' channels.
 
 import abc
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
+import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
 from fqjax.core.channels import Channels, rounded_up
-from fqjax.core.inputs import Quantized
+from fqjax.core.stored_inputs import Quantized
 from fqjax.core.table import Sizes, Stored, bytes_of, static
+from pallas_kernels import Weight, quantized_matmul
 
 
 class Format(abc.ABC):
@@ -27,14 +29,14 @@ class Format(abc.ABC):
     kind: ClassVar[str]
     tensor: ClassVar[type["QTensor"]]
     multiple: ClassVar[int] = 128
-    """What K' is padded to."""
+    """Multiple that K' is padded to."""
     bits: int
     """Of a code; a field, or a property."""
 
     @property
     @abc.abstractmethod
     def label(self) -> str:
-        """What has a scale of its own, for reports: "tensor", "channel", "group of 128"."""
+        """The part of a weight that has a scale of its own, for reports: "tensor", "channel", "group of 128"."""
 
     @property
     def takes_floating(self) -> bool:
@@ -63,7 +65,7 @@ class Format(abc.ABC):
 
 
 @runtime_checkable
-class Weight(Protocol):
+class RoundedWeight(Protocol):
     """A rounded weight on its original channels: a pytree that is the same type for any bits."""
 
     def __call__(self) -> Float32[Array, "n k"]:
@@ -75,8 +77,10 @@ class Weight(Protocol):
 class Grid(Protocol):
     """The numbers that a weight may become: a registered pytree (:class:`fqjax.core.table.Stored`)."""
 
-    kind: ClassVar[str]
-    format: Any
+    @property
+    def format(self) -> Format:
+        """Config of the tensor."""
+        ...
 
     @property
     def pieces(self) -> Int32[Array, " k"] | None:
@@ -95,7 +99,7 @@ class Grid(Protocol):
         """The rounded weight, with gradients straight through the rounding."""
         ...
 
-    def weight(self, codes: Int[Array, "n k"]) -> Weight:
+    def weight(self, codes: Int[Array, "n k"]) -> RoundedWeight:
         """The weight that codes stand for."""
         ...
 
@@ -106,24 +110,6 @@ class Grid(Protocol):
     def pack(self, codes: Int[Array, "n k"], channels: Channels) -> "QTensor":
         """The tensor that runs, over laid out channels."""
         ...
-
-
-class Operand(NamedTuple):
-    """A weight as the matmul kernels take it.
-
-    Attributes:
-      codes: as stored.
-      scale: scalar or (out,).
-      group_scale: (groups, out), or None.
-      bits: of a code; codes of 4 bits are packed.
-      folded: whether codes times group scales fit into int8.
-    """
-
-    codes: Int8[Array, "*experts out stored"]
-    scale: Float32[Array, "..."]
-    group_scale: Float32[Array, "..."] | Int[Array, "..."] | None
-    bits: int
-    folded: bool
 
 
 class QTensor(Stored, abstract=True):
@@ -148,7 +134,6 @@ class QTensor(Stored, abstract=True):
     def dequantize(self) -> Float32[Array, "out width"]:
         """The real weight, still transformed and flattened."""
 
-    @abc.abstractmethod
     def matmul(
         self, x: Quantized, bias: Float[Array, " out"] | None = None, *, out_dtype: DTypeLike
     ) -> Float[Array, "*rows out"]:
@@ -157,6 +142,11 @@ class QTensor(Stored, abstract=True):
         Raises:
           NotImplementedError: for operands that no implementation takes.
         """
+        weight_only = jnp.issubdtype(x.codes.dtype, jnp.floating)
+        operand = self.operand(weight_only=weight_only)
+        if operand is None:
+            raise NotImplementedError(f"{self.format.kind}: no kernel multiplies it with {x.codes.dtype}")
+        return quantized_matmul(x.codes, operand, 1.0 if weight_only else x.scale, bias, out_dtype=out_dtype)
 
     def unpacked(self) -> Int8[Array, "out width"]:
         """Integer codes, where the format has them.
@@ -166,15 +156,15 @@ class QTensor(Stored, abstract=True):
         """
         raise NotImplementedError(f"{self.format.kind}: has no integer codes")
 
-    def operand(self) -> Operand | None:
-        """The tensor as fused kernels and those over experts take it; None if there are none for this format."""
+    def operand(self, *, weight_only: bool = False) -> Weight | None:
+        """The tensor as kernels take it, for activations in codes or in floating point; None if they do not."""
         return None
 
     def bound(self, qmax: int | None) -> int:
         """Largest magnitude an int32 accumulator can reach, for activation codes up to ``qmax``; 0 without such."""
         return 0
 
-    def weight(self, source: Int32[Array, " e"], part: Int32[Array, " e"]) -> Weight:
+    def weight(self, source: Int32[Array, " e"], part: Int32[Array, " e"]) -> RoundedWeight:
         """The weight on its original channels, flattening undone."""
         raise NotImplementedError(f"{self.format.kind}: cannot be simulated")
 

@@ -13,24 +13,17 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int16, Int32
+from jaxtyping import Array, Float32, Int, Int8, Int16, Int32
 
 from fqjax.core.channels import Channels
 from fqjax.core.codes import nearest_codes, qmax, steps
-from fqjax.core.formats.base import Format, Operand, QTensor
-from fqjax.core.inputs import Quantized
+from fqjax.core.formats.base import Format, QTensor
 from fqjax.core.integer_scale import group_sums, scaled_bound
 from fqjax.core.overflow import accumulator_bound
 from fqjax.core.ste import straight_through
 from fqjax.core.table import Sizes, Stored, array, static
 from fqjax.registry import register
-from pallas_kernels import (
-    grouped_int4_matmul,
-    grouped_int8_matmul,
-    pack_int4,
-    unpack_int4,
-    weight_only_int4_matmul,
-)
+from pallas_kernels import Weight, decoder_for, pack_int4, unpack_int4
 
 LARGEST_GROUP = 128
 """Input channels of a group at most; the size of every group divides it."""
@@ -68,23 +61,13 @@ class GroupedTensor(QTensor):
         return self.unpacked().astype(jnp.float32) * self.steps()
 
     def steps(self) -> Float32[Array, "out width"]:
-        """What each code is multiplied with."""
+        """The factor of each code, scales multiplied."""
         return steps(self.scale, self.group_scale, self.format.group_size)
 
-    def matmul(
-        self, x: Quantized, bias: Float[Array, " out"] | None = None, *, out_dtype: DTypeLike
-    ) -> Float[Array, "*rows out"]:
-        if jnp.issubdtype(x.codes.dtype, jnp.floating):
-            return weight_only_int4_matmul(x.codes, self.codes, self.group_scale, self.scale, bias, out_dtype=out_dtype)
-        product = grouped_int8_matmul if self.format.bits == 8 else grouped_int4_matmul
-        folded = self.format.scales == "folded"
-        return product(
-            x.codes, self.codes, x.scale, self.group_scale, self.scale, bias, out_dtype=out_dtype, folded=folded
-        )
-
-    def operand(self) -> Operand:
-        form = self.format
-        return Operand(self.codes, self.scale, self.group_scale, form.bits, folded=form.scales == "folded")
+    def operand(self, *, weight_only: bool = False) -> Weight:
+        kind, folded = self.group_scale.dtype, self.format.scales == "folded"
+        decoder = decoder_for(self.format.bits, group_dtype=kind, folded=folded, weight_only=weight_only)
+        return Weight(decoder, self.codes, self.scale, self.group_scale)
 
     def bound(self, qmax: int | None) -> int:
         """With float scales every group has an accumulator of its own."""
@@ -110,7 +93,7 @@ class Grouped(Format):
     Attributes:
       bits: 4 or 8.
       group_size: input channels of a group, a divisor of 128.
-      scales: of the groups: floats, integers, or integers that are folded into the codes.
+      scales: of the groups: floats, integers, or integers that are folded into the codes, which have 4 bits then.
       granularity: whether, besides, the whole tensor or every output channel has a float scale.
     """
 
@@ -125,6 +108,8 @@ class Grouped(Format):
     def __post_init__(self) -> None:
         if self.group_size < 1 or LARGEST_GROUP % self.group_size:
             raise ValueError(f"group_size {self.group_size}: expected a divisor of {LARGEST_GROUP}")
+        if self.scales == "folded" and self.bits != 4:
+            raise ValueError(f"codes of {self.bits} bits times folded scales do not fit into int8; expected 4 bits")
 
     @property
     def codes_per_byte(self) -> int:
@@ -198,7 +183,7 @@ class GroupedGrid(Stored):
       format: of the tensor.
     """
 
-    kind = "grouped_grid"
+    kind: ClassVar[str] = "grouped_grid"
 
     scale: Float32[Array, "..."]
     group_scale: Float32[Array, "groups n"] | Int32[Array, "groups n"]
@@ -215,7 +200,7 @@ class GroupedGrid(Stored):
         return (-largest - 1 if self.format.bits == 4 else -largest), largest
 
     def steps(self, k: int) -> Float32[Array, "n k"]:
-        """What each code is multiplied with."""
+        """The factor of each code, scales multiplied."""
         return steps(self.scale, self.group_scale, self.format.group_size)[:, :k]
 
     def round(self, w: Float32[Array, "n k"]) -> Int16[Array, "n k"]:
@@ -255,7 +240,7 @@ def _packed(grid: GroupedGrid, codes: Int[Array, "n k"], width: int) -> GroupedT
     padded = jnp.pad(codes.astype(jnp.int8), ((0, 0), (0, width - codes.shape[1])))
     missing = width // form.group_size - len(grid.group_scale)
     groups = jnp.pad(grid.group_scale, ((0, missing), (0, 0)), constant_values=1)
-    groups = groups.astype(jnp.int16) if form.scales == "folded" else groups  # They are from 1 to 15.
+    groups = groups if form.scales == "float" else groups.astype(jnp.int16)  # They are from 1 to 15.
     return form.store(padded, grid.scale, groups)
 
 

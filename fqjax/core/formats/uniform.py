@@ -11,17 +11,16 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int16, Int32
+from jaxtyping import Array, Float32, Int, Int8, Int16, Int32
 
 from fqjax.core.channels import Channels, flatten_codes, gather_codes
 from fqjax.core.codes import nearest_codes, qmax
-from fqjax.core.formats.base import Format, Operand, QTensor
-from fqjax.core.inputs import Quantized
+from fqjax.core.formats.base import Format, QTensor
 from fqjax.core.overflow import accumulator_bound, row_sums
 from fqjax.core.ste import straight_through
 from fqjax.core.table import Sizes, Stored, array, static
 from fqjax.registry import register
-from pallas_kernels import int4_matmul, int8_matmul, pack_int4, unpack_int4
+from pallas_kernels import Weight, decoder_for, pack_int4, unpack_int4
 
 
 class UniformTensor(QTensor):
@@ -48,14 +47,8 @@ class UniformTensor(QTensor):
     def dequantize(self) -> Float32[Array, "out width"]:
         return self.unpacked().astype(jnp.float32) * columns(self.scale)
 
-    def matmul(
-        self, x: Quantized, bias: Float[Array, " out"] | None = None, *, out_dtype: DTypeLike
-    ) -> Float[Array, "*rows out"]:
-        product = int8_matmul if self.format.bits == 8 else int4_matmul
-        return product(x.codes, self.codes, x.scale, self.scale, bias, out_dtype=out_dtype)
-
-    def operand(self) -> Operand:
-        return Operand(self.codes, self.scale, None, self.format.bits, folded=False)
+    def operand(self, *, weight_only: bool = False) -> Weight | None:
+        return None if weight_only else Weight(decoder_for(self.format.bits), self.codes, self.scale)
 
     def bound(self, qmax: int | None) -> int:
         return 0 if qmax is None else accumulator_bound(int(_largest_row(self)), qmax)
@@ -126,7 +119,7 @@ class UniformGrid(Stored):
       format: of the tensor.
     """
 
-    kind = "uniform_grid"
+    kind: ClassVar[str] = "uniform_grid"
 
     scale: Float32[Array, "..."]
     pieces: Int32[Array, " k"]

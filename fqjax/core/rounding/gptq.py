@@ -6,7 +6,7 @@ back, as far as their inputs resemble the input of the rounded one.  With H = X^
     W[:, j > i]  -=  (W[:, i] - round(W[:, i])) / U[i, i] * U[i, j > i],        H^-1 = U^T U,  U upper triangular
 
 is the least-squares answer (eq. 3, and the Cholesky form of section 3.3).  Columns go from left to right, in blocks: within a
-block every column is updated at once, the columns behind it when the block is done, by one matrix product.
+block every column is updated at once, the columns after it when the block is done, by one matrix product.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 ColumnQuantizer = Callable[[Float32[Array, " n"], Int32[Array, ""]], Float32[Array, " n"]]
 """(a column, its index in the weight) -> the column as it will be represented."""
-BLOCK = 128
+BLOCK_COLUMNS = 128
+"""Columns that are rounded before those after them are updated."""
 
 
 DAMPING = 0.01
@@ -44,7 +45,7 @@ class Factored(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What rounding needs of a Hessian; weights with the same input may share it.
+    """A Hessian as rounding needs it; weights with the same input may share it.
 
     Attributes:
       factor: U above, of the columns in the order in which they are rounded, (k, k).
@@ -114,7 +115,7 @@ def gptq_prepared(
     n, k = weight.shape
     factor, order, dead = prepared
     weight = jnp.where(dead, 0.0, weight)[:, order]
-    if padding := -k % BLOCK:
+    if padding := -k % BLOCK_COLUMNS:
         weight = jnp.pad(weight, ((0, 0), (0, padding)))
         factor = jnp.pad(factor, ((0, padding), (0, padding))) + jnp.diag((jnp.arange(k + padding) >= k) * 1.0)
     rounded = _sweep(weight, factor, jnp.pad(order, (0, padding)), quantize_column)
@@ -177,19 +178,19 @@ def _sweep(
 
     def block(b: Int32[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
         weight, rounded = carry
-        start, zero = b * BLOCK, jnp.zeros_like(b)
-        rows = lax.dynamic_slice(factor, (start, zero), (BLOCK, k))
-        square = lax.dynamic_slice(rows, (zero, start), (BLOCK, BLOCK))
+        start, zero = b * BLOCK_COLUMNS, jnp.zeros_like(b)
+        rows = lax.dynamic_slice(factor, (start, zero), (BLOCK_COLUMNS, k))
+        square = lax.dynamic_slice(rows, (zero, start), (BLOCK_COLUMNS, BLOCK_COLUMNS))
 
         def column(w: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
             represented = quantize(w[:, i], order[start + i])
             error = (w[:, i] - represented) / square[i, i]
-            return w - jnp.outer(error, square[i] * (jnp.arange(BLOCK) > i)), (represented, error)
+            return w - jnp.outer(error, square[i] * (jnp.arange(BLOCK_COLUMNS) > i)), (represented, error)
 
-        inside = lax.dynamic_slice(weight, (zero, start), (n, BLOCK))
-        _, (columns, errors) = lax.scan(column, inside, jnp.arange(BLOCK))
-        behind = rows * (jnp.arange(k) >= start + BLOCK)
-        return weight - errors.T @ behind, lax.dynamic_update_slice(rounded, columns.T, (zero, start))
+        inside = lax.dynamic_slice(weight, (zero, start), (n, BLOCK_COLUMNS))
+        _, (columns, errors) = lax.scan(column, inside, jnp.arange(BLOCK_COLUMNS))
+        after = rows * (jnp.arange(k) >= start + BLOCK_COLUMNS)
+        return weight - errors.T @ after, lax.dynamic_update_slice(rounded, columns.T, (zero, start))
 
-    _, rounded = lax.fori_loop(0, k // BLOCK, block, (weight, jnp.zeros_like(weight)))
+    _, rounded = lax.fori_loop(0, k // BLOCK_COLUMNS, block, (weight, jnp.zeros_like(weight)))
     return rounded

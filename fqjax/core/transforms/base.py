@@ -9,7 +9,7 @@ together with the quantization, :meth:`Transform.recipe` says how, and the layer
 XLA runs :meth:`Transform.inputs` before the layer.
 """
 
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Float32
 
@@ -28,8 +28,6 @@ class Recipe(NamedTuple):
 class Transform(Protocol):
     """A registered pytree (:class:`fqjax.core.table.Stored`); its arrays may be learned."""
 
-    kind: ClassVar[str]
-
     def weight(self, w: Float[Array, "n k"]) -> Float32[Array, "n k2"]:
         """The weight that stands in W's place."""
         ...
@@ -47,5 +45,5 @@ class Transform(Protocol):
         ...
 
     def recipe(self) -> Recipe | None:
-        """What one kernel pass takes up of it; None if :meth:`inputs` has to run before the layer."""
+        """The part that one kernel pass takes up; None if :meth:`inputs` has to run before the layer."""
         ...

@@ -5,6 +5,8 @@ chooses ``s = max|x|**alpha / max|w|**(1 - alpha)``; FlattenQuant smooths before
 that few are left.  fqjax never folds ``s`` into the layer before: it is part of the one multiply that quantizes.
 """
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
@@ -12,7 +14,8 @@ from fqjax.core.table import Stored, array
 from fqjax.core.transforms.base import Recipe
 from fqjax.registry import register
 
-SMALLEST_FACTOR = 1e-5
+SMALLEST_SMOOTHING_FACTOR = 1e-5
+"""Lower bound of a factor, so that dividing by it stays finite."""
 
 
 @register("transforms")
@@ -23,7 +26,7 @@ class Diagonal(Stored):
       factors: s, positive, (K,).
     """
 
-    kind = "diagonal"
+    kind: ClassVar[str] = "diagonal"
 
     factors: Float32[Array, " k"] = array("in", dtype="float32", positive=True)
 
@@ -58,5 +61,5 @@ def smoothing_factors(
     """
     dead = (x_max <= 0) | (w_max <= 0)
     x, w = jnp.where(dead, 1.0, x_max), jnp.where(dead, 1.0, w_max)
-    factors = jnp.maximum(x**alpha / w ** (1 - alpha), SMALLEST_FACTOR)
+    factors = jnp.maximum(x**alpha / w ** (1 - alpha), SMALLEST_SMOOTHING_FACTOR)
     return jnp.where(dead, 1.0, factors).astype(jnp.float32)

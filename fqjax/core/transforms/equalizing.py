@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 
 def equalizing_factors(weight: Float[Array, "n k"], free: Bool[Array, " n"]) -> Float32[Array, " n"]:
-    """What each output channel's weights are to be divided by.
+    """The factor that each output channel's weights are to be divided by.
 
     Args:
       weight: (N, K).

@@ -5,13 +5,14 @@ from jaxtyping import Array, Float
 
 from fqjax.core.codes import absmax_scale
 from fqjax.core.formats.uniform import Uniform, UniformGrid
-from fqjax.core.inputs import Static, StaticInput
+from fqjax.core.inputs import Static
 from fqjax.core.layer import LayerInputs, LayerPlan
+from fqjax.core.stored_inputs import StaticInput
 from fqjax.core.transforms.diagonal import Diagonal
 
 
 def formats(bits: int) -> tuple[Uniform, type[StaticInput]]:
-    """What is stored of a layer: the weight's format, and the quantizer of its input."""
+    """Stored types of a layer: the weight's format, and the quantizer of its input."""
     return Uniform(bits=bits), StaticInput  # pyright: ignore[reportArgumentType]
 
 

@@ -1,6 +1,6 @@
 """Plans with grouped weights, with AWQ's scaling and with folded scales (:class:`fqjax.methods.base.GroupedMethod`)."""
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax.numpy as jnp
 from jax import lax
@@ -8,21 +8,40 @@ from jaxtyping import Array, Float32
 
 from fqjax.core.codes import qmax
 from fqjax.core.formats.grouped import Grouped, GroupedGrid
-from fqjax.core.inputs import FLOATING_BITS, Floating, FloatingInput, PerToken, PerTokenInput, StoredInput
+from fqjax.core.inputs import Floating, PerToken
 from fqjax.core.integer_scale import fold_scales
 from fqjax.core.layer import LayerInputs, LayerPlan
+from fqjax.core.stored_inputs import FLOATING_BITS, FloatingInput, PerTokenInput, StoredInput
 from fqjax.core.transforms.diagonal import Diagonal
-from fqjax.methods.base import GroupedMethod
 
-EXPONENTS = tuple(i / 20 for i in range(20))
-SHRINKS = tuple(1 - i / 20 for i in range(11))
-"""What is tried for the largest weight of a group, relative to it."""
+AWQ_EXPONENTS = tuple(i / 20 for i in range(20))
+"""Candidates for the exponent of the mean activation in AWQ's scaling."""
+GROUP_SCALE_FRACTIONS = tuple(1 - i / 20 for i in range(11))
+"""Candidates for the largest weight of a group that is not clipped, relative to its largest."""
+
+
+class GroupSettings(Protocol):
+    """Settings that plans of grouped weights depend on."""
+
+    @property
+    def group_size(self) -> int:
+        """Neighbouring input channels that share a scale."""
+        ...
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of the activations of layers with 4-bit weights."""
+        ...
 
 
 def formats(
-    method: GroupedMethod, bits: int, scales: Literal["float", "integer", "folded"] = "float"
+    method: GroupSettings, bits: int, scales: Literal["float", "integer", "folded"] = "float"
 ) -> tuple[Grouped, type[StoredInput]]:
-    """What is stored of a layer: the weight's format, with scales of some kind, and the quantizer of its input."""
+    """Stored types of a layer: the weight's format, with scales of some kind, and the quantizer of its input.
+
+    Codes of 8 bits leave no room for scales that are folded; theirs, the same integers, stay beside them.
+    """
+    scales = "integer" if scales == "folded" and bits == 8 else scales
     form = Grouped(
         bits=bits,  # pyright: ignore[reportArgumentType]
         group_size=method.group_size,
@@ -32,12 +51,12 @@ def formats(
     return form, FloatingInput if activation_bits(method, bits) == FLOATING_BITS else PerTokenInput
 
 
-def activation_bits(method: GroupedMethod, bits: int) -> int:
+def activation_bits(method: GroupSettings, bits: int) -> int:
     """Bits of the activations of a layer whose weight has ``bits``."""
     return method.activation_bits if bits == 4 else 8
 
 
-def plans(layer: LayerInputs, method: GroupedMethod, bits: int, *, awq: bool, folded: bool) -> list[LayerPlan]:
+def plans(layer: LayerInputs, method: GroupSettings, bits: int, *, awq: bool, folded: bool) -> list[LayerPlan]:
     """The one plan of a layer.
 
     Args:
@@ -47,13 +66,13 @@ def plans(layer: LayerInputs, method: GroupedMethod, bits: int, *, awq: bool, fo
       folded: whether scales are integers that are multiplied into the codes.
     """
     smoothing = _awq_smoothing(layer, method, bits, folded) if awq else jnp.ones_like(layer.x_max)
-    return [_plan(layer, smoothing, method, bits, SHRINKS, folded)]
+    return [_plan(layer, smoothing, method, bits, GROUP_SCALE_FRACTIONS, folded)]
 
 
 def _plan(
     layer: LayerInputs,
     smoothing: Float32[Array, " k"],
-    method: GroupedMethod,
+    method: GroupSettings,
     bits: int,
     shrinks: tuple[float, ...],
     folded: bool,
@@ -74,7 +93,7 @@ def _plan(
     )
 
 
-def _awq_smoothing(layer: LayerInputs, method: GroupedMethod, bits: int, folded: bool) -> Float32[Array, " k"]:
+def _awq_smoothing(layer: LayerInputs, method: GroupSettings, bits: int, folded: bool) -> Float32[Array, " k"]:
     """The smoothing with the least error of the layer's output on the samples, scales from the largest weight of a group."""
     exact = layer.samples @ layer.weight.T
     mean = jnp.mean(jnp.abs(layer.samples), axis=0)
@@ -87,7 +106,7 @@ def _awq_smoothing(layer: LayerInputs, method: GroupedMethod, bits: int, folded:
         plan = _plan(layer, smoothing(exponent), method, bits, (1.0,), folded)
         return jnp.sum((plan.product(layer.samples, plan.round(layer.weight)) - exact) ** 2)
 
-    exponents = jnp.asarray(EXPONENTS)
+    exponents = jnp.asarray(AWQ_EXPONENTS)
     return smoothing(exponents[jnp.argmin(lax.map(error, exponents))])
 
 
@@ -96,7 +115,7 @@ def group_scales(
     samples: Float32[Array, "s k"],
     group_size: int,
     bits: int,
-    shrinks: tuple[float, ...] = SHRINKS,
+    shrinks: tuple[float, ...] = GROUP_SCALE_FRACTIONS,
 ) -> Float32[Array, "groups n"]:
     """The scale of every group that rounds its weights best, judged by the group's part of the output.
 

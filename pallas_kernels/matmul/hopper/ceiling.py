@@ -3,23 +3,23 @@
 What this reaches at the card's clock and power is the most that any int8 kernel can.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.matmul.hopper import tiles
-from pallas_kernels.mosaic.compat import kernel, plgpu
+from pallas_kernels.mosaic.compat import Kernel, Ref, Scalar, kernel, plgpu
 
-ROWS, COLUMNS, DEPTH, SLOTS = 128, 256, 128, 4
+ROWS, COLUMNS, DEPTH = 128, 256, 128
+"""Of a CTA's tile, and codes that one group of ``wgmma`` adds up."""
+SLOTS = 4
 
 
-def build(steps: int = 4096, multiprocessors: int = 132) -> Any:
+def build(steps: int = 4096, multiprocessors: int = 132) -> Kernel:
     """f(a (512, 128) int8, b (1024, 128) int8); it does :func:`operations` of them, and returns some of the sums."""
 
-    def body(a_g: Any, b_g: Any, o_g: Any, *, a: Any, b: Any, full: Any) -> None:
+    def body(a_g: Ref, b_g: Ref, o_g: Ref, *, a: Ref, b: Ref, full: Ref) -> None:
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
 
         @pl.when(warpgroup == 2)
@@ -35,8 +35,8 @@ def build(steps: int = 4096, multiprocessors: int = 132) -> Any:
             for s in range(SLOTS):
                 plgpu.barrier_wait(full.at[s])
 
-            def scoped(acc: Any) -> Any:
-                def step(k: Any, _: Any) -> None:
+            def scoped(acc: Ref) -> jax.Array:
+                def step(k: Scalar, _: None) -> None:
                     s = tiles.slot(k, SLOTS)
                     plgpu.wgmma(acc, a.at[s, pl.ds(warpgroup * 64, 64)], b.at[s].T)
                     plgpu.wgmma_wait(1)
@@ -58,7 +58,6 @@ def build(steps: int = 4096, multiprocessors: int = 132) -> Any:
         grid=(multiprocessors,),
         grid_names=("cta",),
         num_threads=3,
-        thread_name="warpgroup",
     )
 
 

@@ -1,6 +1,6 @@
 """Integer matmul for few rows: K split over a cluster of CTAs, the partial sums exchanged through shared memory.
 
-What is computed is in :mod:`pallas_kernels.matmul.hopper.problem`; what bounds it is how fast the weights come from
+The product (:mod:`pallas_kernels.matmul.hopper.problem`) is bound by how fast the weights come from
 memory.  So every multiprocessor gets a part of them: a cluster of ``splits`` CTAs owns 64 * ``warpgroups`` channels, each
 CTA a slice of K, streamed through a deep ring together with the activations that belong to it.  At the end the CTAs of a
 cluster exchange their partial sums (:class:`pallas_kernels.matmul.hopper.exchange.Exchange`), each finishes some of the
@@ -13,19 +13,22 @@ experts, where a block is one of channels for a tile of rows, and with a gate
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.matmul.hopper import gate, grouped, tiles, unpack
-from pallas_kernels.matmul.hopper import ragged as experts
+from pallas_kernels.matmul.hopper import grouped, ragged, tiles
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES, staged_operand
+from pallas_kernels.matmul.hopper.epilogue import epilogue, row_factors, scaled
 from pallas_kernels.matmul.hopper.exchange import Exchange
-from pallas_kernels.matmul.hopper.problem import COLUMN, MOST_TOKENS, SHARED_MEMORY, STEP, Problem, finish, row_factors
+from pallas_kernels.matmul.hopper.problem import DECODE_ROWS, SHARED_MEMORY_BYTES, Problem
+from pallas_kernels.matmul.hopper.ragged import Rows
 from pallas_kernels.mosaic import registers
-from pallas_kernels.mosaic.compat import kernel, load, plgpu
+from pallas_kernels.mosaic.compat import Kernel, Ref, Scalar, Scratch, kernel, load, plgpu
+from pallas_kernels.mosaic.registers import COLUMN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class DecodeConfig:
 
 def token_tile(m: int) -> int:
     """Columns of the product: the smallest of 8, 16, 32, 64 that holds m tokens."""
-    return next(size for size in (8, 16, 32, MOST_TOKENS) if m <= size)
+    return next(size for size in (8, 16, 32, DECODE_ROWS) if m <= size)
 
 
 def slots(p: Problem, config: DecodeConfig) -> int:
@@ -64,17 +67,18 @@ def slots(p: Problem, config: DecodeConfig) -> int:
     Raises:
       NotImplementedError: if a kernel cannot be built with this configuration.
     """
-    splits, groups = config.splits, config.groups
-    if p.rows_at_once > MOST_TOKENS:
-        raise NotImplementedError(f"{config} is for {MOST_TOKENS} rows at most, got {p.rows_at_once}")
+    splits, groups, decoder = config.splits, config.groups, p.decoder
+    if p.rows_at_once > DECODE_ROWS:
+        raise NotImplementedError(f"{config} is for {DECODE_ROWS} rows at most, got {p.rows_at_once}")
     channels, tokens = 64 * config.warpgroups, token_tile(p.rows_at_once)
-    exchange = Exchange(splits, groups, config.warpgroups, tokens, p.total_dtype)
-    slot_bytes = (channels + p.halves * tokens * p.x_dtype.itemsize) * STEP + grouped.slot_bytes(p, channels)
+    exchange = Exchange(splits, groups, config.warpgroups, tokens, decoder.total_dtype)
+    activations = decoder.halves * tokens * decoder.x_dtype.itemsize
+    slot_bytes = (channels + activations) * STEP_CODES + decoder.slot_bytes(channels)
     if p.gate is not None and splits * groups > 1:
         raise NotImplementedError(f"{config}: with a gate K is not split")
-    at_end = exchange.nbytes() if p.gate is None else gate.Gating(p, config.warpgroups, tokens).nbytes()
-    room = (SHARED_MEMORY - 2048 - at_end) // slot_bytes
-    blocks = pl.cdiv(p.n, channels) * (experts.most_tiles(p, tokens) if p.experts else 1)
+    at_end = epilogue(p, config.warpgroups, tokens, exchange).nbytes()
+    room = (SHARED_MEMORY_BYTES - 2048 - at_end) // slot_bytes
+    blocks = pl.cdiv(p.n, channels) * (ragged.most_tiles(p, tokens) if p.experts else 1)
     columns = blocks if splits > 1 else min(config.ctas, blocks)
     visits = pl.cdiv(p.steps, splits) * pl.cdiv(blocks, columns)  # of a CTA to its ring
     stages = min(config.stages, room, visits)
@@ -82,7 +86,7 @@ def slots(p: Problem, config: DecodeConfig) -> int:
         raise NotImplementedError(f"{config}: with experts there are blocks enough without splitting K")
     if stages < visits:  # A slot always serves the same group: who waits for a barrier has to see all its phases.
         stages = stages // groups * groups
-    if p.grouped and config.warpgroups * groups > grouped.most_consumers(p, tokens):
+    if decoder.operands and config.warpgroups * groups > decoder.most_consumers(tokens):
         raise NotImplementedError(f"{config} leaves no registers for the scales of groups")
     if groups > 1 and splits == 1:
         raise NotImplementedError(f"{config}: groups exchange their sums within a cluster, so splits must be 2 or more")
@@ -91,7 +95,7 @@ def slots(p: Problem, config: DecodeConfig) -> int:
     return stages
 
 
-def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
+def build(p: Problem, config: DecodeConfig, *, interpret: object = None) -> Kernel:
     """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups, bias, and tiles of experts, if any).
 
     With a gate its multiplier follows, and, if it has extra channels, their sources and parts, (extra / 128, 128); the
@@ -105,39 +109,37 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
     In interpret mode, which has no exchange, the partial sums are returned instead, of shape
     (splits * groups, channels of all blocks, token tile).
     """
-    if p.folded and not config.fold:
-        p = dataclasses.replace(p, folded=False)
+    if not config.fold:
+        p = dataclasses.replace(p, decoder=p.decoder.without_folding())
+    decoder = p.decoder
     splits, warpgroups, groups, stages = config.splits, config.warpgroups, config.groups, slots(p, config)
     channels, tokens = 64 * warpgroups, token_tile(p.rows_at_once)
     each = pl.cdiv(p.n, channels)  # blocks of a tile
-    most = each * (experts.most_tiles(p, tokens) if p.experts else 1)
+    most = each * (ragged.most_tiles(p, tokens) if p.experts else 1)
     columns = most if splits > 1 else min(config.ctas, most)
-    packed = p.bits == 4
-    exchange = Exchange(splits, groups, warpgroups, tokens, p.total_dtype)
-    gating = None if p.gate is None else gate.Gating(p, warpgroups, tokens)
-    flattens = p.gate is not None and p.gate.extra > 0
-    spans = gate.spans(p, channels)
+    exchange = Exchange(splits, groups, warpgroups, tokens, decoder.total_dtype)
+    end = epilogue(p, warpgroups, tokens, exchange if splits > 1 else None)
+    spans = end.spans
 
-    def matmul_of_few_rows(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
-        missing: Any = None
-        there = p.grouped, p.bias, p.experts > 0, gating is not None, flattens, flattens
-        group_g, bias_g, visits_g, multiplier_g, source_g, part_g, *outputs = tiles.optional(rest, *there)
-        w_s, x_s, groups_s, staged = (scratch.get(name, missing) for name in ("w", "x", "groups", "staged"))
-        full, empty = scratch["full"], scratch["empty"]
+    def matmul_of_few_rows(w_g: Ref, x_g: Ref, ws_g: Ref, xs_g: Ref, *rest: Ref, **scratch: Ref) -> None:
+        aux_g, rest = rest[: decoder.operands], rest[decoder.operands :]
+        (bias_g, visits_g), others = tiles.optional(rest, p.bias, p.experts > 0)
+        end_g, outputs = others[: end.operands], others[end.operands :]
+        w_s, x_s, full, empty = (scratch[name] for name in ("w", "x", "full", "empty"))
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         rank = lax.axis_index("split") if splits > 1 else jnp.int32(0)
-        begin, end = (lax.div(r * p.steps, jnp.int32(splits)) for r in (rank, rank + 1))
-        steps = end - begin
-        blocks = each * visits_g[0] if p.experts else each
+        begin, beyond = (lax.div(r * p.steps, jnp.int32(splits)) for r in (rank, rank + 1))
+        steps = beyond - begin
+        blocks = each if visits_g is None else each * visits_g[0]
         mine = lax.div(blocks - cta + columns - 1, jnp.int32(columns))
 
-        def where(block: Any) -> tuple[experts.Rows, Any]:
+        def where(block: Scalar) -> tuple[Rows, Scalar]:
             """The rows of a block, and its first channel."""
             if not p.experts:
                 # A traced zero: the tile may have more rows than x, and the copy engine fills them with zeros.
-                return experts.Rows(0, cta * 0, p.m), block * spans[0][-1]
+                return Rows(0, cta * 0, p.m), block * spans[0][-1]
             tile = lax.div(block, jnp.int32(each))
-            return experts.rows(p, visits_g, tile, tokens), (block - tile * each) * channels
+            return ragged.rows(p, visits_g, tile, tokens), (block - tile * each) * channels
 
         exchanges = splits > 1 and not interpret
         if exchanges:
@@ -145,28 +147,28 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
 
         @pl.when(warpgroup == warpgroups * groups)
         def produce() -> None:
-            def copy(i: Any, of: experts.Rows, first: Any, k: Any) -> None:
+            def copy(i: Scalar, of: Rows, first: Scalar, k: Scalar) -> None:
                 s = tiles.slot(i, stages)
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty.at[s]))
-                for span, (at, beyond, count) in enumerate(spans):
-                    source = w_g.at[pl.ds(of.expert * p.n + first + beyond, count), pl.ds(k * STEP, STEP)]
+                for span, (at, apart, count) in enumerate(spans):
+                    source = w_g.at[pl.ds(of.expert * p.n + first + apart, count), pl.ds(k * STEP_CODES, STEP_CODES)]
                     plgpu.copy_gmem_to_smem(source, w_s.at[s, pl.ds(at, count)], full.at[s])
-                    if p.grouped:
-                        scales = groups_s.at[s * len(spans) + span]
-                        grouped.copy(p, group_g, first + beyond, of.expert * p.steps + k, scales, full.at[s])
-                for half in range(p.halves):
-                    part = x_g.at[pl.ds(of.begin, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
+                    place = s * len(spans) + span
+                    decoder.copy(aux_g, first + apart, of.expert * p.steps + k, scratch, place, full.at[s])
+                for half in range(decoder.halves):
+                    columns = pl.ds((k * decoder.halves + half) * STEP_CODES, STEP_CODES)
+                    part = x_g.at[pl.ds(of.begin, tokens), columns]
                     plgpu.copy_gmem_to_smem(part, x_s.at[s, half], full.at[s])
 
-            def step(i: Any, _: Any) -> None:
+            def step(i: Scalar, _: None) -> None:
                 copy(i, *where(cta + lax.div(i, steps) * columns), begin + lax.rem(i, steps))
 
-            def tile(t: Any, _: Any) -> None:
+            def tile(t: Scalar, _: None) -> None:
                 place = where(cta + t * columns)
                 lax.fori_loop(0, steps, lambda k, _: copy(t * steps + k, *place, k), None)
 
-            if gating is not None and not interpret:
-                gating.start(source_g, part_g, scratch)
+            if not interpret:
+                end.start(end_g, scratch)
             count = mine * steps
             if p.experts:
                 lax.fori_loop(0, mine, tile, None)
@@ -183,24 +185,22 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
             span, place = (f(row, jnp.int32(spans[0][-1] // 64)) for f in (lax.div, lax.rem))
             turns = lax.div(steps - group + groups - 1, jnp.int32(groups))  # steps of this group
 
-            unpacked = functools.partial(
-                unpack.unpacked_operand,
-                weight_only=p.weight_only,
-                staged=staged.at[warpgroup] if interpret and packed else None,
-                interpret=bool(interpret),
-            )
+            def operand(packed: jax.Array, aux: Sequence[jax.Array], half: int) -> jax.Array | Ref:
+                if interpret:
+                    return staged_operand(decoder, packed, half, aux, scratch["staged"].at[warpgroup])
+                return decoder.operand(packed, half, aux)
 
-            def accumulate(t: Any, acc: Any) -> Any:
-                def step(turn: Any, _: Any) -> None:
+            def accumulate(t: Scalar, acc: Ref) -> jax.Array:
+                def step(turn: Scalar, _: None) -> None:
                     i = t * steps + turn * groups + group
                     s = tiles.slot(i, stages)
                     plgpu.barrier_wait(full.at[s])
                     plgpu.wgmma_wait(0)  # The last step's wgmmas read its slot and the operand registers until now.
                     pl.when(turn > 0)(lambda: plgpu.barrier_arrive(empty.at[tiles.slot(i - groups, stages)]))
-                    bytes_ = load(w_s.at[s, rows], registers.OPERAND) if packed else None
-                    scales = grouped.rows(p, groups_s, s * len(spans) + span, pl.ds(place * 64, 64))
-                    for half in range(p.halves):
-                        w = unpacked(bytes_, half, scales[half]) if packed else w_s.at[s, rows]
+                    packed = load(w_s.at[s, rows], registers.OPERAND) if decoder.in_registers else None
+                    aux = decoder.aux(scratch, s * len(spans) + span, pl.ds(place * 64, 64))
+                    for half in range(decoder.halves):
+                        w = w_s.at[s, rows] if packed is None else operand(packed, aux, half)
                         plgpu.wgmma(acc, w, x_s.at[s, half].T)
 
                 lax.fori_loop(0, turns, step, None)
@@ -209,34 +209,36 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 plgpu.barrier_arrive(empty.at[tiles.slot(last, stages)])
                 return acc[...]
 
-            def accumulate_groups(t: Any) -> Any:
-                def step(turn: Any, totals: Any) -> Any:
+            def accumulate_groups(t: Scalar) -> jax.Array:
+                def step(turn: Scalar, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                     i = t * steps + turn * groups + group
                     s = tiles.slot(i, stages)
                     plgpu.barrier_wait(full.at[s])
-                    bytes_ = load(w_s.at[s, rows], registers.OPERAND)
+                    packed = load(w_s.at[s, rows], registers.OPERAND)
 
                     def done(half: int) -> None:
                         if half == 0:  # A step late: no wgmma uses the scales, which may so be read late.
                             pl.when(turn > 0)(lambda: plgpu.barrier_arrive(empty.at[tiles.slot(i - groups, stages)]))
 
+                    aux = decoder.aux(scratch, s * len(spans) + span, pl.ds(place * 64, 64))
                     return grouped.flush(
                         totals,
-                        grouped.rows(p, groups_s, s * len(spans) + span, pl.ds(place * 64, 64)),
-                        functools.partial(unpacked, bytes_),
+                        aux,
+                        functools.partial(operand, packed, aux),
                         lambda half, part: x_s.at[s, half, pl.ds(part * chunk, chunk)],
                         lambda half: None,
                         done,
-                        p.product_dtype,
+                        decoder.product_dtype,
                     )
 
-                chunk = min(tokens, grouped.most_at_once(p))
-                totals = lax.fori_loop(0, turns, step, (grouped.zero(p, chunk),) * (tokens // chunk))
+                chunk = min(tokens, decoder.most_at_once)
+                zeros = (grouped.zero(chunk, decoder.total_dtype),) * (tokens // chunk)
+                totals = lax.fori_loop(0, turns, step, zeros)
                 plgpu.commit_smem()  # All warps have read the last scales.
                 plgpu.barrier_arrive(empty.at[tiles.slot(t * steps + (turns - 1) * groups + group, stages)])
                 return registers.concatenate(totals, bool(interpret))
 
-            def block(t: Any, _: Any) -> None:
+            def block(t: Scalar, _: None) -> None:
                 number = cta + t * columns
                 of, first = where(number)
                 first = first + place * 64 + spans[-1][1] * span
@@ -245,7 +247,7 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                 if not p.raw:
                     scales_g = xs_g.at[pl.ds(of.begin, tokens)] if p.experts else xs_g
                     token_scale = load(scales_g, COLUMN, optimized=False) if p.per_token else xs_g[0]
-                if p.flushed:
+                if decoder.flushed:
                     acc = accumulate_groups(t)
                 else:
                     acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
@@ -254,47 +256,37 @@ def build(p: Problem, config: DecodeConfig, *, interpret: Any = None) -> Any:
                     return
                 if exchanges:
                     acc = exchange(plgpu.layout_cast(acc, registers.ACC), scratch["arrivals"], scratch["arrived"])
-                y = finish(p, acc, factors, token_scale)
-                if gating is not None:
-                    gating.leave(y, t, scratch)
-                    return
-                token, behind = (of.begin, of.end) if p.experts else (jnp.int32(0), None)
-                registers.store(y, outputs[0], token, first, end=behind, exchange=exchange if exchanges else None)
+                end.leave(scaled(p, acc, factors, token_scale), t, of, first, outputs, scratch)
 
             if exchanges:
                 exchange.ready()
             lax.fori_loop(0, mine, block, None)
 
-        if gating is not None and not interpret:
-            finish_gated = functools.partial(gating.finish, mine, lambda t: where(cta + t * columns)[1])
-            pl.when(warpgroup == warpgroups + 1)(lambda: finish_gated(multiplier_g, outputs, scratch))
+        if end.warpgroups and not interpret:
+            first_of = lambda t: where(cta + t * columns)[1]  # noqa: E731
+            pl.when(warpgroup == warpgroups + 1)(lambda: end.finish(mine, first_of, end_g, outputs, scratch))
 
-    out: Any = jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype) if gating is None else gating.out()
-    if interpret:
-        out = jax.ShapeDtypeStruct((splits * groups, most * channels, tokens), p.total_dtype)
-    scratch: dict[str, Any] = grouped.scratch(p, stages * len(spans), spans[0][-1]) | {
-        "w": plgpu.SMEM((stages, channels, STEP), jnp.int8, transforms=tiles.operand()),
-        "x": plgpu.SMEM((stages, p.halves, tokens, STEP), p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize)),
-        "full": plgpu.Barrier(num_arrivals=len(spans) * (1 + p.grouped) + p.halves, num_barriers=stages),
+    sums = jax.ShapeDtypeStruct((splits * groups, most * channels, tokens), decoder.total_dtype)
+    scratch: dict[str, Scratch] = {
+        **decoder.scratch(stages * len(spans), spans[0][-1]),
+        "w": plgpu.SMEM((stages, channels, STEP_CODES), jnp.int8, transforms=tiles.operand()),
+        "x": tiles.activations(decoder.x_dtype, stages, decoder.halves, tokens, STEP_CODES),
+        "full": plgpu.Barrier(num_arrivals=len(spans) * (1 + decoder.operands) + decoder.halves, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
-    if interpret and packed:
-        shape = (warpgroups * groups, p.halves, 64, STEP)
-        scratch["staged"] = plgpu.SMEM(shape, p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize))
-    if gating is not None and not interpret:
-        scratch |= gating.scratch()
+    if interpret and decoder.in_registers:
+        scratch["staged"] = tiles.activations(decoder.x_dtype, warpgroups * groups, decoder.halves, 64, STEP_CODES)
+    if not interpret:
+        scratch |= end.scratch()
     if splits > 1:
-        scratch["arrivals"], scratch["arrived"] = exchange.scratch()
-    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
-    if splits > 1:
-        settings |= {"cluster": (splits,), "cluster_names": ("split",)}
+        scratch |= exchange.scratch()
     return kernel(
         matmul_of_few_rows,
-        out_type=out,
+        out_type=sums if interpret else end.out(),
         scratch_types=scratch,
         grid=(columns,),
         grid_names=("cta",),
-        num_threads=warpgroups * groups + 1 + (gating is not None and not interpret),
-        thread_name="warpgroup",
-        **settings,
+        num_threads=warpgroups * groups + 1 + (0 if interpret else end.warpgroups),
+        cluster=("split", splits) if splits > 1 else None,
+        interpret=interpret,
     )

@@ -7,21 +7,33 @@ order is fixed besides.
 """
 
 import itertools
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.mosaic.compat import arith, ir, mgpu, plgpu, ptx, vector
+from pallas_kernels.mosaic.compat import (
+    FragmentedArray,
+    LaunchContext,
+    Ref,
+    Scratch,
+    arith,
+    ir,
+    mgpu,
+    plgpu,
+    ptx,
+    vector,
+)
 from pallas_kernels.mosaic.registers import ACC, i32, scalars, shared_address
 
-WARP, CHUNK = 32, 4  # lanes a warp; registers one 16-byte store moves
+WARP_LANES = 32
+STORED_REGISTERS = 4  # that one 16-byte store moves
 
 
-def _thread() -> tuple[Any, Any]:
+def _thread() -> tuple[ir.Value, ir.Value]:
     """(warp in the CTA, lane), both i32."""
     thread = mgpu.utils.thread_idx()
-    return arith.divui(thread, i32(WARP)), arith.remui(thread, i32(WARP))
+    return arith.divui(thread, i32(WARP_LANES)), arith.remui(thread, i32(WARP_LANES))
 
 
 def _cluster(action: str) -> None:
@@ -43,16 +55,16 @@ class Exchange:
       dtype: of the sums, int32 or float32.
     """
 
-    def __init__(self, splits: int, groups: int, warpgroups: int, tokens: int, dtype: Any = jnp.int32):
+    def __init__(self, splits: int, groups: int, warpgroups: int, tokens: int, dtype: np.dtype):
         self.units = splits * groups
         if 4 * warpgroups % self.units:
             raise ValueError(f"the rows of {4 * warpgroups} warps cannot be dealt out to {self.units} groups")
         self.groups, self.tokens, self.dtype = groups, tokens, dtype
         self.group_warps = 4 * warpgroups
         self.warps = self.group_warps // self.units  # of each unit, whose rows one unit finishes
-        self.chunks = tokens // 2 // CHUNK
+        self.chunks = tokens // 2 // STORED_REGISTERS
 
-    def place(self) -> tuple[Any, Any, Any, Any]:
+    def place(self) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
         """Of this warp, all i32: its unit, the unit that finishes its rows, its number among those, and its lane."""
         warp, lane = _thread()
         rank = arith.index_cast(ir.IntegerType.get_signless(32), mgpu.utils.cluster_idx())
@@ -60,19 +72,19 @@ class Exchange:
         unit = arith.addi(arith.muli(rank, i32(self.groups)), group)
         return unit, arith.divui(row, i32(self.warps)), arith.remui(row, i32(self.warps)), lane
 
-    def scratch(self) -> tuple[Any, Any]:
+    def scratch(self) -> dict[str, Scratch]:
         """Shared memory: where partial sums arrive, and the barrier that counts their bytes."""
-        return plgpu.SMEM((self.nbytes() // 4,), jnp.int32), plgpu.SMEM((2,), jnp.int32)
+        return {"arrivals": plgpu.SMEM((self.nbytes() // 4,), jnp.int32), "arrived": plgpu.SMEM((2,), jnp.int32)}
 
     def nbytes(self) -> int:
-        """What arrives at one CTA."""
-        return self.groups * (self.units - 1) * self.warps * self.chunks * WARP * CHUNK * 4
+        """Bytes that arrive at one CTA."""
+        return self.groups * (self.units - 1) * self.warps * self.chunks * WARP_LANES * STORED_REGISTERS * 4
 
-    def begin(self, barrier: Any) -> None:
+    def begin(self, barrier: Ref) -> None:
         """Prepares the barrier and says so to the cluster; every thread calls it, before its other work."""
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def emit(ctx: Any, barrier: Any) -> None:
+        def emit(ctx: LaunchContext, barrier: ir.Value) -> None:
             del ctx
             first = arith.cmpi(arith.CmpIPredicate.eq, mgpu.utils.thread_idx(), i32(0))
             ptx(
@@ -92,13 +104,13 @@ class Exchange:
         """Waits until every CTA of the cluster has begun; every thread calls it once, before it ends or sends."""
 
         @plgpu.inline_mgpu()
-        def emit(ctx: Any) -> None:
+        def emit(ctx: LaunchContext) -> None:
             del ctx
             _cluster("wait.acquire")
 
         emit()
 
-    def __call__(self, partial: Any, arrivals: Any, barrier: Any) -> Any:
+    def __call__(self, partial: jax.Array, arrivals: Ref, barrier: Ref) -> jax.Array:
         """Sums over the cluster.
 
         Args:
@@ -114,7 +126,9 @@ class Exchange:
             arg_types=(ACC, plgpu.RefType(), plgpu.RefType()),
             return_type=plgpu.ShapeDtypeStruct((64, self.tokens), self.dtype, layout=ACC),
         )
-        def emit(ctx: Any, partial: Any, arrivals: Any, barrier: Any) -> Any:
+        def emit(
+            ctx: LaunchContext, partial: FragmentedArray, arrivals: ir.Value, barrier: ir.Value
+        ) -> FragmentedArray:
             del ctx
             unit, target, slot, lane = self.place()
             base, counter = shared_address(arrivals), shared_address(barrier)
@@ -122,18 +136,19 @@ class Exchange:
             add = arith.addf if floats else arith.addi
             cta, group = arith.divui(target, i32(self.groups)), arith.remui(target, i32(self.groups))
 
-            def offset(group: Any, distance: Any, chunk: int) -> Any:  # in bytes: 16 a lane, 512 a chunk
+            def offset(group: ir.Value, distance: ir.Value, chunk: int) -> ir.Value:  # in bytes: 16 a lane, 512 a chunk
                 box = arith.addi(arith.muli(group, i32(self.units - 1)), distance)
                 box = arith.addi(arith.muli(box, i32(self.warps)), slot)
                 box = arith.addi(arith.muli(box, i32(self.chunks)), i32(chunk))
-                return arith.addi(arith.muli(box, i32(16 * WARP)), arith.muli(lane, i32(16)))
+                return arith.addi(arith.muli(box, i32(16 * WARP_LANES)), arith.muli(lane, i32(16)))
 
-            # What this unit finishes itself stays in the registers; a unit's place at the target is its distance, less 1.
+            # The rows that this unit finishes stay in its registers; a unit's place at the target is its distance, less 1.
             away = arith.cmpi(arith.CmpIPredicate.ne, target, unit)
             distance = arith.subi(arith.addi(unit, i32(self.units - 1)), target)
             distance = arith.remui(distance, i32(self.units))
             sums = [scalar for register in partial.registers.flat for scalar in scalars(register)]
             for chunk in range(self.chunks):
+                first = STORED_REGISTERS * chunk
                 ptx(
                     """{
                     .reg .b32 data, counter;
@@ -145,13 +160,13 @@ class Exchange:
                     counter,
                     cta,
                     away,
-                    *(mgpu.utils.bitcast(sum_, word) for sum_ in sums[CHUNK * chunk : CHUNK * (chunk + 1)]),
+                    *(mgpu.utils.bitcast(value, word) for value in sums[first : first + STORED_REGISTERS]),
                 )
             _wait(counter)
             own = arith.remui(unit, i32(self.groups))
             for chunk, other in itertools.product(range(self.chunks), range(self.units - 1)):
                 part = _load4(arith.addi(base, offset(own, i32(other), chunk)))
-                for i, value in enumerate(part, CHUNK * chunk):
+                for i, value in enumerate(part, STORED_REGISTERS * chunk):
                     sums[i] = add(sums[i], mgpu.utils.bitcast(value, sums[i].type))
             registers = np.empty_like(partial.registers)
             for i, register in enumerate(partial.registers.flat):
@@ -162,7 +177,7 @@ class Exchange:
         return emit(partial, arrivals, barrier)
 
 
-def _wait(barrier: Any) -> None:
+def _wait(barrier: ir.Value) -> None:
     """Waits for the first phase of a barrier that other CTAs of the cluster complete."""
     ptx(
         """{
@@ -174,5 +189,5 @@ def _wait(barrier: Any) -> None:
     )
 
 
-def _load4(address: Any) -> tuple[Any, ...]:
-    return ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", address, results=CHUNK)
+def _load4(address: ir.Value) -> tuple[ir.Value, ...]:
+    return ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", address, results=STORED_REGISTERS)

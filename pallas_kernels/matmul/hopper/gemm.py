@@ -19,18 +19,28 @@ One CTA a multiprocessor walks over output tiles of (64 * warpgroups) channels x
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.matmul.hopper import grouped, tiles, unpack
-from pallas_kernels.matmul.hopper import ragged as experts
-from pallas_kernels.matmul.hopper.problem import COLUMN, SHARED_MEMORY, STEP, Problem, finish, row_factors
+from pallas_kernels.matmul.hopper import grouped, ragged, tiles
+from pallas_kernels.matmul.hopper.decoder import STEP_CODES, staged_operand
+from pallas_kernels.matmul.hopper.epilogue import row_factors, scaled
+from pallas_kernels.matmul.hopper.problem import SHARED_MEMORY_BYTES, Problem
+from pallas_kernels.matmul.hopper.ragged import Rows
 from pallas_kernels.mosaic import registers
-from pallas_kernels.mosaic.compat import kernel, load, plgpu, store_transposed
+from pallas_kernels.mosaic.compat import Kernel, Ref, Scalar, Scratch, kernel, load, plgpu, store_transposed
+from pallas_kernels.mosaic.registers import COLUMN
+
+REGISTERS = 2**16
+"""Of a multiprocessor."""
+MOST_REGISTERS = 232
+"""That a consumer's thread can be given."""
+PRODUCER_REGISTERS = 40
+"""Of each of its threads.  What the producer gives back is dealt out to the consumers; more than that would hang."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +68,7 @@ class GemmConfig:
             raise ValueError(f"GemmConfig: cluster must be 1 or 2, got {self.cluster}")
 
 
-def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpret: Any = None) -> Any:
+def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpret: object = None) -> Kernel:
     """The kernel, a function of (w, x, w_scale, x_scale, scales of the groups, bias, and tiles of experts, if any).
 
     ``w`` is (n, k) int8, or (n, k / 2) packed; n is a multiple of 64, k of 128 (int8) or 256 (packed); ``x`` has m rows, m a
@@ -71,23 +81,22 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         raise NotImplementedError(f"{config} is of the kernel for many rows, which has no gates")
     channels, tokens = 64 * config.warpgroups, config.tokens
     n_tiles = pl.cdiv(p.n, channels * config.cluster)
-    most = (experts.most_tiles(p, tokens) if p.experts else pl.cdiv(p.m, tokens)) * n_tiles
+    most = (ragged.most_tiles(p, tokens) if p.experts else pl.cdiv(p.m, tokens)) * n_tiles
     ctas = min(multiprocessors // config.cluster, most)
-    packed = p.bits == 4
+    decoder = p.decoder
+    packed = decoder.in_registers
     out_item = jnp.dtype(p.out_dtype).itemsize
     by_copy_engine = out_item == 2 or bool(interpret)  # 32-bit results are rare: straight from the registers.
-    telescoped = (
-        p.scales == "integer"
-    )  # Whose groups need the scale of the next one too, and a chunk beside that in flight.
+    telescoped = decoder.telescopes  # Groups need the scale of the next one too, and a chunk beside that in flight.
     # Tokens that are written, or multiplied, at a time.
     part = next((size for size in (64, 32, 16, 8) if tokens % size == 0 and tokens >= (1 + telescoped) * size), 0)
     if not part:
         raise NotImplementedError(f"{config} leaves no two chunks of tokens")
     out_slots = 2 if by_copy_engine else 1
     out_bytes = config.warpgroups * out_slots * part * 64 * out_item if by_copy_engine else 0
-    group_bytes = grouped.slot_bytes(p, channels, telescoped)
-    weight_bytes, x_bytes = channels * STEP + group_bytes, tokens * STEP * p.x_dtype.itemsize
-    budget = SHARED_MEMORY - 2048 - out_bytes
+    weight_bytes = channels * STEP_CODES + decoder.slot_bytes(channels, telescoped)
+    x_bytes = tokens * STEP_CODES * decoder.x_dtype.itemsize
+    budget = SHARED_MEMORY_BYTES - 2048 - out_bytes
     if packed:
         w_slots = min(6, budget // (weight_bytes + 2 * x_bytes))
         x_slots = min(12, (budget - w_slots * weight_bytes) // x_bytes)
@@ -95,63 +104,63 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         w_slots = x_slots = min(12, budget // (weight_bytes + x_bytes))
     if min(w_slots, x_slots) < 2:
         raise NotImplementedError(f"{config} leaves no room for a pipeline")
-    if p.flushed and (tokens > grouped.most_tokens(p) or config.warpgroups > 2):
+    if decoder.flushed and (tokens > decoder.most_tokens or config.warpgroups > 2):
         raise NotImplementedError(f"{config} leaves no registers for the totals of groups")
-    at_launch = min(232, 2**16 // (STEP * (config.warpgroups + 1)) // 8 * 8)  # registers of every thread
-    producer_registers = 40  # What the producer gives back is dealt out to the consumers; more than that would hang.
-    left = at_launch * (config.warpgroups + 1) - producer_registers
-    consumer_registers = min(232, left // config.warpgroups // 8 * 8)
+    at_launch = min(MOST_REGISTERS, REGISTERS // (registers.WARPGROUP_LANES * (config.warpgroups + 1)) // 8 * 8)
+    left = at_launch * (config.warpgroups + 1) - PRODUCER_REGISTERS
+    consumer_registers = min(MOST_REGISTERS, left // config.warpgroups // 8 * 8)
 
-    def matmul_of_many_rows(w_g: Any, x_g: Any, ws_g: Any, xs_g: Any, *rest: Any, **scratch: Any) -> None:
-        missing: Any = None
-        group_g, bias_g, visits_g, o_g = tiles.optional(rest, p.grouped, p.bias, p.experts > 0)
-        w_s, x_s, o_s, groups_s, staged = (scratch.get(name, missing) for name in ("w", "x", "out", "groups", "staged"))
-        x_full, x_empty = scratch["x_full"], scratch["x_empty"]
+    def matmul_of_many_rows(w_g: Ref, x_g: Ref, ws_g: Ref, xs_g: Ref, *rest: Ref, **scratch: Ref) -> None:
+        aux_g, rest = rest[: decoder.operands], rest[decoder.operands :]
+        (bias_g, visits_g), (o_g,) = tiles.optional(rest, p.bias, p.experts > 0)
+        w_s, x_s, x_full, x_empty = (scratch[name] for name in ("w", "x", "x_full", "x_empty"))
         w_full, w_empty = (scratch["w_full"], scratch["w_empty"]) if packed else (x_full, x_empty)
         warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
         peer = lax.axis_index("peer") if config.cluster > 1 else 0
-        multicast: dict[str, Any] = {"collective_axes": "peer"} if config.cluster > 1 else {}
-        m_tiles = experts.count(p, visits_g, tokens)
+        multicast = "peer" if config.cluster > 1 else None
+        m_tiles = ragged.count(p, visits_g, tokens)
         total = m_tiles * n_tiles  # of each CTA of a cluster, taken together
         mine = lax.div(total - cta + ctas - 1, jnp.int32(ctas))
 
-        def where(t: Any) -> tuple[experts.Rows, Any]:
+        def where(t: Scalar) -> tuple[Rows, Scalar]:
             m, n = tiles.order(cta + t * ctas, m_tiles, n_tiles, config.width)
-            return experts.rows(p, visits_g, m, tokens), n * config.cluster + peer
+            return ragged.rows(p, visits_g, m, tokens), n * config.cluster + peer
 
         @pl.when(warpgroup == config.warpgroups)
         def produce() -> None:
-            plgpu.set_max_registers(producer_registers, action="decrease")
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            def tile(t: Any, _: Any) -> None:
+            def tile(t: Scalar, _: None) -> None:
                 of, n = where(t)
 
-                def copy_weights(step: Any, s: Any) -> None:
-                    source = w_g.at[pl.ds(of.expert * p.n + n * channels, channels), pl.ds(step * STEP, STEP)]
+                def copy_weights(step: Scalar, s: Scalar) -> None:
+                    columns = pl.ds(step * STEP_CODES, STEP_CODES)
+                    source = w_g.at[pl.ds(of.expert * p.n + n * channels, channels), columns]
                     plgpu.copy_gmem_to_smem(source, w_s.at[s], w_full.at[s])
-                    if p.grouped:
-                        group_step = of.expert * p.steps + step
-                        grouped.copy(p, group_g, n * channels, group_step, groups_s.at[s], w_full.at[s])
+                    decoder.copy(aux_g, n * channels, of.expert * p.steps + step, scratch, s, w_full.at[s])
 
-                def step(k: Any, _: Any) -> None:
+                def step(k: Scalar, _: None) -> None:
                     i = t * p.steps + k
                     if packed:
                         s = tiles.slot(i, w_slots)
                         pl.when(i >= w_slots)(lambda: plgpu.barrier_wait(w_empty.at[s]))
                         copy_weights(k, s)
-                    for half in range(p.halves):
-                        j = p.halves * i + half
+                    for half in range(decoder.halves):
+                        j = decoder.halves * i + half
                         xs = tiles.slot(j, x_slots)
                         pl.when(j >= x_slots)(lambda xs=xs: plgpu.barrier_wait(x_empty.at[xs]))
                         if not packed:
                             copy_weights(k, xs)
-                        source = x_g.at[pl.ds(of.begin, tokens), pl.ds((k * p.halves + half) * STEP, STEP)]
-                        plgpu.copy_gmem_to_smem(source, x_s.at[xs], x_full.at[xs], **multicast)
+                        columns = pl.ds((k * decoder.halves + half) * STEP_CODES, STEP_CODES)
+                        source = x_g.at[pl.ds(of.begin, tokens), columns]
+                        plgpu.copy_gmem_to_smem(source, x_s.at[xs], x_full.at[xs], collective_axes=multicast)
 
                 lax.fori_loop(0, p.steps, step, None)
 
             lax.fori_loop(0, mine, tile, None)
-            rings = [(x_empty, mine * p.steps * p.halves, x_slots)] + [(w_empty, mine * p.steps, w_slots)] * packed
+            rings = [(x_empty, mine * p.steps * decoder.halves, x_slots)] + [
+                (w_empty, mine * p.steps, w_slots)
+            ] * packed
             for ring in rings:
                 tiles.drain(*ring)
 
@@ -161,30 +170,28 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
             rows = pl.ds(warpgroup * 64, 64)
             whole_scale = None if p.raw or p.per_token else xs_g[0]
 
-            unpacked = functools.partial(
-                unpack.unpacked_operand,
-                weight_only=p.weight_only,
-                staged=staged.at[warpgroup] if interpret and packed else None,
-                interpret=bool(interpret),
-            )
+            def operand(packed: jax.Array, aux: Sequence[jax.Array], half: int) -> jax.Array | Ref:
+                if interpret:
+                    return staged_operand(decoder, packed, half, aux, scratch["staged"].at[warpgroup])
+                return decoder.operand(packed, half, aux)
 
-            def accumulate(t: Any, acc: Any) -> Any:
-                def step(k: Any, _: Any) -> None:
+            def accumulate(t: Scalar, acc: Ref) -> jax.Array:
+                def step(k: Scalar, _: None) -> None:
                     i = t * p.steps + k
                     ws = tiles.slot(i, w_slots)
-                    bytes_, scales = missing, missing
+                    codes, aux = None, []
                     if packed:
                         plgpu.barrier_wait(w_full.at[ws])
-                        bytes_ = load(w_s.at[ws, rows], registers.OPERAND)
-                        scales = grouped.rows(p, groups_s, ws, rows)
-                    for half in range(p.halves):
-                        j = p.halves * i + half
+                        codes = load(w_s.at[ws, rows], registers.OPERAND)
+                        aux = decoder.aux(scratch, ws, rows)
+                    for half in range(decoder.halves):
+                        j = decoder.halves * i + half
                         xs, before = tiles.slot(j, x_slots), tiles.slot(j + x_slots - 1, x_slots)
-                        w = unpacked(bytes_, half, scales[half]) if packed else w_s.at[xs, rows]
+                        w = w_s.at[xs, rows] if codes is None else operand(codes, aux, half)
                         plgpu.barrier_wait(x_full.at[xs])
                         plgpu.wgmma(acc, w, x_s.at[xs].T)
                         plgpu.wgmma_wait(1)  # The one before this is complete.
-                        if packed and half == (p.halves - 1 if p.folded else 0):
+                        if packed and half == decoder.release_half:
                             plgpu.barrier_arrive(w_empty.at[ws])
                         if half:
                             plgpu.barrier_arrive(x_empty.at[before])
@@ -193,16 +200,17 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
 
                 lax.fori_loop(0, p.steps, step, None)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(x_empty.at[tiles.slot((t + 1) * p.steps * p.halves - 1, x_slots)])
+                plgpu.barrier_arrive(x_empty.at[tiles.slot((t + 1) * p.steps * decoder.halves - 1, x_slots)])
                 return acc[...]
 
-            def accumulate_groups(t: Any, *products: Any) -> tuple[Any, ...]:
-                def step(k: Any, totals: Any) -> Any:
+            def accumulate_groups(t: Scalar, *products: Ref) -> tuple[jax.Array, ...]:
+                def step(k: Scalar, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                     i = t * p.steps + k
-                    ws, xs = tiles.slot(i, w_slots), [tiles.slot(p.halves * i + h, x_slots) for h in range(p.halves)]
+                    ws = tiles.slot(i, w_slots)
+                    xs = [tiles.slot(decoder.halves * i + half, x_slots) for half in range(decoder.halves)]
                     plgpu.barrier_wait(w_full.at[ws])
-                    bytes_ = load(w_s.at[ws, rows], registers.OPERAND)
-                    scales = grouped.rows(p, groups_s, ws, rows)
+                    codes = load(w_s.at[ws, rows], registers.OPERAND)
+                    scales = decoder.aux(scratch, ws, rows)
 
                     def done(half: int) -> None:
                         plgpu.barrier_arrive(x_empty.at[xs[half]])
@@ -212,27 +220,28 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                     return grouped.flush(
                         totals,
                         grouped.differences(scales, k == p.steps - 1) if telescoped else scales,
-                        functools.partial(unpacked, bytes_),
+                        functools.partial(operand, codes, scales),
                         lambda half, chunk: x_s.at[xs[half], pl.ds(chunk * part, part)],
                         lambda half: plgpu.barrier_wait(x_full.at[xs[half]]),
                         done,
-                        p.product_dtype,
+                        decoder.product_dtype,
                         products,
                     )
 
-                totals = lax.fori_loop(0, p.steps, step, (grouped.zero(p, part),) * (tokens // part))
+                zero = grouped.zero(part, decoder.total_dtype)
+                totals = lax.fori_loop(0, p.steps, step, (zero,) * (tokens // part))
                 plgpu.commit_smem()  # All warps have read the last scales.
                 plgpu.barrier_arrive(w_empty.at[tiles.slot((t + 1) * p.steps - 1, w_slots)])
                 return totals
 
-            def tile(t: Any, _: Any) -> None:
+            def tile(t: Scalar, _: None) -> None:
                 of, n = where(t)
                 first = n * channels + warpgroup * 64
                 factors = row_factors(p, ws_g, bias_g, first, of.expert)
                 if telescoped:
                     products = [plgpu.ACC((64, part), jnp.int32)] * (tokens // part)
                     totals = pl.run_scoped(functools.partial(accumulate_groups, t), *products)
-                elif p.flushed:
+                elif decoder.flushed:
                     totals = accumulate_groups(t)
                 else:
                     acc = pl.run_scoped(lambda acc: accumulate(t, acc), plgpu.ACC((64, tokens), jnp.int32))
@@ -242,12 +251,13 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
                     scale = whole_scale
                     if p.per_token and not p.raw:
                         scale = load(xs_g.at[pl.ds(at, part)], COLUMN, optimized=False)
-                    y = finish(p, total, factors, scale)
+                    y = scaled(p, total, factors, scale)
                     if by_copy_engine:
+                        out = scratch["out"].at[warpgroup, i % out_slots]
                         plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)
-                        store_transposed(o_s.at[warpgroup, i % out_slots], y)
+                        store_transposed(out, y)
                         plgpu.commit_smem()
-                        experts.write(p, o_s.at[warpgroup, i % out_slots], o_g, at, pl.ds(first, 64), of.end)
+                        ragged.write(p, out, o_g, at, pl.ds(first, 64), of.end)
                     else:
                         registers.store(y, o_g, at, first, end=of.end if p.experts else None)
 
@@ -255,26 +265,24 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
             if by_copy_engine:
                 plgpu.wait_smem_to_gmem(0)
 
-    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
     barrier = plgpu.Barrier
     if config.cluster > 1:
-        settings |= {"cluster": (config.cluster,), "cluster_names": ("peer",)}
         barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",))
-    scratch: dict[str, Any] = grouped.scratch(p, w_slots, channels, telescoped) | {
-        "w": plgpu.SMEM((w_slots, channels, STEP), jnp.int8, transforms=tiles.operand()),
-        "x": plgpu.SMEM((x_slots, tokens, STEP), p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize)),
+    scratch: dict[str, Scratch] = {
+        **decoder.scratch(w_slots, channels, telescoped),
+        "w": plgpu.SMEM((w_slots, channels, STEP_CODES), jnp.int8, transforms=tiles.operand()),
+        "x": tiles.activations(decoder.x_dtype, x_slots, tokens, STEP_CODES),
         "x_full": plgpu.Barrier(num_arrivals=1 if packed else 2, num_barriers=x_slots),
         "x_empty": barrier(num_arrivals=config.warpgroups, num_barriers=x_slots),
     }
     if packed:
-        scratch["w_full"] = plgpu.Barrier(num_arrivals=1 + p.grouped, num_barriers=w_slots)
+        scratch["w_full"] = plgpu.Barrier(num_arrivals=1 + decoder.operands, num_barriers=w_slots)
         scratch["w_empty"] = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=w_slots)
     if by_copy_engine:
         shape = (config.warpgroups, out_slots, part, 64)
         scratch["out"] = plgpu.SMEM(shape, p.out_dtype, transforms=tiles.operand(8 * out_item))
     if interpret and packed:
-        shape = (config.warpgroups, p.halves, 64, STEP)
-        scratch["staged"] = plgpu.SMEM(shape, p.x_dtype, transforms=tiles.operand(8 * p.x_dtype.itemsize))
+        scratch["staged"] = tiles.activations(decoder.x_dtype, config.warpgroups, decoder.halves, 64, STEP_CODES)
     return kernel(
         matmul_of_many_rows,
         out_type=jax.ShapeDtypeStruct((p.m, p.n), p.out_dtype),
@@ -282,6 +290,6 @@ def build(p: Problem, config: GemmConfig, *, multiprocessors: int = 132, interpr
         grid=(ctas,),
         grid_names=("cta",),
         num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        **settings,
+        cluster=("peer", config.cluster) if config.cluster > 1 else None,
+        interpret=interpret,
     )

@@ -2,7 +2,7 @@
 
 Flushed.  Every group's product has an accumulator of its own; when it is complete it is multiplied by the group's scale and
 added to the total, in int32 with integer scales, in float32 with float ones.  That work of ordinary arithmetic units has
-to hide behind the tensor cores: tokens are cut into chunks, and the product of one chunk runs while that of the chunk
+to overlap with the tensor cores: tokens are cut into chunks, and the product of one chunk runs while that of the chunk
 before is added up.
 
 Telescoped.  With integer scales s[g] and products P[g] the accumulator need not begin at zero for every group.  Left to
@@ -10,65 +10,64 @@ grow, it is A[g] = P[0] + ... + P[g], and
 
     sum_g s[g] P[g]  =  sum_g (s[g] - s[g + 1]) A[g]        where s is 0 after the last group
 
-(summation by parts).  Integers make that exact: whatever wraps on the way does so modulo 2**32, where the total is what it
-was.  It saves the instructions that set registers to zero.  Floats would cancel.
+(summation by parts).  Integers make that exact: whatever wraps on the way does so modulo 2**32, where the total is the same.
+It saves the instructions that set registers to zero.  Floats would cancel.
 
 Folded.  The scale is multiplied into the codes while they are unpacked, and one accumulator serves all groups.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.matmul.hopper.problem import ROW, Problem
-from pallas_kernels.mosaic.compat import load, plgpu
-from pallas_kernels.mosaic.registers import OPERAND_ROW
+from pallas_kernels.mosaic.compat import Layout, Ref, Scalar, Scratch, load, plgpu
+from pallas_kernels.mosaic.registers import OPERAND_ROW, ROW
 
 
-def scratch(p: Problem, slots: int, channels: int, ahead: int = 0) -> dict[str, Any]:
-    """Shared memory for the scales of a ring of ``slots`` steps, and ``ahead`` groups beyond each; none without groups."""
-    return {"groups": plgpu.SMEM((slots, p.halves + ahead, channels), p.group_dtype)} if p.grouped else {}
+def scratch(slots: int, groups: int, channels: int, dtype: np.dtype) -> dict[str, Scratch]:
+    """Shared memory for the scales of so many groups in every slot of a ring."""
+    return {"groups": plgpu.SMEM((slots, groups, channels), dtype)}
 
 
-def slot_bytes(p: Problem, channels: int, ahead: int = 0) -> int:
-    """What one slot of :func:`scratch` takes."""
-    return (p.halves + ahead) * channels * jnp.dtype(p.group_dtype).itemsize if p.grouped else 0
-
-
-def copy(p: Problem, source: Any, first: Any, step: Any, target: Any, barrier: Any) -> None:
-    """Starts to copy one step's scales of the channels from ``first`` on to a slot."""
-    rows = source.at[pl.ds(step * p.halves, target.shape[0]), pl.ds(first, target.shape[-1])]
+def copy(source: Ref, first: Scalar, group: Scalar, scratch: Mapping[str, Ref], slot: Scalar, barrier: Ref) -> None:
+    """Starts to copy a slot's scales, of the channels from ``first`` on and the groups from ``group`` on."""
+    target = scratch["groups"].at[slot]
+    rows = source.at[pl.ds(group, target.shape[0]), pl.ds(first, target.shape[-1])]
     plgpu.copy_gmem_to_smem(rows, target, barrier)
 
 
-def rows(p: Problem, ring: Any, slot: Any, channels: Any) -> list[Any]:
-    """The scales of 64 channels in every group of a slot, as flushing or folding needs them; None without groups."""
-    if not p.grouped:
-        return [None] * p.halves
-    layout = OPERAND_ROW if p.folded else ROW
+def rows(scratch: Mapping[str, Ref], slot: Scalar, channels: object, layout: Layout = ROW) -> list[jax.Array]:
+    """The scales of 64 channels in every group of a slot, as flushing needs them."""
+    ring = scratch["groups"]
     found = [load(ring.at[slot, group, channels], layout, optimized=False) for group in range(ring.shape[1])]
     return [scale if scale.dtype == jnp.float32 else scale.astype(jnp.int32) for scale in found]
 
 
-def zero(p: Problem, chunk: int) -> Any:
+def operand_rows(scratch: Mapping[str, Ref], slot: Scalar, channels: object) -> list[jax.Array]:
+    """:func:`rows` as folding needs them, beside the operand's bytes."""
+    return rows(scratch, slot, channels, OPERAND_ROW)
+
+
+def zero(chunk: int, dtype: np.dtype) -> jax.Array:
     """A total of (64, chunk) to begin with."""
-    return plgpu.layout_cast(jnp.zeros((64, chunk), p.total_dtype), plgpu.Layout.WGMMA)
+    return plgpu.layout_cast(jnp.zeros((64, chunk), dtype), plgpu.Layout.WGMMA)
 
 
 def flush(
-    totals: Sequence[Any],
-    factors: Sequence[Any],
-    operand: Callable[[int], Any],
-    activations: Callable[[int, int], Any],
+    totals: Sequence[jax.Array],
+    factors: Sequence[jax.Array],
+    operand: Callable[[int], jax.Array | Ref],
+    activations: Callable[[int, int], Ref],
     ready: Callable[[int], None],
     done: Callable[[int], None],
-    dtype: Any,
-    products: Sequence[Any] = (),
-) -> tuple[Any, ...]:
+    dtype: np.dtype,
+    products: Sequence[Ref] = (),
+) -> tuple[jax.Array, ...]:
     """Adds the products of one step, each times a factor, to the totals.
 
     Args:
@@ -86,7 +85,7 @@ def flush(
     items = list(itertools.product(range(len(factors)), range(len(totals))))
     spread = [lax.broadcast_in_dim(factor, (64, chunk), [0]) for factor in factors]
 
-    def scoped(*accumulators: Any) -> tuple[Any, ...]:
+    def scoped(*accumulators: Ref) -> tuple[jax.Array, ...]:
         def add(i: int, in_flight: int) -> None:
             half, part = items[i]
             product = plgpu.wgmma_accumulator_load(accumulators[i], wait_n=in_flight)
@@ -113,8 +112,8 @@ def flush(
     return pl.run_scoped(scoped, *[plgpu.ACC((64, chunk), dtype)] * len(items))
 
 
-def differences(scales: Sequence[Any], last: Any) -> list[Any]:
-    """What products are multiplied by in place of their scales where accumulators are left to grow.
+def differences(scales: Sequence[jax.Array], last: jax.Array | bool) -> list[jax.Array]:
+    """The factors of products in place of their scales, where accumulators are left to grow.
 
     Args:
       scales: of a step's groups and the one after them.
@@ -123,31 +122,3 @@ def differences(scales: Sequence[Any], last: Any) -> list[Any]:
     *scales, after = scales
     following = [*scales[1:], jnp.where(last, 0, after)]
     return [scale - after for scale, after in zip(scales, following, strict=True)]
-
-
-def most_tokens(p: Problem) -> int:
-    """Tokens of a tile for many rows whose totals fit into the registers beside the products, as compiling them showed."""
-    return 64 if p.weight_only else 128
-
-
-def most_consumers(p: Problem, tokens: int) -> int:
-    """Warpgroups of a CTA for few rows that find registers for all they hold, likewise."""
-    if p.weight_only:
-        return 3 if tokens <= 16 else 2
-    return 4 if tokens <= 16 else {32: 3, 64: 2}[tokens] + p.folded
-
-
-def most_at_once(p: Problem) -> int:
-    """Tokens of a chunk where there are few rows, likewise."""
-    return 16 if p.weight_only else 32
-
-
-def cannot_use(p: Problem) -> str | None:
-    """Why the kernels cannot take a problem with groups; None if they can."""
-    if p.weight_only and p.scales != "float":
-        return "weight-only matmuls need float scales"
-    if p.bits != 4:
-        return f"weights of {p.bits} bits have no kernel with groups"
-    if p.raw and p.total_dtype == jnp.float32:
-        return "with float scales there is no bare accumulator"
-    return None

@@ -1,22 +1,22 @@
-"""From packed 4-bit codes to operands of the tensor cores.
+"""Packed 4-bit codes to operands of the tensor cores, in registers.
 
 A byte holds two 4-bit codes (see :mod:`pallas_kernels.packing`).  A code left in the high half of its byte is 16 times
 itself as int8, so four codes take one mask (high nibbles) or a shift and a mask (low nibbles); the factor 16 goes into the
-scale.  Small integer scales can be multiplied into the codes on the way (:func:`unpack_scaled`).  A 64 x 128
+scale.  Small integer scales can be multiplied into the codes on the way (:func:`scaled`).  A 64 x 128
 tile of bytes loaded in the layout of a tensor-core operand becomes two operands without any code changing its lane.
 """
 
 from collections.abc import Callable
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.mosaic.compat import arith, ir, mgpu, plgpu, vector
+from pallas_kernels.mosaic.compat import FragmentedArray, LaunchContext, Layout, arith, ir, mgpu, plgpu, vector
 from pallas_kernels.mosaic.registers import ACC, OPERAND, OPERAND_ROW, i32, scalars
 
 
-def _map_words(fn: Callable[..., Any], *vectors: Any) -> Callable[..., Any]:
+def _map_words(fn: Callable[..., ir.Value], *vectors: Layout) -> Callable[..., jax.Array]:
     """A function of four packed bytes in a 32-bit word, applied to all registers of a (64, 128) operand.
 
     Args:
@@ -26,26 +26,26 @@ def _map_words(fn: Callable[..., Any], *vectors: Any) -> Callable[..., Any]:
     operand = plgpu.ShapeDtypeStruct((64, 128), jnp.int8, layout=OPERAND)
 
     @plgpu.inline_mgpu(arg_types=(OPERAND, *vectors), return_type=operand)
-    def mapped(ctx: Any, packed: Any, *rows: Any) -> Any:
+    def mapped(ctx: LaunchContext, packed: FragmentedArray, *rows: FragmentedArray) -> FragmentedArray:
         del ctx
         word, four = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
         spread = [row.broadcast_in_dim(packed.shape, (0,), packed.layout).registers for row in rows]
         registers = np.empty_like(packed.registers)
         for index, register in np.ndenumerate(packed.registers):
-            values = [scalars(row[index])[0] for row in spread]
+            values = [scalars(row[index])[0] for row in spread]  # pyright: ignore[reportArgumentType]
             registers[index] = mgpu.utils.bitcast(fn(mgpu.utils.bitcast(register, word), *values), four)
         return mgpu.FragmentedArray(_registers=registers, _layout=packed.layout, _is_signed=True)
 
     return mapped
 
 
-def unpack(packed: Any, half: int) -> Any:
+def shifted(packed: jax.Array, half: int) -> jax.Array:
     """16 times the codes of the low (0) or high (1) nibbles: (64, 128) bytes to a (64, 128) int8 operand."""
     mask = 0xF0F0F0F0
     return _map_words(lambda w: arith.andi(w if half else arith.shli(w, i32(4)), i32(mask)))(packed)
 
 
-def unpack_scaled(packed: Any, half: int, scale: Any) -> Any:
+def scaled(packed: jax.Array, half: int, scale: jax.Array) -> jax.Array:
     """The codes of the low or high nibbles times an integer from 1 to 15 for every row.
 
     With u = code + 8 in 0 .. 15, u * scale + 128 - 8 * scale lies in 8 .. 233: one multiplication and one addition do
@@ -57,17 +57,17 @@ def unpack_scaled(packed: Any, half: int, scale: Any) -> Any:
       scale: (64,) int32 in the layout ``OPERAND_ROW``.
     """
 
-    def scaled(word: Any, scale: Any) -> Any:
+    def times(word: ir.Value, scale: ir.Value) -> ir.Value:
         word = arith.shrui(word, i32(4)) if half else word
         u = arith.andi(arith.xori(word, i32(0x08080808)), i32(0x0F0F0F0F))
         offset = arith.subi(i32(0x80808080), arith.muli(scale, i32(0x08080808)))
         return arith.xori(arith.addi(arith.muli(u, scale), offset), i32(0x80808080))
 
-    return _map_words(scaled, OPERAND_ROW)(packed, scale)
+    return _map_words(times, OPERAND_ROW)(packed, scale)
 
 
-def unpack_bf16(packed: Any, half: int) -> Any:
-    """The codes of the low or high nibbles as bfloat16, columns in the order of :func:`reorder`.
+def bfloat16(packed: jax.Array, half: int) -> jax.Array:
+    """The codes of the low or high nibbles as bfloat16, columns in the order of ``decoders.reorder``.
 
     With u = code + 8, the bits 0x4300 + u are 128 + u in bfloat16, from which 136 is subtracted.  Four bytes of a lane
     become the two pairs of columns that a lane holds of a 16-bit operand, so that none changes its lane.
@@ -75,7 +75,7 @@ def unpack_bf16(packed: Any, half: int) -> Any:
     operand = plgpu.ShapeDtypeStruct((64, 128), jnp.bfloat16, layout=ACC)
 
     @plgpu.inline_mgpu(arg_types=(OPERAND,), return_type=operand)
-    def emit(ctx: Any, packed: Any) -> Any:
+    def emit(ctx: LaunchContext, packed: FragmentedArray) -> FragmentedArray:
         del ctx
         word, bf16 = ir.IntegerType.get_signless(32), ir.BF16Type.get()
         pair = ir.VectorType.get((2,), bf16)
@@ -91,41 +91,3 @@ def unpack_bf16(packed: Any, half: int) -> Any:
         return mgpu.FragmentedArray(_registers=registers, _layout=ACC.to_mgpu(), _is_signed=None)
 
     return emit(packed)
-
-
-def reorder(x: Any) -> Any:
-    """The order of columns in which :func:`unpack_bf16` has them: of every 16, 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15."""
-    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 4, 2, 2)
-    return jnp.swapaxes(pairs, -3, -2).reshape(x.shape)
-
-
-def unpacked_operand(
-    packed: Any, half: int, scale: Any = None, *, weight_only: bool = False, staged: Any = None, interpret: bool = False
-) -> Any:
-    """The codes of the low or high nibbles as a ``wgmma`` operand, by one of the functions above.
-
-    The interpreter, which can run none of them, gets it through shared memory.
-
-    Args:
-      packed: (64, 128) bytes.
-      half: 0 for the low nibbles, 1 for the high ones.
-      scale: (64,) int32, or None.
-      weight_only: whether activations are bfloat16.
-      staged: in interpret mode, a reference to (2, 64, 128) of this warpgroup's own; unused otherwise.
-      interpret: whether the kernel is interpreted.
-    """
-    if not interpret and weight_only:
-        return unpack_bf16(packed, half)
-    if not interpret:
-        return unpack(packed, half) if scale is None else unpack_scaled(packed, half, scale)
-    wide = packed.astype(jnp.int32)
-    if weight_only:
-        staged[half] = reorder(((wide if half else wide << 4) << 24) >> 28).astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        return staged.at[half]
-    high = (wide if half else wide << 4) & 0xF0
-    if scale is not None:
-        high = ((high << 24) >> 28) * scale[:, None]
-    staged[half] = high.astype(jnp.int8)
-    plgpu.commit_smem()
-    return staged.at[half]

@@ -4,6 +4,7 @@ import pytest
 
 from fqjax.core.formats.grouped import Grouped, GroupedGrid
 from fqjax.core.table import Sizes
+from pallas_kernels import decoder_for
 
 
 def codes(limit, shape=(6, 256)):
@@ -29,14 +30,20 @@ def test_a_scale_for_each_group(kind):
 def test_operands_say_what_kernels_need():
     folded = Grouped(bits=4, group_size=32, scales="folded").store(codes(7), jnp.float32(1), scales(jnp.int16))
     whole = Grouped(bits=8, group_size=32).store(codes(127), jnp.float32(1), scales(jnp.float32))
-    assert folded.operand().folded and folded.operand().bits == 4
-    assert not whole.operand().folded and whole.operand().bits == 8 and whole.operand().group_scale is whole.group_scale
+    assert folded.operand().decoder == decoder_for(4, group_dtype=jnp.int16, folded=True)
+    assert whole.operand().decoder == decoder_for(8, group_dtype=jnp.float32)
+    assert whole.operand().group_scale is whole.group_scale and whole.operand().codes is whole.codes
 
 
 @pytest.mark.parametrize("size", [0, -32, 48, 256])
 def test_groups_that_do_not_divide_the_largest_are_refused(size):
     with pytest.raises(ValueError, match=f"group_size {size}: expected a divisor of 128"):
         Grouped(bits=4, group_size=size)
+
+
+def test_codes_of_eight_bits_leave_no_room_for_folded_scales():
+    with pytest.raises(ValueError, match="codes of 8 bits times folded scales do not fit into int8; expected 4 bits"):
+        Grouped(bits=8, scales="folded")
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("float", "int16"), ("integer", "float32"), ("folded", "int8")])

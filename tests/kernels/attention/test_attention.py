@@ -11,9 +11,12 @@ from pallas_kernels.attention import api as attention
 from pallas_kernels.attention import triton as attention_kernel
 from pallas_kernels.attention.api import decode_attention, quantized_decode_attention
 from pallas_kernels.attention.codes import Recipe
-from pallas_kernels.attention.triton import FEWEST_WHOLE, MANY, Cut, best_cut, cannot_use, reference
-from pallas_kernels.matmul.dispatch import NO_GPU, capability
-from pallas_kernels.quantize.dispatch import Quantization, quantize
+from pallas_kernels.attention.problem import MANY_HEADS, WHOLE_HEADS, Cut, best_cut
+from pallas_kernels.attention.reference import decode_attention as reference
+from pallas_kernels.attention.triton import cannot_use
+from pallas_kernels.device import NO_GPU, capability
+from pallas_kernels.quantize.dispatch import quantize
+from pallas_kernels.quantize.kind import Quantization
 from tests.kernels import ahead_of_time
 
 BLOCK = Cut().block
@@ -142,16 +145,20 @@ def test_integer_queries_lose_nothing_that_shows():
 
 def test_many_sequences_take_one_warp_each():
     """And integers over codes; where one warp cannot hold what a program finds, the usual cut stays."""
-    assert best_cut(MANY, 4, 128, True) == Cut(block=32, warps=1, integers=True)
-    assert best_cut(MANY, 4, 16, True) == best_cut(MANY, 4, 128, False) == Cut(block=32, warps=1)
-    assert best_cut(MANY - 1, 4, 128, False) == Cut(warps=2)
+    assert best_cut(MANY_HEADS, 4, 128, True) == Cut(block=32, warps=1, integers=True)
+    assert best_cut(MANY_HEADS, 4, 16, True) == best_cut(MANY_HEADS, 4, 128, False) == Cut(block=32, warps=1)
+    assert best_cut(MANY_HEADS - 1, 4, 128, False) == Cut(warps=2)
     whole = functools.partial(best_cut, group=4, dim=128, codes=True, whole=True)
     assert (
-        whole(FEWEST_WHOLE).splits == 1
-        and whole(FEWEST_WHOLE - 1) == Cut()
-        and whole(MANY) == best_cut(MANY, 4, 128, True)
+        whole(WHOLE_HEADS).splits == 1
+        and whole(WHOLE_HEADS - 1) == Cut()
+        and whole(MANY_HEADS) == best_cut(MANY_HEADS, 4, 128, True)
     )
-    for heads, group, dim, codes in ((MANY - 1, 4, 128, True), (MANY, 17, 128, True), (MANY, 4, 256, False)):
+    for heads, group, dim, codes in (
+        (MANY_HEADS - 1, 4, 128, True),
+        (MANY_HEADS, 17, 128, True),
+        (MANY_HEADS, 4, 256, False),
+    ):
         assert best_cut(heads, group, dim, codes) == Cut()
 
 
@@ -246,7 +253,7 @@ def test_quantized_output_stands_for_the_output(codes, per_token, splits):
     arguments, kinds = operands(codes, heads=16, kv_heads=2), {"scale": 0.3, "window": None}
     how = recipe(256, per_token)
     kind = Quantization(name="quantize_attended", qmax=127, per_token=per_token)
-    finish = functools.partial(attention._quantized, kind, how, None)
+    finish = functools.partial(attention._quantized, kind, Recipe(127, *how), None)
     found, cache = quantized(finite(arguments), how, per_token, scale=0.3)
     check((found.reshape(-1, 16, 16), cache), arguments, **kinds, tolerance=0.04)
     given = None if per_token else Recipe(127, *how)

@@ -7,20 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import device
 from pallas_kernels.attention import api as attention
 from pallas_kernels.attention import hopper
-from pallas_kernels.attention import triton as attention_kernel
-from pallas_kernels.attention.hopper import Cut, best_cut, cannot_use
-from pallas_kernels.attention.hopper_memory import TILE, shared_words
+from pallas_kernels.attention.hopper import cannot_use
+from pallas_kernels.attention.hopper_cut import TILE_POSITIONS, Cut, best_cut
+from pallas_kernels.attention.hopper_memory import shared_words
 from pallas_kernels.attention.hopper_unit import Unit
-from pallas_kernels.attention.triton import Problem
-from pallas_kernels.quantize.dispatch import Quantization, quantize
+from pallas_kernels.attention.problem import Problem
+from pallas_kernels.quantize.dispatch import quantize
+from pallas_kernels.quantize.kind import Quantization
 from tests.kernels import ahead_of_time
 from tests.kernels.attention.test_attention import check, check_codes, operands, recipe
 from tests.kernels.numpy_lanes import NumpyLanes
 
-CAPACITY = 12 * TILE + 5
-LENGTHS = (0, 1, TILE - 1, TILE, TILE + 1, 8 * TILE, CAPACITY - 2, CAPACITY - 1)
+CAPACITY = 12 * TILE_POSITIONS + 5
+LENGTHS = (0, 1, TILE_POSITIONS - 1, TILE_POSITIONS, TILE_POSITIONS + 1, 8 * TILE_POSITIONS, CAPACITY - 2, CAPACITY - 1)
 CUTS = [Cut(), Cut(units=2), Cut(units=4, splits=2), Cut(splits=3), Cut(warps=8), Cut(warps=16)]
 usual = functools.partial(operands, True, lengths=LENGTHS, capacity=CAPACITY)
 
@@ -59,7 +61,7 @@ def whole(arguments, cut, **kinds):
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("window", [None, 1, 2, TILE + 3, 1000])
+@pytest.mark.parametrize("window", [None, 1, 2, TILE_POSITIONS + 3, 1000])
 @pytest.mark.parametrize("cut", CUTS)
 def test_it_sees_what_is_filled_and_nothing_else(window, cut):
     arguments = usual(heads=8, kv_heads=2, dim=128)
@@ -84,7 +86,7 @@ def test_scales_of_values_may_have_any_size(size):
     qkv, lengths, rotation, (keys, values, key_scales, value_scales) = usual(4, 1, 64)
     arguments = qkv * 0, lengths, rotation, (keys, values, key_scales, value_scales * size)
     out, _ = whole(arguments, Cut(), scale=0.1, window=None)
-    long = np.asarray(lengths) > TILE
+    long = np.asarray(lengths) > TILE_POSITIONS
     held = [values[b, :n] * np.asarray(value_scales * size)[b, :n, :, None] for b, n in enumerate(np.asarray(lengths))]
     wanted = [v.sum(0) / (len(v) + 1) for v in held]
     for found, w in zip(np.asarray(out, np.float64)[long], np.asarray(wanted)[long], strict=True):
@@ -145,10 +147,10 @@ def test_what_it_cannot_take_is_named(codes, change, message):
 
 def test_the_kernel_for_any_gpu_takes_what_this_one_cannot(monkeypatch):
     """And this one does not need what the other does."""
-    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
-    monkeypatch.setattr(attention, "hopper_device", lambda: "some Hopper GPU")
+    monkeypatch.setattr(device, "capability", lambda: (9, 0))
+    monkeypatch.setattr(device, "hopper_device", lambda: "some Hopper GPU")
     used = []
-    monkeypatch.setattr(attention, "say", lambda name, shape, choice, why: used.append((choice, why)))
+    monkeypatch.setattr(device, "say", lambda name, shape, choice, why: used.append((choice, why)))
 
     def called(dim, **kinds):
         qkv, lengths, _, (keys, values, *scales) = operands(True, dim=dim, lengths=(1,), capacity=8, **kinds)
@@ -160,7 +162,7 @@ def test_the_kernel_for_any_gpu_takes_what_this_one_cannot(monkeypatch):
     assert choice == "triton" and "head_dim is 256" in why
     choice, why = called(256, dtype=jnp.float32)
     assert choice == "xla" and "qkv is float32" in why
-    monkeypatch.setattr(attention_kernel, "has_triton", lambda: False)
+    monkeypatch.setattr(device, "has_triton", lambda: False)
     assert called(64)[0] == "mosaic" and called(256)[0] == "xla"
 
 

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.matmul.hopper import launch as matmul
-from pallas_kernels.matmul.hopper import tuning
+from pallas_kernels.matmul.hopper import launch, tuning
 from pallas_kernels.matmul.hopper.problem import Gate
 from pallas_kernels.shapes import ROWS, SHAPES
 from tests.kernels import ahead_of_time
@@ -24,13 +23,13 @@ pytestmark = [
 def abstract_operands(p):
     """As :func:`tests.kernels.matmul.test_hopper.operands` makes them, by shape and dtype alone."""
     shapes = {
-        "x": ((p.m, p.k), p.x_dtype),
-        "weight": ((p.n, p.k * p.bits // 8), jnp.int8),
+        "x": ((p.m, p.k), p.decoder.x_dtype),
+        "weight": ((p.n, p.k * p.decoder.bits // 8), jnp.int8),
         "x_scale": ((), jnp.float32),
         "weight_scale": ((p.n,), jnp.float32),
     }
-    if p.grouped:
-        shapes["groups"] = ((p.k // 128, p.n), p.group_dtype)
+    if p.decoder.operands:
+        shapes["groups"] = ((p.k // 128, p.n), p.decoder.scale_dtype)
     return [jax.ShapeDtypeStruct(*shape) for shape in shapes.values()]
 
 
@@ -44,7 +43,7 @@ def test_registers_suffice(kind, m, capfd, monkeypatch):
         config = tuning.choose(p, "NVIDIA H200") or tuning.rule(p)
 
         def f(x, weight, x_scale, weight_scale, groups=None, p=p, config=config):
-            return matmul.matmul(p, config, x, weight, x_scale, weight_scale, groups, None)
+            return launch.matmul(p, config, x, weight, x_scale, weight_scale, groups, None)
 
         ahead_of_time.compile_for_h200(f, *abstract_operands(p))
         spilled = ahead_of_time.spilled_bytes(capfd.readouterr().out)
@@ -65,10 +64,10 @@ def test_registers_suffice_for_a_gate(kind, m, gate, capfd, monkeypatch):
     recipe = [jax.ShapeDtypeStruct((n // 2,), jnp.float32), *[jax.ShapeDtypeStruct((gate.extra,), jnp.int32)] * 2]
 
     def f(x, weight, x_scale, weight_scale, recipe, groups=None):
-        return matmul.matmul(p, config, x, weight, x_scale, weight_scale, groups, None, recipe)
+        return launch.gated_matmul(p, config, x, weight, x_scale, weight_scale, groups, None, recipe)
 
     x, weight, x_scale, weight_scale, *groups = abstract_operands(p)
     given = tuple(recipe if gate.extra else recipe[:1])
     ahead_of_time.compile_for_h200(f, x, weight, x_scale, weight_scale, given, *groups)
     spilled = ahead_of_time.spilled_bytes(capfd.readouterr().out)
-    assert spilled and max(map(max, spilled)) <= (MOST_SPILLED_WITH_GATE if p.flushed else MOST_SPILLED)
+    assert spilled and max(map(max, spilled)) <= (MOST_SPILLED_WITH_GATE if p.decoder.flushed else MOST_SPILLED)

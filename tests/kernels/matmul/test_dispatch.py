@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import can_use_mosaic, int8_matmul, weight_only_int4_matmul
-from pallas_kernels.matmul import dispatch
-from pallas_kernels.matmul.hopper import launch as matmul
-from pallas_kernels.matmul.hopper import tuning
+from pallas_kernels import can_use_mosaic, device, int8_matmul, weight_only_int4_matmul
+from pallas_kernels.matmul.hopper import launch, tuning
+from pallas_kernels.matmul.hopper.decoders import WEIGHT_ONLY_ROWS, Int8
+from pallas_kernels.matmul.hopper.problem import Problem
 
 X, W, ONE = jnp.ones((4, 256), jnp.int8), jnp.ones((64, 256), jnp.int8), jnp.float32(1)
 
@@ -23,17 +23,16 @@ def hopper(monkeypatch):
         calls.append(config)
         return jnp.zeros((p.m, p.n), p.out_dtype)
 
-    monkeypatch.setattr(dispatch, "hopper_device", lambda: "NVIDIA H200")
-    monkeypatch.setattr(matmul, "matmul", kernel)
-    dispatch.matmul.cache_clear()
-    dispatch.say.cache_clear()
+    monkeypatch.setattr(device, "hopper_device", lambda: "NVIDIA H200")
+    monkeypatch.setattr(launch, "matmul", kernel)
+    device.clear_caches()
     yield calls
-    dispatch.matmul.cache_clear()
+    device.clear_caches()
 
 
 def test_the_kernels_are_taken_where_they_can_be(hopper):
     int8_matmul(X, W, ONE, ONE)
-    assert hopper == [tuning.rule(dispatch.problem(8, 4, 64, 256, jnp.bfloat16))]
+    assert hopper == [tuning.rule(Problem(m=4, n=64, k=256, decoder=Int8(), out_dtype=jnp.dtype("bfloat16")))]
 
 
 def test_xla_is_taken_where_they_cannot(hopper):
@@ -53,7 +52,7 @@ def test_xla_is_taken_where_it_is_faster(hopper, monkeypatch):
 
 def test_weights_alone_are_multiplied_by_xla_where_there_are_many_rows(hopper):
     packed, scales = jnp.ones((64, 128), jnp.int8), jnp.ones((2, 64), jnp.float32)
-    for rows in (4, tuning.WEIGHT_ONLY_ROWS):
+    for rows in (4, WEIGHT_ONLY_ROWS):
         weight_only_int4_matmul(jnp.ones((rows, 256), jnp.bfloat16), packed, scales)
     assert [config for config in hopper if not isinstance(config, tuning.DecodeConfig)] == [] and len(hopper) == 1
 
@@ -77,7 +76,7 @@ def test_the_choice_is_logged_once_a_shape(hopper, caplog):
 
 
 def test_without_a_gpu_mosaic_is_refused(monkeypatch):
-    monkeypatch.setattr(dispatch, "hopper_device", lambda: None)
+    monkeypatch.setattr(device, "hopper_device", lambda: None)
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
         int8_matmul(X, W, ONE, ONE, implementation="mosaic")
 
@@ -85,4 +84,4 @@ def test_without_a_gpu_mosaic_is_refused(monkeypatch):
 def test_the_predicate_says_what_can_be_used():
     assert can_use_mosaic(4, 16, 4096, 4096, device="NVIDIA H200")
     assert not can_use_mosaic(4, 16, 4096, 4000, device="NVIDIA H200")
-    assert can_use_mosaic(8, 1, 64, 128) == (dispatch.hopper_device() is not None)
+    assert can_use_mosaic(8, 1, 64, 128) == (device.hopper_device() is not None)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import pack_int4
-from pallas_kernels.matmul.dispatch import hopper_device
-from pallas_kernels.matmul.experts import cut, expert_matmul, map_tiles, quantize_for_experts, tile_size
+from pallas_kernels import Weight, decoder_for, expert_matmul, pack_int4, quantize_for_experts
+from pallas_kernels.device import hopper_device
+from pallas_kernels.matmul.experts import cut, map_tiles, tile_size
 from tests.kernels.matmul.test_matmul import codes
 
 SIZES = [[3, 0, 1, 12], [0, 0, 40, 0], [1, 1, 1, 1], [0, 0, 0, 2], [130, 7, 300, 64], [0, 0, 0, 0]]
@@ -24,6 +24,14 @@ def exact(x, weight, sizes, scales=None):
     return np.einsum("mk,mnk->mn", x, weight[owner])
 
 
+def multiply(x, weight, group_sizes, x_scale, weight_scale, group_scale=None, *, bits, folded=False, **settings):
+    """:func:`expert_matmul` with a weight of plain codes."""
+    group_dtype = None if group_scale is None else group_scale.dtype
+    weight_only = bits == 4 and jnp.issubdtype(x.dtype, jnp.floating)
+    decoder = decoder_for(bits, group_dtype=group_dtype, folded=folded, weight_only=weight_only)
+    return expert_matmul(x, Weight(decoder, weight, weight_scale, group_scale), group_sizes, x_scale, **settings)
+
+
 def operands(sizes, largest, k=256, n=96):
     return codes((sum(sizes), k), 127, 0), codes((4, n, k), largest, 1), jnp.asarray(sizes, jnp.int32)
 
@@ -35,7 +43,7 @@ def operands(sizes, largest, k=256, n=96):
 def test_products_equal_64_bit_numpy(sizes, bits):
     x, weight, counts = operands(sizes, 7 if bits == 4 else 127)
     stored = pack_int4(weight.reshape(-1, 256)).reshape(4, 96, 128) if bits == 4 else weight
-    found = jax.jit(lambda x: expert_matmul(x, stored, counts, 1, 1, bits=bits, out_dtype=jnp.int32))(x)
+    found = jax.jit(lambda x: multiply(x, stored, counts, 1, 1, bits=bits, out_dtype=jnp.int32))(x)
     np.testing.assert_array_equal(found, exact(x, weight, sizes))
 
 
@@ -49,7 +57,7 @@ def test_integer_scales_equal_64_bit_numpy(sizes, folded, bits):
     x, weight, counts = operands(sizes, 7 if bits == 4 else 127)
     stored = pack_int4(weight.reshape(-1, 256)).reshape(4, 96, 128) if bits == 4 else weight
     scales = jnp.asarray(np.random.default_rng(2).integers(1, 16, (4, 2, 96)), jnp.int16)
-    found = expert_matmul(x, stored, counts, 1, 1, scales, bits=bits, folded=folded, out_dtype=jnp.int32)
+    found = multiply(x, stored, counts, 1, 1, scales, bits=bits, folded=folded, out_dtype=jnp.int32)
     np.testing.assert_array_equal(found, exact(x, weight, sizes, np.asarray(scales)))
 
 
@@ -67,7 +75,7 @@ def test_every_row_has_the_bits_of_the_matmul_with_its_expert(kind, per_row, per
     groups = positive(4, 2, 96) if "grouped" in kind or "only" in kind else None
     x_scale = positive(sum(sizes)) if per_row else jnp.float32(0.3)
     weight_scale = positive(4, 96) if per_channel else positive(4)
-    found = expert_matmul(x, stored, counts, x_scale, weight_scale, groups, bits=bits)
+    found = multiply(x, stored, counts, x_scale, weight_scale, groups, bits=bits)
     assert found.dtype == jnp.bfloat16
     start, f = 0, getattr(pallas_kernels, f"{kind}_matmul")
     for e, size in enumerate(sizes):
@@ -115,12 +123,12 @@ def test_every_row_is_quantized_as_its_expert_does():
     ("changes", "message"),
     [
         ({"x": jnp.zeros((16, 128), jnp.int8)}, "does not fit"),
-        ({"weight": jnp.zeros((4, 96, 256))}, "expected int8 codes"),
+        ({"weight": jnp.zeros((4, 96, 256))}, "the weight must be int8"),
         ({"group_sizes": jnp.zeros(3, jnp.int32)}, r"group_sizes must be \(4,\)"),
         ({"x_scale": jnp.ones(4)}, "x_scale must be a scalar or"),
         ({"weight_scale": jnp.ones(96)}, "weight_scale must be a scalar"),
         ({"group_scale": jnp.ones((4, 2, 95))}, "group_scale must be"),
-        ({"x": jnp.zeros((16, 256), jnp.bfloat16)}, "real activations need 4-bit weights"),
+        ({"x": jnp.zeros((16, 256), jnp.bfloat16)}, "x must be int8"),
         ({"group_scale": jnp.ones((4, 2, 96)), "folded": True}, "only integer scales can be folded"),
     ],
 )
@@ -128,13 +136,13 @@ def test_what_does_not_fit_is_refused(changes, message):
     x, weight, counts = operands([3, 0, 1, 12], 127)
     given = {"x": x, "weight": weight, "group_sizes": counts, "x_scale": 1.0, "weight_scale": 1.0, "bits": 8} | changes
     with pytest.raises(ValueError, match=message):
-        expert_matmul(**given)
+        multiply(**given)
 
 
 def test_what_there_is_not_is_refused():
     x, weight, counts = operands([3, 0, 1, 12], 127)
     if hopper_device() is None:
         with pytest.raises(NotImplementedError, match="'mosaic' cannot take .*: it needs an NVIDIA GPU"):
-            expert_matmul(x, weight, counts, 1, 1, bits=8, implementation="mosaic")
+            multiply(x, weight, counts, 1, 1, bits=8, implementation="mosaic")
     with pytest.raises(NotImplementedError, match="cannot be differentiated"):
-        jax.grad(lambda s: expert_matmul(x, weight, counts, s, 1, bits=8, out_dtype=jnp.float32).sum())(1.0)
+        jax.grad(lambda s: multiply(x, weight, counts, s, 1, bits=8, out_dtype=jnp.float32).sum())(1.0)

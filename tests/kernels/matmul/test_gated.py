@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gated_matmul
-from pallas_kernels.matmul import dispatch, gated
-from pallas_kernels.matmul.hopper import decode, tuning
-from pallas_kernels.matmul.hopper import launch as matmul
+from pallas_kernels import Weight, device, gated_matmul, unpack_int4
+from pallas_kernels.matmul import gated
+from pallas_kernels.matmul.hopper import decode, gate, launch, tuning
 from pallas_kernels.matmul.hopper.decode import DecodeConfig
+from pallas_kernels.matmul.hopper.decoders import Int4Shifted, Int8
 from pallas_kernels.matmul.hopper.gemm import GemmConfig
 from pallas_kernels.matmul.hopper.problem import Gate
 from pallas_kernels.mosaic import compat
@@ -25,6 +25,7 @@ from tests.kernels.matmul.test_hopper import (
     INTEGER,
     KINDS,
     WEIGHT_ONLY,
+    changed,
     interpreted,
     needs_hopper,
     operands,
@@ -50,10 +51,10 @@ def recipe(half, extra, seed=0):
 def arguments(p, extra, seed=0):
     """Of :func:`gated_matmul`, such that codes are of all sizes and some reach beyond the largest one."""
     x, weight, x_scale, weight_scale, groups, bias = operands(p, seed)
-    weight_scale = weight_scale * 2e-5 / (8 if p.grouped else 1) / (1 if p.bits == 8 else 0.06)
-    kinds = {"bits": p.bits, "group_scale": groups, "bias": bias, "folded": p.folded, "out_dtype": p.out_dtype}
+    weight_scale = weight_scale * 2e-5 / (8 if p.decoder.operands else 1) / (1 if p.decoder.bits == 8 else 0.06)
     multiplier, source, part = recipe(p.n // 2, extra, seed)
-    return (x, weight, x_scale, weight_scale, multiplier * 20, source, part), kinds
+    weight = Weight(p.decoder, weight, weight_scale, groups)
+    return (x, weight, x_scale, multiplier * 20, source, part), {"bias": bias, "out_dtype": p.out_dtype}
 
 
 def one_after_the_other(given, kinds):
@@ -92,7 +93,9 @@ def test_the_sums_of_both_halves_in_interpret_mode(p, config):
     (wanted,) = decode.build(p, config, interpret=compat.interpret_params())(
         weight, x, jnp.ones(p.n), jnp.ones(1), *(() if groups is None else (groups,))
     )
-    np.testing.assert_allclose(halves, np.asarray(wanted)[: p.n, : p.m], rtol=1e-5 if p.scales == "float" else 0)
+    np.testing.assert_allclose(
+        halves, np.asarray(wanted)[: p.n, : p.m], rtol=1e-5 if p.decoder.total_dtype == jnp.float32 else 0
+    )
 
 
 @pytest.mark.smoke
@@ -104,7 +107,7 @@ def test_kernels_lower_for_cuda(kind, m, dtype, gate):
     bits, scales = KINDS[kind]
     p = problem(m, 1024, 2048, bits, out_dtype=jnp.dtype(dtype), per_token=True, bias=True, gate=gate, **scales)
     given = recipe(512, gate.extra)[: 3 if gate.extra else 1]
-    f = jax.jit(lambda *a: matmul.matmul(p, DecodeConfig(splits=1), *a))
+    f = jax.jit(lambda *a: launch.gated_matmul(p, DecodeConfig(splits=1), *a))
     text = f.trace(*operands(p), given).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1
 
@@ -122,8 +125,8 @@ def test_kernels_lower_for_cuda(kind, m, dtype, gate):
 )
 def test_what_the_kernels_cannot_take_is_said(change, reason):
     p = problem(4, 512, 256, 4, gate=GATE)
-    assert matmul.cannot_use(p) is None
-    assert reason in matmul.cannot_use(dataclasses.replace(p, **change))
+    assert launch.cannot_use(p) is None
+    assert reason in launch.cannot_use(changed(p, **change))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,7 @@ def test_a_gate_is_taken_unless_k_had_better_be_split(monkeypatch):
     monkeypatch.setattr(tuning, "_table", lambda device: dict.fromkeys(shapes, measured))
     p = problem(1, 28672, 4096, 4, gate=GATE)
     one, many, most = (tuning.choose(dataclasses.replace(p, m=m), "a GPU") for m in (1, 16, 64))
-    assert one == many == dataclasses.replace(tuning.GATED, stages=5) and most is None
+    assert one == many == dataclasses.replace(tuning.GATED_CONFIG, stages=5) and most is None
     assert tuning.choose(problem(16, 512, 14336, 4, gate=GATE), "a GPU") is None
     assert tuning.choose(problem(1, 512, 14336, 4, gate=GATE), "a GPU") == one
 
@@ -157,7 +160,7 @@ def test_it_is_the_matmul_and_what_follows_it(kind, per_token):
     found = gated_matmul(*given, **kinds, activation="silu", qmax=127, per_token=per_token)
     assert found.codes.dtype == jnp.int8 and found.codes.shape == (5, 256 + 128) and (found.scale is None) != per_token
     y = expected_product(p, given, kinds)
-    h = y[:, :256] / (1 + np.exp(-y[:, :256])) * y[:, 256:] * np.asarray(given[4])
+    h = y[:, :256] / (1 + np.exp(-y[:, :256])) * y[:, 256:] * np.asarray(given[3])
     if per_token:
         np.testing.assert_allclose(found.scale, np.abs(h).max(-1) / 127, rtol=1e-4)
         h = h / np.asarray(found.scale)[:, None]
@@ -167,13 +170,11 @@ def test_it_is_the_matmul_and_what_follows_it(kind, per_token):
 
 def expected_product(p, given, kinds):
     """In float64, rounded to the dtype of the output."""
-    x, weight, x_scale, weight_scale = given[:4]
-    groups = (
-        np.ones((p.k // 128, p.n)) if kinds["group_scale"] is None else np.asarray(kinds["group_scale"], np.float64)
-    )
-    codes = np.asarray(dispatch.reference.unpack_int4(weight) if p.bits == 4 else weight, np.float64)
+    x, weight, x_scale = given[:3]
+    groups = np.ones((p.k // 128, p.n)) if weight.group_scale is None else np.asarray(weight.group_scale, np.float64)
+    codes = np.asarray(unpack_int4(weight.codes) if p.decoder.bits == 4 else weight.codes, np.float64)
     codes = codes * groups.repeat(128, axis=0).T
-    y = np.asarray(x, np.float64) @ codes.T * np.asarray(x_scale)[:, None] * np.asarray(weight_scale) + np.asarray(
+    y = np.asarray(x, np.float64) @ codes.T * np.asarray(x_scale)[:, None] * np.asarray(weight.scale) + np.asarray(
         kinds["bias"]
     )
     return np.asarray(jnp.asarray(y, jnp.float32).astype(p.out_dtype), np.float64)
@@ -202,14 +203,17 @@ def test_transformations():
     [
         ({"activation": "swish"}, "activation 'swish' is not one of: silu, relu, gelu"),
         ({"out_dtype": jnp.int32}, "out_dtype must be a floating dtype, got int32"),
-        ({"bits": 4}, "has 512 input channels, the weight has 1024"),
+        ({"decoder": Int4Shifted()}, "has 512 input channels, the weight has 1024"),
         ({"bias": jnp.ones(3)}, r"bias must be \(512,\), got \(3,\)"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):
     given, kinds = arguments(problem(2, 512, 512, 8, out_dtype=jnp.dtype("bfloat16")), 128)
+    settings = {"activation": "silu", "qmax": 127} | kinds | change
+    x, weight, *rest = given
+    weight = dataclasses.replace(weight, decoder=settings.pop("decoder", weight.decoder))
     with pytest.raises(ValueError, match=message):
-        gated_matmul(*given, **({"activation": "silu", "qmax": 127} | kinds | change))
+        gated_matmul(x, weight, *rest, **settings)
 
 
 def test_a_recipe_of_other_channels_is_refused():
@@ -219,9 +223,9 @@ def test_a_recipe_of_other_channels_is_refused():
 
 
 def test_an_odd_number_of_channels_has_no_halves():
-    weight, recipe = jnp.ones((3, 256), jnp.int8), (jnp.ones(1), *[jnp.zeros(0, jnp.int32)] * 2)
+    weight, recipe = Weight(Int8(), jnp.ones((3, 256), jnp.int8)), (jnp.ones(1), *[jnp.zeros(0, jnp.int32)] * 2)
     with pytest.raises(ValueError, match="3 channels are no two halves"):
-        gated_matmul(jnp.ones((2, 256), jnp.int8), weight, 1.0, 1.0, *recipe, bits=8, activation="silu", qmax=127)
+        gated_matmul(jnp.ones((2, 256), jnp.int8), weight, 1.0, *recipe, activation="silu", qmax=127)
 
 
 @pytest.fixture
@@ -229,16 +233,15 @@ def hopper(monkeypatch):
     """A process that believes to have an H200, and the problems its kernel got."""
     calls = []
 
-    def kernel(p, config, *operands):
+    def kernel(p, config, *operands, recipe):
         calls.append((p, config))
-        return tuple(jnp.zeros(a.shape, a.dtype) for a in decode.gate.Gating(p, config.warpgroups, 64).out())
+        return tuple(jnp.zeros(a.shape, a.dtype) for a in gate.Gating(p, p.gate, config.warpgroups, 64).out())
 
-    for module in (dispatch, gated):
-        monkeypatch.setattr(module, "hopper_device", lambda: "NVIDIA H200")
-    monkeypatch.setattr(matmul, "matmul", kernel)
-    gated._gated.cache_clear()
+    monkeypatch.setattr(device, "hopper_device", lambda: "NVIDIA H200")
+    monkeypatch.setattr(launch, "gated_matmul", kernel)
+    device.clear_caches()
     yield calls
-    gated._gated.cache_clear()
+    device.clear_caches()
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -277,10 +280,10 @@ def test_every_configuration_on_the_gpu(kind, m, gate):
         for config in tuning.candidates(dataclasses.replace(p, gate=gate))[: None if n < 28672 else 1]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(tuning, "choose", lambda p, device, config=config: config)
-                gated._gated.cache_clear()
+                device.clear_caches()
                 f = jax.jit(lambda *a, kinds=kinds: gated_matmul(*a, **kinds, implementation="mosaic"))
                 close(f(*given), wanted)
-    gated._gated.cache_clear()
+    device.clear_caches()
 
 
 @pytest.mark.gpu

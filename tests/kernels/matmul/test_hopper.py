@@ -10,23 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import pack_int4
-from pallas_kernels.matmul.dispatch import Matmul, hopper_device
-from pallas_kernels.matmul.hopper import decode, gemm, tiles, tuning, unpack
-from pallas_kernels.matmul.hopper import launch as matmul
+from pallas_kernels import device, pack_int4
+from pallas_kernels.device import hopper_device
+from pallas_kernels.matmul.hopper import decode, gemm, launch, tiles, tuning
 from pallas_kernels.matmul.hopper.decode import DecodeConfig
+from pallas_kernels.matmul.hopper.decoders import decoder_for, reorder
 from pallas_kernels.matmul.hopper.gemm import GemmConfig
-from pallas_kernels.matmul.hopper.problem import Problem
+from pallas_kernels.matmul.hopper.problem import DECODE_ROWS, Problem
+from pallas_kernels.matmul.kind import Matmul, Operands
 from pallas_kernels.mosaic import compat
 
 interpreted = pytest.mark.skipif(compat.version < (0, 11), reason="Mosaic GPU's interpreter needs jax 0.11")
 
 
-def problem(m, n, k, bits, **change):
-    base = Problem(
-        m=m, n=n, k=k, bits=bits, per_token=False, per_channel=True, bias=False, out_dtype=jnp.dtype("float32")
-    )
+def problem(m, n, k, bits, *, group_dtype=None, folded=False, weight_only=False, **change):
+    decoder = decoder_for(bits, group_dtype=group_dtype, folded=folded, weight_only=weight_only)
+    base = Problem(m=m, n=n, k=k, decoder=decoder, per_channel=True, out_dtype=jnp.dtype("float32"))
     return dataclasses.replace(base, **change)
+
+
+def changed(p, *, bits=None, group_dtype=None, folded=False, weight_only=False, **change):
+    """Another problem: with another format, if anything is said of it."""
+    if bits or group_dtype or weight_only:
+        bits = bits or p.decoder.bits
+        change["decoder"] = decoder_for(bits, group_dtype=group_dtype, folded=folded, weight_only=weight_only)
+    return dataclasses.replace(p, **change)
 
 
 INTEGER, FLOAT = {"group_dtype": jnp.dtype("int32")}, {"group_dtype": jnp.dtype("float32")}
@@ -36,18 +44,20 @@ SHORT, FOLDED = {"group_dtype": jnp.dtype("int16")}, INTEGER | {"folded": True}
 
 def operands(p, seed=0):
     """x, weight codes (packed or not), x_scale, w_scale, scales of groups or None, bias or None; all codes occur."""
-    rng = np.random.default_rng(seed)
-    low, high = (-128, 128) if p.bits == 8 else (-8, 8)
+    rng, floats = np.random.default_rng(seed), p.decoder.x_dtype == jnp.bfloat16
+    low, high = (-128, 128) if p.decoder.bits == 8 else (-8, 8)
     weight = jnp.asarray(rng.integers(low, high, (p.n, p.k)).astype(np.int8))
     groups = None
-    if p.grouped:
-        groups = jnp.asarray(rng.integers(1, 16, (p.k // 128, p.n)), p.group_dtype)
-        groups = groups * 0.37 if p.scales == "float" else groups
-        groups = jnp.exp2(jnp.round(groups)) if p.weight_only else groups  # Codes times scales are exact in bfloat16.
+    if p.decoder.operands:
+        groups = jnp.asarray(rng.integers(1, 16, (p.k // 128, p.n)), p.decoder.scale_dtype)
+        groups = groups * 0.37 if p.decoder.total_dtype == jnp.float32 else groups
+        groups = (
+            jnp.exp2(jnp.round(groups)) if (p.decoder.x_dtype == jnp.bfloat16) else groups
+        )  # Codes times scales are exact in bfloat16.
     return (
-        jnp.asarray(rng.integers(-127, 128, (p.m, p.k)), p.x_dtype),
-        weight if p.bits == 8 else jax.jit(pack_int4)(weight),
-        jnp.float32(1) if p.weight_only else jnp.asarray(rng.uniform(0.5, 2, p.m if p.per_token else ()), jnp.float32),
+        jnp.asarray(rng.integers(-127, 128, (p.m, p.k)), p.decoder.x_dtype),
+        weight if p.decoder.bits == 8 else jax.jit(pack_int4)(weight),
+        jnp.float32(1) if floats else jnp.asarray(rng.uniform(0.5, 2, p.m if p.per_token else ()), jnp.float32),
         jnp.asarray(rng.uniform(0.5, 2, p.n if p.per_channel else ()), jnp.float32),
         groups,
         jnp.asarray(rng.normal(0, 1, p.n), jnp.float32) if p.bias else None,
@@ -55,13 +65,12 @@ def operands(p, seed=0):
 
 
 def expected(p, arguments):
-    kind = Matmul(bits=p.bits, grouped=p.grouped, folded=p.folded, weight_only=p.weight_only, out_dtype=p.out_dtype)
-    return jax.jit(kind.xla)(*(operand for operand in arguments if operand is not None))
+    return jax.jit(Matmul(decoder=p.decoder, out_dtype=p.out_dtype).xla)(Operands(*arguments))
 
 
 def same(p, result, wanted):
     """Bit for bit; where floats are added up, as closely as the order of the sum allows."""
-    if p.scales == "float":
+    if p.decoder.total_dtype == jnp.float32:
         largest = jnp.abs(wanted.astype(jnp.float32)).max()
         rounding = 2.0**-7 if p.out_dtype == jnp.bfloat16 else 2.0**-20
         return bool(jnp.allclose(result, wanted, rtol=rounding, atol=1e-6 * float(largest)))
@@ -92,10 +101,10 @@ def test_gemm_in_interpret_mode(monkeypatch, p, config):
     build = gemm.build
     settings = {"multiprocessors": 4, "interpret": compat.interpret_params()}
     monkeypatch.setattr(gemm, "build", lambda p, config: build(p, config, **settings))
-    matmul._kernel.cache_clear()
+    device.clear_caches()
     arguments = operands(p)
-    result = matmul.matmul(p, config, *arguments)
-    matmul._kernel.cache_clear()
+    result = launch.matmul(p, config, *arguments)
+    device.clear_caches()
     assert same(p, result, expected(p, arguments))
 
 
@@ -104,17 +113,17 @@ def test_what_wraps_on_the_way_does_so_exactly(monkeypatch):
     p = problem(136, 64, 1024, 4, out_dtype=jnp.dtype("int32"), **INTEGER)
     build, settings = gemm.build, {"multiprocessors": 4, "interpret": compat.interpret_params()}
     monkeypatch.setattr(gemm, "build", lambda p, config: build(p, config, **settings))
-    matmul._kernel.cache_clear()
+    device.clear_caches()
     scales = np.asarray(
         [1] * 7 + [1000]
     )  # The accumulator times a difference of these is far beyond int32, the sum is not.
     packed = pack_int4(jnp.full((p.n, p.k), -8, jnp.int8))
     groups = jnp.tile(jnp.asarray(scales, jnp.int32)[:, None], (1, p.n))
     x = jnp.full((p.m, p.k), 127, jnp.int8)
-    result = matmul.matmul(
+    result = launch.matmul(
         p, GemmConfig(tokens=128, warpgroups=1), x, packed, jnp.ones(()), jnp.ones(p.n), groups, None
     )
-    matmul._kernel.cache_clear()
+    device.clear_caches()
     one = -8 * 127 * 128  # product of one group
     assert 16 * abs(one) * scales.sum() < 2**31 < 16 * abs(one) * 8 * 999
     assert (np.asarray(result) == one * scales.sum()).all()
@@ -142,10 +151,10 @@ def test_what_wraps_on_the_way_does_so_exactly(monkeypatch):
 def test_partial_sums_of_decode_in_interpret_mode(p, config):
     x, weight, _, _, groups, _ = operands(p)
     kernel = decode.build(p, config, interpret=compat.interpret_params())
-    ordered = unpack.reorder(x) if p.weight_only else x
+    ordered = reorder(x) if (p.decoder.x_dtype == jnp.bfloat16) else x
     partial = kernel(weight, ordered, jnp.ones(p.n), jnp.ones(1), *(() if groups is None else (groups,)))
     sums = np.asarray(partial).sum(0)[: p.n, : p.m].T
-    sums = sums / (16 if p.shifted or (p.folded and not config.fold) else 1)
+    sums = sums / (2 ** (p.decoder if config.fold else p.decoder.without_folding()).shift)
     one = jnp.float32(1)
     raw = dataclasses.replace(p, per_token=False, per_channel=False, bias=False, out_dtype=jnp.dtype("float32"))
     wanted = expected(raw, (x, weight, one, one, groups, None))
@@ -184,7 +193,7 @@ def test_kernels_with_groups_lower_for_cuda(scales, m, config):
 
 
 def assert_lowers(p, config):
-    f = jax.jit(lambda *a: matmul.matmul(p, config, *a))
+    f = jax.jit(lambda *a: launch.matmul(p, config, *a))
     text = f.trace(*operands(p)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1
 
@@ -210,8 +219,15 @@ def test_every_tile_is_visited_once(m_tiles, n_tiles, width):
     ],
 )
 def test_what_the_kernels_cannot_take_is_said(change, reason):
-    assert matmul.cannot_use(problem(4, 128, 256, 4)) is None
-    assert reason in matmul.cannot_use(dataclasses.replace(problem(4, 128, 256, 4), **change))
+    assert launch.cannot_use(problem(4, 128, 256, 4)) is None
+    assert reason in launch.cannot_use(changed(problem(4, 128, 256, 4), **change))
+
+
+def test_folded_codes_overflow_where_120_times_127_times_k_does():
+    fitting = 2**31 // (127 * 8 * 15) // 256 * 256
+    folded = problem(130, 64, fitting, 4, **FOLDED)
+    assert launch.cannot_use(folded) is None
+    assert "could overflow" in launch.cannot_use(dataclasses.replace(folded, k=fitting + 256))
 
 
 @pytest.mark.parametrize("bad", [{"tokens": 12}, {"tokens": 512}, {"warpgroups": 5}, {"cluster": 3}])
@@ -238,7 +254,7 @@ def test_configurations_that_cannot_work_are_refused(m, config):
 )
 def test_groups_are_refused_registers_that_are_not_there(m, config):
     p = problem(m, 768, 4096, 4)
-    assert tuning.fits(p, config) and not tuning.fits(dataclasses.replace(p, **INTEGER), config)
+    assert tuning.fits(p, config) and not tuning.fits(changed(p, **INTEGER), config)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -247,9 +263,9 @@ def test_groups_are_refused_registers_that_are_not_there(m, config):
 def test_the_rule_finds_a_kernel_for_every_shape(bits, m, n, k):
     p = problem(m, n, k, bits)
     for scales in (None, INTEGER, FLOAT, FOLDED, WEIGHT_ONLY) if bits == 4 else (None,):
-        p = dataclasses.replace(p, **scales or {})
+        p = changed(p, **scales or {})
         config = tuning.rule(p)
-        assert isinstance(config, DecodeConfig) == (m <= decode.MOST_TOKENS)
+        assert isinstance(config, DecodeConfig) == (m <= DECODE_ROWS)
         assert tuning.fits(p, config)
 
 
@@ -316,8 +332,8 @@ def test_rows_that_a_table_lacks_are_those_of_a_shape_near_it_or_of_another_devi
 
 
 def test_devices_with_a_table_are_known():
-    for device in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
-        assert tuning.table_file(device).stem in tuning._devices()
+    for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        assert tuning.table_file(name).stem in tuning._devices()
     assert all(tuning._table(name) for name in tuning._devices())
 
 
@@ -346,7 +362,7 @@ def test_every_configuration_on_the_gpu(kind, m):
     arguments = operands(p)
     wanted = expected(p, arguments)
     for config in tuning.candidates(p):
-        result = jax.jit(lambda *a, config=config: matmul.matmul(p, config, *a))(*arguments)
+        result = jax.jit(lambda *a, config=config: launch.matmul(p, config, *a))(*arguments)
         assert same(p, result, wanted), config
 
 
@@ -360,7 +376,7 @@ def test_no_races_in_fifty_runs(kind, m, n, k):
     bits, scales = KINDS[kind]
     p = problem(m, n, k, bits, out_dtype=jnp.dtype("bfloat16"), **scales)
     config = tuning.choose(p, hopper_device()) or tuning.rule(p)
-    f = jax.jit(lambda *a: matmul.matmul(p, config, *a))
+    f = jax.jit(lambda *a: launch.matmul(p, config, *a))
     for seed in range(5):
         arguments = operands(p, seed)
         first = f(*arguments)

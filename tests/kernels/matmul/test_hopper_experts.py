@@ -1,18 +1,19 @@
 """The Hopper kernels with experts: in interpret mode, lowered for CUDA, compiled ahead of time, and on a GPU."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import pack_int4
+from pallas_kernels import Weight, device, pack_int4
 from pallas_kernels.matmul import experts
-from pallas_kernels.matmul.dispatch import Matmul
-from pallas_kernels.matmul.hopper import decode, gemm, tuning
-from pallas_kernels.matmul.hopper import launch as matmul
+from pallas_kernels.matmul.hopper import decode, gemm, launch, tuning
 from pallas_kernels.matmul.hopper import ragged as hopper_experts
 from pallas_kernels.matmul.hopper.decode import DecodeConfig
 from pallas_kernels.matmul.hopper.gemm import GemmConfig
+from pallas_kernels.matmul.kind import Matmul, Operands
 from pallas_kernels.mosaic import compat
 from tests.kernels import ahead_of_time
 from tests.kernels.matmul.test_hopper import (
@@ -30,27 +31,30 @@ from tests.kernels.matmul.test_hopper import (
 
 def operands(p, sizes, seed=0):
     """x, weight codes, rows of each expert, x_scale, w_scale, scales of groups or None; all codes occur."""
-    rng = np.random.default_rng(seed)
-    low, high = (-128, 128) if p.bits == 8 else (-8, 8)
+    rng, floats = np.random.default_rng(seed), p.decoder.x_dtype == jnp.bfloat16
+    low, high = (-128, 128) if p.decoder.bits == 8 else (-8, 8)
     weight = jnp.asarray(rng.integers(low, high, (p.experts, p.n, p.k)).astype(np.int8))
     groups = None
-    if p.grouped:
-        groups = jnp.asarray(rng.integers(1, 16, (p.experts, p.k // 128, p.n)), p.group_dtype)
-        groups = groups * 0.37 if p.scales == "float" else groups
-        groups = jnp.exp2(jnp.round(groups)) if p.weight_only else groups  # Codes times scales are exact in bfloat16.
+    if p.decoder.operands:
+        groups = jnp.asarray(rng.integers(1, 16, (p.experts, p.k // 128, p.n)), p.decoder.scale_dtype)
+        groups = groups * 0.37 if p.decoder.total_dtype == jnp.float32 else groups
+        groups = (
+            jnp.exp2(jnp.round(groups)) if (p.decoder.x_dtype == jnp.bfloat16) else groups
+        )  # Codes times scales are exact in bfloat16.
     return (
-        jnp.asarray(rng.integers(-127, 128, (p.m, p.k)), p.x_dtype),
-        weight if p.bits == 8 else jax.vmap(jax.jit(pack_int4))(weight),
+        jnp.asarray(rng.integers(-127, 128, (p.m, p.k)), p.decoder.x_dtype),
+        weight if p.decoder.bits == 8 else jax.vmap(jax.jit(pack_int4))(weight),
         jnp.asarray(sizes, jnp.int32),
-        jnp.float32(1) if p.weight_only else jnp.asarray(rng.uniform(0.5, 2, p.m if p.per_token else ()), jnp.float32),
+        jnp.float32(1) if floats else jnp.asarray(rng.uniform(0.5, 2, p.m if p.per_token else ()), jnp.float32),
         jnp.asarray(rng.uniform(0.5, 2, (p.experts, p.n)), jnp.float32),
         groups,
     )
 
 
 def expected(p, arguments):
-    kind = Matmul(bits=p.bits, grouped=p.grouped, folded=p.folded, weight_only=p.weight_only, out_dtype=p.out_dtype)
-    return experts._xla(kind, *(operand for operand in arguments if operand is not None))
+    x, codes, sizes, x_scale, scale, groups = arguments
+    kind = Matmul(decoder=p.decoder, out_dtype=p.out_dtype)
+    return experts._xla(kind, Operands(x, codes, x_scale, scale, groups), sizes)
 
 
 @pytest.mark.smoke
@@ -80,10 +84,10 @@ def test_gemm_in_interpret_mode(monkeypatch, p, config, sizes):
     build = gemm.build
     settings = {"multiprocessors": 4, "interpret": compat.interpret_params()}
     monkeypatch.setattr(gemm, "build", lambda p, config: build(p, config, **settings))
-    matmul._kernel.cache_clear()
+    device.clear_caches()
     arguments, rows = operands(p, sizes), sum(sizes)
-    result = matmul.expert_matmul(p, config, *arguments)
-    matmul._kernel.cache_clear()
+    result = launch.expert_matmul(p, config, *arguments)
+    device.clear_caches()
     assert same(p, result[:rows], expected(p, arguments)[:rows])
 
 
@@ -92,10 +96,10 @@ def test_rows_of_no_expert_are_not_written(monkeypatch):
     build = gemm.build
     settings = {"multiprocessors": 4, "interpret": compat.interpret_params()}
     monkeypatch.setattr(gemm, "build", lambda p, config: build(p, config, **settings))
-    matmul._kernel.cache_clear()
+    device.clear_caches()
     p, config = problem(128, 64, 256, 8, experts=2), GemmConfig(tokens=128, warpgroups=1)
-    result, all_rows = (matmul.expert_matmul(p, config, *operands(p, sizes)) for sizes in ([24, 16], [24, 104]))
-    matmul._kernel.cache_clear()
+    result, all_rows = (launch.expert_matmul(p, config, *operands(p, sizes)) for sizes in ([24, 16], [24, 104]))
+    device.clear_caches()
     assert jnp.array_equal(result[:40], all_rows[:40])
     assert (result[40:] != all_rows[40:]).mean() > 0.99
 
@@ -120,12 +124,12 @@ def test_partial_sums_of_decode_in_interpret_mode(p, config, sizes):
     (partial,) = np.asarray(
         kernel(weight.reshape(-1, weight.shape[2]), x, jnp.ones(p.experts * p.n), jnp.ones(1), *rest, visits)
     )
-    raw = problem(p.m, p.n, p.k, p.bits, experts=p.experts, group_dtype=p.group_dtype, folded=p.folded)
+    raw = dataclasses.replace(p, per_token=False, out_dtype=jnp.dtype("float32"))
     one = jnp.ones((p.experts, p.n))
     wanted = np.asarray(expected(raw, (x, weight, counts, jnp.float32(1), one, groups)))
     channels = 64 * config.warpgroups
     room = -(-p.n // channels) * channels
-    factor = 16 if p.shifted or (p.folded and not config.fold) else 1
+    factor = 2 ** (p.decoder if config.fold else p.decoder.without_folding()).shift
     begin, place = 0, 0
     for size in sizes:
         for first in range(0, size, tile):
@@ -157,7 +161,7 @@ def test_tiles_cover_the_rows_of_every_expert(sizes, size):
 def test_kernels_lower_for_cuda(kind, m):
     bits, scales = KINDS[kind]
     p = problem(m, 448, 2048, bits, experts=4, out_dtype=jnp.dtype("bfloat16"), **scales)
-    f = jax.jit(lambda *a: matmul.expert_matmul(p, tuning.rule(p), *a))
+    f = jax.jit(lambda *a: launch.expert_matmul(p, tuning.rule(p), *a))
     text = f.trace(*operands(p, [8, 0, 40, 40])).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1
 
@@ -170,19 +174,19 @@ def test_kernels_of_a_large_model_compile(kind, m):
     bits, scales = KINDS[kind]
     for n, k in ((28672, 4096), (4096, 14336)):
         p = problem(m, n, k, bits, experts=8, out_dtype=jnp.dtype("bfloat16"), **scales)
-        shapes = [((m, k), p.x_dtype), ((8, n, k * bits // 8), jnp.int8), ((8,), jnp.int32), ((), jnp.float32)]
-        shapes += [((8, n), jnp.float32)] + [((8, k // 128, n), p.group_dtype)] * p.grouped
+        shapes = [((m, k), p.decoder.x_dtype), ((8, n, k * bits // 8), jnp.int8), ((8,), jnp.int32), ((), jnp.float32)]
+        shapes += [((8, n), jnp.float32)] + [((8, k // 128, n), p.decoder.scale_dtype)] * p.decoder.operands
 
         def f(x, weight, sizes, x_scale, weight_scale, groups=None, p=p):
-            return matmul.expert_matmul(p, tuning.rule(p), x, weight, sizes, x_scale, weight_scale, groups)
+            return launch.expert_matmul(p, tuning.rule(p), x, weight, sizes, x_scale, weight_scale, groups)
 
         ahead_of_time.compile_for_h200(f, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
 
 
 def test_what_the_kernels_cannot_take_is_said():
-    assert matmul.cannot_use(problem(16, 128, 256, 4, experts=4)) is None
-    assert "12 rows are not a multiple of 8" in matmul.cannot_use(problem(12, 128, 256, 4, experts=4))
-    assert "no biases" in matmul.cannot_use(problem(16, 128, 256, 4, experts=4, bias=True))
+    assert launch.cannot_use(problem(16, 128, 256, 4, experts=4)) is None
+    assert "12 rows are not a multiple of 8" in launch.cannot_use(problem(12, 128, 256, 4, experts=4))
+    assert "no biases" in launch.cannot_use(problem(16, 128, 256, 4, experts=4, bias=True))
     assert not tuning.fits(problem(16, 128, 1024, 4, experts=4), DecodeConfig(splits=2))
 
 
@@ -197,7 +201,7 @@ def test_every_configuration_on_the_gpu(kind, sizes):
     arguments = operands(p, sizes)
     wanted = expected(p, arguments)[:rows]
     for config in tuning.candidates(p):
-        f = jax.jit(lambda *a, config=config: matmul.expert_matmul(p, config, *a)[:rows])
+        f = jax.jit(lambda *a, config=config: launch.expert_matmul(p, config, *a)[:rows])
         assert all(same(p, f(*arguments), wanted) for _ in range(5)), config
 
 
@@ -206,6 +210,9 @@ def test_every_configuration_on_the_gpu(kind, sizes):
 def test_the_dispatcher_takes_the_kernel():
     p = problem(64, 1472, 2560, 4, experts=4, out_dtype=jnp.dtype("bfloat16"))
     arguments = operands(p, [8, 32, 0, 24])
-    kinds = {"bits": 4, "alignment": 8}
-    found = [experts.expert_matmul(*arguments[:5], **kinds, implementation=i) for i in ("mosaic", "xla", None)]
+    x, codes, sizes, x_scale, scale, _ = arguments
+    weight = Weight(p.decoder, codes, scale)
+    found = [
+        experts.expert_matmul(x, weight, sizes, x_scale, alignment=8, implementation=i) for i in ("mosaic", "xla", None)
+    ]
     assert all(bool(jnp.array_equal(found[0], other)) for other in found[1:])

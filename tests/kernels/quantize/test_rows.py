@@ -12,9 +12,9 @@ import pytest
 
 from pallas_kernels import quantize_activated, quantize_normalized, quantize_per_token
 from pallas_kernels.attention.parts import Parts
-from pallas_kernels.matmul.dispatch import NO_GPU, capability
+from pallas_kernels.device import NO_GPU, capability
 from pallas_kernels.quantize import dispatch as rows
-from pallas_kernels.quantize.dispatch import Quantization
+from pallas_kernels.quantize.kind import Quantization
 from tests.kernels import ahead_of_time
 from tests.kernels.quantize.test_activations import oracle
 
