@@ -1,6 +1,6 @@
 """Plans with thresholds, by rule or searched for (:mod:`fqjax.methods.flattenquant`)."""
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from fqjax.drivers.settings import Allocation
 from fqjax.methods.arrays.smoothquant import smooth
 
 
+@runtime_checkable
 class FlattenSettings(Protocol):
     """Settings that plans depend on; see :class:`fqjax.methods.flattenquant.FlattenQuant`."""
 

@@ -1,6 +1,6 @@
 """Plans with grouped weights, with AWQ's scaling and with folded scales (:class:`fqjax.methods.base.GroupedMethod`)."""
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,6 +20,7 @@ GROUP_SCALE_FRACTIONS = tuple(1 - i / 20 for i in range(11))
 """Candidates for the largest weight of a group that is not clipped, relative to its largest."""
 
 
+@runtime_checkable
 class GroupSettings(Protocol):
     """Settings that plans of grouped weights depend on."""
 
