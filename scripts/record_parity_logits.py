@@ -19,7 +19,7 @@ from tests.models import variants
 
 def torch_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
     """Float32 logits (batch, length, vocabulary) of a checkpoint, by torch on the CPU."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

@@ -56,7 +56,7 @@ class Channels(NamedTuple):
 
     at: Array
     multiplier: Array
-    to: pl.Slice
+    to: slice | pl.Slice
     before: tuple[Array, Array] | None = None
 
 
