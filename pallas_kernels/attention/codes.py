@@ -56,7 +56,7 @@ class Channels(NamedTuple):
 
     at: Array
     multiplier: Array
-    to: slice | pl.Slice
+    to: pl.Slice
     before: tuple[Array, Array] | None = None
 
 

@@ -17,9 +17,9 @@ from pallas_kernels.quantize.kind import Quantization
 class _Part(NamedTuple):
     """Some of a row's channels: their places in x, those that they gate, those of their codes; and their factor and shift."""
 
-    at: Array | slice | pl.Slice
-    beside: Array | slice | pl.Slice
-    to: Array | slice | pl.Slice
+    at: Array | pl.Slice
+    beside: Array | pl.Slice
+    to: Array | pl.Slice
     multiplier: Array
     shift: Array | None
 
@@ -39,7 +39,7 @@ def kernel(kind: Quantization, programs: int, pieces: Sequence[tuple[int, int]],
     codes_ref, *others = refs[-results:]
     (rows, width), k = codes_ref.shape, multiplier_ref.shape[0]
 
-    def part(at: Array | slice | pl.Slice, beside: Array | slice | pl.Slice, to: Array | slice | pl.Slice) -> _Part:
+    def part(at: Array | pl.Slice, beside: Array | pl.Slice, to: Array | pl.Slice) -> _Part:
         multiplier = given = multiplier_ref[at]
         if weight_ref is not None:
             multiplier = given * weight_ref[at].astype(jnp.float32)
