@@ -56,7 +56,7 @@ def test_what_qwix_quantizes_is_taken(qwix, qtype, axes, tiles):
     array = qwix.quantize(kernel, qtype, channelwise_axes=axes, tiled_axes=tiles)
     weight = fqjax.from_qwix(array)
     np.testing.assert_array_equal(weight.dequantize()[:, :K].T, qwix.dequantize(array))
-    assert weight.format.group_size == {32: 32, 48: 16, 16: 16}.get(tiles.get(0), 0)
+    assert getattr(weight.format, "group_size", 0) == {32: 32, 48: 16, 16: 16}.get(tiles.get(0), 0)
 
 
 @dataclasses.dataclass
@@ -91,8 +91,8 @@ def test_what_cannot_be_taken(array, message):
 
 def test_flattened_channels_are_refused(qwix):
     quantized = layer("w8a8")
-    recipe = dataclasses.replace(quantized.input.get_value(), used=3)
-    quantized.input.set_value(recipe)
+    figures = dataclasses.replace(quantized.figures, flattened=3)
+    quantized = quantized.changed(quantized.weight.get_value(), quantized.input.get_value(), figures)
     with pytest.raises(InputError, match="3 flattened channels"):
         fqjax.to_qwix(quantized)
 
