@@ -134,8 +134,9 @@ class UniformGrid(Stored):
         return nearest_codes(w / columns(self.scale), -self.largest, self.largest)
 
     def column(self, w: Float32[Array, " n"], i: Int32[Array, ""]) -> Float32[Array, " n"]:
-        largest = self.pieces[i] * qmax(self.format.bits)
-        return jnp.clip(jnp.round(w / self.scale), -largest, largest) * self.scale
+        # An array of one scale, so that XLA takes its reciprocal once, rather than divides anew in every step of a loop.
+        scale, largest = jnp.atleast_1d(self.scale), self.pieces[i] * qmax(self.format.bits)
+        return jnp.clip(jnp.round(w / scale), -largest, largest) * scale
 
     def fake(self, w: Float32[Array, "n k"]) -> Float32[Array, "n k"]:
         return straight_through(w, self.round(w) * columns(self.scale))
