@@ -1,7 +1,7 @@
 """A linear layer with the statistics of its input, and the plan of the layer that it becomes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import jax
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     InputsLike = InputQuantizer
     GridLike = Grid
     FunctionLike = Callable[[Array], Array]
-else:  # JAX puts placeholders into pytrees, which are no instances of the protocols.
+else:  # Type checks at run time would refuse what JAX puts into pytrees in place of these.
     TransformLike = InputsLike = GridLike = FunctionLike = object
 
 
@@ -48,7 +48,7 @@ class LayerPlan:
       transform: T.
       inputs: quantizer of the layer's input.
       grid: numbers that the transformed weight may become.
-      branches: what is added to the product (:mod:`fqjax.core.branches`).
+      branches: what is added to the product, each a function of the transformed input.
       finish: what becomes of the output; None for nothing.
     """
 
@@ -62,9 +62,23 @@ class LayerPlan:
         """The nearest codes of a weight that is not transformed yet."""
         return self.grid.round(self.transform.weight(weight))
 
-    def product(self, x: Float[Array, "*rows k"], codes: Int[Array, "n k"]) -> Float32[Array, "*rows n"]:
-        """The quantized layer's output without bias and branches, in float32 arithmetic on the original channels."""
-        return fake_input(self.transform, self.inputs, x) @ self.grid.weight(codes)().T
+    def product(self, x: Float[Array, "*rows k"], rounded: RoundedWeight) -> Float32[Array, "*rows n"]:
+        """The rounded input times the rounded weight, in float32 arithmetic on the original channels."""
+        return fake_input(self.transform, self.inputs, x) @ rounded().T
+
+    def output(
+        self, x: Float[Array, "*rows k"], rounded: RoundedWeight, weight: Float[Array, "n k"]
+    ) -> Float32[Array, "*rows n"]:
+        """The output of the quantized layer, had it no bias, in float32 arithmetic.
+
+        Args:
+          x: the layer's input.
+          rounded: its transformed weight as it is represented.
+          weight: as it was before.
+        """
+        y = self.product(x, rounded)
+        added = [branch(self.transform.inputs(x)) for branch in self.branches]
+        return completed(y, added, self.transform.bias(weight, None), self.finish)
 
     def expansion(self, k: int) -> Float32[Array, ""]:
         """K'/K before padding, for K input channels."""
@@ -86,16 +100,33 @@ def fake_input(transform: Transform, inputs: InputQuantizer, x: Float[Array, "*r
     return inputs.fake(transform.inputs(x), None) if recipe is None else inputs.fake(x, recipe)
 
 
-def relative_error(plan: LayerPlan, codes: Int[Array, "n k"], layer: LayerInputs) -> Float32[Array, ""]:
+def completed(
+    y: Float[Array, "*rows n"],
+    added: Iterable[Float[Array, "*rows n"]],
+    bias: Float[Array, " n"] | None,
+    finish: Callable[[Array], Array] | None,
+) -> Float[Array, "*rows n"]:
+    """The output of a layer, from the product of its codes: ``finish(y + sum(added) + bias)``.
+
+    Args:
+      y: the product.
+      added: what each branch gives.
+      bias: transformed; None for none.
+      finish: as :class:`LayerPlan` has it.
+    """
+    for one in added:
+        y = y + one
+    y = y if bias is None else y + bias
+    return y if finish is None else finish(y)
+
+
+def relative_error(plan: LayerPlan, rounded: RoundedWeight, layer: LayerInputs) -> Float32[Array, ""]:
     """Mean squared error of the quantized layer's output over the mean square of the exact one; 0 if both are 0."""
     exact = layer.samples.astype(jnp.float32) @ layer.weight.astype(jnp.float32).T
-    return relative_square(plan.product(layer.samples, codes), exact)
+    return relative_square(plan.output(layer.samples, rounded, layer.weight), exact)
 
 
 def relative_square(given: Float32[Array, "..."], exact: Float32[Array, "..."]) -> Float32[Array, ""]:
     """Squared difference over the square of what is exact; 0 if both are 0, NaN if one is."""
     error = jnp.sum((given - exact) ** 2)
     return jnp.where(error == 0, 0.0, error / jnp.maximum(jnp.sum(exact**2), jnp.finfo(jnp.float32).tiny))
-
-
-__all__ = ["Grid", "LayerInputs", "LayerPlan", "RoundedWeight", "fake_input", "relative_error", "relative_square"]

@@ -60,7 +60,7 @@ def assemble(
     """
     weight, quantizer, flattened = expand(name, plan, codes)
     figures = Figures(
-        relative_error=float(_relative_error(plan, codes, inputs)),
+        relative_error=float(measured_error(plan, plan.grid.weight(codes), inputs)),
         accumulator_bound=weight.bound(quantizer.qmax),
         macs=macs,
         flattened=flattened,
@@ -81,7 +81,7 @@ def assemble(
     )
 
 
-_relative_error = jit(relative_error)
+measured_error = jit(relative_error)
 
 
 def expand(name: str, plan: LayerPlan, codes: Int[Array, "n k"]) -> tuple[QTensor, StoredInput, int]:

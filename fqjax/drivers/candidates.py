@@ -121,8 +121,9 @@ def _of_rows(plan: LayerPlan, rows: slice, weight: Float32[Array, "n k"]) -> Lay
 @jit
 def _judged(plan: LayerPlan, inputs: LayerInputs) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """The error and the divergence of a layer's output."""
-    exact, codes = inputs.samples @ inputs.weight.T, plan.round(inputs.weight)
-    return relative_error(plan, codes, inputs), histogram_divergence(exact, plan.product(inputs.samples, codes))
+    exact, rounded = inputs.samples @ inputs.weight.T, plan.grid.weight(plan.round(inputs.weight))
+    given = plan.output(inputs.samples, rounded, inputs.weight)
+    return relative_error(plan, rounded, inputs), histogram_divergence(exact, given)
 
 
 def _options(inputs: LayerInputs, linear: nnx.Linear, method: Method, int4: bool) -> list[Option]:
@@ -178,9 +179,9 @@ def _measured(inputs: LayerInputs, method: Method, bits: int) -> _Measured:
     exact = inputs.samples @ inputs.weight.T
 
     def measure(plan: LayerPlan) -> _Measured:
-        codes = plan.round(inputs.weight)
-        divergence = histogram_divergence(exact, plan.product(inputs.samples, codes))
-        error = relative_error(plan, codes, inputs)
+        rounded = plan.grid.weight(plan.round(inputs.weight))
+        divergence = histogram_divergence(exact, plan.output(inputs.samples, rounded, inputs.weight))
+        error = relative_error(plan, rounded, inputs)
         return _Measured(plan, channels_used(plan, inputs.weight.shape[1]), error, divergence)
 
     plans = method.plans(inputs, bits)

@@ -5,13 +5,10 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import cast
 
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Int
 
-from fqjax.core.formats.base import RoundedWeight
-from fqjax.core.inputs import InputQuantizer
-from fqjax.core.layer import LayerInputs, LayerPlan, fake_input, relative_square
-from fqjax.core.transforms.base import Transform
-from fqjax.drivers.assemble import assemble
+from fqjax.core.layer import LayerInputs, LayerPlan
+from fqjax.drivers.assemble import assemble, measured_error
 from fqjax.drivers.base import BlockRun, Pass
 from fqjax.drivers.flow import Activations, Pair
 from fqjax.drivers.method import Method
@@ -20,7 +17,6 @@ from fqjax.drivers.settings import Compensated
 from fqjax.drivers.trial import nearest, rounded
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.simulated import Simulated
-from fqjax.runtime.compiling import jit
 
 Codes = Callable[[], Int[Array, "n k"]]
 
@@ -85,8 +81,9 @@ def finish(
     for short, name in block.names.items():
         linear, plan = block.linears[short], plans[short]
         found = codes[short]()  # Before the weight in float32 is there, as rounding may take much memory itself.
-        layer = assemble(name, linear, plan, found, block.inputs(short), macs=macs[name], recipe=recipe)
-        made[name] = _finished(layer, plan, block.inputs(short), run.method).widened(widths[name])
+        inputs = block.inputs(short)
+        layer = assemble(name, linear, plan, found, inputs, macs=macs[name], recipe=recipe)
+        made[name] = _finished(layer, plan, inputs, run.method).widened(widths[name])
         if simulate:
             kept[short] = Simulated.of(linear, plan, found)
     run.keep(made)
@@ -99,12 +96,5 @@ def _finished(layer: QuantizedLinear, plan: LayerPlan, inputs: LayerInputs, meth
     if changed is layer:
         return layer
     quantizer, weight = changed.input.get_value(), changed.weight.get_value()
-    error = _relative_error(plan.transform, plan.inputs, weight.weight(quantizer.source, quantizer.part), inputs)
+    error = measured_error(plan, weight.weight(quantizer.source, quantizer.part), inputs)
     return changed.changed(weight, quantizer, dataclasses.replace(changed.figures, relative_error=float(error)))
-
-
-@jit
-def _relative_error(
-    transform: Transform, inputs: InputQuantizer, weight: RoundedWeight, layer: LayerInputs
-) -> Float32[Array, ""]:
-    return relative_square(fake_input(transform, inputs, layer.samples) @ weight().T, layer.samples @ layer.weight.T)

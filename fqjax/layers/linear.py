@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from fqjax.core.formats.base import Format, QTensor
+from fqjax.core.layer import completed
 from fqjax.core.overflow import check_accumulator
 from fqjax.core.stored_inputs import Quantized, StoredInput
 from fqjax.core.table import Sizes, bytes_of
@@ -92,10 +93,10 @@ class QuantizedLinear(nnx.Module):
         codes = self.input.get_value()(changed)
         if not self.branches and self.finish is None:
             return self.multiply(codes, x.dtype)
-        y = self.weight.get_value().matmul(codes, out_dtype=jnp.float32)
-        y = y + sum(branch.get_value()(changed) for branch in self.branches)
-        y = y if self.bias is None else y + self.bias[...]
-        y = y if self.finish is None else self.finish.get_value()(y)
+        product = self.weight.get_value().matmul(codes, out_dtype=jnp.float32)
+        added = [branch.get_value()(changed) for branch in self.branches]
+        bias = None if self.bias is None else self.bias[...]
+        y = completed(product, added, bias, None if self.finish is None else self.finish.get_value())
         return y.astype(self.result_dtype(x.dtype))
 
     def multiply(self, x: Quantized, dtype: DTypeLike) -> Float[Array, "*rows out"]:

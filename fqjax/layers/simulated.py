@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int
 
-from fqjax.core.layer import LayerPlan, fake_input
+from fqjax.core.layer import LayerPlan, completed, fake_input
 
 
 class Simulated(nnx.Module):
@@ -44,12 +44,10 @@ class Simulated(nnx.Module):
         return cls(plan, codes, bias, dtype=linear.dtype, param_dtype=linear.param_dtype)
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
-        y = self.product(x)
-        for branch in self.branches:
-            y = y + branch.get_value()(self.transform.get_value().inputs(x))
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
-        y = y if self.finish is None else self.finish.get_value()(y)
+        added = [branch.get_value()(self.transform.get_value().inputs(x)) for branch in self.branches]
+        bias = None if self.bias is None else self.bias[...].astype(jnp.float32)
+        finish = None if self.finish is None else self.finish.get_value()
+        y = completed(self.product(x), added, bias, finish)
         return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
 
     def product(self, x: Float[Array, "*rows k"]) -> Float32[Array, "*rows out"]:

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fqjax.core.formats.uniform import Uniform, UniformGrid
 from fqjax.core.inputs import Floating, PerToken, Static
@@ -29,6 +30,10 @@ def unit_plan(k, bits=8, x_bits=8):
     return LayerPlan(transform=Diagonal(factors=jnp.ones(k)), inputs=Static.of(one, whole, x_bits), grid=grid)
 
 
+def nearest(plan, weight):
+    return plan.grid.weight(plan.round(weight))
+
+
 def test_the_product_is_that_of_the_rounded_operands():
     inputs = layer()
     plan = plan_of(inputs)
@@ -36,20 +41,62 @@ def test_the_product_is_that_of_the_rounded_operands():
     x_scale = float(plan.inputs.scale)
     codes = np.clip(np.rint(np.asarray(inputs.samples) / x_scale), -127, 127)
     expected = (codes * x_scale) @ (np.asarray(found) * float(plan.grid.scale)).T
-    np.testing.assert_allclose(plan.product(inputs.samples, found), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(plan.product(inputs.samples, plan.grid.weight(found)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_error_falls_with_the_bits():
     inputs = layer()
     plans = [plan_of(inputs, bits) for bits in (8, 4)]
-    errors = [float(relative_error(plan, plan.round(inputs.weight), inputs)) for plan in plans]
+    errors = [float(relative_error(plan, nearest(plan, inputs.weight), inputs)) for plan in plans]
     assert 0 < errors[0] < 1e-3 < errors[1] < 0.2
 
 
 def test_an_exact_layer_has_no_error():
     plan, weight = unit_plan(4), jnp.eye(4)
     for x in (jnp.asarray([[1.0, 2, 3, 4]]), jnp.zeros((1, 4))):
-        assert float(relative_error(plan, plan.round(weight), LayerInputs(weight, jnp.ones(4), x))) == 0
+        assert float(relative_error(plan, nearest(plan, weight), LayerInputs(weight, jnp.ones(4), x))) == 0
+
+
+class Shift:
+    """Inputs less a constant, which the bias makes up for."""
+
+    def weight(self, w):
+        return w
+
+    def inputs(self, x):
+        return x - 3
+
+    def bias(self, w, b):
+        return 3 * w.sum(axis=1) + (0 if b is None else b)
+
+    def inverse(self):
+        raise NotImplementedError
+
+    def recipe(self):
+        return None
+
+
+def test_the_error_is_that_of_all_the_layer_adds():
+    inputs = layer()
+    plan = plan_of(inputs, bits=4)
+    rounded = nearest(plan, inputs.weight)
+    missing = inputs.samples @ inputs.weight.T - plan.product(inputs.samples, rounded)
+
+    def branch(x):  # Of the transformed input, which is the input itself here.
+        np.testing.assert_array_equal(x, inputs.samples)
+        return missing
+
+    assert float(relative_error(dataclasses.replace(plan, branches=(branch,)), rounded, inputs)) < 1e-12
+    halved = dataclasses.replace(plan, branches=(lambda x: missing / 2, lambda x: missing / 2))
+    assert float(relative_error(halved, rounded, inputs)) < 1e-12
+    zero = dataclasses.replace(plan, finish=lambda y: 0 * y)
+    assert float(relative_error(zero, rounded, inputs)) == pytest.approx(1)
+
+
+def test_the_error_counts_the_bias_that_a_transform_makes():
+    inputs = layer()
+    plan = dataclasses.replace(plan_of(inputs), inputs=PerToken.of(8), transform=Shift())
+    assert float(relative_error(plan, nearest(plan, inputs.weight), inputs)) < 1e-3
 
 
 def test_activations_and_weights_have_bits_of_their_own():
@@ -64,7 +111,7 @@ def test_smoothing_divides_inputs_and_multiplies_weights():
     plan = dataclasses.replace(unit_plan(20), transform=Diagonal(factors=factors))
     np.testing.assert_array_equal(plan.round(inputs.weight), jnp.clip(jnp.round(inputs.weight * factors), -127, 127))
     wanted = jnp.clip(jnp.round(inputs.samples / factors), -127, 127) @ plan.round(inputs.weight).astype(jnp.float32).T
-    np.testing.assert_allclose(plan.product(inputs.samples, plan.round(inputs.weight)), wanted, rtol=1e-5)
+    np.testing.assert_allclose(plan.product(inputs.samples, nearest(plan, inputs.weight)), wanted, rtol=1e-5)
 
 
 def test_channels_are_counted_by_the_pieces_of_both_operands():

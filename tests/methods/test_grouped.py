@@ -26,7 +26,7 @@ def plan(layer, method=NEAREST, bits=4):
 
 def error(layer, method=NEAREST):
     found = plan(layer, method)
-    return float(relative_error(found, found.round(layer.weight), layer))
+    return float(relative_error(found, found.grid.weight(found.round(layer.weight)), layer))
 
 
 def test_smaller_groups_are_finer():

@@ -36,7 +36,7 @@ def error(method, x, w, bits):
     """The error of a layer's output, and its plan: the one that may be flattened the most."""
     inputs = LayerInputs(w, jnp.abs(x).max(0), x)
     plan = list(method.plans(inputs, bits))[-1]
-    return float(relative_error(plan, plan.round(w), inputs)), plan
+    return float(relative_error(plan, plan.grid.weight(plan.round(w)), inputs)), plan
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.kind)

@@ -105,7 +105,9 @@ def _awq_smoothing(layer: LayerInputs, method: GroupSettings, bits: int, folded:
 
     def error(exponent: Array) -> Array:
         plan = _plan(layer, smoothing(exponent), method, bits, (1.0,), folded)
-        return jnp.sum((plan.product(layer.samples, plan.round(layer.weight)) - exact) ** 2)
+        return jnp.sum(
+            (plan.output(layer.samples, plan.grid.weight(plan.round(layer.weight)), layer.weight) - exact) ** 2
+        )
 
     exponents = jnp.asarray(AWQ_EXPONENTS)
     return smoothing(exponents[jnp.argmin(lax.map(error, exponents))])
