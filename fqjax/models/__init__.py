@@ -14,7 +14,7 @@ from fqjax.models.causal_lm import CausalLM
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.opt import OPTConfig
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

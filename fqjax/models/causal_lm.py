@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int32, PyTree
 
 from fqjax.models.cache import KeyValueCache, LayerCache
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 
 
 class GenerativeModel(Protocol):

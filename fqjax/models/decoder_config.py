@@ -8,7 +8,7 @@ from fqjax.models.causal_lm import eos_ids
 from fqjax.models.hf_config import check_choice, check_divides, check_number, sizes, token_id
 from fqjax.models.rotary import read_rope
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 from fqjax.runtime.validation import LayerCount, PositionCount, Positive, Scalar, Size, TokenId
 
 FULL, SLIDING = "full_attention", "sliding_attention"

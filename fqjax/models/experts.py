@@ -10,7 +10,7 @@ from fqjax.layers.experts import Expert, MixtureOfExperts
 from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.hf_config import sizes
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 from fqjax.runtime.validation import ExpertCount, Size
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, cast
 from annotated_types import Gt
 
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 from fqjax.runtime.validation import Size, check_value
 
 WHERE = "config.json"

@@ -4,7 +4,7 @@ import dataclasses
 
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import DecoderConfig, read_config
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import read_config
 from fqjax.models.experts import ExpertsConfig, read_experts
 from fqjax.models.mistral import one_window
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

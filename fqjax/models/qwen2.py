@@ -5,7 +5,7 @@ from typing import cast
 
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import DecoderConfig, Windows, read_config, read_windows
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import DecoderConfig, read_config
 from fqjax.models.qwen2 import upper_windows
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from fqjax.models.experts import ExpertsConfig, read_experts
 from fqjax.models.hf_config import sizes
 from fqjax.models.mistral import one_window
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

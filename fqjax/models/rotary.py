@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from fqjax.models.hf_config import check_number
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.runtime.files import JsonMapping
 from fqjax.runtime.validation import Scalar
 from pallas_kernels.attention.reference import rotated
 

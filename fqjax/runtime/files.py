@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,6 +11,9 @@ from fqjax.runtime.errors import InputError
 
 JsonObject = dict[str, object]
 """A JSON object as :func:`read_json` gives it and :mod:`json` writes it; its entries are of no known type until checked."""
+
+JsonMapping = Mapping[str, object]
+"""The same to be read only."""
 
 MAX_JSON_BYTES = 2**28
 """Bytes of a JSON file beyond which it is not read."""
