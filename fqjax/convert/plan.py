@@ -31,10 +31,11 @@ from fqjax.data.text import calibration_batches, encode, read_text
 from fqjax.drivers.candidates import check_share
 from fqjax.drivers.method import Method
 from fqjax.drivers.settings import Compensated
-from fqjax.drivers.ties import reads_the_same, units_of
+from fqjax.drivers.ties import units_of
 from fqjax.layers.linear import layer_bytes
 from fqjax.layers.surgery import Selection, select_linears
 from fqjax.models import FAMILIES
+from fqjax.models.sites import Site, reading_alike, sites_of
 from fqjax.presets import PRESETS
 from fqjax.report.report import format_bytes, narrow_table
 from fqjax.runtime.errors import InputError
@@ -84,6 +85,7 @@ class Plan:
       directory: the local source.
       architecture: its name and configuration.
       selection: layers to quantize and to leave; abstract.
+      sites: where the model's linear layers read something.
       tokenizer: of the source, or None.
       batches: calibration data; empty for a scheme that needs none.
       fingerprint: identifies source, text and settings.
@@ -96,6 +98,7 @@ class Plan:
     directory: Path
     architecture: tuple[str, ModelConfig]
     selection: Selection
+    sites: list[Site]
     tokenizer: "PreTrainedTokenizerBase | None"
     batches: list[np.ndarray]
     fingerprint: JsonObject
@@ -145,6 +148,7 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
         directory,
         (name, config),
         selection,
+        sites_of(model),
         tokenizer,
         batches,
         {} if dry_run else _fingerprint(conversion, files, text),
@@ -225,11 +229,8 @@ def peak_memory(made: Plan) -> float:
         return PROCESS_BYTES + max(outer, 3 * _largest_block(weights))
     rows = {name: 4 * scheme.sample_rows * linear.in_features for name, linear in linears.items()}
     largest, together = max(_size(linear) for linear in linears.values()), scheme.method.shares_inputs
-    sizes = [
-        _size(linears[names[0]]) * (len(names) if together and reads_the_same(unit) else 1)
-        for unit, names in units_of(linears).items()
-    ]
-    work = 4 * FLOAT32_COPIES * max(sizes)
+    alike = reading_alike(made.sites, linears) if together else [(name,) for name in linears]
+    work = 4 * FLOAT32_COPIES * max(sum(_size(linears[name]) for name in names) for names in alike)
     if isinstance(scheme.method.rounding, Compensated):
         moments = {name: 8 * linear.in_features**2 for name, linear in linears.items()}
         # While they are summed up, codes of 16 bits and two weights in float32; then as much again as the largest take.

@@ -23,6 +23,7 @@ from fqjax.layers.surgery import dotted, find_linears, replace_modules
 from fqjax.models import FAMILIES
 from fqjax.models.causal_lm import CausalLM
 from fqjax.models.chain import Chain, call_layer, end, inference_view
+from fqjax.models.sites import sites_of
 from fqjax.rewrites.equalize import rescale
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.memory import give_back
@@ -73,7 +74,7 @@ class StreamedModel:
 
     def chain(self) -> Chain:
         """The model as blocks, each of which is read when it is looked up."""
-        return Chain(_Blocks(self), self._begin, call_layer, self._end)
+        return Chain(_Blocks(self), self._begin, call_layer, self._end, sites_of(self.skeleton))
 
     def block(self, index: int) -> nnx.Module:
         """Reads one block."""
@@ -93,10 +94,8 @@ class StreamedModel:
             }
             block = replace_modules(block, made)
         elif self.equalized:
-            every = self.skeleton.scaling_paths()  # pyright: ignore[reportAttributeAccessIssue]
-            paths = [path for path in every if path.producer.startswith(prefix)]
-            local = [p._replace(producer=p.producer[len(prefix) :], consumer=p.consumer[len(prefix) :]) for p in paths]
-            rescale(linears, local)
+            inside = [site for site in sites_of(self.skeleton) if site.consumers[0].startswith(prefix)]
+            rescale(linears, [site.below(prefix) for site in inside])
         return block
 
     def outer_module(self, name: str) -> nnx.Module:

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 
-from fqjax.drivers.base import BlockRun, Pass
+from flax import nnx
+
+from fqjax.drivers.base import BlockRun, Pass, Run
 from fqjax.drivers.candidates import Option, layer_options, shared_options
 from fqjax.drivers.flow import Activations
 from fqjax.drivers.statistics import Statistics, watch
-from fqjax.drivers.ties import shared_inputs
+from fqjax.models.sites import reading_alike
 
 
 class Calibrate(Pass):
@@ -20,27 +22,19 @@ class Calibrate(Pass):
     def block(self, block: BlockRun, inputs: Iterable[Activations]) -> Iterator[Activations]:
         run = block.run
         seen = yield from watch(run.chain, block.module, block.names, run.feed.paired(inputs), run.sample_rows)
-        for shorts in _reading_alike(block):
-            for name, options in self._options(block, shorts, seen).items():
+        short_of = {name: short for short, name in block.names.items()}
+        for names in reading_alike(run.chain.sites, short_of):
+            linears = {name: block.linears[short_of[name]] for name in names}
+            for name, options in self._options(run, linears, seen).items():
                 run.store["options", name] = options
                 run.store["outlines", name] = [option.outline() for option in options]
         for name, statistics in seen.items():
             run.store["statistics", name], run.store["span", name] = statistics, statistics.span()
 
-    def _options(
-        self, block: BlockRun, shorts: tuple[str, ...], seen: dict[str, Statistics]
-    ) -> dict[str, list[Option]]:
+    def _options(self, run: Run, layers: dict[str, nnx.Linear], seen: dict[str, Statistics]) -> dict[str, list[Option]]:
         """The options of layers that read the same input."""
-        run = block.run
         unit = {name: names for names in run.units.values() for name in names}
-        layers = {block.names[short]: block.linears[short] for short in shorts}
         int4 = run.kept_in_int8.isdisjoint(name for layer in layers for name in unit[layer])
         if len(layers) > 1:
             return shared_options(layers, seen, run.method, run.sample_rows, int4=int4)
         return {name: layer_options(layers[name], seen[name], run.method, int4=int4) for name in layers}
-
-
-def _reading_alike(block: BlockRun) -> list[tuple[str, ...]]:
-    """The layers of a block, those that read the same input together."""
-    shared = shared_inputs(block.module, block.names)
-    return shared + [(short,) for short in block.names if not any(short in some for some in shared)]

@@ -5,14 +5,12 @@ stacked.  Where they read the same input, they also quantize it alike, once for 
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from flax import nnx
 
 from fqjax.drivers.candidates import Outline
-from fqjax.layers.experts import MixtureOfExperts
-from fqjax.layers.surgery import dotted
 
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
 
@@ -42,23 +40,6 @@ def units_of(linears: Mapping[str, nnx.Linear]) -> Units:
         shapes = {(linears[name].in_features, linears[name].out_features) for name in names}
         units |= {unit: tuple(names)} if len(names) > 1 and len(shapes) == 1 else {name: (name,) for name in names}
     return units
-
-
-def reads_the_same(unit: str) -> bool:
-    """Whether the layers of a unit, by its name, read the same input."""
-    return "*" in unit and unit.rpartition(".")[2] in MixtureOfExperts.shared_inputs
-
-
-def shared_inputs(block: nnx.Module, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Those layers of a block, by dotted path, that read the same as others do: all that share an input together."""
-    mixtures = {dotted(path): node for path, node in nnx.iter_graph(block) if isinstance(node, MixtureOfExperts)}
-    found: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        path, _, rest = name.rpartition(".experts.")
-        leaf = rest.partition(".")[2]
-        if path in mixtures and leaf in mixtures[path].shared_inputs:
-            found.setdefault((path, leaf), []).append(name)
-    return [tuple(some) for some in found.values()]
 
 
 def choices(options: Mapping[str, Sequence[Outline]], macs: Mapping[str, int]) -> list[Choice]:

@@ -1,7 +1,7 @@
 """A model as blocks one after the other.  Those of a language model are alike: what is jitted for one serves all."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, PyTree
 
 from fqjax.models.causal_lm import CausalLM
+from fqjax.models.sites import Site, sites_of
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.progress import track
 
@@ -28,12 +29,14 @@ class Chain(NamedTuple):
       begin: from a batch to the first block's input, and what every block is called with besides.
       call: runs a block, (block, input, what else) -> output.
       end: from the last block's output to that of the model.
+      sites: where the model's linear layers read something.
     """
 
     blocks: Mapping[str, nnx.Module]
     begin: Callable[[PyTree], tuple[PyTree, PyTree]]
     call: Callable[[PyTree, PyTree, PyTree], PyTree]
     end: Callable[[PyTree], PyTree]
+    sites: Sequence[Site]
 
 
 def chain(model: nnx.Module, names: Iterable[str]) -> Chain:
@@ -45,9 +48,9 @@ def chain(model: nnx.Module, names: Iterable[str]) -> Chain:
     running = cast(CausalLM, inference_view(nnx.clone(model)))
     blocks = {f"layers.{i}": layer for i, layer in enumerate(running.layers)} if hasattr(running, "begin") else {}
     if not all(name.startswith(tuple(f"{path}." for path in blocks)) for name in names):
-        return Chain({"": running}, as_arguments, call_model, lambda output: output)
+        return Chain({"": running}, as_arguments, call_model, lambda output: output, sites_of(model))
     graphdef, state = nnx.split(running)
-    return Chain(blocks, running.begin, call_layer, lambda hidden: end(graphdef, state, hidden))
+    return Chain(blocks, running.begin, call_layer, lambda hidden: end(graphdef, state, hidden), sites_of(model))
 
 
 def call_layer(layer: Callable[..., tuple], x: PyTree, args: PyTree) -> PyTree:

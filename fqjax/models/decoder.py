@@ -4,6 +4,7 @@ Query, key and value projections are one linear layer (``qkv_proj``), and so are
 the same input, which is then quantized once.  What a family varies stands in its :class:`DecoderConfig`.
 """
 
+from collections.abc import Iterator
 from typing import cast
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.experts import ExpertsConfig, mixture
 from fqjax.models.fused import after_attention, after_norm, gated
 from fqjax.models.rotary import Rotation, rotation
-from fqjax.rewrites.equalize import ScalingPath
+from fqjax.models.sites import Heads, Norm, Rows, Site
 
 
 class Attention(nnx.Module):
@@ -133,30 +134,33 @@ class Decoder(CausalLM):
     def head(self, hidden: Float[Array, "... hidden"]) -> Float32[Array, "... vocabulary"]:
         return unembed(hidden, getattr(self, self.head_name))
 
-    def scaling_paths(self) -> list[ScalingPath]:
-        """Values scale through attention to ``o_proj``, the up projection through its gate to ``down_proj``."""
+    def sites(self) -> list[Site]:
+        """The places where linear layers read something (:mod:`fqjax.models.sites`)."""
+        head = [] if self.config.tie_word_embeddings else [Site(("lm_head",), Norm("norm"))]
+        return [*self._sites_of_attention(), *self._sites_of_mlps(), *head]
+
+    def _sites_of_attention(self) -> Iterator[Site]:
+        """Norms before ``qkv_proj``; values scale through attention to ``o_proj``."""
         c = self.config
+        heads = Heads(c.num_attention_heads, c.num_key_value_heads, c.head_dim)
         # Input channel (h, d) of o_proj reads channel d of the value head that query head h shares.
-        heads = np.arange(c.num_attention_heads) // (c.num_attention_heads // c.num_key_value_heads)
-        first_value = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
-        values = first_value + (heads[:, None] * c.head_dim + np.arange(c.head_dim)).reshape(-1)
-        paths = []
+        shared = np.arange(heads.query) // (heads.query // heads.key_value)
+        first_value = (heads.query + heads.key_value) * heads.dim
+        values = first_value + (shared[:, None] * heads.dim + np.arange(heads.dim)).reshape(-1)
         for i in range(c.num_hidden_layers):
             attention = f"layers.{i}.self_attn"
-            paths.append(ScalingPath(f"{attention}.qkv_proj", f"{attention}.o_proj", values))
-            for mlp, size in c.mlps(i).items():
-                up = size + np.arange(size)
-                paths.append(ScalingPath(f"layers.{i}.{mlp}.gate_up_proj", f"layers.{i}.{mlp}.down_proj", up))
-        return paths
+            yield Site((f"{attention}.qkv_proj",), Norm(f"layers.{i}.input_layernorm"))
+            yield Site((f"{attention}.o_proj",), Rows(f"{attention}.qkv_proj", values), heads)
 
-    def norm_paths(self) -> dict[str, str]:
-        """For each linear layer that alone reads a norm's output, that norm; both by dotted path."""
-        paths = {}
+    def _sites_of_mlps(self) -> Iterator[Site]:
+        """Norms before gate and up, which experts share with the router; up scales through its gate to ``down_proj``."""
         for i in range(self.config.num_hidden_layers):
-            paths[f"layers.{i}.self_attn.qkv_proj"] = f"layers.{i}.input_layernorm"
-            if not self.config.has_experts(i):  # Experts share what they read, with each other and the router.
-                paths[f"layers.{i}.mlp.gate_up_proj"] = f"layers.{i}.post_attention_layernorm"
-        return paths
+            mlps = {f"layers.{i}.{mlp}": size for mlp, size in self.config.mlps(i).items()}
+            router = [f"layers.{i}.mlp.gate"] if self.config.has_experts(i) else []
+            readers = (*(f"{mlp}.gate_up_proj" for mlp in mlps), *router)
+            yield Site(readers, Norm(f"layers.{i}.post_attention_layernorm"))
+            for mlp, size in mlps.items():
+                yield Site((f"{mlp}.down_proj",), Rows(f"{mlp}.gate_up_proj", size + np.arange(size)))
 
     def make_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KeyValueCache:
         c = self.config

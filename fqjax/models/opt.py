@@ -14,8 +14,8 @@ from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM, eos_ids
 from fqjax.models.fused import LinearLayer, after_activation, after_attention, after_norm
 from fqjax.models.hf_config import check_choice, check_divides, sizes, token_id
-from fqjax.rewrites.equalize import ScalingPath
-from fqjax.runtime.json_values import JsonMapping
+from fqjax.models.sites import Heads, Norm, Rows, Site, Stream
+from fqjax.runtime.files import JsonMapping
 from fqjax.runtime.validation import LayerCount, PositionCount, Size, TokenId
 
 POSITION_OFFSET = 2
@@ -150,29 +150,35 @@ class OPT(CausalLM):
             hidden = self.project_out(hidden)
         return unembed(hidden, getattr(self, self.head_name))
 
-    def scaling_paths(self) -> list[ScalingPath]:
-        """Values scale through attention to ``out_proj``, ``fc1`` through ReLU to ``fc2``."""
-        c = self.config
-        values = 2 * c.hidden_size + np.arange(c.hidden_size)
-        paths = []
-        for i in range(c.num_hidden_layers):
-            attention = f"layers.{i}.self_attn"
-            paths.append(ScalingPath(f"{attention}.qkv_proj", f"{attention}.out_proj", values))
-            if c.activation_function == "relu":
-                paths.append(ScalingPath(f"layers.{i}.fc1", f"layers.{i}.fc2", np.arange(c.ffn_dim)))
-        return paths
+    def sites(self) -> list[Site]:
+        """The places where linear layers read something (:mod:`fqjax.models.sites`).
 
-    def norm_paths(self) -> dict[str, str]:
-        """For each linear layer that alone reads a norm's output, that norm; both by dotted path.
-
-        There is none where norms come after the layers, as the residual connection reads them too.
+        Values scale through attention to ``out_proj``, and ``fc1`` through ReLU to ``fc2``.  Where norms come after the
+        layers, the residual connection reads what they give too.
         """
-        paths = {}
-        if self.config.do_layer_norm_before and self.config.layer_norm_elementwise_affine:
-            for i in range(self.config.num_hidden_layers):
-                paths[f"layers.{i}.self_attn.qkv_proj"] = f"layers.{i}.self_attn_layer_norm"
-                paths[f"layers.{i}.fc1"] = f"layers.{i}.final_layer_norm"
-        return paths
+        c = self.config
+        affine, heads = c.layer_norm_elementwise_affine, c.num_attention_heads
+        values = 2 * c.hidden_size + np.arange(c.hidden_size)
+
+        def normed(path: str) -> Norm | Stream | None:
+            return Stream() if not c.do_layer_norm_before else Norm(path) if affine else None
+
+        found = []
+        for i in range(c.num_hidden_layers):
+            layer, attention = f"layers.{i}", f"layers.{i}.self_attn"
+            through = Rows(f"{layer}.fc1", np.arange(c.ffn_dim)) if c.activation_function == "relu" else None
+            found += [
+                Site((f"{attention}.qkv_proj",), normed(f"{layer}.self_attn_layer_norm")),
+                Site(
+                    (f"{attention}.out_proj",),
+                    Rows(f"{attention}.qkv_proj", values),
+                    Heads(heads, heads, c.hidden_size // heads),
+                ),
+                Site((f"{layer}.fc1",), normed(f"{layer}.final_layer_norm")),
+                Site((f"{layer}.fc2",), through),
+            ]
+        outside = [name for name in ("project_in", "project_out", "lm_head") if hasattr(self, name)]
+        return found + [Site((name,)) for name in outside]
 
     def make_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KeyValueCache:
         c = self.config

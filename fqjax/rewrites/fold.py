@@ -10,14 +10,13 @@ A layer that divides its input by s before it is quantized can leave that to who
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import cast
 
 import numpy as np
 from flax import nnx
 
 from fqjax.layers.linear import QuantizedLinear
-from fqjax.rewrites.equalize import ScalingPath
+from fqjax.models.sites import Norm, Rows, sites_of
 from fqjax.runtime.errors import InputError
 
 TOLERANCE = 1e-6
@@ -52,18 +51,16 @@ def fold_smoothing(model: nnx.Module, layers: dict[str, QuantizedLinear]) -> Fol
       InputError: naming the layer, and why its smoothing cannot be folded.
     """
     folding = Folding({}, {})
-    norms: Mapping[str, str] = getattr(model, "norm_paths", dict)()
-    scaling_paths: Iterable[ScalingPath] = getattr(model, "scaling_paths", tuple)()
-    paths = {path.consumer: path for path in scaling_paths}
+    producers = {site.consumers[0]: site.producer for site in sites_of(model) if len(site.consumers) == 1}
     for name, layer in layers.items():
         factors = smoothing_of(layer)
         if (factors == 1).all():
             continue
-        if name in norms:
-            folding.norms[norms[name]] = factors
-        elif name in paths:
-            path = paths[name]
-            folding.outputs[path.producer] = _by_row(name, path.rows, factors, _outputs(model, path.producer))
+        producer = producers.get(name)
+        if isinstance(producer, Norm):
+            folding.norms[producer.path] = factors
+        elif isinstance(producer, Rows):
+            folding.outputs[producer.path] = _by_row(name, producer.rows, factors, _outputs(model, producer.path))
         else:
             raise InputError(
                 f"{name}: its smoothing cannot be folded into what stands in front of it; expected a norm that it alone "

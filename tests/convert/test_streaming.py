@@ -18,6 +18,7 @@ from fqjax.convert.streamed import StreamedModel
 from fqjax.drivers.statistics import calibrate
 from fqjax.layers.surgery import select_linears
 from fqjax.models.chain import Chain, as_arguments, call_model, chain
+from fqjax.models.sites import sites_of
 from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
 from tests.conftest import make_checkpoint
@@ -85,7 +86,7 @@ def test_statistics_block_by_block_are_those_of_the_whole_model(tmp_path, monkey
         names = list(select_linears(model).linears)
         blockwise = calibrate(model, batches, names)
         with monkeypatch.context() as patch:
-            whole = Chain({"": nnx.view(model)}, as_arguments, call_model, lambda output: output)
+            whole = Chain({"": nnx.view(model)}, as_arguments, call_model, lambda output: output, sites_of(model))
             patch.setattr("fqjax.drivers.statistics.chain", lambda *_, whole=whole: whole)
             at_once = calibrate(model, batches, names)
         for name in names:
