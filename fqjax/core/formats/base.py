@@ -20,11 +20,12 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 from fqjax.core.channels import Channels, rounded_up
 from fqjax.core.stored_inputs import Quantized
 from fqjax.core.table import Sizes, Stored, bytes_of, static
+from fqjax.runtime.settings import Settings
 from pallas_kernels import Weight, quantized_matmul
 
 
-class Format(abc.ABC):
-    """The config of a format: frozen, hashable, and JSON in checkpoints."""
+class Format(Settings, abc.ABC):
+    """The config of a format: a frozen dataclass that checks its fields, hashable, and JSON in checkpoints."""
 
     kind: ClassVar[str]
     tensor: ClassVar[type["QTensor"]]

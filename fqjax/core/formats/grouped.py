@@ -106,6 +106,7 @@ class Grouped(Format):
     granularity: Literal["tensor", "channel"] = "tensor"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.group_size < 1 or LARGEST_GROUP % self.group_size:
             raise ValueError(f"group_size {self.group_size}: expected a divisor of {LARGEST_GROUP}")
         if self.scales == "folded" and self.bits != 4:

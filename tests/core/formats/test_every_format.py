@@ -14,8 +14,8 @@ import pytest
 from fqjax.checkpoint.layer_entries import LayerEntry, abstract_layer, describe_layer
 from fqjax.core.channels import flatten_codes, lay_out
 from fqjax.core.formats.base import Format, Grid, QTensor, RoundedWeight
-from fqjax.core.formats.grouped import GroupedGrid
-from fqjax.core.formats.uniform import UniformGrid
+from fqjax.core.formats.grouped import Grouped, GroupedGrid
+from fqjax.core.formats.uniform import Uniform, UniformGrid
 from fqjax.core.inputs import Floating, PerToken
 from fqjax.core.stored_inputs import Quantized
 from fqjax.core.table import Sizes
@@ -129,6 +129,21 @@ def test_a_format_is_hashable_and_json(form):
     assert isinstance(form, Format) and hash(form) == hash(dataclasses.replace(form)) and form.label
     again = from_json("formats", json.loads(json.dumps(to_json(form))))
     assert again == form and type(again) is type(form)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (Uniform, {"bits": 5}, "bits=5: expected 4 or 8"),
+        (Uniform, {"bits": 8, "granularity": "row"}, "granularity=row: expected 'tensor' or 'channel'"),
+        (Grouped, {"bits": 4, "group_size": "many"}, "group_size=many: expected a whole number"),
+        (Grouped, {"bits": 4, "group_size": 48}, "group_size 48: expected a divisor of 128"),
+        (Grouped, {"bits": 4, "scales": "int"}, "scales=int: expected 'float' or 'integer' or 'folded'"),
+    ],
+)
+def test_a_format_refuses_fields_of_another_kind(cls, fields, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**fields)
 
 
 @every_format
