@@ -28,6 +28,10 @@ class CalibrationRecord:
     activations: Mapping[str, np.ndarray]
     costs: Mapping[str, Mapping[int, float]]
 
+    def silent_channels(self, name: str) -> int:
+        """Number of a layer's input channels that were zero in all of calibration."""
+        return int(np.sum(self.activations[name] == 0))
+
     def trade_off(self, macs: Mapping[str, int]) -> list[tuple[float, float]]:
         """Cost of more INT4, layer by layer.
 

@@ -28,7 +28,7 @@ class LayerInputs:
 
     Attributes:
       weight: (N, K), output channels first.
-      x_max: largest magnitude of every input channel, (K,).
+      x_max: largest magnitude of every input channel, (K,); a typical one where calibration hardly ever excited it.
       samples: some rows of the input, (S, K).
     """
 

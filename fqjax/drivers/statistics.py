@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from fqjax.core.excitation import known_channels, with_typical
 from fqjax.core.layer import LayerInputs
 from fqjax.drivers.codec import keepable
 from fqjax.drivers.flow import Activations, Batch, Others
@@ -67,6 +68,8 @@ class Span:
 def layer_inputs(linear: nnx.Linear, statistics: Statistics, percentile: float = 100.0) -> LayerInputs:
     """A layer and the statistics of its input, as a method sees them.
 
+    Channels that calibration hardly ever excited get a range that is typical of the others (:mod:`fqjax.core.excitation`).
+
     Args:
       linear: the layer in floating point.
       statistics: of its input.
@@ -78,7 +81,7 @@ def layer_inputs(linear: nnx.Linear, statistics: Statistics, percentile: float =
     if percentile < 100:
         usual = jnp.percentile(jnp.abs(samples), percentile, axis=0)
         absmax = jnp.where(usual > 0, usual, absmax)  # A channel that is mostly zero keeps its largest value.
-    return LayerInputs(weight, absmax, samples)
+    return LayerInputs(weight, with_typical(absmax, known_channels(samples)), samples)
 
 
 class _Statistic(nnx.Variable):

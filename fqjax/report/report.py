@@ -34,6 +34,8 @@ class LayerReport:
       accumulator_bound: largest magnitude the int32 accumulator can reach; 0 in floating point.
       scales: what has a scale of its own: "tensor", "channel", or "group of 128", "group of 128, integer", "group of 128,
         folded"; "" in floating point.
+      silent_channels: input channels that were zero in all of calibration, and are quantized like the others; None where
+        that is not known.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerReport:
     macs: int
     accumulator_bound: int
     scales: str = ""
+    silent_channels: int | None = None
 
     @property
     def overflow_margin_bits(self) -> float:
@@ -152,7 +155,7 @@ class Report:
         return table
 
     def totals(self) -> str:
-        """Three lines on the whole."""
+        """Some lines on the whole."""
         grouped = [row for row in self.layers if row.scales.startswith("group")]
         floats = sum("," not in row.scales for row in grouped)
         second = f"K'/K: {self.expansion:.3f} on average."
@@ -162,15 +165,21 @@ class Report:
             f"INT4: {self.int4_mac_share:.2%} of the multiply-accumulates.  {second}\n"
             f"Linear layers: {format_bytes(self.bytes)}, {ratio(self.bytes_bf16, self.bytes):.2f} x less than in bf16.  "
             f"Whole model: {format_bytes(self.model_bytes)}.\n"
+            f"{self._silence()}"
             "error: mean square, of the layer's output.  margin: bits before int32 overflows."
         )
+
+    def _silence(self) -> str:
+        """A line on the channels that calibration never excited; empty if there are none."""
+        silent = [row.silent_channels for row in self.layers if row.silent_channels]
+        return f"Zero in all of calibration: {sum(silent)} input channels of {len(silent)} layers.\n" if silent else ""
 
 
 def report_of(model: nnx.Module, seconds: float = 0.0, record: CalibrationRecord | None = None) -> Report:
     """Reports on a model's linear layers as they are, quantized or not."""
     model = unstacked(abstracted(model))
     quantized = quantized_layers(model)
-    rows = [_quantized_row(name, layer) for name, layer in quantized.items()]
+    rows = [_quantized_row(name, layer, record) for name, layer in quantized.items()]
     selection = select_linears(model, required=False)
     rows += [_float_row(name, linear) for name, linear in selection.linears.items()]
     order = {dotted(path): i for i, (path, _) in enumerate(nnx.iter_graph(model))}
@@ -207,8 +216,9 @@ def format_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _quantized_row(name: str, layer: QuantizedLinear) -> LayerReport:
+def _quantized_row(name: str, layer: QuantizedLinear, record: CalibrationRecord | None) -> LayerReport:
     sizes, figures = layer.sizes, layer.figures
+    known = record is not None and name in record.activations
     return LayerReport(
         name=name,
         bits=layer.bits,
@@ -219,6 +229,7 @@ def _quantized_row(name: str, layer: QuantizedLinear) -> LayerReport:
         macs=figures.macs,
         accumulator_bound=figures.accumulator_bound,
         scales=layer.weight.get_value().format.label,
+        silent_channels=record.silent_channels(name) if known else None,
     )
 
 

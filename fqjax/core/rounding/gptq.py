@@ -34,13 +34,11 @@ class Factored(NamedTuple):
     Attributes:
       lower: L of H = L L^T, of H turned by 180 degrees, (k, k); NaN where H is not positive definite.
       order: of the columns.
-      dead: whether a column's input is always zero.
       finite: whether there is such a factor.
     """
 
     lower: Float32[Array, "k k"]
     order: Int32[Array, " k"]
-    dead: Bool[Array, " k"]
     finite: Bool[Array, ""]
 
 
@@ -50,12 +48,10 @@ class Prepared(NamedTuple):
     Attributes:
       factor: U above, of the columns in the order in which they are rounded, (k, k).
       order: that order.
-      dead: whether a column's input is always zero.
     """
 
     factor: Float32[Array, "k k"]
     order: Int32[Array, " k"]
-    dead: Bool[Array, " k"]
 
 
 def factorize(hessian: Float32[Array, "k k"], *, damping: float = DAMPING, act_order: bool = False) -> Factored:
@@ -65,7 +61,7 @@ def factorize(hessian: Float32[Array, "k k"], *, damping: float = DAMPING, act_o
     order = jnp.argsort(-diagonal) if act_order else jnp.arange(len(diagonal))
     damp = jnp.where(dead, 1.0, damping * jnp.mean(diagonal))
     lower = jnp.linalg.cholesky((hessian + jnp.diag(damp))[order][:, order][::-1, ::-1])
-    return Factored(lower, order, dead, jnp.isfinite(lower).all())
+    return Factored(lower, order, jnp.isfinite(lower).all())
 
 
 def invert(factored: Factored) -> Prepared:
@@ -76,7 +72,7 @@ def invert(factored: Factored) -> Prepared:
     """
     identity = jnp.eye(len(factored.lower), dtype=factored.lower.dtype)
     factor = lax.linalg.triangular_solve(factored.lower, identity, left_side=True, lower=True)[::-1, ::-1]
-    return Prepared(factor, factored.order, factored.dead)
+    return Prepared(factor, factored.order)
 
 
 def prepare(hessian: Float32[Array, "k k"], *, damping: float = DAMPING, act_order: bool = False) -> Prepared:
@@ -102,8 +98,9 @@ def gptq(
       act_order: round the columns with the largest inputs first, rather than from left to right.
 
     Returns:
-      The represented weight, (n, k), in the order of ``weight``.  Columns whose input is always zero are zero.  Where the
-      damped H is not positive definite, all but the first column to be rounded is NaN.
+      The represented weight, (n, k), in the order of ``weight``.  A column whose input is always zero is rounded as it is:
+      its error changes no output, and so no other column.  Where the damped H is not positive definite, all but the first
+      column to be rounded is NaN.
     """
     return gptq_prepared(weight, prepare(hessian, damping=damping, act_order=act_order), quantize_column)
 
@@ -113,8 +110,8 @@ def gptq_prepared(
 ) -> Float32[Array, "n k"]:
     """The part of :func:`gptq` that comes after the Hessian; see there for the arguments."""
     n, k = weight.shape
-    factor, order, dead = prepared
-    weight = jnp.where(dead, 0.0, weight)[:, order]
+    factor, order = prepared
+    weight = weight[:, order]
     if padding := -k % BLOCK_COLUMNS:
         weight = jnp.pad(weight, ((0, 0), (0, padding)))
         factor = jnp.pad(factor, ((0, padding), (0, padding))) + jnp.diag((jnp.arange(k + padding) >= k) * 1.0)

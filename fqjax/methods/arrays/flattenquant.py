@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from fqjax.core.channels import count_pieces
 from fqjax.core.codes import qmax
+from fqjax.core.excitation import known_channels, with_typical
 from fqjax.core.formats.uniform import Uniform, UniformGrid
 from fqjax.core.inputs import Static
 from fqjax.core.layer import LayerInputs, LayerPlan
@@ -94,7 +95,8 @@ def _plans(layer: LayerInputs, method: FlattenSettings, bits: int, bounds: Float
 def _plan(layer: LayerInputs, method: FlattenSettings, x_bits: int, bits: int, found: Found) -> LayerPlan:
     w_scale, w_pieces = found.w_threshold / qmax(bits), found.w_pieces
     if method.weight_scales == "channel":
-        importance = jnp.mean((layer.samples / found.smoothing) ** 2, axis=0)
+        moments = jnp.mean((layer.samples / found.smoothing) ** 2, axis=0)
+        importance = with_typical(moments, known_channels(layer.samples))
         w_scale, w_pieces = channel_scales(layer.weight * found.smoothing, importance, bits), jnp.ones_like(w_pieces)
     form, _ = formats(method, bits)
     return LayerPlan(

@@ -2,11 +2,13 @@
 
 from typing import Literal, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32
 
 from fqjax.core.codes import qmax
+from fqjax.core.excitation import known_channels, with_typical
 from fqjax.core.formats.grouped import Grouped, GroupedGrid
 from fqjax.core.inputs import Floating, PerToken
 from fqjax.core.integer_scale import fold_scales
@@ -66,8 +68,14 @@ def plans(layer: LayerInputs, method: GroupSettings, bits: int, *, awq: bool, fo
       awq: whether input channels are scaled by their activations first.
       folded: whether scales are integers that are multiplied into the codes.
     """
-    smoothing = _awq_smoothing(layer, method, bits, folded) if awq else jnp.ones_like(layer.x_max)
-    return [_plan(layer, smoothing, method, bits, GROUP_SCALE_FRACTIONS, folded)]
+    plain = _plan(layer, jnp.ones_like(layer.x_max), method, bits, GROUP_SCALE_FRACTIONS, folded)
+    if not awq:
+        return [plain]
+    scaled = _plan(layer, _awq_smoothing(layer, method, bits, folded), method, bits, GROUP_SCALE_FRACTIONS, folded)
+    # Factors are chosen before the scales: with the scales that are chosen then they may do worse than none.
+    exact = layer.samples @ layer.weight.T
+    better = _squared_error(scaled, layer, exact) <= _squared_error(plain, layer, exact)
+    return [jax.tree.map(lambda one, other: jnp.where(better, one, other), scaled, plain)]
 
 
 def _plan(
@@ -84,7 +92,8 @@ def _plan(
     scales = group_scales(weight, samples, method.group_size, bits, shrinks)
     unit = jnp.float32(1)
     if folded:
-        scales, unit = fold_scales(weight, scales, jnp.mean(samples**2, axis=0))
+        importance = with_typical(jnp.mean(samples**2, axis=0), known_channels(samples))
+        scales, unit = fold_scales(weight, scales, importance)
     x_bits = activation_bits(method, bits)
     form, _ = formats(method, bits, "folded" if folded else "float")
     return LayerPlan(
@@ -97,20 +106,23 @@ def _plan(
 def _awq_smoothing(layer: LayerInputs, method: GroupSettings, bits: int, folded: bool) -> Float32[Array, " k"]:
     """The smoothing with the least error of the layer's output on the samples, scales from the largest weight of a group."""
     exact = layer.samples @ layer.weight.T
-    mean = jnp.mean(jnp.abs(layer.samples), axis=0)
+    mean = with_typical(jnp.mean(jnp.abs(layer.samples), axis=0), known_channels(layer.samples))
 
     def smoothing(exponent: Array) -> Float32[Array, " k"]:
         factors = jnp.maximum(mean**exponent, 1e-4)
         return factors / jnp.sqrt(jnp.max(factors) * jnp.min(factors))
 
     def error(exponent: Array) -> Array:
-        plan = _plan(layer, smoothing(exponent), method, bits, (1.0,), folded)
-        return jnp.sum(
-            (plan.output(layer.samples, plan.grid.weight(plan.round(layer.weight)), layer.weight) - exact) ** 2
-        )
+        return _squared_error(_plan(layer, smoothing(exponent), method, bits, (1.0,), folded), layer, exact)
 
     exponents = jnp.asarray(AWQ_EXPONENTS)
     return smoothing(exponents[jnp.argmin(lax.map(error, exponents))])
+
+
+def _squared_error(plan: LayerPlan, layer: LayerInputs, exact: Float32[Array, "s n"]) -> Float32[Array, ""]:
+    """Squared error of the output on the samples, the weight rounded to the nearest."""
+    rounded = plan.grid.weight(plan.round(layer.weight))
+    return jnp.sum((plan.output(layer.samples, rounded, layer.weight) - exact) ** 2)
 
 
 def group_scales(

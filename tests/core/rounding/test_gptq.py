@@ -87,11 +87,14 @@ def test_the_quantizer_is_told_the_column_in_the_original_order():
         assert (represented[:, 128:] % 1 != 0).any()
 
 
-def test_a_channel_without_input_is_zero_and_harms_no_other():
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_channel_without_input_is_rounded_as_it_is_and_changes_no_other(act_order):
     weight, hessian = problem()
-    dead = hessian.at[5].set(0).at[:, 5].set(0)
-    represented = gptq(weight, dead, nearest)
-    assert not np.asarray(represented[:, 5]).any() and np.isfinite(represented).all()
+    silent = hessian.at[5].set(0).at[:, 5].set(0)
+    represented = gptq(weight, silent, nearest, act_order=act_order)
+    np.testing.assert_array_equal(represented[:, 5], nearest(weight[:, 5], 5))
+    other = gptq(weight.at[:, 5].set(0), silent, nearest, act_order=act_order)
+    np.testing.assert_array_equal(np.delete(represented, 5, axis=1), np.delete(other, 5, axis=1))
 
 
 def test_works_under_jit():
