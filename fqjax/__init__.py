@@ -20,7 +20,8 @@ from fqjax.version import __version__
 if TYPE_CHECKING:
     from fqjax.checkpoint.compressed.write import save_compressed_tensors
     from fqjax.checkpoint.hugging_face import load_hf
-    from fqjax.checkpoint.orbax import load, save
+    from fqjax.checkpoint.orbax.read import load
+    from fqjax.checkpoint.orbax.write import save
     from fqjax.checkpoint.tokenizer import load_tokenizer
     from fqjax.core.formats.base import Format, QTensor
     from fqjax.core.layer import LayerInputs, LayerPlan
@@ -90,7 +91,7 @@ _MODULES = {
     "from_qwix": "interop.qwix",
     "generate": "inference.generate",
     "integer_scales": "quantize",
-    "load": "checkpoint.orbax",
+    "load": "checkpoint.orbax.read",
     "load_hf": "checkpoint.hugging_face",
     "load_tokenizer": "checkpoint.tokenizer",
     "perplexity": "evaluation.perplexity",
@@ -98,7 +99,7 @@ _MODULES = {
     "register": "registry",
     "register_scheme": "registry",
     "report_of": "report.report",
-    "save": "checkpoint.orbax",
+    "save": "checkpoint.orbax.write",
     "save_compressed_tensors": "checkpoint.compressed.write",
     "to_qwix": "interop.qwix",
 }

@@ -16,6 +16,7 @@ import jax
 
 from fqjax.bench import model as bench
 from fqjax.bench import model_record
+from fqjax.bench.model_cases import SCHEMES, parse_case
 from fqjax.bench.random_models import architecture
 from fqjax.runtime.compiling import use_compilation_cache
 
@@ -23,7 +24,7 @@ from fqjax.runtime.compiling import use_compilation_cache
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3-8b" if jax.default_backend() == "gpu" else "tiny")
-    parser.add_argument("--schemes", nargs="*", default=bench.SCHEMES)
+    parser.add_argument("--schemes", nargs="*", default=SCHEMES)
     parser.add_argument("--prefill", nargs="*", metavar="BxT")
     parser.add_argument("--decode", nargs="*", metavar="BxT")
     parser.add_argument("--extra", type=float, default=0.05, help="share of extra channels of schemes that flatten")
@@ -37,8 +38,8 @@ def main() -> None:
         use_compilation_cache(a.compilation_cache)
     cases = None
     if a.prefill is not None or a.decode is not None:
-        cases = [bench.parse_case("prefill", text) for text in a.prefill or ()]
-        cases += [bench.parse_case("decode", text) for text in a.decode or ()]
+        cases = [parse_case("prefill", text) for text in a.prefill or ()]
+        cases += [parse_case("decode", text) for text in a.decode or ()]
     record, profile = a.out.with_suffix(".json"), a.out.with_name(a.out.name + "_profile").with_suffix(".md")
     before = json.loads(record.read_text()) if record.is_file() else {}
 

@@ -1,18 +1,15 @@
 """Times of whole models: taking up prompts and decoding, every scheme beside bfloat16 in one run.
 
-Weights are random (:mod:`fqjax.bench.random_models`).  A prefill fills an empty cache and gives the logits of the last token;
-decoding is the loop of :func:`fqjax.generate`, :data:`DECODED_TOKENS` tokens in one program, over a cache that holds
-``length`` tokens, each token the most likely one.  Times are those of the clock on the wall, the least of several;
-``device_milliseconds`` are those of the GPU's kernels alone (CUPTI), so that what lies between is the host's.
+Weights are random (:mod:`fqjax.bench.random_models`); cases and schemes are those of :mod:`fqjax.bench.model_cases`.  Times
+(:mod:`fqjax.bench.model_times`) are those of the clock on the wall, the least of several; ``device_milliseconds`` are those
+of the GPU's kernels alone (CUPTI), so that what lies between is the host's.
 """
 
 import dataclasses
-import functools
 import gc
-import re
 import time
 from collections.abc import Callable, Iterable
-from typing import Literal, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -20,90 +17,15 @@ from flax import nnx
 
 from fqjax.bench.environment import Environment, describe, environment
 from fqjax.bench.kernels import ceilings
+from fqjax.bench.model_cases import BASELINE_SCHEME, SCHEMES, Case, Phase, Variant, default_cases, parse_variant
+from fqjax.bench.model_times import DECODED_TOKENS, Timed, measure
 from fqjax.bench.random_models import Config, random_model, unit_macs
 from fqjax.checkpoint.hugging_face import abstract_model
 from fqjax.core.stored_inputs import FloatingInput
 from fqjax.drivers.ties import units_of
-from fqjax.inference.generate import decode, prefill
-from fqjax.layers.record import split_to_run
 from fqjax.layers.surgery import select_linears
-from fqjax.models.cache import KeyValueCache
 from fqjax.models.causal_lm import CausalLM
-from fqjax.presets import resolve_scheme
 from fqjax.runtime.errors import InputError
-from fqjax.scheme import Scheme
-from pallas_kernels.timing import kernel_times
-
-BASELINE_SCHEME = "bf16"
-"""The scheme that the others are compared with."""
-DECODED_TOKENS = 32
-"""Tokens that are decoded in one call."""
-SHORT_CALL_TOKENS = 4
-"""Tokens of a shorter call, by which a token is told from what every call takes: launching it, and its first token."""
-TIMED_CALLS = 15
-"""Timed calls of each program, of which the shortest counts."""
-LISTED_KERNELS = 12
-"""Kernels of a step that are listed, of those that take the longest."""
-Phase = Literal["prefill", "decode"]
-INT8_HEAD_SUFFIX, INT8_CACHE_SUFFIX = "+int8-head", "+int8-cache"
-"""Ends of the name of a scheme where the output head, or the keys and values, are INT8 too."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A case that is timed: so many sequences of so many tokens; with "decode", so many are in the cache."""
-
-    phase: Phase
-    batch: int
-    length: int
-
-
-GPU_CASES = (
-    *(Case("prefill", *shape) for shape in ((1, 2048), (4, 2048), (1, 8192))),
-    *(Case("decode", batch, length) for length in (512, 4096) for batch in (1, 16, 64)),
-)
-CPU_CASES = (Case("prefill", 1, 128), Case("decode", 1, 128), Case("decode", 4, 128))
-"""Cases that are timed where there is no GPU."""
-SCHEMES = (
-    "bf16",
-    "flattenquant-w8a8",
-    "flattenquant-hopper",
-    "flattenquant-hopper-int4",
-    "flattenquant",
-    "w4a8",
-    "w4a8-integer-scale",
-    "w4a8-integer-scale-folded",
-    "w4a16",
-)
-
-
-class KernelTime(TypedDict):
-    """A kernel's part of one step."""
-
-    kernel: str
-    calls: float
-    microseconds: float
-
-
-class CallTime(TypedDict, total=False):
-    """Time that a call takes besides its tokens, where it can be told."""
-
-    call_milliseconds: float
-
-
-class DeviceTimes(TypedDict, total=False):
-    """Times of the GPU's kernels, where there is one."""
-
-    device_milliseconds: float
-    kernels: list[KernelTime]
-
-
-class Timed(CallTime, DeviceTimes):
-    """Times of one case."""
-
-    milliseconds: float
-    tokens_per_second: float
-    compile_seconds: float
 
 
 class CaseOfScheme(TypedDict):
@@ -146,52 +68,47 @@ class ModelResult(Environment):
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
-    """A scheme as it is measured: its output head may be INT8 (``scheme.head``), and so may the cache."""
+class _Benchmark:
+    """A run: what it measures, and its result so far."""
 
-    scheme: Scheme
-    kv_cache: Literal["int8"] | None = None
+    model: str
+    cases: tuple[Case, ...]
+    macs: int
+    result: ModelResult
+    report: Callable[[ModelRow], None]
+    baseline: dict[Case, float] = dataclasses.field(default_factory=dict)
+    """Milliseconds in bfloat16."""
 
-    @property
-    def name(self) -> str:
-        return (
-            self.scheme.name
-            + INT8_HEAD_SUFFIX * (self.scheme.head == "int8")
-            + INT8_CACHE_SUFFIX * (self.kv_cache is not None)
-        )
+    def skip(self, variant: Variant, why: str) -> None:
+        """Lists a scheme that is not measured."""
+        self.result["skipped"].append({"model": self.model, "scheme": variant.name, "why": why})
 
-
-def parse_variant(text: str) -> Variant:
-    """A preset's name, which ``+int8-head`` and ``+int8-cache`` may follow.
-
-    Raises:
-      InputError: if there is no preset of that name, or something else follows.
-    """
-    name, *options = text.split("+")
-    for option in options:
-        if f"+{option}" not in (INT8_HEAD_SUFFIX, INT8_CACHE_SUFFIX):
-            raise InputError(f"scheme {text}: {option!r} follows; expected {INT8_HEAD_SUFFIX} or {INT8_CACHE_SUFFIX}")
-    scheme = resolve_scheme(name)
-    if INT8_HEAD_SUFFIX[1:] in options:
-        scheme = dataclasses.replace(scheme, head="int8")
-    return Variant(scheme, "int8" if INT8_CACHE_SUFFIX[1:] in options else None)
-
-
-def default_cases() -> tuple[Case, ...]:
-    """:data:`GPU_CASES` on a GPU, :data:`CPU_CASES` elsewhere."""
-    return GPU_CASES if jax.default_backend() == "gpu" else CPU_CASES
-
-
-def parse_case(phase: Phase, text: str) -> Case:
-    """``"4x2048"`` to so many sequences of so many tokens.
-
-    Raises:
-      InputError: if it is not two positive numbers.
-    """
-    batch, cross, length = text.partition("x")
-    if not (cross and batch.isdecimal() and length.isdecimal() and int(batch) and int(length)):
-        raise InputError(f"--{phase} {text}: expected sequences x tokens, such as 4x2048")
-    return Case(phase, int(batch), int(length))
+    def measure(self, variant: Variant, model: CausalLM, device_bytes: int) -> None:
+        """Adds a row for every case, or lists it as skipped where it does not fit into the device's memory."""
+        for case in self.cases:
+            of: CaseOfScheme = {
+                "model": self.model,
+                "scheme": variant.name,
+                "phase": case.phase,
+                "batch": case.batch,
+                "length": case.length,
+            }
+            try:
+                times = measure(model, case, variant.kv_cache)
+            except jax.errors.JaxRuntimeError as error:
+                self.result["skipped"].append({**of, "why": _first_line(error)})
+                continue
+            if variant.name == BASELINE_SCHEME:
+                self.baseline[case] = times["milliseconds"]
+            row: ModelRow = {
+                **of,
+                **times,
+                "device_bytes": device_bytes,
+                "floor_milliseconds": floor(model, case, variant, device_bytes, self.macs, self.result["ceilings"]),
+                "ratio_to_bf16": self.baseline[case] / times["milliseconds"] if case in self.baseline else None,
+            }
+            self.result["rows"].append(row)
+            self.report(row)
 
 
 def run(
@@ -222,61 +139,39 @@ def run(
       cases that did not fit into the device's memory.
     """
     cases = default_cases() if cases is None else tuple(cases)
-    longest = architecture[1].max_length
-    for case in cases:
-        if longest is not None and case.length + DECODED_TOKENS > longest:
-            raise InputError(f"--{case.phase} {case.batch}x{case.length}: the model has {longest} positions")
-    result: ModelResult = {
-        **environment(),
-        "ceilings": ceilings(),
-        "extra_channels": extra,
-        "rows": [],
-        "skipped": [],
-    }
-    plain: dict[Case, float] = {}
-    work = linear_macs(*architecture)
+    _check_positions(cases, architecture[1].max_length)
+    result: ModelResult = {**environment(), "ceilings": ceilings(), "extra_channels": extra, "rows": [], "skipped": []}
+    benchmark = _Benchmark(name, cases, linear_macs(*architecture), result, report)
     begun = time.monotonic()
     variants = [parse_variant(scheme) if isinstance(scheme, str) else scheme for scheme in schemes]
     for variant in sorted(variants, key=lambda variant: variant.name != BASELINE_SCHEME):
         if time.monotonic() - begun > seconds:
-            result["skipped"].append({"model": name, "scheme": variant.name, "why": "out of time"})
+            benchmark.skip(variant, "out of time")
             continue
-        gc.collect()
-        before = _bytes_in_use()
         try:
-            model = random_model(*architecture, variant.scheme, extra=extra)
-            jax.block_until_ready(nnx.state(model))
+            model, device_bytes = _random_model(architecture, variant, extra)
         except jax.errors.JaxRuntimeError as error:
-            result["skipped"].append({"model": name, "scheme": variant.name, "why": _first_line(error)})
+            benchmark.skip(variant, _first_line(error))
             continue
-        used = _bytes_in_use() - before or sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-        for case in cases:
-            of: CaseOfScheme = {
-                "model": name,
-                "scheme": variant.name,
-                "phase": case.phase,
-                "batch": case.batch,
-                "length": case.length,
-            }
-            try:
-                times = measure(model, case, variant.kv_cache)
-            except jax.errors.JaxRuntimeError as error:
-                result["skipped"].append({**of, "why": _first_line(error)})
-                continue
-            if variant.name == BASELINE_SCHEME:
-                plain[case] = times["milliseconds"]
-            row: ModelRow = {
-                **of,
-                **times,
-                "device_bytes": used,
-                "floor_milliseconds": floor(model, case, variant, used, work, result["ceilings"]),
-                "ratio_to_bf16": plain[case] / times["milliseconds"] if case in plain else None,
-            }
-            result["rows"].append(row)
-            report(row)
+        benchmark.measure(variant, model, device_bytes)
         del model
         keep(result)
     return result
+
+
+def _check_positions(cases: Iterable[Case], longest: int | None) -> None:
+    for case in cases:
+        if longest is not None and case.length + DECODED_TOKENS > longest:
+            raise InputError(f"--{case.phase} {case.batch}x{case.length}: the model has {longest} positions")
+
+
+def _random_model(architecture: tuple[str, Config], variant: Variant, extra: float) -> tuple[CausalLM, int]:
+    """A model, and the bytes that the device's allocator gave out for it; where it does not say, those of its arrays."""
+    gc.collect()
+    before = _bytes_in_use()
+    model = random_model(*architecture, variant.scheme, extra=extra)
+    jax.block_until_ready(nnx.state(model))
+    return model, _bytes_in_use() - before or sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
 
 
 def linear_macs(name: str, config: Config) -> int:
@@ -309,74 +204,6 @@ def floor(
     attention = layers * config.num_attention_heads * dim * case.batch * case.length**2
     bf16 = attention + case.batch * table + (0 if exact else macs * tokens)
     return 2e-9 * (bf16 / ceilings["bf16_tflops"] + exact * macs * tokens / ceilings["int8_tops"])
-
-
-def measure(model: CausalLM, case: Case, kv_cache: Literal["int8"] | None = None) -> Timed:
-    """``milliseconds`` a prefill or a decoded token, tokens a second, the device's part, and seconds to compile.
-
-    A token is what a call of more tokens takes longer; ``call_milliseconds`` is what a call takes besides its tokens.
-    """
-    graphdef, state = split_to_run(model)
-    vocabulary, key = model.config.vocab_size, jax.random.key(7)
-    dtype = jnp.int8 if kv_cache else None
-    if case.phase == "prefill":
-        cache = model.make_cache(case.batch, case.length, dtype)
-        tokens = jax.random.randint(key, (case.batch, case.length), 0, vocabulary)
-        before, after = (tokens,), (jnp.full(case.batch, case.length, jnp.int32),)
-        lowered = [(1, prefill.lower(graphdef, state, *before, cache, *after))]
-    else:
-        cache = model.make_cache(case.batch, case.length + DECODED_TOKENS, dtype)
-        before, after = (), (jax.random.normal(key, (case.batch, vocabulary)), None, None)
-        given = graphdef, state, cache, *after
-        # One token more, which the logits give.
-        lowered = [(steps, decode.lower(*given, steps + 1, ())) for steps in (DECODED_TOKENS, SHORT_CALL_TOKENS)]
-    start = time.perf_counter()
-    programs = [(steps, stage.compile()) for steps, stage in lowered]
-    compiling = (time.perf_counter() - start) / len(programs)
-
-    def once(program: jax.stages.Compiled) -> float:
-        """Seconds of one call, from the same lengths each time."""
-        nonlocal cache
-        held = jnp.full(case.batch, case.length if case.phase == "decode" else 0, jnp.int32)
-        cache = jax.block_until_ready(KeyValueCache(cache.layers, held))
-        start = time.perf_counter()
-        _, cache = jax.block_until_ready(program(state, *before, cache, *after))
-        return time.perf_counter() - start
-
-    for _, program in programs:
-        once(program)
-    # In turns: what changes meanwhile changes all of them.
-    turns = [[once(program) for _, program in programs] for _ in range(TIMED_CALLS)]
-    calls = [1e3 * min(seconds) for seconds in zip(*turns, strict=True)]
-    steps, program = programs[0]
-    ms = calls[0] if len(programs) == 1 else (calls[0] - calls[1]) / (DECODED_TOKENS - SHORT_CALL_TOKENS)
-    new = case.batch * (case.length if case.phase == "prefill" else 1)
-    call: CallTime = {"call_milliseconds": calls[0] - DECODED_TOKENS * ms} if len(programs) > 1 else {}
-    device: DeviceTimes = {}
-    if jax.default_backend() == "gpu":
-        times = kernel_times(functools.partial(once, program))
-        device = {"device_milliseconds": sum(us for _, us in times) / 1e3 / steps, "kernels": profile(times, steps)}
-    return {
-        "milliseconds": ms,
-        **call,
-        "tokens_per_second": 1e3 * new / ms,
-        **device,
-        "compile_seconds": compiling,
-    }
-
-
-def profile(times: Iterable[tuple[str, float]], steps: int) -> list[KernelTime]:
-    """Where the time of a step goes: ``kernel``, ``calls`` and ``microseconds``, of one step, the longest first.
-
-    Numbers at the end of names, which tell apart what XLA made several of, are left out.
-    """
-    found: dict[str, KernelTime] = {}
-    for name, microseconds in times:
-        name = re.sub(r"[_\d]+$", "", name)
-        row = found.setdefault(name, {"kernel": name, "calls": 0.0, "microseconds": 0.0})
-        row["calls"] += 1 / steps
-        row["microseconds"] += microseconds / steps
-    return sorted(found.values(), key=lambda row: -row["microseconds"])[:LISTED_KERNELS]
 
 
 def _bytes_in_use() -> int:

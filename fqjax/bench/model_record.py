@@ -4,15 +4,9 @@ import collections
 from collections.abc import Mapping
 
 from fqjax.bench.environment import describe
-from fqjax.bench.model import (
-    BASELINE_SCHEME,
-    DECODED_TOKENS,
-    LISTED_KERNELS,
-    SHORT_CALL_TOKENS,
-    Case,
-    ModelResult,
-    ModelRow,
-)
+from fqjax.bench.model import ModelResult, ModelRow
+from fqjax.bench.model_cases import BASELINE_SCHEME, Case
+from fqjax.bench.model_times import DECODED_TOKENS, LISTED_KERNELS, SHORT_CALL_TOKENS
 
 WHOLE_CALL = "†"
 """Mark after times of decoding that were measured before tokens were told from the call."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from fqjax.checkpoint.hugging_face import read_architecture, read_model, resolve_directory
 from fqjax.checkpoint.manifest import MANIFEST_FILE, read_config, read_manifest
-from fqjax.checkpoint.orbax import load
+from fqjax.checkpoint.orbax.read import load
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError

@@ -66,7 +66,8 @@ def _bench_model(
 ) -> Mapping[str, object]:
     import jax
 
-    from fqjax.bench.model import SCHEMES, line, parse_case, parse_variant, run, summary
+    from fqjax.bench.model import line, run, summary
+    from fqjax.bench.model_cases import SCHEMES, parse_case, parse_variant
     from fqjax.bench.random_models import architecture
 
     name = model or ("llama-3-8b" if jax.default_backend() == "gpu" else "tiny")

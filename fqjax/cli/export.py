@@ -15,7 +15,7 @@ def export(
 ) -> None:
     """Write a quantized model in the format compressed-tensors, as vLLM and transformers read it."""
     from fqjax.checkpoint.compressed.write import save_compressed_tensors
-    from fqjax.checkpoint.orbax import refuse_existing
+    from fqjax.checkpoint.orbax.write import refuse_existing
 
     refuse_existing(out)
     loaded, tokenizer = load_with_tokenizer(model, required=False)

@@ -21,7 +21,7 @@ from fqjax.checkpoint.hugging_face import (
     resolve_directory,
 )
 from fqjax.checkpoint.manifest import MANIFEST_FILE
-from fqjax.checkpoint.orbax import refuse_existing
+from fqjax.checkpoint.orbax.write import refuse_existing
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.convert.staging import is_complete

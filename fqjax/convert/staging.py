@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fqjax.checkpoint.manifest import MANIFEST_FILE
-from fqjax.checkpoint.orbax import refuse_existing
+from fqjax.checkpoint.orbax.write import refuse_existing
 from fqjax.drivers.store import ACTIVATIONS_FOLDER
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonObject, read_json, write_whole, writing

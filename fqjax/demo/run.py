@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fqjax.checkpoint.hugging_face import load_hf
-from fqjax.checkpoint.orbax import load, refuse_existing, save
+from fqjax.checkpoint.orbax.read import load
+from fqjax.checkpoint.orbax.write import refuse_existing, save
 from fqjax.data.python_docs import held_out_text, reference_text
 from fqjax.data.text import calibration_batches, decode_new, encode, encode_prompt
 from fqjax.evaluation.perplexity import perplexity

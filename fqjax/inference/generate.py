@@ -91,10 +91,7 @@ def generate(
     check_settings(max_new_tokens, temperature, top_p, seed)
     if prefill_chunk < 1:
         raise InputError(f"prefill_chunk {prefill_chunk}: expected at least 1")
-    config = getattr(model, "config", None)
-    longest = max(map(len, prompts))
-    for prompt in prompts:
-        check_tokens(prompt, config, longest + max_new_tokens)
+    _check_prompts(model, prompts, max_new_tokens)
     eos = eos_of(model, eos_token_id)
     keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts), dtype=jnp.uint32) + seed_of(seed))
     sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
@@ -143,6 +140,14 @@ def take_up(
 ) -> tuple[Float32[Array, "batch vocabulary"], KeyValueCache]:
     """The model's ``prefill`` of an empty cache, or its ``extend`` if it has no other."""
     return getattr(model, "prefill", model.extend)(tokens, cache, counts)
+
+
+def _check_prompts(model: GenerativeModel, prompts: list[np.ndarray], max_new_tokens: int) -> None:
+    """Refuses tokens outside the vocabulary, and more positions than the model has for the longest prompt."""
+    config = getattr(model, "config", None)
+    longest = max(map(len, prompts))
+    for prompt in prompts:
+        check_tokens(prompt, config, longest + max_new_tokens)
 
 
 def _padded(prompts: list[np.ndarray]) -> tuple[Int32[np.ndarray, "batch width"], Int32[np.ndarray, " batch"]]:

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from fqjax.bench import kernels
+from fqjax.bench import kernel_cases, kernels
 from fqjax.cli import main as cli
+from pallas_kernels import int8_matmul
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,18 @@ def test_quantizing_activations_is_timed_with_and_without_flattening(result):
 
 
 def test_our_results_are_compared_with_xla(result):
-    ours = [row for row in result["rows"] if row["kernel"] in kernels.OURS]
+    ours = [row for row in result["rows"] if row["kernel"] in kernel_cases.OURS]
     assert len(ours) == 12 and all(row.get("exact", row.get("close")) for row in ours)
     assert {row["kernel"] for row in ours if "exact" not in row} == {"grouped_float", "weight_only_int4"}
 
 
 @pytest.mark.thorough
 def test_a_wrong_result_is_noticed(monkeypatch):
-    monkeypatch.setattr(kernels, "int8_matmul", lambda x, w, s, t, **_: kernels.reference.int8_matmul(x, w, 2 * s, t))
+    def doubled(x, w, s, t, implementation=None):
+        """XLA's product, which is twice what it should be unless XLA is asked for."""
+        return int8_matmul(x, w, s if implementation == "xla" else 2 * s, t, implementation="xla")
+
+    monkeypatch.setattr(kernel_cases, "int8_matmul", doubled)
     rows = kernels.run([(128, 256)], [2])["rows"]
     assert [row["exact"] for row in rows if "exact" in row] == [False, True, True, True]
     assert "DIFFERS" in kernels.line(rows[2]) and "DIFFERS" not in kernels.line(rows[3])

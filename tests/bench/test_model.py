@@ -8,7 +8,8 @@ import pytest
 
 import fqjax
 from fqjax.bench import model as bench
-from fqjax.bench import model_record
+from fqjax.bench import model_record, model_times
+from fqjax.bench.model_cases import SCHEMES, Case, parse_variant
 from fqjax.bench.random_models import CONFIGS, architecture, described, random_model
 from fqjax.cli.main import main
 from fqjax.core.formats.uniform import Uniform
@@ -40,11 +41,11 @@ MIXTRAL = CONFIGS["mixtral-8x7b"] | {
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch):
     """How long something takes is not what is tested."""
-    monkeypatch.setattr(bench, "TIMED_CALLS", 2)
+    monkeypatch.setattr(model_times, "TIMED_CALLS", 2)
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("scheme", bench.SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("hf", [CONFIGS["tiny"], OPT, MIXTRAL], ids=["llama", "opt", "mixtral"])
 def test_random_models_have_the_formats_of_their_scheme(hf, scheme):
     scheme = fqjax.PRESETS[scheme]
@@ -89,7 +90,7 @@ def test_activations_use_the_codes(monkeypatch):
 
 @pytest.mark.thorough
 def test_rows_and_ratios():
-    cases, kept = (bench.Case("prefill", 2, 16), bench.Case("decode", 2, 16)), []
+    cases, kept = (Case("prefill", 2, 16), Case("decode", 2, 16)), []
     result = bench.run("tiny", TINY, ("w4a8", "bf16"), cases, keep=lambda result: kept.append(len(result["rows"])))
     assert kept == [2, 4]
     rows = {(row["scheme"], row["phase"]): row for row in result["rows"]}
@@ -109,8 +110,8 @@ def test_floors_are_those_of_bytes_and_products():
     macs, model = bench.linear_macs(*TINY), random_model(*TINY, fqjax.PRESETS["w4a8"])
     assert macs == 2 * (256 * (256 + 2 * 64) + 256 * 256 + 3 * 256 * 768)
     ceilings = {"bf16_tflops": 0.5, "int8_tops": 1.0, "copy_tb_per_s": 2.0}
-    plain, cached = bench.parse_variant("w4a8"), bench.parse_variant("w4a8+int8-cache")
-    prefill, step = bench.Case("prefill", 3, 16), bench.Case("decode", 3, 16)
+    plain, cached = parse_variant("w4a8"), parse_variant("w4a8+int8-cache")
+    prefill, step = Case("prefill", 3, 16), Case("decode", 3, 16)
     bf16 = 2 * (2 * 256 * 3 * 16**2 + 3 * 2048 * 256) / 0.5e12
     assert bench.floor(model, prefill, plain, 0, macs, ceilings) == pytest.approx(1e3 * (bf16 + 2 * macs * 48 / 1e12))
     used, table = 10_000_000, 2 * 2048 * 256
@@ -127,12 +128,12 @@ def test_floors_are_those_of_bytes_and_products():
     [("w4a8", False, None), ("w4a8+int8-head", True, None), ("w4a8+int8-cache", False, "int8")],
 )
 def test_names_of_variants(text, head, cache):
-    variant = bench.parse_variant(text)
+    variant = parse_variant(text)
     assert (variant.scheme.head == "int8", variant.kv_cache, variant.name) == (head, cache, text)
-    both = bench.parse_variant("w4a8+int8-cache+int8-head")
+    both = parse_variant("w4a8+int8-cache+int8-head")
     assert both.name == "w4a8+int8-head+int8-cache"
     with pytest.raises(InputError, match=r"scheme w4a8\+fp8: 'fp8' follows; expected \+int8-head or \+int8-cache"):
-        bench.parse_variant("w4a8+fp8")
+        parse_variant("w4a8+fp8")
 
 
 def test_rows_that_are_not_measured_again_are_kept_and_all_stay_in_their_order():
@@ -167,12 +168,17 @@ def test_what_does_not_fit_is_left_out(monkeypatch):
 
 def test_a_profile_adds_up_what_is_of_one_kind():
     times = [("matmul", 5.0), ("loop_fusion_1", 1.0), ("loop_fusion_22", 2.0)] * 4
-    assert bench.profile(times, 4) == [
+    assert model_times.profile(times, 4) == [
         {"kernel": "matmul", "calls": 1, "microseconds": 5},
         {"kernel": "loop_fusion", "calls": 2, "microseconds": 3},
     ]
     row = {"model": "m", "scheme": "w4a8", "phase": "decode", "batch": 1, "length": 8, "milliseconds": 0.01}
-    row |= {"device_bytes": 1, "ratio_to_bf16": None, "device_milliseconds": 0.008, "kernels": bench.profile(times, 4)}
+    row |= {
+        "device_bytes": 1,
+        "ratio_to_bf16": None,
+        "device_milliseconds": 0.008,
+        "kernels": model_times.profile(times, 4),
+    }
     row["floor_milliseconds"] = 0.004
     ceilings = {"bf16_tflops": 800.0, "int8_tops": 1600.0, "copy_tb_per_s": 3.0}
     result = {"rows": [row], "device": "d", "versions": {}, "date": "today", "ceilings": ceilings}
@@ -191,7 +197,7 @@ def test_decoding_measured_by_whole_calls_is_marked():
 
 
 def test_no_scheme_is_begun_late():
-    result = bench.run("tiny", TINY, ("bf16", "w4a8"), (bench.Case("prefill", 1, 8),), seconds=0)
+    result = bench.run("tiny", TINY, ("bf16", "w4a8"), (Case("prefill", 1, 8),), seconds=0)
     assert not result["rows"] and [row["why"] for row in result["skipped"]] == ["out of time"] * 2
 
 
@@ -204,10 +210,10 @@ def test_decoding_begins_behind_a_full_cache(monkeypatch):
         return extend(self, tokens, cache, counts)
 
     monkeypatch.setattr(type(model), "extend", noted)
-    bench.decode.clear_cache()
-    bench.measure(model, bench.Case("decode", 2, 16))
-    assert len(seen) == (bench.DECODED_TOKENS + bench.SHORT_CALL_TOKENS) * (bench.TIMED_CALLS + 1)
-    assert sorted(set(map(tuple, seen))) == [(16 + i, 16 + i) for i in range(bench.DECODED_TOKENS)]
+    model_times.decode.clear_cache()
+    model_times.measure(model, Case("decode", 2, 16))
+    assert len(seen) == (model_times.DECODED_TOKENS + model_times.SHORT_CALL_TOKENS) * (model_times.TIMED_CALLS + 1)
+    assert sorted(set(map(tuple, seen))) == [(16 + i, 16 + i) for i in range(model_times.DECODED_TOKENS)]
 
 
 def test_the_command(tmp_path):
@@ -265,7 +271,7 @@ def test_configurations_that_are_none(tmp_path):
         with pytest.raises(InputError, match=message):
             architecture(str(file))
     with pytest.raises(InputError, match="the model has 2048 positions"):
-        bench.run("opt", described(OPT), ("bf16",), (bench.Case("decode", 1, 2048),))
+        bench.run("opt", described(OPT), ("bf16",), (Case("decode", 1, 2048),))
 
 
 def test_a_configuration_in_a_file(tmp_path):

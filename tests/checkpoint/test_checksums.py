@@ -17,7 +17,8 @@ from flax import nnx
 
 import fqjax
 from fqjax.checkpoint.checksums import array_checksum
-from fqjax.checkpoint.orbax import load, save
+from fqjax.checkpoint.orbax.read import load
+from fqjax.checkpoint.orbax.write import save
 from fqjax.checkpoint.tree import named_leaves, split_storable
 from fqjax.runtime.errors import InputError
 from tests.models import variants

@@ -14,7 +14,8 @@ from orbax.checkpoint import v1 as ocp
 
 import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
-from fqjax.checkpoint.orbax import load, save
+from fqjax.checkpoint.orbax.read import load
+from fqjax.checkpoint.orbax.write import save
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.layers.surgery import replace_modules
 from fqjax.runtime.errors import InputError
@@ -98,7 +99,7 @@ def test_loading_builds_no_float_weights(saved, monkeypatch):
         skeletons.append(model)
         return replace_modules(model, replacements)
 
-    monkeypatch.setattr("fqjax.checkpoint.orbax.replace_modules", watch)
+    monkeypatch.setattr("fqjax.checkpoint.orbax.read.replace_modules", watch)
     load(saved)
     leaves = jax.tree.leaves(nnx.state(skeletons[0]))
     assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
@@ -160,7 +161,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     model = quantized(tmp_path)
-    monkeypatch.setattr("fqjax.checkpoint.orbax.ocp.save", fail)
+    monkeypatch.setattr("fqjax.checkpoint.orbax.write.ocp.save", fail)
     with pytest.raises(InputError, match=r"out: cannot be written \(No space left"):
         save(tmp_path / "out", model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

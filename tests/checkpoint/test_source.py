@@ -39,7 +39,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_weights_are_read(
         raise AssertionError("weights are read")
 
     monkeypatch.setattr("fqjax.checkpoint.safetensors.TensorFiles.read", read)
-    monkeypatch.setattr("fqjax.checkpoint.orbax.ocp.load", read)
+    monkeypatch.setattr("fqjax.checkpoint.orbax.read.ocp.load", read)
     text = str(mismatched / "text.txt")
     rest = {
         "convert": [str(mismatched / "out"), "--calibration", text],

@@ -10,7 +10,7 @@ from flax import nnx
 
 import fqjax
 from fqjax.checkpoint.manifest import MANIFEST_FILE, current, read_manifest, read_stored_manifest
-from fqjax.checkpoint.orbax import load_abstract
+from fqjax.checkpoint.orbax.read import load_abstract
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.cli import main as cli
 from fqjax.layers.head import Int8Table

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fqjax
-from fqjax.checkpoint.orbax import Writer
+from fqjax.checkpoint.orbax.write import Writer
 from fqjax.cli import main as cli
 from fqjax.convert import run as conversion
 from fqjax.drivers.rounding import RoundNearest
@@ -170,7 +170,7 @@ def test_a_result_that_cannot_be_written(asked, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: Error writing local file")
 
-    monkeypatch.setattr("fqjax.checkpoint.orbax.ocp.partial.save", fail)
+    monkeypatch.setattr("fqjax.checkpoint.orbax.write.ocp.partial.save", fail)
     complains(capsys, asked, "out.partial/checkpoint: cannot be written (RESOURCE_EXHAUSTED", "--resume")
 
 

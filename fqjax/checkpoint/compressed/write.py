@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from fqjax.checkpoint.compressed.config import INT, LayerScheme, write_quantization
 from fqjax.checkpoint.compressed.packing import pack_int32
 from fqjax.checkpoint.hugging_face import source_of
-from fqjax.checkpoint.orbax import refuse_existing
+from fqjax.checkpoint.orbax.write import refuse_existing
 from fqjax.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
 from fqjax.core.formats.grouped import Grouped
 from fqjax.core.formats.uniform import Uniform, UniformTensor

@@ -1,24 +1,14 @@
-"""Saving and loading: an Orbax directory with a manifest and a tokenizer beside the arrays.
-
-    out/                 an Orbax checkpoint, readable with ``orbax.checkpoint.v1.load``
-      state/ ...         the arrays, a nested dictionary (fqjax/checkpoint/tree.py)
-      fqjax.json         what they are (fqjax/checkpoint/manifest.py)
-      tokenizer/         as transformers saves it, if there is one
-      calibration.safetensors   what calibration found out, if it is known (fqjax/checkpoint/calibration_record.py)
+"""Loading models, and checking that the arrays are those that the manifest describes.
 
 Loading builds the quantized model from the manifest alone: no float model is made on the way.  Orbax casts silently when
 it is asked for another dtype than it stored, so stored shapes and dtypes are compared with the manifest's first.
 """
 
-import contextlib
 import functools
-import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +18,6 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool
 from orbax.checkpoint import v1 as ocp
 
-from fqjax.checkpoint.calibration_record import CalibrationRecord
-from fqjax.checkpoint.checksums import checksums, with_checksums, with_sums
 from fqjax.checkpoint.checksums import verify as verify_checksums
 from fqjax.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -38,168 +26,27 @@ from fqjax.checkpoint.manifest import (
     abstract_head,
     abstract_layers,
     current,
-    describe,
     read_manifest,
     read_stored_manifest,
 )
-from fqjax.checkpoint.tokenizer import TOKENIZER_FOLDER
 from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unnest, with_leaves
 from fqjax.core.table import Sizes, Stored
-from fqjax.layers.head import Int8Table
 from fqjax.layers.linear import QuantizedLinear
-from fqjax.layers.record import abstracted, shape_of
-from fqjax.layers.stacked import quantized_layers, stacked, unstacked
+from fqjax.layers.record import shape_of
+from fqjax.layers.stacked import quantized_layers, stacked
 from fqjax.layers.surgery import find_linears, replace_modules
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import CannotWrite, JsonObject, reason
+from fqjax.runtime.files import reason
 from fqjax.runtime.quiet import collect_late_reads, muted
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 """Where arrays go: one sharding for all, or a function of dotted name and shape."""
 
 
-class HasCalibration(Protocol):
-    """A report (:class:`fqjax.report.report.Report`)."""
-
-    @property
-    def calibration(self) -> CalibrationRecord | None:
-        """Findings of calibration; None where they are not known."""
-        ...
-
-
-def save(
-    path: str | Path,
-    model: nnx.Module,
-    *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    report: HasCalibration | None = None,
-) -> None:
-    """Saves a model, quantized or not.
-
-    Args:
-      path: directory to write; it must not exist, and appears only when complete.
-      model: any NNX module.
-      tokenizer: a transformers tokenizer to store beside it.
-      report: what :func:`fqjax.quantize` gave besides; with it, ``fqjax inspect --plot`` can show what calibration saw.
-
-    Raises:
-      InputError: if ``path`` exists or cannot be written, or other processes hold a part of an array.
-    """
-    path = Path(path).resolve()
-    refuse_existing(path)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(staging, model, tokenizer, report.calibration if report else None)
-        staging.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def write(
-    directory: Path, model: nnx.Module, tokenizer: "PreTrainedTokenizerBase | None", record: CalibrationRecord | None
-) -> None:
-    """Writes a checkpoint into a directory that does not exist yet."""
-    model = unstacked(model)
-    _, stored, _ = split_storable(model)
-    leaves = _arrays_to_store(stored)
-    manifest = with_checksums(describe(model), leaves)
-    ocp.save(str(directory), nest(leaves))
-    _write_beside(directory, tokenizer, record, manifest)
-
-
-class Writer:
-    """Writes a checkpoint part by part; nothing is held of a part that was written but its shapes.
-
-    Args:
-      directory: that does not exist yet, and appears with :meth:`finish`; what an earlier attempt left is removed.
-      skeleton: the model before quantization, with shapes in place of arrays.
-
-    Raises:
-      CannotWrite: from every method.
-    """
-
-    def __init__(self, directory: Path, skeleton: nnx.Module):
-        self.directory, self.skeleton = directory.resolve(), skeleton
-        self.sums: dict[str, str] = {}
-        self.replaced: dict[str, nnx.Module] = {}
-        for old in (self.directory, *self.directory.parent.glob(f"{self.directory.name}.*")):
-            shutil.rmtree(old, ignore_errors=True)
-
-    def add(self, path: str, module: nnx.Module) -> None:
-        """Writes the module with a dotted path, of which nothing has been written yet."""
-        _, stored, _ = split_storable(module)
-        leaves = _arrays_to_store(stored, tuple(path.split(".")))
-        self.sums |= checksums(leaves)
-        if leaves:
-            with _writing(self.directory):
-                ocp.partial.save(str(self.directory), nest(leaves))
-        if isinstance(module, QuantizedLinear | Int8Table):
-            self.replaced[path] = abstracted(module)
-        for name, layer in quantized_layers(module).items():
-            if name:
-                self.replaced[f"{path}.{name}"] = abstracted(layer)
-
-    def finish(self, tokenizer: "PreTrainedTokenizerBase | None", record: CalibrationRecord | None) -> nnx.Module:
-        """Writes what goes beside the arrays.
-
-        Returns:
-          The model that was written, with shapes in place of arrays.
-        """
-        model = replace_modules(self.skeleton, self.replaced)
-        with _writing(self.directory):
-            ocp.partial.finalize(str(self.directory))
-            _write_beside(self.directory, tokenizer, record, with_sums(describe(model), self.sums))
-        return model
-
-
-def _arrays_to_store(state: nnx.State, start: tuple[str, ...] = ()) -> dict[tuple[str, ...], jax.Array]:
-    """The arrays of a state by path from ``start`` on, but for empty ones, which loading makes from the manifest."""
-    leaves = cast(dict[tuple[str, ...], jax.Array], named_leaves(state))  # No abstract model is written.
-    return {(*start, *name): leaf for name, leaf in leaves.items() if leaf.size}
-
-
-def _write_beside(
-    directory: Path, tokenizer: "PreTrainedTokenizerBase | None", record: CalibrationRecord | None, manifest: JsonObject
-) -> None:
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
-    if record is not None:
-        record.write(directory)
-    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """One line for whatever keeps Orbax, TensorStore, tokenizers and safetensors from writing; each has errors of its own."""
-    failure = ""
-    with muted("absl", "asyncio"):
-        try:
-            yield
-            return
-        except OSError as error:
-            failure = error.strerror or reason(error)
-        except Exception as error:  # See above.
-            failure = reason(error)
-        collect_late_reads()
-    raise CannotWrite(f"{directory}: cannot be written ({failure})")
-
-
-def refuse_existing(path: Path) -> None:
-    """Raises an InputError if the path exists."""
-    if path.exists():
-        raise InputError(f"{path}: exists already; expected a directory to create")
-
-
 def load(
     path: str | Path, model: nnx.Module | None = None, *, sharding: Place | None = None, verify: bool = True
 ) -> Any:
-    """Loads what :func:`save` wrote.
+    """Loads what :func:`fqjax.save` wrote.
 
     Args:
       path: the directory.
