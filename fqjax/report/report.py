@@ -218,7 +218,7 @@ def format_bytes(count: float) -> str:
 
 def _quantized_row(name: str, layer: QuantizedLinear, record: CalibrationRecord | None) -> LayerReport:
     sizes, figures = layer.sizes, layer.figures
-    known = record is not None and name in record.activations
+    silent = record.silent_channels(name) if record is not None and name in record.activations else None
     return LayerReport(
         name=name,
         bits=layer.bits,
@@ -229,7 +229,7 @@ def _quantized_row(name: str, layer: QuantizedLinear, record: CalibrationRecord 
         macs=figures.macs,
         accumulator_bound=figures.accumulator_bound,
         scales=layer.weight.get_value().format.label,
-        silent_channels=record.silent_channels(name) if known else None,
+        silent_channels=silent,
     )
 
 
