@@ -47,7 +47,7 @@ class LayerReport:
     macs: int
     accumulator_bound: int
     scales: str = ""
-    silent_channels: int | None = None
+    silent_channels: int | None = dataclasses.field(default=None, compare=False)
 
     @property
     def overflow_margin_bits(self) -> float:

@@ -30,11 +30,13 @@ def seen():
 
 
 def test_a_percentile_leaves_out_single_extreme_tokens(linear, seen):
-    whole = layer_inputs(linear, seen)
-    np.testing.assert_array_equal(whole.x_max, seen.absmax)
+    known = np.delete(np.arange(300), 5)  # Channel 5 is hardly ever excited, and gets what is typical of the others.
+    whole = layer_inputs(linear, seen).x_max
+    np.testing.assert_array_equal(whole[known], seen.absmax[known])
+    assert whole[5] == pytest.approx(np.quantile(seen.absmax[known], 0.75))
     usual = layer_inputs(linear, seen, 99).x_max
     np.testing.assert_allclose(usual[10:], np.percentile(np.abs(seen.samples), 99, axis=0)[10:], rtol=1e-5)
-    assert usual[3] < 4 and usual[5] == seen.absmax[5]
+    assert usual[3] < 4 and usual[5] == pytest.approx(np.quantile(usual[known], 0.75))
 
 
 @pytest.mark.parametrize("percentile", [49, 100.5, "most"])
