@@ -161,7 +161,7 @@ class TensorFiles:
     def _locate(self) -> dict[str, str]:
         """File of every tensor."""
         index, single = self.directory / INDEX_FILE, os.path.lexists(self.directory / SINGLE_FILE)
-        if index.exists():
+        if os.path.lexists(index):
             if not single:
                 return self._read_index(linked(self.directory, INDEX_FILE))
             say_once(
@@ -187,7 +187,7 @@ class TensorFiles:
         for file in sorted(set(files.values())):
             if Path(file).name != file or file in ("", ".."):
                 raise InputError(f"{index}: {file!r} is not a file name in this directory")
-            if not (self.directory / file).exists() and not self.partial:
+            if not os.path.lexists(self.directory / file) and not self.partial:
                 raise InputError(f"{self.directory / file}: missing shard, named by {INDEX_FILE}")
         return files
 

@@ -6,6 +6,7 @@ and at the tokenizer's EOS.  config.json counts where nothing else is known, or 
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -59,7 +60,7 @@ def with_text_tokens(config: ConfigT, directory: Path, tokenizer: "PreTrainedTok
 
 def _generation(directory: Path) -> JsonObject:
     """The content of generation_config.json, checked; empty if there is none."""
-    if not (directory / GENERATION_FILE).exists():
+    if not os.path.lexists(directory / GENERATION_FILE):
         return {}
     path = linked(directory, GENERATION_FILE)
     content = read_json(path, "configuration")
@@ -86,7 +87,9 @@ def _begin(
     if added:
         first = bos if bos in added else added[-1]
         if first >= config.vocab_size:
-            raise InputError(f"{where}: its tokenizer begins texts with token {first}, beyond the model's {config.vocab_size}")
+            raise InputError(
+                f"{where}: its tokenizer begins texts with token {first}, beyond the model's {config.vocab_size}"
+            )
         return first
     if bos is not None and bos < config.vocab_size:
         return cast(int, bos)

@@ -1,13 +1,14 @@
 """Tokenizers, through transformers, imported only where one is loaded."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import inside, linked, reason
-from fqjax.runtime.panics import panics_as_errors
+from fqjax.runtime.panics import Panicked, panics_as_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
     directory = Path(directory)
     own = (directory / TOKENIZER_FOLDER).is_dir()
     directory = directory / TOKENIZER_FOLDER if own else directory
-    present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
+    present = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
     if not present:
         return None
     for name in present:
@@ -63,10 +64,16 @@ def _is_there(module: str) -> bool:
 
 
 def added_before(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """The special tokens that a tokenizer puts before a text; none if it cannot encode the plainest one."""
+    """The special tokens that a tokenizer puts before a text; none if it has no tokens for the plainest one.
+
+    Raises:
+      InputError: if its template for them is broken.
+    """
     try:
         with panics_as_errors():
             whole, bare = (cast(list[int], tokenizer("a", add_special_tokens=s).input_ids) for s in (True, False))
+    except Panicked as error:
+        raise InputError(f"the tokenizer cannot encode a text with its special tokens ({error})") from None
     except Exception:  # Whatever is wrong shows when a text is encoded.
         return ()
     starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]

@@ -21,7 +21,8 @@ from fqjax.models.chain import Chain, as_arguments, call_model, chain
 from fqjax.models.sites import sites_of
 from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
-from tests.conftest import make_checkpoint
+from tests.conftest import edit_config, make_checkpoint
+from tests.models import variants
 from tests.tiers import thorough_but
 
 
@@ -164,6 +165,15 @@ def test_a_dry_run_needs_no_shard_and_no_tokenizer(text, tmp_path, capsys):
     assert "model.safetensors: missing" in capsys.readouterr().out.replace("\n", "")
     assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted({p.name for p in before if p.parent == tmp_path})
+
+
+def test_a_dry_run_without_weights_refuses_a_depth_that_no_model_has(tmp_path):
+    source = variants.write_checkpoint(tmp_path / "source", variants.VARIANTS["llama"] | {"num_hidden_layers": 3})
+    (source / "model.safetensors").unlink()
+    edit_config(source, num_hidden_layers=9999)
+    asked = conversion.Conversion(source=str(source), out=tmp_path / "out", scheme=PRESETS["bf16"])
+    with pytest.raises(InputError, match="num_hidden_layers 9999: expected 512 at most without weights"):
+        conversion.plan(asked, dry_run=True)
 
 
 def test_a_dry_run_still_finds_what_is_wrong(tmp_path):
