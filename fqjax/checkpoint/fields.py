@@ -26,8 +26,8 @@ class ModelConfig(Protocol):
         ...
 
 
-MAX_LAYERS_ALONE = 512
-"""Layers of a configuration without weights, several times those of the deepest models."""
+MAX_LAYERS_ALONE, MAX_EXPERTS_ALONE = 512, 2**14
+"""Layers, and experts of all layers together, of a configuration without weights: more than any of the largest models has."""
 
 
 def check_depth(where: str, config: object, arrays: int | None) -> None:
@@ -44,6 +44,11 @@ def check_depth(where: str, config: object, arrays: int | None) -> None:
     layers = getattr(config, "num_hidden_layers", 0)
     if arrays is None and layers > MAX_LAYERS_ALONE:
         raise InputError(f"{where}: num_hidden_layers {layers}: expected {MAX_LAYERS_ALONE} at most without weights")
+    experts = getattr(config, "num_experts", 1)
+    if arrays is None and layers * experts > MAX_EXPERTS_ALONE:
+        raise InputError(
+            f"{where}: num_experts {experts} in {layers} layers: expected {MAX_EXPERTS_ALONE} in all at most without weights"
+        )
     if arrays is not None and layers > arrays:
         raise InputError(f"{where}: num_hidden_layers {layers}: expected fewer, as the checkpoint has {arrays} arrays")
 

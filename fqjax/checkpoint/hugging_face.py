@@ -194,7 +194,7 @@ def _hint(files: TensorFiles, tensor: str) -> str:
     if any(f"{module}.{ending}" in files for ending in ("weight_packed", "weight_scale")):
         return f"; {module} is quantized in the files, but not in the quantization_config of config.json"
     if module == HEAD:
-        return "; tie_word_embeddings is false in config.json, expected true where the head is the embedding"
+        return "; tie_word_embeddings is not true in config.json, expected so where the head is the embedding"
     return ""
 
 

@@ -162,7 +162,7 @@ class TensorFiles:
         """File of every tensor."""
         index, single = self.directory / INDEX_FILE, os.path.lexists(self.directory / SINGLE_FILE)
         if os.path.lexists(index):
-            if not single:
+            if not single or self._lists_the_single(index):
                 return self._read_index(linked(self.directory, INDEX_FILE))
             say_once(
                 f"{self.directory}: holds {SINGLE_FILE} beside {INDEX_FILE}; the first is read, the shards are not"
@@ -179,6 +179,14 @@ class TensorFiles:
         )
         hint = f"; {others[0]} is a pickle, which fqjax does not read" if others else ""
         raise InputError(f"{self.directory}: no {SINGLE_FILE} and no {INDEX_FILE}{hint}")
+
+    def _lists_the_single(self, index: Path) -> bool:
+        """Whether the single file is one of an index's shards; not if the index cannot be read."""
+        try:
+            files = read_json(index, "index of safetensors shards").get("weight_map")
+        except InputError:
+            return False
+        return isinstance(files, dict) and SINGLE_FILE in files.values()
 
     def _read_index(self, index: Path) -> dict[str, str]:
         files = read_json(index, "index of safetensors shards").get("weight_map")

@@ -83,7 +83,7 @@ def _begin(
     named = own if own is not None and FROM_CONFIG not in generation else config.bos_token_id
     if tokenizer is None:
         return named
-    added, bos = added_before(tokenizer), tokenizer.bos_token_id
+    added, bos = added_before(tokenizer), cast("int | None", tokenizer.bos_token_id)
     if added:
         first = bos if bos in added else added[-1]
         if first >= config.vocab_size:
@@ -92,7 +92,7 @@ def _begin(
             )
         return first
     if bos is not None and bos < config.vocab_size:
-        return cast(int, bos)
+        return bos
     # A default of transformers' is no finding, nor is a token that the tokenizer uses for something else.
     found = given.get("bos_token_id") is not None or own is not None
     return named if found and named in control_tokens(tokenizer) else None

@@ -48,4 +48,6 @@ def test_a_head_that_is_missing_is_refused(tmp_path):
     tensors = load_file(directory / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, directory / "model.safetensors")
-    refused("tensor 'lm_head.weight' is missing; tie_word_embeddings is false in config.json", fqjax.load_hf, directory)
+    refused(
+        "tensor 'lm_head.weight' is missing; tie_word_embeddings is not true in config.json", fqjax.load_hf, directory
+    )

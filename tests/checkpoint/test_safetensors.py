@@ -239,6 +239,11 @@ def test_a_single_file_counts_before_an_index(tmp_path, caplog):
     (tmp_path / INDEX_FILE).write_text('{"weight_map": {"b": "one.safetensors"}}')
     assert TensorFiles(tmp_path).names() == ["a"]
     assert f"{tmp_path}: holds {SINGLE_FILE} beside {INDEX_FILE}" in caplog.text
+    (tmp_path / INDEX_FILE).write_text('{"weight_map": {"a": "model.safetensors", "b": "one.safetensors"}}')
+    assert TensorFiles(tmp_path).names() == ["a", "b"]  # It is one of the shards.
+    (tmp_path / INDEX_FILE).write_text("{")
+    assert TensorFiles(tmp_path).names() == ["a"]
+    (tmp_path / INDEX_FILE).write_text('{"weight_map": {"b": "one.safetensors"}}')
     (tmp_path / SINGLE_FILE).unlink()
     assert TensorFiles(tmp_path).names() == ["b"]
 
