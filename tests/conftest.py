@@ -118,6 +118,13 @@ def shard(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
+def edit_config(directory: Path, **changes: object) -> None:
+    """Sets entries of a checkpoint's config.json; None takes one away."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
 def edit_tensor(directory: Path, name: str, change) -> None:
     """Rewrites one tensor of a sharded checkpoint; ``change`` returns None to leave it out."""
     index = json.loads((directory / "model.safetensors.index.json").read_text())

@@ -26,14 +26,30 @@ class ModelConfig(Protocol):
         ...
 
 
-def check_depth(where: str, config: object, arrays: int) -> None:
+MAX_LAYERS_ALONE, MAX_EXPERTS_ALONE = 512, 2**14
+"""Layers, and experts of all layers together, of a configuration without weights: more than any of the largest models has."""
+
+
+def check_depth(where: str, config: object, arrays: int | None) -> None:
     """Refuses a configuration with more layers than there are arrays to fill them, before a model of that depth is built.
+
+    Args:
+      where: the file, for the message.
+      config: the configuration.
+      arrays: of the checkpoint; None where there are none yet.
 
     Raises:
       InputError: naming both numbers.
     """
     layers = getattr(config, "num_hidden_layers", 0)
-    if layers > arrays:
+    if arrays is None and layers > MAX_LAYERS_ALONE:
+        raise InputError(f"{where}: num_hidden_layers {layers}: expected {MAX_LAYERS_ALONE} at most without weights")
+    experts = getattr(config, "num_experts", 1)
+    if arrays is None and layers * experts > MAX_EXPERTS_ALONE:
+        raise InputError(
+            f"{where}: num_experts {experts} in {layers} layers: expected {MAX_EXPERTS_ALONE} in all at most without weights"
+        )
+    if arrays is not None and layers > arrays:
         raise InputError(f"{where}: num_hidden_layers {layers}: expected fewer, as the checkpoint has {arrays} arrays")
 
 

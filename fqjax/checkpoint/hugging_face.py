@@ -5,10 +5,10 @@ a fused layer's the concatenation of its parts.  All names, shapes and files are
 Layers that are quantized already become quantized layers (:mod:`fqjax.checkpoint.compressed`).
 """
 
-import re
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +17,21 @@ from flax import nnx
 from flax.typing import PathParts
 from jaxtyping import DTypeLike
 
+from fqjax.checkpoint.architecture import read_architecture
 from fqjax.checkpoint.compressed.config import Quantization, read_quantization
 from fqjax.checkpoint.compressed.read import StoredLayer, read_layers, stored_layer
-from fqjax.checkpoint.fields import ModelConfig, check_counts, check_depth
-from fqjax.checkpoint.lazy import quiet_transformers
+from fqjax.checkpoint.fields import ModelConfig, check_depth
+from fqjax.checkpoint.naming import HEAD, Source, found
 from fqjax.checkpoint.safetensors import TensorFiles
+from fqjax.checkpoint.text_tokens import with_text_tokens
 from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.layers.stacked import stacked
 from fqjax.layers.surgery import replace_modules
 from fqjax.models import FAMILIES, Family
 from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject, inside, read_json, reason
+from fqjax.runtime.notices import say_once
 from fqjax.runtime.progress import track
-from fqjax.runtime.validation import check_given, check_value, validated
-
-if TYPE_CHECKING:
-    pass
 
 Parameters = Mapping[PathParts, nnx.Variable]
 """A model's parameters by path, as ``nnx.to_flat_state`` gives them."""
@@ -41,24 +39,10 @@ Parameters = Mapping[PathParts, nnx.Variable]
 DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 """Files that are downloaded of a hub repository."""
 
-REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-"""Sizes that every configuration has to have: transformers would fill in those of some well-known model."""
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 
 UNUSED_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Endings of tensors that some exports contain and no model needs."""
-
-
-class Source(NamedTuple):
-    """Where one parameter comes from: tensors to concatenate along their first axis, and whether to transpose.
-
-    With ``part``, it is that part of one tensor, along its first axis.
-    """
-
-    tensors: tuple[str, ...]
-    transpose: bool
-    part: int | None = None
 
 
 def load_hf(path_or_id: str | Path, dtype: DTypeLike = jnp.bfloat16) -> tuple[CausalLM, Any]:
@@ -79,8 +63,9 @@ def load_hf(path_or_id: str | Path, dtype: DTypeLike = jnp.bfloat16) -> tuple[Ca
     """
     directory = resolve_directory(path_or_id)
     name, config = read_architecture(directory)
-    model = read_model(directory, name, config, dtype)
-    return model, load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
+    model = read_model(directory, name, with_text_tokens(config, directory, tokenizer), dtype)
+    return model, tokenizer
 
 
 def resolve_directory(path_or_id: str | Path) -> Path:
@@ -106,51 +91,6 @@ def resolve_directory(path_or_id: str | Path) -> Path:
         raise InputError(f"{text}: no such directory, and not available from the Hugging Face hub ({why})") from None
 
 
-def read_architecture(directory: Path) -> tuple[str, ModelConfig]:
-    """The architecture's name and the family's configuration, from config.json.
-
-    Raises:
-      InputError: if there is no config.json, it names an architecture that fqjax does not have, or an entry is missing,
-        absurd or not supported.
-    """
-    if not (directory / "config.json").exists():
-        raise InputError(f"{directory}: not a model directory: it has no config.json")
-    path = inside(directory, "config.json")
-    raw = read_json(path, "configuration")
-    names = raw.get("architectures") or [raw.get("model_type", "unknown")]
-    name = names[0] if isinstance(names, list) else names
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"{path}: architecture {name} is not supported; supported are {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
-    check_counts(str(path), raw)
-    check_given(family.config, raw, str(path))
-    check_value(str, raw.get("model_type"), str(path), "model_type")
-    read_quantization(directory)  # What cannot be expressed is better known now than later.
-    complete = _completed(path, raw)
-    try:
-        config = family.config_from_hf(complete)
-    except InputError as error:
-        raise InputError(f"{directory}: {error}") from None
-    except KeyError as error:
-        raise InputError(f"{path}: a {name} configuration needs an entry {error}") from None
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise InputError(f"{path}: not a valid {name} configuration ({error})") from None
-    return name, validated(family.config, vars(config), str(path))
-
-
-def _completed(path: Path, raw: JsonObject) -> JsonObject:
-    """The configuration with transformers' defaults for what it leaves out, but for the sizes in :data:`REQUIRED_SIZES`."""
-    with quiet_transformers() as transformers:
-        try:
-            aliases = transformers.AutoConfig.for_model(raw.get("model_type")).attribute_map
-            absent = [e for e in REQUIRED_SIZES if not {e, aliases.get(e), "text_config"} & set(raw)]
-            if not absent:
-                return transformers.AutoConfig.from_pretrained(path.parent, trust_remote_code=False).to_dict()
-        except Exception as error:  # Any of a dozen kinds, by the entry at fault.
-            raise InputError(f"{path}: not a configuration that transformers can read ({reason(error)})") from None
-    raise InputError(f"{path}: no entry {absent[0]!r}; expected a whole number above 0")
-
-
 def abstract_model(name: str, config: ModelConfig, dtype: DTypeLike) -> CausalLM:
     """The model with shapes and dtypes in place of arrays."""
     return nnx.eval_shape(lambda: FAMILIES[name].model(config, dtype=dtype, rngs=nnx.Rngs(0)))
@@ -160,6 +100,7 @@ def read_model(directory: Path, name: str, config: ModelConfig, dtype: DTypeLike
     """Builds the model from the directory's tensors, one at a time."""
     files = TensorFiles(directory)
     check_depth(f"{directory / 'config.json'}", config, len(files.names()))
+    config = with_own_head(config, files, FAMILIES[name])
     graphdef, state = nnx.split(abstract_model(name, config, dtype))
     flat = dict(nnx.to_flat_state(state))
     quantization = read_quantization(directory)
@@ -169,6 +110,26 @@ def read_model(directory: Path, name: str, config: ModelConfig, dtype: DTypeLike
         flat[path] = flat[path].replace(read_source(files, source, dtype))
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     return stacked(replace_modules(model, read_layers(model, files, layers, dtype)), in_place=True) if layers else model
+
+
+def with_own_head(config: ConfigT, files: TensorFiles, family: Family) -> ConfigT:
+    """The configuration, untied where the files hold a head that is not the embedding, whatever config.json says.
+
+    Fine-tuning that shards its parameters unties the two and leaves config.json as it was.
+    """
+    if not getattr(config, "tie_word_embeddings", False):
+        return config
+    naming = found(files.names(), family)
+    head = [name for name in files.names() if name.startswith(f"{naming.head}.")]
+    if not head or any(files.files.get(name) in files.missing for name in (*head, naming.embedding)):
+        return config
+    if head == [f"{naming.head}.weight"] and files.same(head[0], naming.embedding):
+        return config
+    say_once(
+        f"{files.directory}: tie_word_embeddings is true in config.json, but {head[0]} is not the embedding; the head of the "
+        "files is used"
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)  # pyright: ignore[reportArgumentType]
 
 
 def check_layers(
@@ -183,27 +144,16 @@ def check_layers(
     layers: dict[str, StoredLayer] = {}
     if quantization is None:
         return layers
-    prefix, stacked = find_prefix(files, family), has_stacks(files, family)
+    naming = found(files.names(), family)
     for file in files.missing:
         raise InputError(f"{files.directory / file}: missing; of a checkpoint that is quantized all is needed")
     for path, parameter in parameters.items():
         if path[-1] == "kernel":
             name = ".".join(str(part) for part in path[:-1])
-            modules = [t.removesuffix(".weight") for t in source_of(path, family, prefix, stacked=stacked).tensors]
+            modules = [tensor.removesuffix(".weight") for tensor in naming.source(path).tensors]
             layer = stored_layer(files, quantization, name, modules, parameter.shape[::-1])
             layers |= {} if layer is None else {name: layer}
     return layers
-
-
-def find_prefix(files: TensorFiles, family: Family) -> str:
-    """The prefix that this checkpoint puts before its tensors' names."""
-    return next((p for p in family.prefixes if any(n.startswith(p) for n in files.names())), family.prefixes[0])
-
-
-def has_stacks(files: TensorFiles, family: Family) -> bool:
-    """Whether this checkpoint holds all experts of a layer in one tensor."""
-    stacks = tuple(f".{tensor}" for module, tensor in family.stacked.items() if "*" in module)
-    return any(name.endswith(stacks) for name in files.names()) if stacks else False
 
 
 def check_tensors(
@@ -220,45 +170,32 @@ def check_tensors(
     Raises:
       InputError: naming a tensor that is missing, unexpected, or of another shape than the configuration implies.
     """
-    prefix, stacked, layers = find_prefix(files, family), has_stacks(files, family), layers or {}
+    naming, layers = found(files.names(), family), layers or {}
     kernels = {(*name.split("."), "kernel") for name in layers}
-    sources = {
-        path: source_of(path, family, prefix, stacked=stacked)
-        for path in parameters
-        if tuple(str(part) for part in path) not in kernels
-    }
+    sources = {path: naming.source(path) for path in parameters if tuple(str(part) for part in path) not in kernels}
     for path, source in sources.items():
         for tensor in source.tensors:
             if tensor not in files:
-                raise InputError(f"{files.directory}: tensor {tensor!r} is missing")
+                raise InputError(f"{files.directory}: tensor {tensor!r} is missing{_hint(files, tensor)}")
         if all(files.has_header(tensor) for tensor in source.tensors):
             _check_shape(files, source, parameters[path].shape)
     wanted = {tensor for source in sources.values() for tensor in source.tensors}
     wanted |= {tensor for layer in layers.values() for tensor in layer.tensors}
-    tied = () if "lm_head.weight" in wanted else ("lm_head.weight",)
+    unused = wanted if f"{naming.head}.weight" in wanted else wanted | {f"{naming.head}.weight"}  # If it is tied.
     for tensor in files.names():
-        if tensor not in wanted and not tensor.endswith((*UNUSED_ENDINGS, *tied)):
+        if tensor not in unused and not f".{tensor}".endswith(UNUSED_ENDINGS):
             raise InputError(f"{files.directory}: tensor {tensor!r} is not part of the architecture in config.json")
     return sources
 
 
-def source_of(path: PathParts, family: Family, prefix: str, *, stacked: bool = False) -> Source:
-    """The tensors of a parameter, by its path in the model; ``stacked`` as :func:`has_stacks` says."""
-    *modules, leaf = (str(part) for part in path)
-    name = ".".join(modules)
-    if name == "lm_head":
-        prefix = ""
-    layer, inside = "", name
-    if modules[0] == "layers":
-        layer, inside = f"layers.{modules[1]}.", ".".join(modules[2:])
-    ending = "bias" if leaf == "bias" else "weight"
-    pattern, number = _NUMBER.sub("*", inside), _NUMBER.search(inside)
-    if stacked and pattern in family.stacked:
-        part = None if number is None else int(number[0])
-        return Source((f"{prefix}{layer}{family.stacked[pattern]}",), leaf == "kernel", part)
-    names = family.fused.get(pattern, (inside,))
-    parts = [part if number is None else part.replace("*", number[0]) for part in names]
-    return Source(tuple(f"{prefix}{layer}{part}.{ending}" for part in parts), leaf == "kernel")
+def _hint(files: TensorFiles, tensor: str) -> str:
+    """What in config.json a missing tensor contradicts."""
+    module = tensor.removesuffix(".weight")
+    if any(f"{module}.{ending}" in files for ending in ("weight_packed", "weight_scale")):
+        return f"; {module} is quantized in the files, but not in the quantization_config of config.json"
+    if module == HEAD:
+        return "; tie_word_embeddings is not true in config.json, expected so where the head is the embedding"
+    return ""
 
 
 def _check_shape(files: TensorFiles, source: Source, wanted: tuple[int, ...]) -> None:

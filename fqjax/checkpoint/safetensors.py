@@ -4,6 +4,8 @@ The safetensors package checks a file's header against its length before anythin
 name that occurs twice: :func:`read_header` does.
 """
 
+import math
+import os
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -13,7 +15,8 @@ from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject, inside, parse_json, read_json, reason
+from fqjax.runtime.files import JsonObject, linked, parse_json, read_json, reason
+from fqjax.runtime.notices import say_once
 
 MAX_HEADER_BYTES = 100_000_000
 """Bytes of a header, as the safetensors package has it."""
@@ -103,6 +106,24 @@ class TensorFiles:
             raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
         return shape
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same values: bit by bit in the same dtype, else as numbers.
+
+        Raises:
+          InputError: if one cannot be read.
+        """
+        if one not in self or other not in self or self._stored[one].shape != self._stored[other].shape:
+            return False
+        alike = self._stored[one].dtype == self._stored[other].dtype
+        shape = self._stored[one].shape
+        rows = max(PIECE_VALUES // max(math.prod(shape[1:]), 1), 1)
+        for start in range(0, shape[0] if shape else 0, rows):
+            a, b = (self._values(name, slice(start, min(start + rows, shape[0]))) for name in (one, other))
+            equal = np.array_equal(a.view(np.uint8), b.view(np.uint8)) if alike else np.array_equal(a, b)
+            if not equal:
+                return False
+        return True
+
     def read(self, name: str, dtype: DTypeLike, part: int | None = None) -> np.ndarray:
         """Reads one tensor, or one part of it along its first axis, and casts it.
 
@@ -129,7 +150,7 @@ class TensorFiles:
             raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected integers")
         return self._values(name)
 
-    def _values(self, name: str, part: int | None = None) -> np.ndarray:
+    def _values(self, name: str, part: int | slice | None = None) -> np.ndarray:
         path = self.directory / self.files[name]
         try:
             with safe_open(path, framework="numpy") as file:
@@ -139,10 +160,14 @@ class TensorFiles:
 
     def _locate(self) -> dict[str, str]:
         """File of every tensor."""
-        index = self.directory / INDEX_FILE
-        if index.exists():
-            return self._read_index(inside(self.directory, INDEX_FILE))
-        if (self.directory / SINGLE_FILE).exists():
+        index, single = self.directory / INDEX_FILE, os.path.lexists(self.directory / SINGLE_FILE)
+        if os.path.lexists(index):
+            if not single or self._lists_the_single(index):
+                return self._read_index(linked(self.directory, INDEX_FILE))
+            say_once(
+                f"{self.directory}: holds {SINGLE_FILE} beside {INDEX_FILE}; the first is read, the shards are not"
+            )
+        if single:
             header = self._header(SINGLE_FILE)
             self.missing.clear()  # It is looked at once more.
             return dict.fromkeys(header or (), SINGLE_FILE)
@@ -155,6 +180,14 @@ class TensorFiles:
         hint = f"; {others[0]} is a pickle, which fqjax does not read" if others else ""
         raise InputError(f"{self.directory}: no {SINGLE_FILE} and no {INDEX_FILE}{hint}")
 
+    def _lists_the_single(self, index: Path) -> bool:
+        """Whether the single file is one of an index's shards; not if the index cannot be read."""
+        try:
+            files = read_json(index, "index of safetensors shards").get("weight_map")
+        except InputError:
+            return False
+        return isinstance(files, dict) and SINGLE_FILE in files.values()
+
     def _read_index(self, index: Path) -> dict[str, str]:
         files = read_json(index, "index of safetensors shards").get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
@@ -162,7 +195,7 @@ class TensorFiles:
         for file in sorted(set(files.values())):
             if Path(file).name != file or file in ("", ".."):
                 raise InputError(f"{index}: {file!r} is not a file name in this directory")
-            if not (self.directory / file).exists() and not self.partial:
+            if not os.path.lexists(self.directory / file) and not self.partial:
                 raise InputError(f"{self.directory / file}: missing shard, named by {INDEX_FILE}")
         return files
 
@@ -171,7 +204,7 @@ class TensorFiles:
         if self.partial and not (self.directory / file).exists():
             self.missing.append(file)
             return None
-        path = inside(self.directory, file)
+        path = linked(self.directory, file)
         if self.partial and (bare := _bare_header(path)) is not None:
             self.missing.append(file)
             return bare

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from fqjax.checkpoint.hugging_face import read_architecture, read_model, resolve_directory
 from fqjax.checkpoint.manifest import MANIFEST_FILE, read_config, read_manifest
 from fqjax.checkpoint.orbax.read import load
+from fqjax.checkpoint.text_tokens import with_text_tokens
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError
@@ -32,6 +33,7 @@ class Source:
             self.config = read_config(read_manifest(self.directory), self.directory)
         elif (self.directory / "config.json").exists():
             self.architecture, self.config = read_architecture(self.directory)
+            self._settled = None
         else:
             raise InputError(
                 f"{path_or_id}: not a model: neither {MANIFEST_FILE} (fqjax) nor config.json (Hugging Face) is in it"
@@ -51,14 +53,18 @@ class Source:
         if tokenizer is None and required:
             raise InputError(f"{self.name}: has no tokenizer")
         check_vocabulary(tokenizer, self.config.vocab_size, self.directory)
+        if not self.own:
+            self._settled = with_text_tokens(self.config, self.directory, tokenizer)
         return tokenizer
 
     def model(self) -> CausalLM:
-        """The model, in bfloat16 where it comes from Hugging Face.
+        """The model, in bfloat16 where it comes from Hugging Face; its tokens of begin and end are the tokenizer's, where
+        that has been loaded.
 
         Raises:
           InputError: as :func:`fqjax.load` and :func:`fqjax.load_hf` do.
         """
         if self.own:
             return load(self.directory)
-        return read_model(self.directory, self.architecture, self.config, jnp.bfloat16)
+        config = self._settled or with_text_tokens(self.config, self.directory, None)
+        return read_model(self.directory, self.architecture, config, jnp.bfloat16)

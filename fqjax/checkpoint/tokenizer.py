@@ -1,11 +1,14 @@
 """Tokenizers, through transformers, imported only where one is loaded."""
 
+import importlib.util
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import inside, reason
+from fqjax.runtime.files import inside, linked, reason
+from fqjax.runtime.panics import Panicked, panics_as_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,6 +18,12 @@ TOKENIZER_FOLDER = "tokenizer"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
+SENTENCEPIECE_FILE, SENTENCEPIECE_PACKAGES = (
+    "tokenizer.model",
+    {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"},
+)
+"""The file of the sentencepiece library, and the modules that transformers reads it with, by the package to install."""
+
 
 def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
     """The tokenizer of a Hugging Face directory or of an fqjax checkpoint; None if it holds none.
@@ -23,22 +32,72 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
       InputError: if there are tokenizer files that transformers cannot load.
     """
     directory = Path(directory)
-    if (directory / TOKENIZER_FOLDER).is_dir():
-        directory = directory / TOKENIZER_FOLDER
-    present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
+    own = (directory / TOKENIZER_FOLDER).is_dir()
+    directory = directory / TOKENIZER_FOLDER if own else directory
+    present = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
     if not present:
         return None
     for name in present:
-        inside(directory, name)
+        (inside if own else linked)(directory, name)
+    if present == [SENTENCEPIECE_FILE]:
+        _check_sentencepiece(directory / SENTENCEPIECE_FILE)
     with quiet_transformers() as transformers:
         try:
-            return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            with panics_as_errors():
+                return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # Any of a dozen kinds, by the file at fault.
             raise InputError(f"{directory}: its tokenizer cannot be loaded ({reason(error)})") from None
 
 
+def _check_sentencepiece(path: Path) -> None:
+    """Refuses a tokenizer.model that nothing here can read: transformers would ask for a package that does not help."""
+    lacking = [package for module, package in SENTENCEPIECE_PACKAGES.items() if not _is_there(module)]
+    if lacking:
+        raise InputError(f"{path}: needs {' and '.join(lacking)} to be read; pip install {' '.join(lacking)}")
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # Of the package above it.
+        return False
+
+
+def added_before(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The special tokens that a tokenizer puts before a text; none if it has no tokens for the plainest one.
+
+    Raises:
+      InputError: if its template for them is broken.
+    """
+    try:
+        with panics_as_errors():
+            whole, bare = (cast(list[int], tokenizer("a", add_special_tokens=s).input_ids) for s in (True, False))
+    except Panicked as error:
+        raise InputError(f"the tokenizer cannot encode a text with its special tokens ({error})") from None
+    except Exception:  # Whatever is wrong shows when a text is encoded.
+        return ()
+    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+    return tuple(whole[: starts[0]]) if bare and starts else ()
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """The tokens that no text encodes to unless it holds their names: of control, padding, and the like."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {token for token in tokenizer.all_special_ids if token is not None} | {
+        token for token, about in added.items() if about.special
+    }
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Those of :func:`special_tokens` that can mean something, which the one for what is unknown cannot."""
+    return special_tokens(tokenizer) - {cast(int, tokenizer.unk_token_id)}
+
+
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int, where: str | Path) -> None:
-    """Refuses a tokenizer that can give tokens which the model has no embedding for.
+    """Refuses a tokenizer that makes tokens of a text which the model has no embedding for.
+
+    Special tokens beyond the embedding are let pass, as a padding token often is one: a text that holds their names is
+    refused when it is used.
 
     Args:
       tokenizer: a transformers tokenizer; None is let pass.
@@ -48,9 +107,16 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase | None", vocab_size: in
     Raises:
       InputError: naming the tokenizer's largest token.
     """
-    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
-    token = max(vocabulary, key=vocabulary.__getitem__, default=None)
-    if token is not None and vocabulary[token] >= vocab_size:
+    if tokenizer is None:
+        return
+    try:
+        with panics_as_errors():
+            vocabulary, special = tokenizer.get_vocab(), special_tokens(tokenizer)
+    except Exception as error:  # As in loading.
+        raise InputError(f"{where}: its tokenizer has no vocabulary to be read ({reason(error)})") from None
+    ordinary = {token: number for token, number in vocabulary.items() if number not in special}
+    token = max(ordinary, key=ordinary.__getitem__, default=None)
+    if token is not None and ordinary[token] >= vocab_size:
         raise InputError(
-            f"{where}: its tokenizer has token {vocabulary[token]} ({token!r}), beyond the model's vocabulary of {vocab_size}"
+            f"{where}: its tokenizer has token {ordinary[token]} ({token!r}), beyond the model's vocabulary of {vocab_size}"
         )

@@ -28,7 +28,7 @@ def evaluate(
     ids = encode(tokenizer, content)
     start = time.perf_counter()
     value = perplexity(loaded, ids, window, windows=windows, kv_cache=kind)
-    tokens = len(cut_windows(ids, window, 0, windows)) * (window - 1)
+    tokens = len(cut_windows(ids, window, loaded.config.bos_token_id, windows)) * (window - 1)
     result = {"perplexity": value, "tokens": tokens, "seconds": time.perf_counter() - start}
     console.print(f"perplexity {value:.4f} over {tokens} tokens, {result['seconds']:.1f} s")
     write_json(json_file, result)

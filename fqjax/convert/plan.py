@@ -19,10 +19,12 @@ from fqjax.checkpoint.hugging_face import (
     check_tensors,
     read_architecture,
     resolve_directory,
+    with_own_head,
 )
 from fqjax.checkpoint.manifest import MANIFEST_FILE
 from fqjax.checkpoint.orbax.write import refuse_existing
 from fqjax.checkpoint.safetensors import TensorFiles
+from fqjax.checkpoint.text_tokens import with_text_tokens
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.convert.staging import is_complete
 from fqjax.core.table import bytes_of
@@ -124,8 +126,8 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
         raise InputError(f"{directory}: already an fqjax checkpoint; expected a Hugging Face directory")
     name, config = read_architecture(directory)
     files = TensorFiles(directory, partial=dry_run)
-    if files.files:
-        check_depth(f"{directory / 'config.json'}", config, len(files.names()))
+    check_depth(f"{directory / 'config.json'}", config, len(files.names()) if files.files else None)
+    config = with_own_head(config, files, FAMILIES[name])
     model = abstract_model(name, config, jnp.bfloat16)
     parameters = dict(nnx.to_flat_state(nnx.state(model)))
     layers = check_layers(files, FAMILIES[name], parameters, read_quantization(directory))
@@ -137,6 +139,7 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     _check_share(conversion.scheme, selection.linears, config)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size, directory)
+    config = with_text_tokens(config, directory, tokenizer)
     text, batches, lacking = "", [], [f"{directory / file}: missing" for file in files.missing]
     if conversion.scheme.method is not None:
         if tokenizer is None and dry_run:

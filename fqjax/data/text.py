@@ -10,6 +10,8 @@ from jaxtyping import ArrayLike, Int, Int32
 from fqjax.models.causal_lm import TextConfig
 from fqjax.models.checks import check_tokens
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import reason
+from fqjax.runtime.panics import panics_as_errors
 from fqjax.runtime.validation import MAX_INDEX
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 BATCH = 2
 """Windows in a calibration batch; sensitivities are measured on the first batch."""
+
+MAX_CHARACTERS_PER_TOKEN = 16
+"""Characters that the tokens of a long prompt have on average at most; those of ordinary text have four."""
 
 
 def read_text(path: Path) -> str:
@@ -46,9 +51,10 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> Int[np.ndarray, "
     """
     try:
         # verbose=False: a whole file is longer than the model's context, which is no reason to warn.
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        with panics_as_errors():
+            ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     except Exception as error:  # The tokenizers package raises nothing more precise, for instance of a missing [UNK].
-        raise InputError(f"the tokenizer cannot encode the text ({error})") from None
+        raise InputError(f"the tokenizer cannot encode the text ({reason(error)})") from None
     return np.asarray(ids, np.int64)
 
 
@@ -61,17 +67,14 @@ def calibration_batches(
       token_ids: the whole text.
       config: the model's configuration, for its BOS token and its limits.
       samples: windows to take; fewer if the text has fewer.
-      window: tokens in a window, BOS among them.
+      window: tokens in a window, BOS among them if there is one.
 
     Raises:
       InputError: if the text does not fill one window, or tokens or window do not fit the model.
     """
     if samples < 1:
         raise InputError(f"--samples {samples}: expected at least 1")
-    bos = config.bos_token_id
-    if bos is None:
-        raise InputError("the model's configuration has no BOS token, which every calibration window begins with")
-    windows = cut_windows(token_ids, window, bos)
+    windows = cut_windows(token_ids, window, config.bos_token_id)
     check_tokens(windows, config, window)
     chosen = np.unique(np.linspace(0, len(windows) - 1, min(samples, len(windows))).round().astype(int))
     return [windows[chosen[i : i + BATCH]] for i in range(0, len(chosen), BATCH)]
@@ -81,36 +84,50 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", config: TextConfig, prom
     """Token ids of a prompt, with the BOS token before it if the model has one.
 
     Raises:
-      InputError: if nothing would remain.
+      InputError: if nothing would remain, or more than the model has positions for.
     """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and len(prompt) > MAX_CHARACTERS_PER_TOKEN * positions:
+        raise InputError(f"prompt: {len(prompt)} characters; expected less, as the model has {positions} positions")
     ids = encode(tokenizer, prompt).tolist()
     bos = config.bos_token_id
     ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
     if not ids:
         raise InputError("prompt: empty; expected text")
+    if positions is not None and len(ids) > positions:
+        raise InputError(f"prompt: {len(ids)} tokens; expected {positions} at most, the positions of the model")
     return ids
 
 
 def decode_new(
     tokenizer: "PreTrainedTokenizerBase", config: TextConfig, prompt_ids: list[int], new: Int32[np.ndarray, " new"]
 ) -> str:
-    """The text that new tokens add to a prompt, up to the first that ends it."""
+    """The text that new tokens add to a prompt, up to the first that ends it, which is no text unless it is a plain token.
+
+    Raises:
+      InputError: if the tokenizer cannot decode them.
+    """
     ends = np.flatnonzero(np.isin(new, config.eos_token_id))
-    kept = new[: ends[0]].tolist() if len(ends) else new.tolist()
-    # Decoding the whole keeps a space, or a character split over tokens, that decoding the new part alone would lose.
-    before = cast(str, tokenizer.decode(prompt_ids, skip_special_tokens=True))
-    return cast(str, tokenizer.decode([*prompt_ids, *kept], skip_special_tokens=True))[len(before) :]
+    kept = new[: ends[0] + 1].tolist() if len(ends) else new.tolist()
+    kept = kept[:-1] if len(ends) and kept[-1] == tokenizer.eos_token_id else kept
+    try:
+        with panics_as_errors():
+            # Decoding the whole keeps a space, or a character split over tokens, that decoding the new part would lose.
+            before = cast(str, tokenizer.decode(prompt_ids, skip_special_tokens=True))
+            return cast(str, tokenizer.decode([*prompt_ids, *kept], skip_special_tokens=True))[len(before) :]
+    except Exception as error:  # As in encoding.
+        raise InputError(f"the tokenizer cannot decode the model's tokens ({reason(error)})") from None
 
 
 def cut_windows(
-    token_ids: ArrayLike | Sequence[int], window: int, bos_token_id: int, windows: int | None = None
+    token_ids: ArrayLike | Sequence[int], window: int, bos_token_id: int | None, windows: int | None = None
 ) -> Int32[np.ndarray, "windows window"]:
-    """Cuts a text's tokens into windows of BOS and ``window - 1`` tokens.
+    """Cuts a text's tokens into windows of BOS and ``window - 1`` tokens, or of ``window`` tokens if there is no BOS.
 
     Args:
       token_ids: the whole text, without special tokens.
       window: tokens in a window, BOS among them; at least 2.
-      bos_token_id: what every window begins with.
+      bos_token_id: what every window begins with; None for nothing but the text.
       windows: only so many, from the beginning; None for all.
 
     Raises:
@@ -121,11 +138,13 @@ def cut_windows(
         raise InputError(f"window {window}: expected at least 2 tokens")
     if windows is not None and windows < 1:
         raise InputError(f"windows {windows}: expected at least 1")
-    count = len(token_ids) // (window - 1)
+    taken = window if bos_token_id is None else window - 1
+    count = len(token_ids) // taken
     if not count:
-        raise InputError(f"the text has {len(token_ids)} tokens, expected at least {window - 1} for one window")
+        raise InputError(f"the text has {len(token_ids)} tokens, expected at least {taken} for one window")
     count = min(count, windows or count)
-    body = token_ids[: count * (window - 1)].reshape(count, window - 1)
+    body = token_ids[: count * taken].reshape(count, taken)
     if np.abs(body).max() > MAX_INDEX:
         raise InputError(f"token {body.flat[np.abs(body).argmax()]}: expected a token id")
-    return np.concatenate([np.full((count, 1), bos_token_id), body], axis=1).astype(np.int32)
+    begin = [] if bos_token_id is None else [np.full((count, 1), bos_token_id)]
+    return np.concatenate([*begin, body], axis=1).astype(np.int32)

@@ -2,7 +2,8 @@
 
 The text's tokens are cut into windows of ``T - 1``, each preceded by BOS; the model predicts the ``T - 1`` tokens of every
 window from those before them; perplexity is the exponential of the mean negative log-likelihood over all of them.  Logits
-are float32, and an incomplete last window is dropped.
+are float32, and an incomplete last window is dropped.  A model without BOS has windows of ``T`` tokens of the text, of
+which it predicts all but the first.
 """
 
 import functools
@@ -38,7 +39,7 @@ def perplexity(
     Args:
       model: a bundled model, or any NNX module whose call maps int32 tokens [batch, length] to logits.
       token_ids: the text's tokens, without special tokens.
-      window: tokens in a window, BOS among them.
+      window: tokens in a window, BOS among them if there is one.
       windows: evaluate only the first so many; None for all.
       batch_size: windows computed at once.
       bos_token_id: what every window begins with; the model's configuration knows it for bundled models.
@@ -52,9 +53,9 @@ def perplexity(
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: expected at least 1")
     config = getattr(model, "config", None)
+    if bos_token_id is None and not hasattr(config, "bos_token_id"):
+        raise InputError("perplexity: the model has no configuration with a BOS token; pass bos_token_id")
     bos = bos_token_id if bos_token_id is not None else getattr(config, "bos_token_id", None)
-    if bos is None:
-        raise InputError("perplexity: the model's configuration has no BOS token; pass bos_token_id")
     cut = cut_windows(token_ids, window, bos, windows)
     check_tokens(cut, config, window)
     cache_dtype = dtype_of(kv_cache)

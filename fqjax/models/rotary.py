@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from fqjax.models.hf_config import check_number
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonMapping
+from fqjax.runtime.notices import say_once
 from fqjax.runtime.validation import Scalar
 from pallas_kernels.attention.reference import rotated
 
@@ -31,6 +32,9 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 }
 """Entries that a scaling takes besides."""
+
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+"""Entry with the length of training texts, before scaling."""
 
 Rotation = tuple[Float32[Array, "*batch length half"], Float32[Array, "*batch length half"]]
 """Cosines and sines of the angles at some positions."""
@@ -120,7 +124,9 @@ def _number(scaling: Mapping[str, Scalar], name: str, default: float | None = No
 def read_rope(hf: JsonMapping) -> tuple[float, dict[str, Scalar]]:
     """Reads theta and scaling from a Hugging Face configuration.
 
-    ``rope_parameters`` holds both in transformers 5; before, theta stood beside ``rope_scaling``.
+    ``rope_parameters`` holds both in transformers 5; before, theta stood beside ``rope_scaling``.  The length before
+    scaling may stand at the top, where it counts before transformers' guess from ``max_position_embeddings``; that files do
+    not contradict each other in any of this, :func:`check_rope` finds.
 
     Returns:
       Theta, and the scaling's entries with its name under "rope_type"; empty for no scaling.
@@ -140,10 +146,54 @@ def read_rope(hf: JsonMapping) -> tuple[float, dict[str, Scalar]]:
         raise InputError(f"config.json: partial_rotary_factor {part!r} is not supported; expected 1")
     theta = cast(float, rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
     check_number("rope_theta", theta, above=1)
+    if kind == "default" and rope.get("factor") not in (None, 1):
+        raise InputError(
+            f"config.json: factor {rope['factor']!r} without a rope_type that scales; expected one, or no factor"
+        )
+    if ORIGINAL_LENGTH in REQUIRED[kind] and hf.get(ORIGINAL_LENGTH) is not None:
+        rope[ORIGINAL_LENGTH] = cast(Scalar, hf[ORIGINAL_LENGTH])
     names = (*REQUIRED[kind], *OPTIONAL.get(kind, ()))
     scaling = {key: rope[key] for key in names if rope.get(key) is not None}
     _check_scaling(kind, scaling)
     return float(theta), {"rope_type": kind, **scaling} if kind != "default" else {}
+
+
+def check_rope(raw: JsonMapping) -> None:
+    """Refuses a configuration, as its file has it, whose spellings of the scaling contradict each other.
+
+    Of two values of theta that of the scaling counts, for every reader; it is said.
+
+    Raises:
+      InputError: naming the entry, and both values.
+    """
+    places = {name: raw[name] for name in ("rope_parameters", "rope_scaling") if isinstance(raw.get(name), dict)}
+    given = [cast(Mapping[str, object], place) for place in places.values() if place]
+    for place in given:
+        kinds = [place[name] for name in ("rope_type", "type") if place.get(name) is not None]
+        _check_one("rope_type and type", kinds)
+    _check_one(ORIGINAL_LENGTH, [p[ORIGINAL_LENGTH] for p in (raw, *given) if p.get(ORIGINAL_LENGTH) is not None])
+    thetas = [place["rope_theta"] for place in (*given, raw) if place.get("rope_theta") is not None]
+    if any(theta != thetas[0] for theta in thetas):
+        say_once(f"config.json: rope_theta is {' and '.join(map(str, thetas))}; the first, of the scaling, is used")
+    if len(given) == 2:
+        scalings = [_scaling_alone(place) for place in given]
+        for name in sorted(set().union(*scalings)):
+            values = [scaling.get(name) for scaling in scalings]
+            _check_one(f"{name} of rope_parameters and rope_scaling", values)
+
+
+def _scaling_alone(place: Mapping[str, object]) -> dict[str, object]:
+    """The entries of a scaling under today's names, without theta."""
+    kind = place.get("rope_type", place.get("type", "default"))
+    beside = ("rope_theta", "rope_type", "type", ORIGINAL_LENGTH)
+    return {"rope_type": kind} | {key: value for key, value in place.items() if key not in beside and value is not None}
+
+
+def _check_one(name: str, values: list[object]) -> None:
+    if any(value != values[0] for value in values[1:]):
+        raise InputError(
+            f"config.json: {name}: {' and '.join(f'{value!r:.40}' for value in values)}; expected one value"
+        )
 
 
 def _check_scaling(kind: str, scaling: Mapping[str, Scalar]) -> None:

@@ -6,6 +6,7 @@ from typing import cast
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
+from fqjax.models import FAMILIES
 from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.experts import ExpertsConfig
 from fqjax.models.opt import OPTConfig
@@ -20,7 +21,7 @@ def config_to_hf(architecture: str, config: DecoderConfig | OPTConfig, dtype: DT
       dtype: of the model's parameters.
     """
     entries = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
-    kind = "qwen3_moe" if architecture == "Qwen3MoeForCausalLM" else architecture.removesuffix("ForCausalLM").lower()
+    kind = FAMILIES[architecture].model_type
     entries |= {"architectures": [architecture], "model_type": kind}
     entries["torch_dtype"] = jnp.dtype(dtype).name
     if "remove_final_layer_norm" in entries:  # OPT

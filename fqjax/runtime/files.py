@@ -42,6 +42,29 @@ def inside(directory: Path, name: str) -> Path:
     return path
 
 
+def linked(directory: Path, name: str) -> Path:
+    """The path of a file in a directory of another program's, where links lead wherever their makers wanted.
+
+    People link large files to save space, and the hub's client has filled directories with links into its cache.  A link
+    is followed if it belongs to the user, to the owner of the directory, or to the administrator: whoever else could put one
+    there must not choose what is read.
+
+    Raises:
+      InputError: if there is no such file, or it is another's link, or leads nowhere.
+    """
+    path = directory / name
+    if path.is_symlink():
+        if not path.exists():
+            raise InputError(f"{path}: a link to {os.readlink(path)}, which is not there; expected a file")
+        owner = path.lstat().st_uid
+        if owner not in (0, os.geteuid(), os.stat(directory).st_uid):
+            raise InputError(f"{path}: a link of another user (id {owner}); expected a file, or a link of your own")
+    if not path.is_file():
+        what = "a directory" if path.is_dir() else "not a regular file" if os.path.lexists(path) else "no such file"
+        raise InputError(f"{path}: {what}; expected a file")
+    return path
+
+
 def read_json(path: Path, what: str) -> JsonObject:
     """Reads a JSON object.
 

@@ -211,7 +211,62 @@ def test_codes_beyond_four_bits(tmp_path):
 
 def test_one_layer_is_quantized_as_a_whole(tmp_path):
     refused("some are quantized and some are not", fqjax.load_hf, stored(tmp_path, ignore=("lm_head", Q)))
-    refused("lm_head: is quantized; expected it under ignore", fqjax.load_hf, stored(tmp_path, ignore=()))
+
+
+def test_what_files_hold_in_float_is_in_float(tmp_path, caplog):
+    """Writers leave a head out without saying so; where it is quantized, it is refused."""
+    listed, unlisted = (fqjax.load_hf(stored(tmp_path / str(i), ignore=i * ["lm_head"]))[0] for i in (1, 0))
+    leaves = [named_leaves(nnx.state(model)) for model in (listed, unlisted)]
+    assert leaves[0].keys() == leaves[1].keys() and not caplog.text
+    assert all(np.array_equal(leaf, leaves[1][name]) for name, leaf in leaves[0].items())
+
+    def quantize_head(tensors):
+        tensors["lm_head.weight"] = np.ones((64, 48), np.int8)
+        tensors["lm_head.weight_scale"] = np.ones((64, 1), np.float32)
+
+    refused(
+        "lm_head: is quantized; expected it under ignore",
+        fqjax.load_hf,
+        stored(tmp_path, edit=quantize_head, ignore=()),
+    )
+    message = "lm_head is quantized in the files, but not in the quantization_config"
+    refused(message, fqjax.load_hf, stored(tmp_path, edit=lambda t: packed_head(t), ignore=["lm_head"]))
+
+
+def packed_head(tensors):
+    del tensors["lm_head.weight"]
+    tensors["lm_head.weight_packed"] = np.ones((64, 6), np.int32)
+
+
+def test_a_layer_in_float_that_is_to_be_quantized_is_said(tmp_path, caplog):
+    name = "model.layers.0.mlp.down_proj"
+
+    def keep(tensors):
+        tensors[f"{name}.weight"] = np.ones(tensors[f"{name}.weight"].shape, np.float32)
+        del tensors[f"{name}.weight_scale"]
+
+    model, _ = fqjax.load_hf(stored(tmp_path, edit=keep))
+    assert isinstance(model.layers[0].mlp.down_proj, nnx.Linear)
+    assert f"{name}: in floating point in the files" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_groups_that_were_cut_to_divide_a_layer_are_joined(size, tmp_path):
+    """The scales of 48 channels in groups of 128 are one column, however small the groups they were written as."""
+
+    def cut(tensors):
+        for name in [name for name in tensors if name.endswith("weight_scale")]:
+            tensors[name] = np.repeat(tensors[name][:, :1], tensors[name].shape[1], axis=1)
+
+    model, _ = fqjax.load_hf(stored(tmp_path / "same", W4 | {"group_size": size}, edit=cut))
+    assert model.layers[0].mlp.down_proj.weight.get_value().format.group_size == 128
+    weights = W4 | {"group_size": size}
+    model, _ = fqjax.load_hf(stored(tmp_path / "other", weights))
+    weight = model.layers[0].mlp.down_proj.weight.get_value()
+    assert weight.format.group_size == size
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    scales = np.repeat(tensors["model.layers.0.mlp.down_proj.weight_scale"], size, axis=1)
+    np.testing.assert_array_equal(weight.steps()[:, : scales.shape[1]], scales)
 
 
 @pytest.fixture

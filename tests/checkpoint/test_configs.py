@@ -123,8 +123,8 @@ def test_a_directory_or_a_link_in_place_of_a_configuration(tmp_path):
         read_architecture(tmp_path / "model")
     (tmp_path / "model" / "config.json").rmdir()
     (tmp_path / "other.json").write_text("{}")
-    (tmp_path / "model" / "config.json").symlink_to("../other.json")
-    with pytest.raises(InputError, match="outside its directory"):
+    (tmp_path / "model" / "config.json").symlink_to("../others.json")
+    with pytest.raises(InputError, match="config.json: a link to ../others.json, which is not there"):
         read_architecture(tmp_path / "model")
 
 
@@ -133,8 +133,13 @@ def test_a_token_beyond_the_embedding(checkpoint):
     check_vocabulary(tokenizer, 2048, "here")
     with pytest.raises(InputError, match=r"here: its tokenizer has token 2047 \('.*'\), beyond .* vocabulary of 2047"):
         check_vocabulary(tokenizer, 2047, "here")
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    assert tokenizer.pad_token_id == 2048
+    check_vocabulary(tokenizer, 2048, "here")  # No text is encoded to it.
+    with pytest.raises(InputError, match="beyond the model's vocabulary of 2047"):
+        check_vocabulary(tokenizer, 2047, "here")
     tokenizer.add_tokens(["<extra>"])
-    with pytest.raises(InputError, match="token 2048 \\('<extra>'\\), beyond the model's vocabulary of 2048"):
+    with pytest.raises(InputError, match="token 2049 \\('<extra>'\\), beyond the model's vocabulary of 2048"):
         check_vocabulary(tokenizer, 2048, "here")
 
 
@@ -160,7 +165,11 @@ def test_a_tokenizer_that_cannot_be_loaded(checkpoint, capsys, file, content):
 
 
 def test_a_link_in_place_of_a_tokenizer(checkpoint, tmp_path):
+    """It is followed in a directory of another program's, and not in a checkpoint of fqjax."""
     (checkpoint / "tokenizer.json").rename(tmp_path / "elsewhere.json")
     (checkpoint / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    assert load_tokenizer(checkpoint) is not None
+    (tmp_path / "own").mkdir()
+    checkpoint.rename(tmp_path / "own" / "tokenizer")
     with pytest.raises(InputError, match="tokenizer.json: a link to .* outside its directory"):
-        load_tokenizer(checkpoint)
+        load_tokenizer(tmp_path / "own")

@@ -10,14 +10,8 @@ import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.runtime.errors import InputError
-from tests.conftest import edit_tensor, make_checkpoint
+from tests.conftest import edit_config, edit_tensor, make_checkpoint
 from tests.models import variants
-
-
-def edit_config(directory, **changes):
-    path = directory / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def test_shards_and_a_single_file_give_the_same_model(tmp_path):

@@ -201,33 +201,62 @@ def test_a_link_inside_the_directory_is_followed(tmp_path):
 
 
 @pytest.mark.parametrize("name", [SINGLE_FILE, INDEX_FILE, "one.safetensors"])
-def test_a_link_that_leads_out_is_refused(tmp_path, name):
-    outside, directory = tmp_path / "secret", tmp_path / "model"
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_link_that_leads_out_is_followed(tmp_path, name, absolute):
+    """People link shards to save space, and the hub's client has filled directories with links into its cache."""
+    outside, directory = tmp_path / "blobs" / "f00d", tmp_path / "model"
     directory.mkdir()
-    write(outside, {"a": entry()})
+    outside.parent.mkdir()
+    index = '{"weight_map": {"a": "one.safetensors"}}'
+    if name == INDEX_FILE:
+        outside.write_text(index)
+        write(directory / "one.safetensors", {"a": entry()})
+    else:
+        write(outside, {"a": entry()})
     if name == "one.safetensors":
-        (directory / INDEX_FILE).write_text('{"weight_map": {"a": "one.safetensors"}}')
-    (directory / name).symlink_to("../secret")
-    refused(directory, f"{name}: a link to {outside}, outside its directory")
+        (directory / INDEX_FILE).write_text(index)
+    (directory / name).symlink_to(outside if absolute else "../blobs/f00d")
+    assert TensorFiles(directory).names() == ["a"]
+    outside.unlink()
+    refused(directory, f"{name}: a link to ", "f00d, which is not there")
 
 
-def test_a_link_out_of_the_hugging_face_cache_is_refused(tmp_path):
-    snapshot = cache(tmp_path)
-    write(tmp_path / "models--org--name" / "secret", {"a": entry()})
-    (snapshot / SINGLE_FILE).symlink_to("../../secret")
-    refused(snapshot, "outside its directory")
-    (snapshot / SINGLE_FILE).unlink()
-    (snapshot / SINGLE_FILE).symlink_to("../../blobs/../secret")
-    refused(snapshot, "outside its directory")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the administrator can give a link to someone else")
+def test_a_link_of_someone_else_is_refused(tmp_path):
+    write(tmp_path / "secret", {"a": entry()})
+    (tmp_path / "model").mkdir()
+    link = tmp_path / "model" / SINGLE_FILE
+    link.symlink_to("../secret")
+    os.chown(link, 12345, 12345, follow_symlinks=False)
+    refused(tmp_path / "model", f"{SINGLE_FILE}: a link of another user (id 12345)")
+    os.chown(tmp_path / "model", 12345, 12345)
+    assert TensorFiles(tmp_path / "model").names() == ["a"]
 
 
-def test_blobs_beside_what_is_no_snapshot_are_outside(tmp_path):
-    directory = tmp_path / "repo" / "models" / "one"
-    directory.mkdir(parents=True)
-    (tmp_path / "repo" / "blobs").mkdir()
-    write(tmp_path / "repo" / "blobs" / "f00d", {"a": entry()})
-    (directory / SINGLE_FILE).symlink_to("../../blobs/f00d")
-    refused(directory, "outside its directory")
+def test_a_single_file_counts_before_an_index(tmp_path, caplog):
+    write(tmp_path / SINGLE_FILE, {"a": entry()})
+    write(tmp_path / "one.safetensors", {"b": entry()})
+    (tmp_path / INDEX_FILE).write_text('{"weight_map": {"b": "one.safetensors"}}')
+    assert TensorFiles(tmp_path).names() == ["a"]
+    assert f"{tmp_path}: holds {SINGLE_FILE} beside {INDEX_FILE}" in caplog.text
+    (tmp_path / INDEX_FILE).write_text('{"weight_map": {"a": "model.safetensors", "b": "one.safetensors"}}')
+    assert TensorFiles(tmp_path).names() == ["a", "b"]  # It is one of the shards.
+    (tmp_path / INDEX_FILE).write_text("{")
+    assert TensorFiles(tmp_path).names() == ["a"]
+    (tmp_path / INDEX_FILE).write_text('{"weight_map": {"b": "one.safetensors"}}')
+    (tmp_path / SINGLE_FILE).unlink()
+    assert TensorFiles(tmp_path).names() == ["b"]
+
+
+def test_tensors_are_compared_by_value(tmp_path, monkeypatch):
+    monkeypatch.setattr("fqjax.checkpoint.safetensors.PIECE_VALUES", 4)
+    one = np.arange(15, dtype=np.float32).reshape(5, 3)
+    other = one.copy()
+    other[4, 2] = np.nextafter(np.float32(14), np.float32(15))
+    tensors = {"one": one, "copy": one.copy(), "half": one.astype(np.float16), "other": other, "short": one[:4].copy()}
+    save_file(tensors, tmp_path / SINGLE_FILE)
+    files = TensorFiles(tmp_path)
+    assert [name for name in [*tensors, "missing"] if files.same("one", name)] == ["one", "copy", "half"]
 
 
 def test_a_link_to_itself(tmp_path):

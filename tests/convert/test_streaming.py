@@ -22,6 +22,7 @@ from fqjax.models.sites import sites_of
 from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
 from tests.conftest import make_checkpoint
+from tests.models import variants
 from tests.tiers import thorough_but
 
 
@@ -164,6 +165,22 @@ def test_a_dry_run_needs_no_shard_and_no_tokenizer(text, tmp_path, capsys):
     assert "model.safetensors: missing" in capsys.readouterr().out.replace("\n", "")
     assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted({p.name for p in before if p.parent == tmp_path})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"num_hidden_layers": 9999}, "num_hidden_layers 9999: expected 512 at most without weights"),
+        ("mixtral", {"num_hidden_layers": 500, "num_local_experts": 1024}, "num_experts 1024 in 500 layers"),
+    ],
+)
+def test_a_dry_run_without_weights_refuses_sizes_that_no_model_has(tmp_path, name, changes, message):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(variants.VARIANTS[name] | changes))
+    asked = conversion.Conversion(source=str(source), out=tmp_path / "out", scheme=PRESETS["bf16"])
+    with pytest.raises(InputError, match=message):
+        conversion.plan(asked, dry_run=True)
 
 
 def test_a_dry_run_still_finds_what_is_wrong(tmp_path):

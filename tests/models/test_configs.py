@@ -16,6 +16,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def read(directory, name, **changes):
     """Reads a variant's configuration with some entries changed, or left out where None is given."""
     config = {key: value for key, value in (variants.VARIANTS[name] | changes).items() if value is not None}
+    directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     return read_architecture(directory)[1]
 
@@ -122,3 +123,56 @@ def test_other_architectures_are_answered_with_the_supported_ones(tmp_path, name
     with pytest.raises(InputError, match=f"{name} is not supported; supported are {', '.join(FAMILIES)}"):
         read(tmp_path, "llama", architectures=[name])
     assert list(FAMILIES)[:4] == [f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")]
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize("scaling", [SCALED, YARN], ids=["llama3", "yarn"])
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_the_length_before_scaling_may_stand_at_the_top(tmp_path, scaling, place):
+    name = "original_max_position_embeddings"
+    inside = read(tmp_path / "inside", "llama", **{place: scaling | {name: 16}})
+    beside = read(tmp_path / "beside", "llama", **{place: scaling, name: 16})
+    both = read(tmp_path / "both", "llama", **{place: scaling | {name: 16}, name: 16})
+    assert inside == beside == both and dict(inside.rope_scaling)[name] == 16
+    assert dict(read(tmp_path / "neither", "llama", **{place: scaling}).rope_scaling)[name] == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_scaling": SCALED | {"original_max_position_embeddings": 32}, "original_max_position_embeddings": 16},
+            "original_max_position_embeddings: 16 and 32; expected one value",
+        ),
+        (
+            {"rope_scaling": SCALED, "rope_parameters": SCALED | {"factor": 4.0}},
+            "factor of rope_parameters and rope_scaling: 4.0 and 8.0",
+        ),
+        (
+            {"rope_scaling": SCALED, "rope_parameters": {"rope_theta": 1e4}},
+            "factor of rope_parameters and rope_scaling",
+        ),
+        ({"rope_scaling": SCALED | {"type": "yarn"}}, "rope_type and type: 'llama3' and 'yarn'"),
+        ({"rope_scaling": {"factor": 8.0}}, "factor 8.0 without a rope_type that scales"),
+        ({"rope_scaling": SCALED, "original_max_position_embeddings": "16"}, "original_max_position_embeddings '16'"),
+        ({"rope_scaling": SCALED, "original_max_position_embeddings": 0}, "original_max_position_embeddings 0"),
+    ],
+)
+def test_scalings_that_contradict_each_other(tmp_path, changes, message):
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, "llama", **changes)
+    assert message in str(caught.value)
+
+
+def test_the_same_scaling_in_two_places_is_one(tmp_path):
+    old = {key if key != "rope_type" else "type": value for key, value in SCALED.items()}
+    once = read(tmp_path / "once", "llama", rope_scaling=SCALED)
+    assert read(tmp_path / "twice", "llama", rope_scaling=old, rope_parameters=SCALED | {"rope_theta": 1e4}) == once
+
+
+def test_two_values_of_theta_are_said(tmp_path, caplog):
+    config = read(tmp_path, "llama", rope_theta=1e4, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert config.rope_theta == 5e5 and "rope_theta is 500000.0 and 10000.0; the first" in caplog.text

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject, inside, read_json
+from fqjax.runtime.files import JsonObject, linked, read_json
 
 METHOD = "compressed-tensors"
 LINEAR = "Linear"
@@ -110,7 +110,7 @@ def read_quantization(directory: Path) -> Quantization | None:
     Raises:
       InputError: naming the entry that fqjax cannot express, and what was expected.
     """
-    path = inside(directory, "config.json")
+    path = linked(directory, "config.json")
     content = read_json(path, "configuration")
     entry = content.get("quantization_config", content.get("compression_config"))
     return None if entry is None else parse_quantization(entry, str(path))
@@ -204,7 +204,8 @@ def _scheme(where: str, weights: object, inputs: object) -> LayerScheme:
     groups = 0
     if strategy == "group":
         groups = size if isinstance(size, int) and not isinstance(size, bool) else 0
-        _expect(here, groups > 0 and groups % 16 == 0, f"group_size {size!r}: expected a multiple of 16")
+        fits = groups > 0 and (groups % 16 == 0 or 16 % groups == 0)
+        _expect(here, fits, f"group_size {size!r}: expected a multiple of 16, or 1, 2, 4 or 8")
     activations = None if inputs is None else _activations(f"{where}: input_activations", inputs)
     if activations is None:
         _expect(where, bits == 4, "8-bit weights with activations in floating point cannot be expressed")

@@ -28,6 +28,7 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Figures
 from fqjax.layers.surgery import find_linears
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.notices import say_once
 from fqjax.runtime.progress import track
 
 OPTIONAL_ENDINGS = ("weight_zero_point", "input_zero_point", "weight_g_idx", "weight_shape")
@@ -36,6 +37,10 @@ OPTIONAL_ENDINGS = ("weight_zero_point", "input_zero_point", "weight_g_idx", "we
 
 COMPRESSED_RECIPE = '{"name": "compressed-tensors", "summary": "Read from a compressed-tensors checkpoint."}'
 """Of layers read: another program quantized them."""
+
+
+SMALL_GROUP = 16
+"""Input channels below which groups are joined, where all have the scales of their neighbours."""
 
 
 class Part(NamedTuple):
@@ -86,8 +91,12 @@ def stored_layer(
       InputError: naming the tensor or module at fault; also for input scales that differ among modules that read the same
         input.
     """
-    schemes = {module: quantization.scheme_of(module) for module in modules}
+    named = {module: quantization.scheme_of(module) for module in modules}
+    # A float weight without a scale is in floating point, whatever config.json says: writers leave heads out in silence.
+    schemes = {module: None if _is_float(files, module) else scheme for module, scheme in named.items()}
     if not any(schemes.values()):
+        if any(named.values()) and name != "lm_head":
+            say_once(f"{files.directory}: {' + '.join(named)}: in floating point in the files, though not under ignore")
         return None
     where = f"{files.directory}: {' + '.join(schemes)}"
     found = [scheme for scheme in schemes.values() if scheme is not None]
@@ -105,6 +114,12 @@ def stored_layer(
         raise InputError(f"{where}: {sum(p.shape[0] for p in parts)} output channels, config.json implies {shape[0]}")
     tensors = frozenset(tensor for part in parts for tensor in _check_tensors(files, part))
     return StoredLayer(name, parts, tensors, _input_scale(files, name, parts))
+
+
+def _is_float(files: TensorFiles, module: str) -> bool:
+    """Whether the files hold a module in floating point."""
+    weight, others = f"{module}.weight", (f"{module}.weight_scale", f"{module}.weight_packed")
+    return weight in files and files.stored(weight).dtype in FLOAT_DTYPES and not any(name in files for name in others)
 
 
 def read_layer(files: TensorFiles, layer: StoredLayer, bias: jax.Array | None, dtype: DTypeLike) -> QuantizedLinear:
@@ -228,7 +243,16 @@ def _group_scales(layer: StoredLayer, scales: list[np.ndarray], width: int) -> j
         for part, whole in zip(scales, sizes, strict=True)
     ]
     found = np.concatenate(rows).T
-    return jnp.asarray(np.pad(found, ((0, width // size - len(starts)), (0, 0)), constant_values=1))
+    if size < SMALL_GROUP:
+        while size < LARGEST_GROUP and _in_pairs(found):
+            found, size = found[::2], 2 * size
+    return jnp.asarray(np.pad(found, ((0, width // size - len(found)), (0, 0)), constant_values=1))
+
+
+def _in_pairs(scales: np.ndarray) -> bool:
+    """Whether each group has the scales of its neighbour, as where larger ones were cut to divide the input channels."""
+    pairs = len(scales) // 2 * 2
+    return bool(np.array_equal(scales[0:pairs:2], scales[1:pairs:2]))
 
 
 def _codes(files: TensorFiles, part: Part) -> np.ndarray:

@@ -2,6 +2,7 @@
 
     out/
       config.json                 the architecture, and ``quantization_config``
+      generation_config.json      the tokens that begin and end a text
       model.safetensors           codes, scales, and what is in floating point; shards and an index for large models
       tokenizer.json ...          as transformers saves it, if there is one
 
@@ -26,9 +27,10 @@ from safetensors.numpy import save_file
 
 from fqjax.checkpoint.compressed.config import INT, LayerScheme, write_quantization
 from fqjax.checkpoint.compressed.packing import pack_int32
-from fqjax.checkpoint.hugging_face import source_of
+from fqjax.checkpoint.naming import written as names_of
 from fqjax.checkpoint.orbax.write import refuse_existing
 from fqjax.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
+from fqjax.checkpoint.text_tokens import GENERATION_FILE
 from fqjax.core.formats.grouped import Grouped
 from fqjax.core.formats.uniform import Uniform, UniformTensor
 from fqjax.layers.head import Int8Table
@@ -141,6 +143,10 @@ def _write(directory: Path, model: CausalLM, schemes: dict[str, LayerScheme], fo
     ignore = [module for linear in find_linears(model) for module in _modules(model, linear)]
     ignore += [] if "lm_head" in ignore else ["lm_head"]
     config = config_to_hf(name, model.config, model.dtype)
+    ends = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+    ends = {name: token for name, token in ends.items() if token not in (None, [])}
+    if ends:
+        (directory / GENERATION_FILE).write_text(json.dumps(ends, indent=2) + "\n")
     config["quantization_config"] = write_quantization(by_module, ignore)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _write_shards(directory, _tensors(model, schemes, folding))
@@ -149,7 +155,7 @@ def _write(directory: Path, model: CausalLM, schemes: dict[str, LayerScheme], fo
 def _modules(model: CausalLM, layer: str) -> list[str]:
     """Names of a linear layer in the checkpoint, those of its parts."""
     family = FAMILIES[architecture_of(model) or ""]
-    tensors = source_of((*layer.split("."), "kernel"), family, family.prefixes[0]).tensors
+    tensors = names_of(family).source((*layer.split("."), "kernel")).tensors
     return [tensor.removesuffix(".weight") for tensor in tensors]
 
 
@@ -164,7 +170,7 @@ def _tensors(model: CausalLM, schemes: dict[str, LayerScheme], folding: Folding)
         if owner in layers:
             continue
         values = np.asarray(parameter.get_value())
-        source = source_of(path, family, family.prefixes[0])
+        source = names_of(family).source(path)
         values = values.T if source.transpose else values
         factors = folding.norms.get(owner, folding.outputs.get(owner))
         if factors is not None:
