@@ -28,7 +28,7 @@ from fqjax.layers.surgery import replace_modules
 from fqjax.models import FAMILIES, Family
 from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject, inside, read_json, reason
+from fqjax.runtime.files import JsonObject, exists, inside, read_json, reason
 from fqjax.runtime.progress import track
 from fqjax.runtime.validation import check_given, check_value, validated
 
@@ -113,7 +113,7 @@ def read_architecture(directory: Path) -> tuple[str, ModelConfig]:
       InputError: if there is no config.json, it names an architecture that fqjax does not have, or an entry is missing,
         absurd or not supported.
     """
-    if not (directory / "config.json").exists():
+    if not exists(directory / "config.json"):
         raise InputError(f"{directory}: not a model directory: it has no config.json")
     path = inside(directory, "config.json")
     raw = read_json(path, "configuration")

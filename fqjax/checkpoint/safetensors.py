@@ -4,6 +4,7 @@ The safetensors package checks a file's header against its length before anythin
 name that occurs twice: :func:`read_header` does.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -43,6 +44,7 @@ class TensorFiles:
     Attributes:
       files: by name of a tensor, the file that it is in; empty if there is neither a file nor an index.
       missing: files of which there is no more than a header.
+      on_read: called with the name, the part and the values of whatever is read, before they are cast.
 
     Raises:
       InputError: naming the file that is missing, truncated or not what the index says, and the tensor if it is one's fault.
@@ -51,6 +53,7 @@ class TensorFiles:
     def __init__(self, directory: Path, *, partial: bool = False):
         self.directory, self.partial = directory, partial
         self.missing: list[str] = []
+        self.on_read: Callable[[str, int | None, np.ndarray], None] | None = None
         self.files = self._locate()
         headers = {file: self._header(file) for file in sorted(set(self.files.values()))}
         for name, file in self.files.items():
@@ -111,7 +114,7 @@ class TensorFiles:
         """
         path = self.directory / self.files[name]
         with np.errstate(over="ignore", invalid="ignore"):
-            values = self._values(name, part).astype(dtype, copy=False)
+            values = self._noted(name, part).astype(dtype, copy=False)
         if not _is_finite(values):
             kind = jnp.dtype(dtype).name
             raise InputError(f"{path}: tensor {name!r} holds a value that is not finite in {kind}")
@@ -127,7 +130,13 @@ class TensorFiles:
         if dtype[0] not in "IU":
             path = self.directory / self.files[name]
             raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected integers")
-        return self._values(name)
+        return self._noted(name)
+
+    def _noted(self, name: str, part: int | None = None) -> np.ndarray:
+        values = self._values(name, part)
+        if self.on_read is not None:
+            self.on_read(name, part, values)
+        return values
 
     def _values(self, name: str, part: int | None = None) -> np.ndarray:
         path = self.directory / self.files[name]

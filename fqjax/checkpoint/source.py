@@ -10,6 +10,7 @@ from fqjax.checkpoint.orbax import load
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import exists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,10 +28,10 @@ class Source:
 
     def __init__(self, path_or_id: str):
         self.name, self.directory = path_or_id, resolve_directory(path_or_id)
-        self.own = (self.directory / MANIFEST_FILE).exists()
+        self.own = exists(self.directory / MANIFEST_FILE)
         if self.own:
             self.config = read_config(read_manifest(self.directory), self.directory)
-        elif (self.directory / "config.json").exists():
+        elif exists(self.directory / "config.json"):
             self.architecture, self.config = read_architecture(self.directory)
         else:
             raise InputError(

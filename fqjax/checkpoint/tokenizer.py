@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fqjax.checkpoint.checksums import verify_files
 from fqjax.checkpoint.lazy import quiet_transformers
+from fqjax.checkpoint.manifest import read_manifest_if_any
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import inside, reason
+from fqjax.runtime.files import exists, inside, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,9 +25,10 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
       InputError: if there are tokenizer files that transformers cannot load.
     """
     directory = Path(directory)
-    if (directory / TOKENIZER_FOLDER).is_dir():
+    if exists(directory / TOKENIZER_FOLDER):
+        verify_files(read_manifest_if_any(directory), directory, TOKENIZER_FOLDER)
         directory = directory / TOKENIZER_FOLDER
-    present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
+    present = [name for name in TOKENIZER_FILES if exists(directory / name)]
     if not present:
         return None
     for name in present:
