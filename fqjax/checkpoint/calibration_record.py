@@ -78,7 +78,6 @@ def read_calibration_record(
     path = directory / CALIBRATION_FILE
     if not exists(path):
         return None
-    verify_files(read_manifest_if_any(directory), directory, CALIBRATION_FILE)
     try:
         with safe_open(path, framework="numpy") as file:
             costs = json.loads((file.metadata() or {}).get("costs", "{}"))
@@ -88,6 +87,7 @@ def read_calibration_record(
         )
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); the rest of the checkpoint does not need it") from None
+    verify_files(read_manifest_if_any(directory), directory, CALIBRATION_FILE)
     if layers is None:
         return found
     for name, array in arrays.items():

@@ -313,9 +313,9 @@ def _contents(directory: Path) -> JsonObject:
 
 def _fingerprint(conversion: Conversion, files: TensorFiles, contents: JsonObject, text: str) -> JsonObject:
     return {
+        "scheme": conversion.scheme.to_json(),
         "files": files.signature() | contents,
         "text": hashlib.sha256(text.encode()).hexdigest(),
-        "scheme": conversion.scheme.to_json(),
         "samples": conversion.samples,
         "window": conversion.window,
         "ignore": list(conversion.ignore),
