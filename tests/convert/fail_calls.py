@@ -115,9 +115,10 @@ def attempted_conversion(out: Path) -> list[str]:
 
 
 def resumed_conversion(out: Path) -> list[str]:
-    done = out.exists() and not list(FOLDER.glob("out.partial*"))
+    done = out.exists() and not list(FOLDER.glob(f"{out.name}.partial*"))
     code, told = (0, "") if done else convert(out, "--resume")
-    return [] if code == 0 and not told else [f"could not be resumed: {told!r}"]
+    left = list(FOLDER.glob(f"{out.name}.partial*"))
+    return [] if code == 0 and not told and not left else [f"could not be resumed: {told!r}, {left}"]
 
 
 def save_model() -> tuple[Callable[[Path], list[str]], Callable[[Path], list[str]]]:
