@@ -96,7 +96,8 @@ def failing(attempt: Callable[[Path], list[str]], again: Callable[[Path], list[s
             faults = [f"{type(found).__name__}: {found}"]
         left = [path.name for path in FOLDER.iterdir() if path.name not in ("whole", "out")]
         faults += [f"{left} were left"] if left else []
-        wrong += [f"{name} {number} {errno.errorcode[error]} {mode}: {fault}" for fault in faults]
+        wrong += (found := [f"{name} {number} {errno.errorcode[error]} {mode}: {fault}" for fault in faults])
+        print(f"{name} {number}", *found, file=sys.stderr, flush=True)  # Where it hangs, it is known at what.
         for path in FOLDER.iterdir():
             if path != whole:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
