@@ -15,7 +15,7 @@ from fqjax.cli import convert, export, evaluate, generate, inspect, demo, bench,
 
 # isort: on
 from fqjax.cli.app import app
-from fqjax.cli.terminal import complain, flushed, open_streams
+from fqjax.cli.terminal import complain, flushed, open_streams, show_warnings
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.quiet import CLOSED_LOOP_MESSAGE
 
@@ -70,6 +70,7 @@ def _quiet_late_reads(unraisable: "sys.UnraisableHookArgs") -> None:
 def run() -> None:
     """Entry point of the installed command."""
     open_streams()
+    show_warnings()
     sys.unraisablehook = _quiet_late_reads
     sys.exit(main())
 

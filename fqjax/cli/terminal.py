@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 
@@ -48,3 +49,18 @@ def complain(message: str) -> None:
     """Prints one line on standard error, if that can be."""
     with contextlib.suppress(OSError):
         print(f"fqjax: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+class Complaints(logging.Handler):
+    """Prints what is logged as one line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record."""
+        complain(record.getMessage())
+
+
+def show_warnings() -> None:
+    """Has fqjax's own warnings printed like its errors, however other packages set up the log."""
+    logger = logging.getLogger("fqjax")
+    logger.addHandler(Complaints())
+    logger.propagate = False

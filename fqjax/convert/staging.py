@@ -72,7 +72,7 @@ def finish(out: Path, error: OSError | None) -> None:
     if error is not None:
         left = left if exists(left) else completion_file(out)
         logging.getLogger(__name__).warning(
-            "fqjax: %s is complete, but %s cannot be removed (%s); remove it, or have --resume do so",
+            "%s is complete, but %s cannot be removed (%s); remove it, or have --resume do so",
             out,
             left,
             error.strerror or reason(error),

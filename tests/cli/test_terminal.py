@@ -66,3 +66,12 @@ def test_an_error_that_nothing_expected_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("fqjax.data.text.read_text", fail)
     assert cli.main(["eval", "model", "--text", "text"]) == 2
     assert capsys.readouterr().err == "fqjax: error: some/file: Input/output error\n"
+
+
+def test_warnings_are_one_line_whatever_others_make_of_the_log():
+    code = (
+        "import logging; from fqjax.cli.terminal import show_warnings\n"
+        "logging.basicConfig(); show_warnings(); logging.getLogger('fqjax.convert').warning('%s is\\nleft', 'out')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "fqjax: out is left\n")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fqjax.cli import main as cli
+from fqjax.cli.terminal import show_warnings
 from fqjax.runtime.errors import InputError
 
 CALLS = ("open", "write", "fsync", "rename", "unlink", "rmdir", "mkdir", "truncate")
@@ -182,6 +183,7 @@ def forked(run: Callable[[], int]) -> int:
 def main() -> None:
     logging.raiseExceptions = False
     sys.unraisablehook = cli._quiet_late_reads  # As the installed command does.
+    show_warnings()
     if MODE == "kill":
         found = killing()
     else:
