@@ -8,7 +8,7 @@ from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.models import FAMILIES
 from fqjax.models.rotary import check_rope
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject, linked, read_json, reason
+from fqjax.runtime.files import JsonObject, exists, linked, read_json, reason
 from fqjax.runtime.validation import check_given, check_value, validated
 
 REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -25,7 +25,7 @@ def read_architecture(directory: Path) -> tuple[str, ModelConfig]:
       InputError: if there is no config.json, it names an architecture that fqjax does not have or two at once, or an entry
         is missing, absurd or not supported.
     """
-    if not (directory / "config.json").exists() and not (directory / "config.json").is_symlink():
+    if not exists(directory / "config.json"):
         raise InputError(f"{directory}: not a model directory: it has no config.json")
     path = linked(directory, "config.json")
     raw = read_json(path, "configuration")

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from fqjax.checkpoint.checksums import verify_files
+from fqjax.checkpoint.manifest import read_manifest_if_any
+from fqjax.checkpoint.target import write_tensors
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import exists
 
 CALIBRATION_FILE = "calibration.safetensors"
 
@@ -60,8 +63,8 @@ class CalibrationRecord:
 
     def write(self, directory: Path) -> None:
         """Writes :data:`CALIBRATION_FILE`."""
-        arrays = {name: np.ascontiguousarray(a, np.float32) for name, a in self.activations.items()}
-        save_file(arrays, directory / CALIBRATION_FILE, {"costs": json.dumps(self.costs)})
+        arrays = {name: np.asarray(a, np.float32) for name, a in self.activations.items()}
+        write_tensors(directory / CALIBRATION_FILE, arrays, {"costs": json.dumps(self.costs)})
 
 
 def read_calibration_record(
@@ -77,7 +80,7 @@ def read_calibration_record(
       InputError: if the file is damaged, or about other layers.
     """
     path = directory / CALIBRATION_FILE
-    if not path.is_file():
+    if not exists(path):
         return None
     try:
         with safe_open(path, framework="numpy") as file:
@@ -88,6 +91,7 @@ def read_calibration_record(
         )
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); the rest of the checkpoint does not need it") from None
+    verify_files(read_manifest_if_any(directory), directory, CALIBRATION_FILE)
     if layers is None:
         return found
     for name, array in arrays.items():

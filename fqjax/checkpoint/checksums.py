@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's arrays and of its manifest, by which damage is noticed when they are loaded.
+"""Checksums of a checkpoint's arrays, manifest and other files, by which damage is noticed when they are loaded.
 
 CRC-32 finds every change of up to 32 bits in a row and misses another one time in 2**32; it is the fastest of the checksums
 in Python's library.  Whoever changes a checkpoint on purpose can change its checksums too: they are no signature.
@@ -6,7 +6,7 @@ in Python's library.  Whoever changes a checkpoint on purpose can change its che
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -14,18 +14,16 @@ import jax
 import numpy as np
 
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject
+from fqjax.runtime.files import JsonObject, reason
 from fqjax.runtime.validation import check_value
 
 CHECKSUMS_ENTRY, CHECKSUM_ALGORITHM = "checksums", "crc32"
 
+PIECE_BYTES = 2**20
+"""Bytes of a file that are read at once."""
+
 Arrays = Mapping[tuple[str, ...], jax.Array | np.ndarray]
 """Arrays by path, as in :mod:`fqjax.checkpoint.tree`."""
-
-
-def with_checksums(manifest: Mapping[str, object], arrays: Arrays) -> JsonObject:
-    """The manifest with an entry on what its arrays and the rest of it were when it was written."""
-    return with_sums(manifest, checksums(arrays))
 
 
 def checksums(arrays: Arrays) -> dict[str, str]:
@@ -42,15 +40,61 @@ def checksums(arrays: Arrays) -> dict[str, str]:
     return {".".join(name): array_checksum(array) for name, array in arrays.items()}
 
 
-def with_sums(manifest: Mapping[str, object], sums: Mapping[str, str]) -> JsonObject:
-    """The manifest with an entry on checksums, where those of the arrays are known."""
+def with_sums(
+    manifest: Mapping[str, object], sums: Mapping[str, str], files: Mapping[str, str] | None = None
+) -> JsonObject:
+    """The manifest with an entry on checksums: its own, and those of arrays and of files beside them, which are known."""
     return {**manifest} | {
         CHECKSUMS_ENTRY: {
             "algorithm": CHECKSUM_ALGORITHM,
             "manifest": manifest_checksum(manifest),
             "arrays": dict(sums),
+            "files": dict(files or {}),
         }
     }
+
+
+def file_checksums(directory: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """The checksums of those paths that are files, by their names from the directory on."""
+    return {path.relative_to(directory).as_posix(): file_checksum(path) for path in sorted(paths) if path.is_file()}
+
+
+def file_checksum(path: Path) -> str:
+    """Eight hexadecimal digits: CRC-32 of a file's bytes."""
+    found = 0
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            found = zlib.crc32(piece, found)
+    return f"{found:08x}"
+
+
+def verify_files(manifest: Mapping[str, object], directory: Path, name: str) -> None:
+    """Compares a file, or those of a folder, with their checksums in the manifest, where it has any.
+
+    Files that it has none of are passed over: early versions wrote checksums of arrays alone.
+
+    Args:
+      manifest: as it was written.
+      directory: the checkpoint's.
+      name: of the file or folder in it.
+
+    Raises:
+      InputError: naming the first file that is missing, cannot be read, or is not what was saved.
+    """
+    entry = manifest.get(CHECKSUMS_ENTRY)
+    recorded = entry.get("files") if isinstance(entry, dict) else None
+    for file, expected in recorded.items() if isinstance(recorded, dict) else ():
+        if file != name and not file.startswith(f"{name}/"):
+            continue
+        try:
+            found = file_checksum(directory / file)
+        except OSError as error:
+            raise InputError(f"{directory / file}: cannot be read ({error.strerror or reason(error)})") from None
+        if found != expected:
+            raise InputError(
+                f"{directory / file}: not what was saved, by its checksum; the checkpoint is damaged, or the file was edited "
+                f"without removing it from {CHECKSUMS_ENTRY!r} in the manifest"
+            )
 
 
 def verify(manifest: Mapping[str, object], arrays: Arrays, directory: Path, file: str) -> None:

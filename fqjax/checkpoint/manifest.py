@@ -21,7 +21,7 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.stacked import quantized_layers
 from fqjax.models import FAMILIES, architecture_of
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject, inside, read_json
+from fqjax.runtime.files import JsonObject, exists, inside, read_json
 from fqjax.runtime.validation import Size, check_value, validated
 from fqjax.version import __version__
 
@@ -115,7 +115,7 @@ def read_stored_manifest(directory: Path) -> JsonObject:
       InputError: as :func:`read_manifest` does.
     """
     path = directory / MANIFEST_FILE
-    if not path.exists():
+    if not exists(path):
         raise InputError(f"{directory}: not an fqjax checkpoint: it has no {MANIFEST_FILE}")
     manifest = read_json(inside(directory, MANIFEST_FILE), "object, and so not a manifest of an fqjax checkpoint")
     found = manifest.get("format_version")
@@ -126,6 +126,15 @@ def read_stored_manifest(directory: Path) -> JsonObject:
             f"{path}: format version {found}; this fqjax reads versions up to {FORMAT_VERSION}; install a newer fqjax"
         )
     return manifest
+
+
+def read_manifest_if_any(directory: Path) -> JsonObject:
+    """The same, or nothing where there is no manifest.
+
+    Raises:
+      InputError: if there is one that is not valid.
+    """
+    return read_stored_manifest(directory) if exists(directory / MANIFEST_FILE) else {}
 
 
 def current(manifest: JsonObject, directory: Path) -> Manifest:

@@ -5,7 +5,7 @@ name that occurs twice: :func:`read_header` does.
 """
 
 import math
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -15,7 +15,7 @@ from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject, linked, parse_json, read_json, reason
+from fqjax.runtime.files import JsonObject, exists, linked, parse_json, read_json, reason
 from fqjax.runtime.notices import say_once
 
 MAX_HEADER_BYTES = 100_000_000
@@ -46,6 +46,7 @@ class TensorFiles:
     Attributes:
       files: by name of a tensor, the file that it is in; empty if there is neither a file nor an index.
       missing: files of which there is no more than a header.
+      on_read: called with the name, the part and the values of whatever is read, before they are cast.
 
     Raises:
       InputError: naming the file that is missing, truncated or not what the index says, and the tensor if it is one's fault.
@@ -54,6 +55,7 @@ class TensorFiles:
     def __init__(self, directory: Path, *, partial: bool = False):
         self.directory, self.partial = directory, partial
         self.missing: list[str] = []
+        self.on_read: Callable[[str, int | None, np.ndarray], None] | None = None
         self.files = self._locate()
         headers = {file: self._header(file) for file in sorted(set(self.files.values()))}
         for name, file in self.files.items():
@@ -132,7 +134,7 @@ class TensorFiles:
         """
         path = self.directory / self.files[name]
         with np.errstate(over="ignore", invalid="ignore"):
-            values = self._values(name, part).astype(dtype, copy=False)
+            values = self._noted(name, part).astype(dtype, copy=False)
         if not _is_finite(values):
             kind = jnp.dtype(dtype).name
             raise InputError(f"{path}: tensor {name!r} holds a value that is not finite in {kind}")
@@ -148,7 +150,13 @@ class TensorFiles:
         if dtype[0] not in "IU":
             path = self.directory / self.files[name]
             raise InputError(f"{path}: tensor {name!r} has dtype {dtype}, expected integers")
-        return self._values(name)
+        return self._noted(name)
+
+    def _noted(self, name: str, part: int | None = None) -> np.ndarray:
+        values = self._values(name, part)
+        if self.on_read is not None:
+            self.on_read(name, part, values)
+        return values
 
     def _values(self, name: str, part: int | slice | None = None) -> np.ndarray:
         path = self.directory / self.files[name]
@@ -160,8 +168,8 @@ class TensorFiles:
 
     def _locate(self) -> dict[str, str]:
         """File of every tensor."""
-        index, single = self.directory / INDEX_FILE, os.path.lexists(self.directory / SINGLE_FILE)
-        if os.path.lexists(index):
+        index, single = self.directory / INDEX_FILE, exists(self.directory / SINGLE_FILE)
+        if exists(index):
             if not single or self._lists_the_single(index):
                 return self._read_index(linked(self.directory, INDEX_FILE))
             say_once(
@@ -195,7 +203,7 @@ class TensorFiles:
         for file in sorted(set(files.values())):
             if Path(file).name != file or file in ("", ".."):
                 raise InputError(f"{index}: {file!r} is not a file name in this directory")
-            if not os.path.lexists(self.directory / file) and not self.partial:
+            if not exists(self.directory / file) and not self.partial:
                 raise InputError(f"{self.directory / file}: missing shard, named by {INDEX_FILE}")
         return files
 

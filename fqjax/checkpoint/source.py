@@ -11,6 +11,7 @@ from fqjax.checkpoint.text_tokens import with_text_tokens
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import exists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,10 +29,10 @@ class Source:
 
     def __init__(self, path_or_id: str):
         self.name, self.directory = path_or_id, resolve_directory(path_or_id)
-        self.own = (self.directory / MANIFEST_FILE).exists()
+        self.own = exists(self.directory / MANIFEST_FILE)
         if self.own:
             self.config = read_config(read_manifest(self.directory), self.directory)
-        elif (self.directory / "config.json").exists():
+        elif exists(self.directory / "config.json"):
             self.architecture, self.config = read_architecture(self.directory)
             self._settled = None
         else:

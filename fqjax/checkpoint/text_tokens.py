@@ -6,14 +6,13 @@ and at the tokenizer's EOS.  config.json counts where nothing else is known, or 
 """
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from fqjax.checkpoint.fields import ModelConfig
 from fqjax.checkpoint.tokenizer import added_before, control_tokens
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject, linked, read_json
+from fqjax.runtime.files import JsonObject, exists, linked, read_json
 from fqjax.runtime.notices import say_once
 from fqjax.runtime.validation import TokenId, check_value
 
@@ -60,7 +59,7 @@ def with_text_tokens(config: ConfigT, directory: Path, tokenizer: "PreTrainedTok
 
 def _generation(directory: Path) -> JsonObject:
     """The content of generation_config.json, checked; empty if there is none."""
-    if not os.path.lexists(directory / GENERATION_FILE):
+    if not exists(directory / GENERATION_FILE):
         return {}
     path = linked(directory, GENERATION_FILE)
     content = read_json(path, "configuration")

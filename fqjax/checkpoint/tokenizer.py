@@ -1,13 +1,14 @@
 """Tokenizers, through transformers, imported only where one is loaded."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from fqjax.checkpoint.checksums import verify_files
 from fqjax.checkpoint.lazy import quiet_transformers
+from fqjax.checkpoint.manifest import read_manifest_if_any
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import inside, linked, reason
+from fqjax.runtime.files import exists, inside, linked, reason
 from fqjax.runtime.panics import Panicked, panics_as_errors
 
 if TYPE_CHECKING:
@@ -32,9 +33,11 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
       InputError: if there are tokenizer files that transformers cannot load.
     """
     directory = Path(directory)
-    own = (directory / TOKENIZER_FOLDER).is_dir()
-    directory = directory / TOKENIZER_FOLDER if own else directory
-    present = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
+    own = exists(directory / TOKENIZER_FOLDER)
+    if own:
+        verify_files(read_manifest_if_any(directory), directory, TOKENIZER_FOLDER)
+        directory = directory / TOKENIZER_FOLDER
+    present = [name for name in TOKENIZER_FILES if exists(directory / name)]
     if not present:
         return None
     for name in present:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fqjax.cli.app import Model, app, console, load_with_tokenizer
+from fqjax.runtime.files import check_new
 
 
 @app.command()
@@ -15,9 +16,8 @@ def export(
 ) -> None:
     """Write a quantized model in the format compressed-tensors, as vLLM and transformers read it."""
     from fqjax.checkpoint.compressed.write import save_compressed_tensors
-    from fqjax.checkpoint.orbax.write import refuse_existing
 
-    refuse_existing(out)
+    check_new(out)
     loaded, tokenizer = load_with_tokenizer(model, required=False)
     save_compressed_tensors(out, loaded, tokenizer=tokenizer)
     console.print(f"wrote {out}")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fqjax.cli.app import JsonFile, Model, app, console, load_model, write_json
+from fqjax.runtime.files import check_local
 
 
 @app.command()
@@ -23,6 +24,8 @@ def inspect(
     from fqjax.layers.stacked import quantized_layers
     from fqjax.report.report import report_of
 
+    if plot is not None:
+        check_local(plot)
     loaded = load_model(model)
     layers = quantized_layers(loaded)
     kinds = {name: (layer.sizes.inputs, layer.bits) for name, layer in layers.items()}

@@ -5,6 +5,8 @@ Nothing heavy is imported before a command runs: commands import what they need 
 Exit codes: 0 done; 2 bad usage or bad input, with one line on stderr; 130 interrupted.
 """
 
+import errno
+import os
 import sys
 
 # isort: off
@@ -13,6 +15,7 @@ from fqjax.cli import convert, export, evaluate, generate, inspect, demo, bench,
 
 # isort: on
 from fqjax.cli.app import app
+from fqjax.cli.terminal import complain, flushed, open_streams, show_warnings
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.quiet import CLOSED_LOOP_MESSAGE
 
@@ -25,10 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = app(arguments, standalone_mode=False)
         if result == INTERRUPTED:
-            print("fqjax: interrupted", file=sys.stderr)
+            complain("interrupted")
+        if (error := flushed()) is not None:
+            return _ended_by(error, error)
         return result if isinstance(result, int) else 0
     except InputError as error:
         return _complain(str(error))
+    except OSError as error:
+        # What could not be written is not tried again, so that it takes another character to find out.
+        return _ended_by(error, flushed("\n") if error.filename is None else None)
     except Exception as error:
         # typer's usage errors come from a vendored module whose name has changed between versions.
         message = getattr(error, "format_message", None)
@@ -38,8 +46,18 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(text) if text else 2
 
 
+def _ended_by(error: OSError, of_output: OSError | None) -> int:
+    """The exit code of what the operating system put an end to, which was not expected to."""
+    if error.errno == errno.EPIPE:  # Whoever read what is printed has gone, as ``head`` does.
+        return 1
+    if of_output is not None:
+        return _complain(f"standard output: cannot be written ({of_output.strerror})")
+    named = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return _complain(f"{named}{error.strerror or error}")
+
+
 def _complain(message: str) -> int:
-    print(f"fqjax: error: {' '.join(message.split())}", file=sys.stderr)
+    complain(f"error: {message}")
     return 2
 
 
@@ -51,6 +69,8 @@ def _quiet_late_reads(unraisable: "sys.UnraisableHookArgs") -> None:
 
 def run() -> None:
     """Entry point of the installed command."""
+    open_streams()
+    show_warnings()
     sys.unraisablehook = _quiet_late_reads
     sys.exit(main())
 

@@ -1,8 +1,7 @@
 """``fqjax schemes``: the presets, and the schemes of other packages."""
 
-import sys
-
 from fqjax.cli.app import app, console
+from fqjax.cli.terminal import complain
 
 
 @app.command()
@@ -20,4 +19,4 @@ def schemes() -> None:
         table.add_row(scheme.name, scheme.summary)
     console.print(table)
     for line in broken("schemes"):
-        print(f"fqjax: {line}", file=sys.stderr)
+        complain(line)

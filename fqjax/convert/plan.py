@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from fqjax.checkpoint.checksums import file_checksums
 from fqjax.checkpoint.compressed.config import read_quantization
 from fqjax.checkpoint.fields import ModelConfig, check_depth
 from fqjax.checkpoint.hugging_face import (
@@ -24,6 +25,7 @@ from fqjax.checkpoint.hugging_face import (
 from fqjax.checkpoint.manifest import MANIFEST_FILE
 from fqjax.checkpoint.orbax.write import refuse_existing
 from fqjax.checkpoint.safetensors import TensorFiles
+from fqjax.checkpoint.target import check_target
 from fqjax.checkpoint.text_tokens import with_text_tokens
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.convert.staging import is_complete
@@ -41,7 +43,7 @@ from fqjax.models.sites import Site, reading_alike, sites_of
 from fqjax.presets import PRESETS
 from fqjax.report.report import format_bytes, narrow_table
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject
+from fqjax.runtime.files import JsonObject, exists, reason
 from fqjax.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -50,6 +52,10 @@ if TYPE_CHECKING:
 PROCESS_BYTES, FLOAT32_COPIES = 800e6, 6
 """Bytes of the process without a model, and copies of a layer in float32 that are there at once, from what
 scripts/measure_conversion_memory.py measured."""
+
+
+CONTENT_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "*/*.jinja")
+"""Files of a source that a conversion may read, but for its weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,10 +125,12 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     Raises:
       InputError: naming what is wrong, and what was expected.
     """
+    check_target(conversion.out)
     if not is_complete(conversion.out):
         refuse_existing(conversion.out)
     directory = resolve_directory(conversion.source)
-    if (directory / MANIFEST_FILE).is_file():
+    contents = {} if dry_run else _contents(directory)  # Before they are read: what changes between is noticed.
+    if exists(directory / MANIFEST_FILE):
         raise InputError(f"{directory}: already an fqjax checkpoint; expected a Hugging Face directory")
     name, config = read_architecture(directory)
     files = TensorFiles(directory, partial=dry_run)
@@ -154,7 +162,7 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
         sites_of(model),
         tokenizer,
         batches,
-        {} if dry_run else _fingerprint(conversion, files, text),
+        {} if dry_run else _fingerprint(conversion, files, contents, text),
         {name: layer.bits for name, layer in layers.items()},
         _outer_bytes(parameters),
         tuple(lacking),
@@ -297,11 +305,20 @@ def _outer_bytes(parameters: Parameters) -> dict[str, int]:
     return found
 
 
-def _fingerprint(conversion: Conversion, files: TensorFiles, text: str) -> JsonObject:
+def _contents(directory: Path) -> JsonObject:
+    """The checksum of every file of a source but its weights, by name."""
+    found = (path for pattern in CONTENT_PATTERNS for path in directory.glob(pattern))
+    try:
+        return dict(file_checksums(directory, found))
+    except OSError as error:
+        raise InputError(f"{error.filename or directory}: cannot be read ({error.strerror or reason(error)})") from None
+
+
+def _fingerprint(conversion: Conversion, files: TensorFiles, contents: JsonObject, text: str) -> JsonObject:
     return {
-        "files": files.signature(),
-        "text": hashlib.sha256(text.encode()).hexdigest(),
         "scheme": conversion.scheme.to_json(),
+        "files": files.signature() | contents,
+        "text": hashlib.sha256(text.encode()).hexdigest(),
         "samples": conversion.samples,
         "window": conversion.window,
         "ignore": list(conversion.ignore),

@@ -17,7 +17,7 @@ from fqjax.checkpoint.calibration_record import CalibrationRecord, read_calibrat
 from fqjax.checkpoint.orbax.read import load_abstract
 from fqjax.checkpoint.orbax.write import Writer, refuse_existing
 from fqjax.convert.plan import Conversion, Plan, plan, plan_table
-from fqjax.convert.staging import claimed, is_complete, publish, remove, staging_directory
+from fqjax.convert.staging import claimed, finish, is_complete, publish, remove, staging_directory
 from fqjax.convert.streamed import StreamedModel
 from fqjax.drivers.pipeline import quantize_blocks
 from fqjax.drivers.store import DirectoryStore
@@ -44,9 +44,10 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
       The report on the converted model; the directory is written.
 
     Raises:
-      InputError: if a weight or an activation is not finite, a layer could overflow, a shard changes meanwhile, or an
-        unfinished conversion stands in the way; nothing remains then, unless ``resume`` was asked for.  Also if
-        something cannot be written, as on a full disk; then the conversion can be resumed.
+      InputError: if a weight or an activation is not finite, a layer could overflow, a shard changes meanwhile or has
+        changed since the conversion was begun, or an unfinished conversion stands in the way; nothing remains then, unless
+        ``resume`` was asked for.  Also if something cannot be written, as on a full disk; then the conversion can be
+        resumed.  What cannot be removed when all is done is a warning: the directory is complete.
     """
     start, out = time.perf_counter(), made.conversion.out
     complete = resume and is_complete(out)  # Looked at before anything is written into the staging directory.
@@ -63,7 +64,7 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
             if not resume:
                 remove(staging)
             raise
-        remove(staging)
+        finish(out, remove(staging))
     return report_of(model, time.perf_counter() - start, record)
 
 
@@ -71,9 +72,9 @@ def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, CalibrationRecord
     """Converts; returns the model with shapes in place of arrays."""
     scheme = made.conversion.scheme
     store, record = DirectoryStore(staging), None
-    source = StreamedModel(
-        made.directory, *made.architecture, equalized=scheme.method is not None and scheme.method.equalize
-    )
+    equalized = scheme.method is not None and scheme.method.equalize
+    source = StreamedModel(made.directory, *made.architecture, equalized=equalized, seen=store)
+    source.check_seen()
     if scheme.method is not None:
         record = quantize_blocks(
             store, source.chain(), made.selection.linears, scheme, made.batches, functools.partial(_keep, store)
@@ -90,7 +91,7 @@ def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, CalibrationRecord
         writer.add(name, _outer_module(source, name, int8_head=scheme.head == "int8"))
     source.check_unchanged()
     model = writer.finish(made.tokenizer, record)
-    publish(finished, made.conversion.out)
+    publish(finished, made.conversion.out, made.fingerprint)
     return model, record
 
 

@@ -10,15 +10,18 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import PathParts
 from jaxtyping import DTypeLike
 
+from fqjax.checkpoint.checksums import array_checksum
 from fqjax.checkpoint.compressed.config import read_quantization
 from fqjax.checkpoint.compressed.read import read_layer
 from fqjax.checkpoint.fields import ModelConfig
 from fqjax.checkpoint.hugging_face import abstract_model, check_layers, check_tensors, read_source
 from fqjax.checkpoint.safetensors import TensorFiles
+from fqjax.drivers.store import Store
 from fqjax.layers.surgery import dotted, find_linears, replace_modules
 from fqjax.models import FAMILIES
 from fqjax.models.causal_lm import CausalLM
@@ -27,6 +30,7 @@ from fqjax.models.sites import sites_of
 from fqjax.rewrites.equalize import rescale
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.memory import give_back
+from fqjax.runtime.progress import track
 
 EMBEDDING_MODULES = ("embed_tokens", "embed_positions")
 """Modules that turn tokens into the first block's input."""
@@ -47,6 +51,7 @@ class StreamedModel:
       dtype: of parameters and activations.
       equalized: whether blocks are equalized (:mod:`fqjax.rewrites.equalize`) as they are read.
       files: the checkpoint's files as they are to be; by default as they are.
+      seen: keeps the checksum of every tensor that was read, by which one is known that has changed when it is read again.
 
     Raises:
       InputError: here as :func:`fqjax.load_hf` does; later, if a tensor is not finite, or a file has changed.
@@ -61,16 +66,19 @@ class StreamedModel:
         *,
         equalized: bool = False,
         files: TensorFiles | None = None,
+        seen: Store | None = None,
     ):
         self.dtype, self.equalized = dtype, equalized
         self.files = TensorFiles(directory) if files is None else files
         self.signature = self.files.signature()
+        self._seen, self._sums = seen or Store(), dict[str, str]()
         self.skeleton = inference_view(abstract_model(name, config, dtype))
         parameters = dict(nnx.to_flat_state(nnx.state(self.skeleton)))
         self.stored = check_layers(self.files, FAMILIES[name], parameters, read_quantization(directory))
         self.sources = check_tensors(self.files, FAMILIES[name], parameters, self.stored)
         self.outer = list(dict.fromkeys(str(path[0]) for path in parameters if path[0] != BLOCKS_MODULE))
         self._ends: tuple[str, CausalLM] | None = None
+        self.files.on_read = self._note
 
     def chain(self) -> Chain:
         """The model as blocks, each of which is read when it is looked up."""
@@ -78,9 +86,7 @@ class StreamedModel:
 
     def block(self, index: int) -> nnx.Module:
         """Reads one block."""
-        self._ends = None
-        give_back()
-        self.check_unchanged()
+        self._begin_reading()
         start = (BLOCKS_MODULE, index)
         block = self._filled(self.skeleton.layers[index], start)
         prefix = f"{dotted(start)}."
@@ -96,14 +102,20 @@ class StreamedModel:
         elif self.equalized:
             inside = [site for site in sites_of(self.skeleton) if site.consumers[0].startswith(prefix)]
             rescale(linears, [site.below(prefix) for site in inside])
+        self._compare(dotted(start))
         return block
 
     def outer_module(self, name: str) -> nnx.Module:
         """Reads one of the modules outside the blocks."""
-        self._ends = None
+        self._begin_reading()
+        module = self._filled(getattr(self.skeleton, name), (name,))
+        self._compare(name)
+        return module
+
+    def _begin_reading(self) -> None:
+        self._ends, self._sums = None, {}
         give_back()
         self.check_unchanged()
-        return self._filled(getattr(self.skeleton, name), (name,))
 
     def _filled(self, module: ModelT, start: PathParts) -> ModelT:
         graphdef, state = nnx.split(module)
@@ -131,6 +143,33 @@ class StreamedModel:
             made |= {name: _emptied(getattr(self.skeleton, name)) for name in self.outer if name in unused}
             self._ends = use, replace_modules(self.skeleton, made | {BLOCKS_MODULE: nnx.List([])})
         return self._ends[1]
+
+    def _note(self, tensor: str, part: int | None, values: np.ndarray) -> None:
+        self._sums[tensor if part is None else f"{tensor}[{part}]"] = array_checksum(values)
+
+    def _compare(self, path: str) -> None:
+        """Compares what was read of a module with what was read of it before, or keeps it for later."""
+        found, self._sums = self._sums, {}
+        if ("source", path) not in self._seen:
+            self._seen["source", path] = found
+        before = self._seen["source", path]
+        for tensor, checksum in found.items():
+            if before.get(tensor) != checksum:
+                file = self.files.directory / self.files.files[tensor.partition("[")[0]]
+                raise InputError(f"{file}: tensor {tensor!r} has changed since the conversion began; begin anew")
+
+    def check_seen(self) -> None:
+        """Reads again what an earlier run read, before anything is done with what it found.
+
+        Raises:
+          InputError: naming the first tensor that has changed since.
+        """
+        paths = [dotted((BLOCKS_MODULE, i)) for i in range(len(self.skeleton.layers))]
+        for path in track([path for path in paths if ("source", path) in self._seen], "comparing"):
+            self.block(paths.index(path))
+        for name in self.outer:
+            if ("source", name) in self._seen:
+                self.outer_module(name)
 
     def check_unchanged(self) -> None:
         """Raises an InputError if a file is not what it was when the model was made."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from jaxtyping import ArrayLike, Int, Int32
 
+from fqjax.data.records import JSON_SUFFIXES, text_of_records
 from fqjax.models.causal_lm import TextConfig
 from fqjax.models.checks import check_tokens
 from fqjax.runtime.errors import InputError
@@ -25,10 +26,10 @@ MAX_CHARACTERS_PER_TOKEN = 16
 
 
 def read_text(path: Path) -> str:
-    """Reads a UTF-8 text file.
+    """Reads a UTF-8 text file, or the texts of the records that a file of JSON holds (:mod:`fqjax.data.records`).
 
     Raises:
-      InputError: if it is missing, unreadable, not UTF-8, or empty.
+      InputError: if it is missing, unreadable, not UTF-8, or empty, or a record holds no text.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -38,6 +39,8 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix.lower() in JSON_SUFFIXES:
+        text = text_of_records(path, text)
     if not text.strip():
         raise InputError(f"{path}: empty; expected text")
     return text

@@ -19,6 +19,7 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.stacked import quantized_layers
 from fqjax.report.report import LayerReport, Report, ratio
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import check_local
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +45,7 @@ def plot_report(model: nnx.Module, report: Report, directory: Path) -> list[Path
         import matplotlib  # noqa: F401
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install 'fqjax[plots]'") from None
+    check_local(directory)
     layers = quantized_layers(model)
     if not layers:
         raise InputError("--plot: the model has no quantized layer; expected an fqjax checkpoint")

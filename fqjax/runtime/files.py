@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,12 @@ MAX_JSON_BYTES = 2**28
 
 MAX_REASON_CHARACTERS = 300
 """Characters of an error's message that are shown."""
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""The beginning of gs://bucket/path, also as a path, of which pathlib makes gs:/bucket/path."""
+
+UNPRINTABLE_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and bytes that are no UTF-8."""
 
 
 def inside(directory: Path, name: str) -> Path:
@@ -155,3 +162,42 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         except OSError:
             unfinished.unlink(missing_ok=True)
             raise
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything of that name, if only a link that leads nowhere.
+
+    Raises:
+      InputError: if that cannot be known, for instance where a directory is closed to this user.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # The latter of a null character.
+        why = getattr(error, "strerror", None) or reason(error)
+        raise InputError(f"{path}: cannot be looked at ({why})") from None
+    return True
+
+
+def check_new(path: Path) -> None:
+    """Refuses a path at which a directory cannot be made: one of another machine, or one that exists.
+
+    Raises:
+      InputError: naming the path and what was expected.
+    """
+    check_local(path)
+    if exists(path):
+        raise InputError(f"{path}: exists already; expected a directory to create")
+
+
+def check_local(path: Path) -> None:
+    """Refuses an address, ``gs://bucket/path``, and characters that cannot be shown.
+
+    Raises:
+      InputError: naming the path and what was expected.
+    """
+    if ADDRESS.match(str(path)):
+        raise InputError(f"{path}: not a path on this machine; expected one, such as /data/out or out")
+    if found := UNPRINTABLE_CHARACTERS.search(os.path.abspath(path)):
+        raise InputError(f"{str(path)!r}: has {found[0]!r} in its path; expected characters that can be shown")

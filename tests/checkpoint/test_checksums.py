@@ -16,10 +16,13 @@ import pytest
 from flax import nnx
 
 import fqjax
+from fqjax.checkpoint.calibration_record import CalibrationRecord, read_calibration_record
 from fqjax.checkpoint.checksums import array_checksum
 from fqjax.checkpoint.orbax.read import load
 from fqjax.checkpoint.orbax.write import save
+from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.checkpoint.tree import named_leaves, split_storable
+from fqjax.demo.run import CHECKPOINT
 from fqjax.runtime.errors import InputError
 from tests.models import variants
 
@@ -186,6 +189,70 @@ def test_flipped_bits_anywhere_in_the_arrays_files(original, saved):
         path.write_bytes(content)
     load(saved)
     assert len(refusals) >= 5
+
+
+@pytest.fixture(scope="module")
+def furnished(original, tmp_path_factory):
+    """The same model, saved with a tokenizer and with what calibration found."""
+    record = CalibrationRecord({LAYER: np.arange(48, dtype=np.float32)}, {LAYER: {8: 0.5}})
+    report = fqjax.report_of(original[0], record=record)
+    path = tmp_path_factory.mktemp("furnished") / "out"
+    save(path, original[0], tokenizer=load_tokenizer(CHECKPOINT), report=report)
+    return path
+
+
+def flipped(path, rng, count):
+    """Flips one bit of a file at a time, as often as is asked for, and puts the file right at the end."""
+    content = path.read_bytes()
+    for at in rng.integers(0, len(content), count):
+        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.integers(8))]) + content[at + 1 :])
+        yield
+    path.write_bytes(content)
+
+
+def test_flipped_bits_in_tokenizer_and_calibration_record_are_found(furnished, tmp_path):
+    saved, rng = shutil.copytree(furnished, tmp_path / "out"), np.random.default_rng(0)
+    for path in (*(saved / "tokenizer").iterdir(), saved / "calibration.safetensors"):
+        read = read_calibration_record if path.suffix == ".safetensors" else load_tokenizer
+        for _ in flipped(path, rng, 12):
+            with pytest.raises(InputError, match=path.name) as caught:
+                read(saved)
+            assert "\n" not in str(caught.value)
+    assert load_tokenizer(saved).get_vocab() and read_calibration_record(saved).costs == {LAYER: {8: 0.5}}
+
+
+def test_flipped_bits_beside_the_arrays_change_nothing_or_are_found(furnished, original, tmp_path):
+    saved, rng = shutil.copytree(furnished, tmp_path / "out"), np.random.default_rng(1)
+    expected, vocabulary = named_leaves(nnx.state(original[0])), load_tokenizer(furnished).get_vocab()
+    for path in (path for path in saved.iterdir() if path.is_file() and path.stat().st_size):
+        for _ in flipped(path, rng, 6):
+            try:
+                found = named_leaves(nnx.state(load(saved)))
+                assert all(np.array_equal(found[name], leaf) for name, leaf in expected.items())
+                assert load_tokenizer(saved).get_vocab() == vocabulary
+                assert read_calibration_record(saved).costs == {LAYER: {8: 0.5}}
+            except InputError as error:
+                assert "\n" not in str(error)
+
+
+def test_a_file_of_the_tokenizer_that_is_gone(furnished, tmp_path):
+    saved = shutil.copytree(furnished, tmp_path / "out")
+    (saved / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(InputError, match="tokenizer_config.json: cannot be read"):
+        load_tokenizer(saved)
+
+
+def test_what_was_saved_without_checksums_of_files_is_read(furnished, tmp_path):
+    saved = shutil.copytree(furnished, tmp_path / "out")
+    edit(saved, lambda m: m["checksums"].pop("files"))
+    path = saved / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"note": "edited"}))
+    load(saved), load_tokenizer(saved), read_calibration_record(saved)
+
+
+def test_all_files_have_the_same_permissions(furnished):
+    modes = {path.stat().st_mode for path in furnished.rglob("*") if path.is_file()}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -17,7 +17,7 @@ from pathlib import Path
 from fqjax.checkpoint.hugging_face import read_architecture
 from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.cli import main as cli
-from fqjax.convert import run as conversion
+from fqjax.convert.staging import completion_file
 from fqjax.data.text import encode
 
 OPTIONS = ("--scheme", "flattenquant-hopper", "--samples", "2", "--window", "32", "--ignore", "gate_up|qkv")
@@ -63,7 +63,7 @@ def main() -> None:
             last = rng.randint(1, total) if len(kills) < POINTS else None
             code = convert(out, last, counted, *options)
             if code == -signal.SIGKILL:
-                published = conversion.staging_directory(out) / "complete"
+                published = completion_file(out)
                 kills.append({"event": last, "existed": out.exists(), "published": published.exists()})
                 options = ("--resume",)
         assert code == 0, code

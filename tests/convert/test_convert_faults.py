@@ -120,6 +120,83 @@ def _interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+@pytest.fixture
+def plain(asked):
+    """A conversion that compiles next to nothing."""
+    return replace(asked, scheme=PRESETS["bf16"])
+
+
+@pytest.mark.parametrize("step", ["convert.run.remove", "convert.staging._removed", "rmdir", "convert.run.finish"])
+def test_what_only_has_to_be_cleaned_up_after_is_not_taken_for_another_conversion(plain, monkeypatch, capsys, step):
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rmdir" if step == "rmdir" else f"fqjax.{step}", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.convert(conversion.plan(plain))
+    assert plain.out.is_dir()
+    before = (plain.out / "fqjax.json").read_bytes()
+    complains(capsys, replace(plain, scheme=PRESETS["w8a8"]), "begun with other scheme", options=["--resume"])
+    assert (plain.out / "fqjax.json").read_bytes() == before
+    assert cli.main(command(plain, "--resume")) == 0
+    assert {path.name for path in plain.out.parent.iterdir()} == {"source", "calibration.txt", "out"}
+
+
+@pytest.mark.parametrize("call", ["unlink", "rmdir"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EDQUOT])
+def test_what_cannot_be_removed_when_all_is_done(plain, monkeypatch, caplog, call, code):
+    original = getattr(os, call)
+
+    def fail(path, *args, **kwargs):
+        if "out.partial" in str(path) and plain.out.is_dir():
+            raise OSError(code, os.strerror(code), str(path))
+        return original(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        assert cli.main(command(plain)) == 0
+    (told,) = (record.getMessage() for record in caplog.records if record.name.startswith("fqjax"))
+    assert told.count("\n") == 0 and f"out is complete, but {plain.out}.partial" in told
+    assert f"cannot be removed ({os.strerror(code)})" in told and fqjax.load(plain.out)
+    assert cli.main(command(plain, "--resume")) == 0
+    assert {path.name for path in plain.out.parent.iterdir()} == {"source", "calibration.txt", "out"}
+
+
+REWRITTEN = {
+    (".json", "confi"): lambda content: content.replace(b"1e-05", b"1e-06"),
+    (".json", "token"): lambda content: (
+        content.replace(b":1000,", b":####,").replace(b":1001,", b":1000,").replace(b":####,", b":1001,")
+    ),
+    (".safetensors", "model"): lambda content: content[:-2] + b"\0\1",
+}
+"""Changes of a source's files that leave them valid, and as long as they were."""
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors"])
+def test_a_source_that_is_rewritten_with_the_same_size_and_time(plain, checkpoint, monkeypatch, capsys, file):
+    with monkeypatch.context() as patch:
+        patch.setattr("fqjax.convert.run.publish", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.convert(conversion.plan(plain))
+    path = checkpoint / file
+    content, times = path.read_bytes(), path.stat()
+    changed = REWRITTEN[path.suffix, file[:5]](content)
+    assert len(changed) == len(content) and changed != content
+    path.write_bytes(changed)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    part = "has changed since the conversion began" if path.suffix == ".safetensors" else f"other files ({file})"
+    complains(capsys, plain, file, part, options=["--resume"])
+    assert not plain.out.exists()
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert cli.main(command(plain, "--resume")) == 0 and fqjax.load(plain.out)
+
+
+@pytest.mark.parametrize("out", ["gs://bucket/out", "s3://bucket/out", "file:///tmp/out", "a\\b", "a[b]", "a\udcff"])
+def test_a_target_that_is_no_path(plain, monkeypatch, capsys, tmp_path, out):
+    monkeypatch.chdir(tmp_path)
+    complains(capsys, replace(plain, out=out), "expected")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "calibration.txt"}
+
+
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_a_full_disk(asked, monkeypatch, capsys, share):
     whole = replace(asked, out=asked.out.with_name("whole"))

@@ -13,8 +13,6 @@ which is folded into what stands before the layer (:mod:`fqjax.rewrites.fold`).
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -23,13 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from fqjax.checkpoint.compressed.config import INT, LayerScheme, write_quantization
 from fqjax.checkpoint.compressed.packing import pack_int32
 from fqjax.checkpoint.naming import written as names_of
-from fqjax.checkpoint.orbax.write import refuse_existing
 from fqjax.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
+from fqjax.checkpoint.target import new_directory, saving, write_tensors
 from fqjax.checkpoint.text_tokens import GENERATION_FILE
 from fqjax.core.formats.grouped import Grouped
 from fqjax.core.formats.uniform import Uniform, UniformTensor
@@ -42,6 +39,7 @@ from fqjax.models.causal_lm import CausalLM
 from fqjax.models.to_hf import config_to_hf, part_sizes
 from fqjax.rewrites.fold import Folding, fold_smoothing
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import check_new
 from fqjax.runtime.progress import track
 
 if TYPE_CHECKING:
@@ -71,20 +69,15 @@ def save_compressed_tensors(
       InputError: if ``path`` exists or cannot be written, the model is not one of fqjax's own or not quantized, or a layer
         cannot be expressed: flattened channels, 4-bit activations, smoothing that cannot be folded.
     """
-    path, model = Path(path).resolve(), unstacked(model)
-    refuse_existing(path)
+    check_new(Path(path))
+    model = unstacked(model)
     schemes, folding = check_expressible(model)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
-    try:
-        staging.mkdir(parents=True)
+    with new_directory(Path(path).resolve()) as staging:
+        staging.mkdir()
         _write(staging, cast(CausalLM, model), schemes, folding)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        staging.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            with saving(staging):
+                tokenizer.save_pretrained(staging)
 
 
 def check_expressible(model: nnx.Module) -> tuple[dict[str, LayerScheme], Folding]:
@@ -241,8 +234,7 @@ def _write_shards(directory: Path, groups: Iterator[Tensors]) -> None:
 
     def close() -> None:
         file = directory / f"shard-{len(written)}"
-        contiguous = {name: np.ascontiguousarray(values) for name, values in pending.items()}
-        save_file(contiguous, file, metadata={"format": "pt"})
+        write_tensors(file, pending, {"format": "pt"})
         written.append((file, list(pending)))
         pending.clear()
 

@@ -4,11 +4,8 @@ Empty arrays are left out: loading makes them from the manifest.  The manifest i
 others.
 """
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -16,9 +13,10 @@ import jax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from fqjax.checkpoint.calibration_record import CalibrationRecord
-from fqjax.checkpoint.checksums import checksums, with_checksums, with_sums
+from fqjax.checkpoint.calibration_record import CALIBRATION_FILE, CalibrationRecord
+from fqjax.checkpoint.checksums import checksums, file_checksums, with_sums
 from fqjax.checkpoint.manifest import MANIFEST_FILE, describe
+from fqjax.checkpoint.target import check_target, new_directory, saving
 from fqjax.checkpoint.tokenizer import TOKENIZER_FOLDER
 from fqjax.checkpoint.tree import named_leaves, nest, split_storable
 from fqjax.layers.head import Int8Table
@@ -26,9 +24,7 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import abstracted
 from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.surgery import replace_modules
-from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import CannotWrite, JsonObject, reason
-from fqjax.runtime.quiet import collect_late_reads, muted
+from fqjax.runtime.files import JsonObject, check_new, exists, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,17 +57,9 @@ def save(
     Raises:
       InputError: if ``path`` exists or cannot be written, or other processes hold a part of an array.
     """
-    path = Path(path).resolve()
-    refuse_existing(path)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_existing(Path(path))
+    with new_directory(Path(path).resolve()) as staging:
         write(staging, model, tokenizer, report.calibration if report else None)
-        staging.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write(
@@ -81,9 +69,10 @@ def write(
     model = unstacked(model)
     _, stored, _ = split_storable(model)
     leaves = _arrays_to_store(stored)
-    manifest = with_checksums(describe(model), leaves)
-    ocp.save(str(directory), nest(leaves))
-    _write_beside(directory, tokenizer, record, manifest)
+    manifest, sums = describe(model), checksums(leaves)
+    with saving(directory):
+        ocp.save(str(directory), nest(leaves))
+        _write_beside(directory, tokenizer, record, manifest, sums)
 
 
 class Writer:
@@ -102,7 +91,9 @@ class Writer:
         self.sums: dict[str, str] = {}
         self.replaced: dict[str, nnx.Module] = {}
         for old in (self.directory, *self.directory.parent.glob(f"{self.directory.name}.*")):
-            shutil.rmtree(old, ignore_errors=True)
+            if exists(old):
+                with writing(old):
+                    shutil.rmtree(old)
 
     def add(self, path: str, module: nnx.Module) -> None:
         """Writes the module with a dotted path, of which nothing has been written yet."""
@@ -110,7 +101,7 @@ class Writer:
         leaves = _arrays_to_store(stored, tuple(path.split(".")))
         self.sums |= checksums(leaves)
         if leaves:
-            with _writing(self.directory):
+            with saving(self.directory):
                 ocp.partial.save(str(self.directory), nest(leaves))
         if isinstance(module, QuantizedLinear | Int8Table):
             self.replaced[path] = abstracted(module)
@@ -125,9 +116,9 @@ class Writer:
           The model that was written, with shapes in place of arrays.
         """
         model = replace_modules(self.skeleton, self.replaced)
-        with _writing(self.directory):
+        with saving(self.directory):
             ocp.partial.finalize(str(self.directory))
-            _write_beside(self.directory, tokenizer, record, with_sums(describe(model), self.sums))
+            _write_beside(self.directory, tokenizer, record, describe(model), self.sums)
         return model
 
 
@@ -138,32 +129,22 @@ def _arrays_to_store(state: nnx.State, start: tuple[str, ...] = ()) -> dict[tupl
 
 
 def _write_beside(
-    directory: Path, tokenizer: "PreTrainedTokenizerBase | None", record: CalibrationRecord | None, manifest: JsonObject
+    directory: Path,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    record: CalibrationRecord | None,
+    manifest: JsonObject,
+    sums: dict[str, str],
 ) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
     if record is not None:
         record.write(directory)
+    beside = [*(directory / TOKENIZER_FOLDER).rglob("*"), directory / CALIBRATION_FILE]
+    manifest = with_sums(manifest, sums, file_checksums(directory, beside))
     (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """One line for whatever keeps Orbax, TensorStore, tokenizers and safetensors from writing; each has errors of its own."""
-    failure = ""
-    with muted("absl", "asyncio"):
-        try:
-            yield
-            return
-        except OSError as error:
-            failure = error.strerror or reason(error)
-        except Exception as error:  # See above.
-            failure = reason(error)
-        collect_late_reads()
-    raise CannotWrite(f"{directory}: cannot be written ({failure})")
-
-
 def refuse_existing(path: Path) -> None:
-    """Raises an InputError if the path exists."""
-    if path.exists():
-        raise InputError(f"{path}: exists already; expected a directory to create")
+    """Raises an InputError if the path exists, or is none that can be written and read again."""
+    check_target(path)
+    check_new(path)

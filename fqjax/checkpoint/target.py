@@ -1,0 +1,99 @@
+"""Directories that are written: they appear whole, by one rename, and whatever keeps them from it is one line."""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import CannotWrite, check_local, reason
+from fqjax.runtime.quiet import collect_late_reads, muted
+
+PATTERN_CHARACTERS = re.compile(r"[\\\[*?]")
+"""Characters of a path with which Orbax or TensorStore take it for a pattern, or for another path."""
+
+UNFINISHED_NAME = ".orbax-checkpoint-tmp"
+"""Part of a name by which Orbax knows what is unfinished, and does not read it."""
+
+
+def check_target(path: Path) -> None:
+    """Refuses a path at which Orbax could not write, or not read what it wrote.
+
+    Raises:
+      InputError: naming the path and what was expected.
+    """
+    check_local(path)
+    whole = Path(os.path.realpath(path)).as_posix()
+    if found := PATTERN_CHARACTERS.search(whole):
+        raise InputError(f"{path}: has {found[0]} in its path, which Orbax takes for a pattern; expected another path")
+    if UNFINISHED_NAME in whole:
+        raise InputError(
+            f"{path}: has {UNFINISHED_NAME} in its path, which Orbax takes for unfinished; expected another"
+        )
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory that does not exist yet, to be made and filled; it gets its name when that is done.
+
+    Nothing is left of it if it cannot be.
+
+    Args:
+      path: its name, absolute; its parents are made.
+
+    Raises:
+      CannotWrite: naming what cannot be written.
+    """
+    staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield staging
+        staging.rename(path)
+    except CannotWrite as error:
+        raise CannotWrite(str(error).replace(str(staging), str(path))) from None
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or reason(error)})") from None
+    finally:
+        for left in (staging, staging.with_name(staging.name + UNFINISHED_NAME)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """One line for whatever keeps Orbax, TensorStore, tokenizers and safetensors from writing; each has errors of its own.
+
+    Raises:
+      CannotWrite: naming the path and the reason.
+    """
+    failure = ""
+    with muted("absl", "asyncio"):
+        try:
+            yield
+            return
+        except InputError:
+            raise
+        except OSError as error:
+            failure = error.strerror or reason(error)
+        except Exception as error:  # See above.
+            failure = reason(error)
+        collect_late_reads()
+    raise CannotWrite(f"{path}: cannot be written ({failure})")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, with the permissions of any other file; the package's own can be read by the user alone.
+
+    Raises:
+      CannotWrite: naming the file and the reason.
+    """
+    contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    with saving(path):
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(contiguous, path, dict(metadata))
+        path.chmod(mode & 0o777)

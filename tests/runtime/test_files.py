@@ -1,0 +1,77 @@
+"""Paths that are looked at and written to."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from fqjax.checkpoint.target import check_target, new_directory, write_tensors
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import check_local, check_new, exists
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/out", "s3://bucket/out", "file:///out", "hdfs:/out", "https://a.b/out"])
+def test_an_address_is_no_path(path):
+    for check in (check_local, check_new, check_target):
+        with pytest.raises(InputError, match="not a path on this machine"):
+            check(Path(path))
+
+
+@pytest.mark.parametrize("name", ["a\udcff", "a\nb", "a\x00", "\x1b[1m", "a\x7f"])
+def test_characters_that_cannot_be_shown(tmp_path, name):
+    with pytest.raises(InputError, match="expected characters that can be shown") as caught:
+        check_new(tmp_path / name)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a[b]", "a*", "a?", "a.orbax-checkpoint-tmp"])
+def test_what_orbax_takes_for_something_else(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for path in (tmp_path / f"{name}2", tmp_path / name / "out", tmp_path / "link" / "out"):
+        check_new(path)
+        with pytest.raises(InputError, match="which Orbax takes for"):
+            check_target(path)
+
+
+@pytest.mark.parametrize("name", ["out", "ä 1", "a:b", "a%20", "{a}", "~", "$HOME", "a#b", "日本"])
+def test_other_names_are_let_pass(tmp_path, name):
+    check_new(tmp_path / name)
+    check_target(tmp_path / name)
+
+
+def test_what_exists(tmp_path, monkeypatch):
+    assert exists(tmp_path) and not exists(tmp_path / "a")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert exists(tmp_path / "link") and not exists(tmp_path / "file" / "a")
+    for path, reason in ((tmp_path / ("a" * 300), "File name too long"), (tmp_path / "a\0", "null")):
+        with pytest.raises(InputError, match=f"cannot be looked at .*{reason}"):
+            exists(path)
+
+    def closed(path, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "lstat", closed)
+    with pytest.raises(InputError, match=r"cannot be looked at \(Permission denied\)"):
+        exists(tmp_path)
+
+
+@pytest.mark.parametrize("how", [OSError(errno.EIO, "Input/output error"), ValueError("something else")])
+def test_a_directory_that_could_not_be_filled_leaves_nothing(tmp_path, how):
+    def fill():
+        with new_directory(tmp_path / "out") as staging:
+            staging.mkdir()
+            (staging / "file").touch()
+            raise how
+
+    with pytest.raises(InputError if isinstance(how, OSError) else ValueError):
+        fill()
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_have_the_permissions_of_any_file(tmp_path):
+    write_tensors(tmp_path / "tensors", {}, {})
+    (tmp_path / "file").touch()
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "file").stat().st_mode
