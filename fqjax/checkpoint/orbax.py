@@ -43,7 +43,15 @@ from fqjax.checkpoint.manifest import (
     read_stored_manifest,
 )
 from fqjax.checkpoint.tokenizer import TOKENIZER_FOLDER
-from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unnest, with_leaves
+from fqjax.checkpoint.tree import (
+    Leaf,
+    named_leaves,
+    nest,
+    split_storable,
+    unnest,
+    with_leaves,
+    with_random_state,
+)
 from fqjax.core.table import Sizes, Stored
 from fqjax.layers.head import Int8Table
 from fqjax.layers.linear import QuantizedLinear
@@ -225,6 +233,7 @@ def load(
     found = _stored_metadata(directory)
     skeleton, head = _skeleton(manifest, directory, len(found), layers, model)
     graphdef, stored, rest = split_storable(skeleton)
+    rest = with_random_state(rest)
     wanted = named_leaves(stored)
     full = {name: leaf for name, leaf in wanted.items() if leaf.size}
     _check_metadata(directory, found, full)
