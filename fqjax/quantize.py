@@ -21,11 +21,12 @@ from fqjax.drivers.store import Store
 from fqjax.layers.head import head_of, with_int8_head
 from fqjax.layers.integer_scales import has_float_groups, with_integer_scales
 from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.record import automatic_axes
 from fqjax.layers.stacked import quantized_layers, stacked, unstacked
 from fqjax.layers.surgery import replace_modules, select_linears, spoken
 from fqjax.methods import IntegerScale
 from fqjax.models.batches import checked_batches
-from fqjax.models.chain import chain
+from fqjax.models.chain import chain, with_auto_axes
 from fqjax.presets import resolve_scheme
 from fqjax.report.report import Report, report_of
 from fqjax.rewrites.equalize import equalize
@@ -36,6 +37,7 @@ from fqjax.scheme import Scheme
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
+@automatic_axes()
 def quantize(
     model: ModelT,
     scheme: str | Scheme = "flattenquant",
@@ -63,7 +65,7 @@ def quantize(
     """
     scheme, ignore = resolve_scheme(scheme), check_texts("ignore", ignore)
     check_type("model", model, nnx.Module, "an nnx.Module")
-    start = time.perf_counter()
+    start, model = time.perf_counter(), with_auto_axes(model)
     check_finite(scheme.applied(select_linears(model, ignore)).linears)
     if scheme.head:
         head_of(model)  # Before the work begins.

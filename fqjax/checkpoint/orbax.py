@@ -58,6 +58,7 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import abstracted, shape_of
 from fqjax.layers.stacked import quantized_layers, stacked, unstacked
 from fqjax.layers.surgery import find_linears, replace_modules
+from fqjax.runtime.arguments import check_flag, check_path, check_type
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import CannotWrite, JsonObject, reason
 from fqjax.runtime.quiet import collect_late_reads, muted
@@ -96,7 +97,8 @@ def save(
     Raises:
       InputError: if ``path`` exists or cannot be written, or other processes hold a part of an array.
     """
-    path = Path(path).resolve()
+    path = check_path("path", path).resolve()
+    check_type("model", model, nnx.Module, "an nnx.Module")
     refuse_existing(path)
     staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
     try:
@@ -224,7 +226,10 @@ def load(
       InputError: naming the file, layer or array at fault: not a checkpoint, a newer format version, an array that is
         missing, of another shape or dtype than the manifest says, or not what was saved; codes that could overflow.
     """
-    directory = Path(path).resolve()
+    directory = check_path("path", path).resolve()
+    check_flag("verify", verify)
+    if model is not None:
+        check_type("model", model, nnx.Module, "an nnx.Module")
     if not directory.is_dir():
         raise InputError(f"{path}: no such directory")
     written = read_stored_manifest(directory)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fqjax.checkpoint.lazy import quiet_transformers
+from fqjax.runtime.arguments import check_path
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import inside, reason
 
@@ -22,7 +23,7 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
     Raises:
       InputError: if there are tokenizer files that transformers cannot load.
     """
-    directory = Path(directory)
+    directory = check_path("directory", directory)
     if (directory / TOKENIZER_FOLDER).is_dir():
         directory = directory / TOKENIZER_FOLDER
     present = [name for name in TOKENIZER_FILES if (directory / name).exists()]

@@ -22,7 +22,11 @@ def evaluate(
     kind = known_cache(kv_cache)
     from fqjax.data.text import encode, read_text
     from fqjax.evaluation.perplexity import cut_windows, perplexity
+    from fqjax.runtime.arguments import check_whole
 
+    check_whole("--window", window, 2, None)
+    if windows is not None:
+        check_whole("--windows", windows, 1, None)
     content = read_text(text)
     loaded, tokenizer = load_with_tokenizer(model)
     ids = encode(tokenizer, content)

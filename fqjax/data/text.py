@@ -9,7 +9,9 @@ from jaxtyping import ArrayLike, Int, Int32
 
 from fqjax.models.causal_lm import TextConfig
 from fqjax.models.checks import check_tokens
+from fqjax.runtime.arguments import check_whole
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import reason
 from fqjax.runtime.validation import MAX_INDEX
 
 if TYPE_CHECKING:
@@ -66,8 +68,9 @@ def calibration_batches(
     Raises:
       InputError: if the text does not fill one window, or tokens or window do not fit the model.
     """
-    if samples < 1:
-        raise InputError(f"--samples {samples}: expected at least 1")
+    check_whole("--samples", samples, 1, None)
+    if not hasattr(config, "bos_token_id"):
+        raise InputError(f"config: expected the model's configuration, as model.config, got {type(config).__name__}")
     bos = config.bos_token_id
     if bos is None:
         raise InputError("the model's configuration has no BOS token, which every calibration window begins with")
@@ -116,11 +119,9 @@ def cut_windows(
     Raises:
       InputError: if the text does not fill one window, or a token does not fit into int32.
     """
-    token_ids = np.asarray(token_ids).reshape(-1)
-    if window < 2:
-        raise InputError(f"window {window}: expected at least 2 tokens")
-    if windows is not None and windows < 1:
-        raise InputError(f"windows {windows}: expected at least 1")
+    token_ids = as_tokens(token_ids)
+    window = check_whole("window", window, 2, None)
+    windows = None if windows is None else check_whole("windows", windows, 1, None)
     count = len(token_ids) // (window - 1)
     if not count:
         raise InputError(f"the text has {len(token_ids)} tokens, expected at least {window - 1} for one window")
@@ -129,3 +130,18 @@ def cut_windows(
     if np.abs(body).max() > MAX_INDEX:
         raise InputError(f"token {body.flat[np.abs(body).argmax()]}: expected a token id")
     return np.concatenate([np.full((count, 1), bos_token_id), body], axis=1).astype(np.int32)
+
+
+def as_tokens(token_ids: object) -> Int[np.ndarray, " tokens"]:
+    """A text's tokens as an array of one axis.
+
+    Raises:
+      InputError: if they are none.
+    """
+    try:
+        tokens = np.asarray(token_ids)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"token_ids: expected a row of integer token ids ({reason(error)})") from None
+    if not tokens.ndim or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+        raise InputError(f"token_ids: expected a row of integer token ids, got {tokens.dtype} of shape {tokens.shape}")
+    return tokens.reshape(-1)

@@ -16,13 +16,16 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, DTypeLike, Float32, Int32
 
 from fqjax.data.text import cut_windows
-from fqjax.layers.record import split_to_run
+from fqjax.layers.record import automatic_axes, split_to_run
 from fqjax.models.cache import Kind, dtype_of
 from fqjax.models.checks import check_takes, check_tokens
+from fqjax.runtime.arguments import check_type, check_whole
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
+from fqjax.runtime.validation import MAX_INDEX
 
 
+@automatic_axes()
 def perplexity(
     model: nnx.Module,
     token_ids: ArrayLike | Sequence[int],
@@ -49,12 +52,15 @@ def perplexity(
       InputError: if the text does not fill one window, a token is not in the vocabulary, or the window is longer than
         the model allows.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size {batch_size}: expected at least 1")
+    check_type("model", model, nnx.Module, "an nnx.Module")
+    if not callable(model):
+        raise InputError(f"model: {type(model).__name__} cannot be called; expected a module with a method __call__")
+    batch_size = check_whole("batch_size", batch_size, 1)
     config = getattr(model, "config", None)
     bos = bos_token_id if bos_token_id is not None else getattr(config, "bos_token_id", None)
     if bos is None:
         raise InputError("perplexity: the model's configuration has no BOS token; pass bos_token_id")
+    bos = check_whole("bos_token_id", bos, -MAX_INDEX)
     cut = cut_windows(token_ids, window, bos, windows)
     check_tokens(cut, config, window)
     cache_dtype = dtype_of(kv_cache)
@@ -67,7 +73,9 @@ def perplexity(
         # The last batch is filled up so that one compiled program serves all; the filling is not counted.
         filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
         total += float(np.asarray(_window_losses(graphdef, state, filled, cache_dtype), np.float64)[: len(batch)].sum())
-    return math.exp(total / (len(cut) * (window - 1)))
+    if not math.isfinite(total):
+        raise InputError("model: its logits are not finite on this text; expected a model that predicts it")
+    return float(np.exp(total / (len(cut) * (window - 1))))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

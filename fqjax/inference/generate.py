@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from fqjax.inference.sampling import is_end, sample
-from fqjax.layers.record import split_to_run
+from fqjax.layers.record import automatic_axes, split_to_run
 from fqjax.models.cache import KeyValueCache, Kind, dtype_of
 from fqjax.models.causal_lm import GenerativeModel
 from fqjax.models.checks import check_takes, check_tokens
@@ -55,6 +55,7 @@ class Sampling(NamedTuple):
     top_p: Float32[Array, ""]
 
 
+@automatic_axes()
 def generate(
     model: GenerativeModel,
     prompt_tokens: object,
@@ -119,11 +120,11 @@ def eos_of(model: object, eos_token_id: int | Iterable[int] | None) -> tuple[int
     """
     eos = getattr(getattr(model, "config", None), "eos_token_id", ()) if eos_token_id is None else eos_token_id
     several = isinstance(eos, Iterable) and not isinstance(eos, str | bytes)
-    tokens = tuple(eos) if several else (eos,)
+    tokens: tuple[object, ...] = tuple(cast(Iterable[object], eos)) if several else () if eos is None else (eos,)
     for token in tokens:
-        if not is_whole(token) or abs(token) > MAX_INDEX:
+        if not is_whole(token) or abs(cast(int, token)) > MAX_INDEX:
             raise InputError(f"eos_token_id {shown(token)}: expected a token id")
-    return tuple(map(int, tokens))
+    return tuple(map(int, cast(tuple[int, ...], tokens)))
 
 
 def seed_of(seed: int) -> np.uint32:
@@ -316,9 +317,11 @@ def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: 
     """
     check_whole("seed", seed, most=None)
     check_whole("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
-    if check_number("temperature", temperature) != 0 and not MIN_TEMPERATURE <= temperature <= MAX_FLOAT:
+    if check_number("temperature", temperature) != 0 and temperature < MIN_TEMPERATURE:
         raise InputError(
-            f"temperature {shown(temperature)}: expected 0, or a finite number from {MIN_TEMPERATURE} to {MAX_FLOAT:g}"
+            f"temperature {shown(temperature)}: expected 0, or a finite number of at least {MIN_TEMPERATURE}"
         )
+    if temperature > MAX_FLOAT:
+        raise InputError(f"temperature {shown(temperature)}: expected at most {MAX_FLOAT:g}")
     if not 0 < check_number("top_p", top_p) <= 1:
         raise InputError(f"top_p {shown(top_p)}: expected a number above 0, at most 1")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 from flax import nnx
-from jaxtyping import PyTreeDef
+from jax.tree_util import PyTreeDef
 
 Path = tuple[object, ...]
 Nodes = Mapping[Path, object]

@@ -1,6 +1,7 @@
 """Sizes and constants of the models in :mod:`fqjax.models.decoder`, and how they are read from Hugging Face's."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypedDict, TypeVar, cast
 

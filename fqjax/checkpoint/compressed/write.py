@@ -39,6 +39,7 @@ from fqjax.models import FAMILIES, architecture_of
 from fqjax.models.causal_lm import CausalLM
 from fqjax.models.to_hf import config_to_hf, part_sizes
 from fqjax.rewrites.fold import Folding, fold_smoothing
+from fqjax.runtime.arguments import check_path, check_type
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
 
@@ -69,7 +70,8 @@ def save_compressed_tensors(
       InputError: if ``path`` exists or cannot be written, the model is not one of fqjax's own or not quantized, or a layer
         cannot be expressed: flattened channels, 4-bit activations, smoothing that cannot be folded.
     """
-    path, model = Path(path).resolve(), unstacked(model)
+    path = check_path("path", path).resolve()
+    model = unstacked(check_type("model", model, nnx.Module, "an nnx.Module"))
     refuse_existing(path)
     schemes, folding = check_expressible(model)
     staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
