@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fqjax
 from fqjax.cli.main import main
+from fqjax.data.text import usual_window
 from fqjax.inference.serve import Request, Server, serve
 from fqjax.models.llama import Llama, LlamaConfig
 from fqjax.runtime.errors import InputError
@@ -36,6 +37,7 @@ few = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
+NO_ENDS = [[None], ["1"], [1.5], 3j, object(), [[1]]]
 NO_NUMBERS = [
     None,
     "3",
@@ -307,19 +309,19 @@ def test_patterns_of_what_to_ignore(mlp, value):
 
 
 @few
-@given(value=no_count)
+@given(value=no_count.filter(lambda value: value is not None))
 @pytest.mark.parametrize("name", ["window", "windows", "batch_size"])
 def test_counts_of_perplexity(llama, name, value):
-    if name == "windows" and value is None:
-        return
-    sizes = {"window": 8, name: value}
-    refused(
-        "token" if name == "window" and isinstance(value, int) and value > 1 else name,
-        fqjax.perplexity,
-        llama,
-        [5] * 50,
-        **sizes,
-    )
+    if name == "windows" and isinstance(value, int) and value > 1:
+        return  # There are not as many; all are taken.
+    told = "token" if name == "window" and isinstance(value, int) and value > 1 else name
+    refused(told, fqjax.perplexity, llama, [5] * 50, **{"window": 8, name: value})
+
+
+def test_a_window_has_no_more_tokens_than_the_model_has_positions(llama):
+    refused("128 tokens is longer than the 64 positions", fqjax.perplexity, llama, [5] * 200, 128)
+    assert usual_window(None, llama.config) == 64 and usual_window(128, llama.config) == 128
+    assert usual_window(None, None) == 512
 
 
 @pytest.mark.parametrize(

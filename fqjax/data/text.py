@@ -21,6 +21,17 @@ BATCH = 2
 """Windows in a calibration batch; sensitivities are measured on the first batch."""
 
 
+USUAL_WINDOW = 512
+"""Tokens in a window, where nothing else is asked for and the model has as many positions."""
+
+
+def usual_window(window: int | None, config: object) -> int:
+    """A window's tokens: those asked for, or for None the usual number, or as many as the model has positions."""
+    if window is not None:
+        return window
+    return min(USUAL_WINDOW, getattr(config, "max_length", None) or USUAL_WINDOW)
+
+
 def read_text(path: Path) -> str:
     """Reads a UTF-8 text file.
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, DTypeLike, Float32, Int32
 
-from fqjax.data.text import cut_windows
+from fqjax.data.text import cut_windows, usual_window
 from fqjax.layers.record import automatic_axes, split_to_run
 from fqjax.models.cache import Kind, dtype_of
 from fqjax.models.checks import check_takes, check_tokens
@@ -29,7 +29,7 @@ from fqjax.runtime.validation import MAX_INDEX
 def perplexity(
     model: nnx.Module,
     token_ids: ArrayLike | Sequence[int],
-    window: int = 512,
+    window: int | None = None,
     *,
     windows: int | None = None,
     batch_size: int = 4,
@@ -41,7 +41,7 @@ def perplexity(
     Args:
       model: a bundled model, or any NNX module whose call maps int32 tokens [batch, length] to logits.
       token_ids: the text's tokens, without special tokens.
-      window: tokens in a window, BOS among them.
+      window: tokens in a window, BOS among them; by default 512, or as many as the model has positions.
       windows: evaluate only the first so many; None for all.
       batch_size: windows computed at once.
       bos_token_id: what every window begins with; the model's configuration knows it for bundled models.
@@ -61,6 +61,7 @@ def perplexity(
     if bos is None:
         raise InputError("perplexity: the model's configuration has no BOS token; pass bos_token_id")
     bos = check_whole("bos_token_id", bos, -MAX_INDEX)
+    window = usual_window(window, config)
     cut = cut_windows(token_ids, window, bos, windows)
     check_tokens(cut, config, window)
     cache_dtype = dtype_of(kv_cache)

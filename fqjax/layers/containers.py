@@ -1,11 +1,10 @@
 """Containers in which no module can be replaced, such as tuples, exchanged for dictionaries for as long as that takes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 from flax import nnx
-from jax.tree_util import PyTreeDef
 
 Path = tuple[object, ...]
 Nodes = Mapping[Path, object]
@@ -17,12 +16,12 @@ class Thawed(NamedTuple):
     Attributes:
       path: in the model.
       keys: of its parts in the dictionary, in their order: the rest of their dotted paths.
-      structure: of the container, its parts as leaves.
+      rebuilt: makes the container of its parts.
     """
 
     path: Path
     keys: tuple[str, ...]
-    structure: PyTreeDef
+    rebuilt: Callable[[Iterable[object]], object]
 
 
 def thaw(model: nnx.Module) -> list[Thawed]:
@@ -36,17 +35,17 @@ def thaw(model: nnx.Module) -> list[Thawed]:
         parts, structure = jax.tree_util.tree_flatten_with_path(nodes[path], is_leaf=_is_part)
         keys = tuple(".".join(str(_key(key)) for key in place) for place, _ in parts)
         _put(nodes, path, dict(zip(keys, (part for _, part in parts), strict=True)))
-        thawed.append(Thawed(path, keys, structure))
+        thawed.append(Thawed(path, keys, structure.unflatten))
     return thawed
 
 
 def freeze(model: nnx.Module, thawed: list[Thawed]) -> None:
     """Puts containers that :func:`thaw` took away back around what is in the dictionaries now."""
     nodes: dict[Path, object] = dict(nnx.iter_graph(model)) if thawed else {}
-    for path, keys, structure in thawed:
+    for path, keys, rebuilt in thawed:
         held = nodes[path]
         assert isinstance(held, dict)
-        _put(nodes, path, structure.unflatten([held[key] for key in keys]))
+        _put(nodes, path, rebuilt([held[key] for key in keys]))
 
 
 def _outermost_frozen(nodes: Nodes) -> list[Path]:
