@@ -15,6 +15,7 @@ import pytest
 import fqjax
 from fqjax.cli.main import main
 from tests.conftest import make_checkpoint
+from tests.tiers import thorough_but
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
@@ -106,14 +107,7 @@ def run_commands(text, capsys):
         assert main(arguments) == 0, (line, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        page if page in FAST_PAGES else pytest.param(page, marks=pytest.mark.thorough)
-        for page, some in blocks().items()
-        if some
-    ],
-)
+@pytest.mark.parametrize("page", thorough_but(FAST_PAGES, (page for page, some in blocks().items() if some)))
 def test_a_page_s_code_runs(page, place, tmp_path, monkeypatch, capsys):
     for name in ("path", "text.txt", "test.txt"):
         (tmp_path / name).symlink_to(place / name)
