@@ -137,7 +137,7 @@ def test_a_layer_of_which_the_model_reads_what_a_quantized_one_has_not_is_named(
     assert isinstance(quantized.other, QuantizedLinear) and isinstance(quantized.block, nnx.Linear)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "flattenquant"])
+@pytest.mark.parametrize("scheme", ["w8a8", pytest.param("flattenquant", marks=pytest.mark.thorough)])
 def test_what_a_quantized_layer_has_too_may_be_read(scheme):
     model = Reading(nnx.Rngs(0), lambda block, x: x * block.in_features / block.out_features + block.bias[...])
     quantized, _ = fqjax.quantize(model, scheme, [X])
