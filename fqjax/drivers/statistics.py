@@ -171,7 +171,7 @@ def calibrate(
     check_type("model", model, nnx.Module, "an nnx.Module")
     check_whole("sample_rows", sample_rows, 1, MAX_SAMPLE_ROWS)
     known = find_linears(model)
-    for name in (names := check_texts("names", names)):
+    for name in (names := check_texts("names", list(names) if isinstance(names, Mapping) else names)):
         if name not in known:
             raise InputError(f"names: {name!r} is no linear layer of the model; expected some of {shorten(known)}")
     parts, found = chain(model, names), {}
