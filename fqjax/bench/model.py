@@ -224,7 +224,8 @@ def run(
     cases = default_cases() if cases is None else tuple(cases)
     longest = architecture[1].max_length
     for case in cases:
-        if longest is not None and case.length + DECODED_TOKENS > longest:
+        appended = DECODED_TOKENS if case.phase == "decode" else 0
+        if longest is not None and case.length + appended > longest:
             raise InputError(f"--{case.phase} {case.batch}x{case.length}: the model has {longest} positions")
     result: ModelResult = {
         **environment(),
