@@ -115,7 +115,8 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # What Python itself looks for in a module, and public names; neither imported modules nor parts of the package.
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__") and name.endswith("__"))})
 
 
 class _Package(types.ModuleType):

@@ -15,6 +15,7 @@ from fqjax.methods import (
     RoundToNearest,
     SmoothQuant,
 )
+from fqjax.runtime.errors import InputError
 from fqjax.scheme import Scheme
 
 PAPER_INT4_SHARE = 0.4829
@@ -125,7 +126,11 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
     Raises:
       InputError: naming the schemes, if there is none of that name.
     """
-    return scheme if isinstance(scheme, Scheme) else registry.lookup("schemes", scheme)
+    if isinstance(scheme, Scheme):
+        return scheme
+    if not isinstance(scheme, str):
+        raise InputError(f"scheme: expected the name of a scheme or a fqjax.Scheme, got {type(scheme).__name__}")
+    return registry.lookup("schemes", scheme)
 
 
 for _preset in PRESETS.values():

@@ -21,18 +21,23 @@ from fqjax.drivers.store import Store
 from fqjax.layers.head import head_of, with_int8_head
 from fqjax.layers.integer_scales import has_float_groups, with_integer_scales
 from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.record import automatic_axes
 from fqjax.layers.stacked import quantized_layers, stacked, unstacked
-from fqjax.layers.surgery import replace_modules, select_linears
-from fqjax.models.chain import chain
+from fqjax.layers.surgery import replace_modules, select_linears, spoken
+from fqjax.methods import IntegerScale
+from fqjax.models.batches import checked_batches
+from fqjax.models.chain import chain, with_auto_axes
 from fqjax.presets import resolve_scheme
 from fqjax.report.report import Report, report_of
 from fqjax.rewrites.equalize import equalize
+from fqjax.runtime.arguments import check_flag, check_texts, check_type
 from fqjax.runtime.errors import InputError
 from fqjax.scheme import Scheme
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
+@automatic_axes()
 def quantize(
     model: ModelT,
     scheme: str | Scheme = "flattenquant",
@@ -58,8 +63,9 @@ def quantize(
       InputError: for an unknown scheme, a pattern that matches nothing, a model without linear layers, missing
         calibration data, a weight or an activation that is not finite, an accumulator that could overflow.
     """
-    scheme = resolve_scheme(scheme)
-    start = time.perf_counter()
+    scheme, ignore = resolve_scheme(scheme), check_texts("ignore", ignore)
+    check_type("model", model, nnx.Module, "an nnx.Module")
+    start, model = time.perf_counter(), with_auto_axes(model)
     check_finite(scheme.applied(select_linears(model, ignore)).linears)
     if scheme.head:
         head_of(model)  # Before the work begins.
@@ -68,10 +74,11 @@ def quantize(
         return copied, report_of(copied)
     if calibration is None:
         raise InputError(f"scheme {scheme.name!r} needs calibration data: an iterable of model inputs")
+    batches = checked_batches(model, calibration)
     model = equalize(model) if scheme.method.equalize else model
     linears = scheme.applied(select_linears(model, ignore)).linears
     layers: dict[str, QuantizedLinear] = {}
-    record = quantize_blocks(Store(), chain(model, linears), linears, scheme, calibration, layers.update)
+    record = quantize_blocks(Store(), chain(model, linears), linears, scheme, batches, layers.update)
     quantized = replace_modules(model, layers)
     layers.clear()
     stacked(quantized, in_place=True)
@@ -97,6 +104,9 @@ def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = T
     Raises:
       InputError: if no layer has float scales for groups.
     """
+    check_type("model", model, nnx.Module, "an nnx.Module")
+    IntegerScale(amplifier=amplifier)  # It refuses one that is out of range.
+    check_flag("units", units)
     model = unstacked(model)
     layers = {name: layer for name, layer in quantized_layers(model).items() if has_float_groups(layer)}
     if not layers:
@@ -115,4 +125,4 @@ def check_finite(linears: Mapping[str, nnx.Linear]) -> None:
     """
     for name, linear in linears.items():
         if not bool(jnp.isfinite(linear.kernel[...]).all()):
-            raise InputError(f"{name}: its weight holds a value that is not finite")
+            raise InputError(f"{spoken(name)}: its weight holds a value that is not finite")

@@ -84,6 +84,8 @@ def register(piece: ClassT | str) -> ClassT | Callable[[ClassT], ClassT]:
 
 
 def _registered_class(group: str | None, cls: ClassT) -> ClassT:
+    if not isinstance(cls, type):
+        raise InputError(f"piece: expected a class, got {type(cls).__name__}")
     name = getattr(cls, "kind", None)
     if not isinstance(name, str):
         raise InputError(f"{cls.__qualname__}: expected a class attribute kind, the name it is registered under")
@@ -106,7 +108,10 @@ def register_scheme(scheme: Named) -> None:
     Raises:
       InputError: if another scheme has the name already.
     """
-    _add("schemes", scheme.name, scheme)
+    name = getattr(scheme, "name", None)
+    if not isinstance(name, str) or not hasattr(scheme, "method"):
+        raise InputError(f"scheme: expected a fqjax.Scheme, got {type(scheme).__name__}")
+    _add("schemes", name, scheme)
 
 
 def _add(group: str | None, name: str, piece: object) -> None:

@@ -38,3 +38,10 @@ def test_every_public_name_is_there():
 @pytest.mark.parametrize("first", ["import fqjax.quantize", "from fqjax.quantize import quantize", "fqjax.quantize"])
 def test_the_function_wins_over_the_module_of_its_name(first):
     assert "jax" in loaded_after(f"import fqjax\n{first}\nassert fqjax.quantize.__name__ == 'quantize'")
+
+
+@pytest.mark.parametrize("code", ["", "fqjax.quantize, fqjax.generate", "import fqjax.inference.serve, fqjax.cli.main"])
+def test_a_person_who_lists_the_names_sees_the_public_ones_alone(code):
+    shown = "[name for name in dir(fqjax) if not name.startswith('__')]"
+    assert "jax" not in fqjax.__all__ and "__version__" in dir(fqjax)
+    loaded_after(f"import fqjax\n{code}\nassert {shown} == sorted(set(fqjax.__all__) - {{'__version__'}}), {shown}")

@@ -161,7 +161,8 @@ def run(
 
 def _check_positions(cases: Iterable[Case], longest: int | None) -> None:
     for case in cases:
-        if longest is not None and case.length + DECODED_TOKENS > longest:
+        appended = DECODED_TOKENS if case.phase == "decode" else 0
+        if longest is not None and case.length + appended > longest:
             raise InputError(f"--{case.phase} {case.batch}x{case.length}: the model has {longest} positions")
 
 

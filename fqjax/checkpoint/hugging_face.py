@@ -29,6 +29,7 @@ from fqjax.layers.stacked import stacked
 from fqjax.layers.surgery import replace_modules
 from fqjax.models import FAMILIES, Family
 from fqjax.models.causal_lm import CausalLM
+from fqjax.runtime.arguments import check_path
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.notices import say_once
 from fqjax.runtime.progress import track
@@ -74,7 +75,7 @@ def resolve_directory(path_or_id: str | Path) -> Path:
     Raises:
       InputError: if there is no such directory and the hub does not supply one.
     """
-    path = Path(path_or_id)
+    path = check_path("path_or_id", path_or_id)
     if path.is_dir():
         return path
     text = str(path_or_id)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 from fqjax.checkpoint.checksums import verify_files
 from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.checkpoint.manifest import read_manifest_if_any
+from fqjax.runtime.arguments import check_path
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import exists, inside, linked, reason
 from fqjax.runtime.panics import Panicked, panics_as_errors
@@ -32,7 +33,7 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
     Raises:
       InputError: if there are tokenizer files that transformers cannot load.
     """
-    directory = Path(directory)
+    directory = check_path("directory", directory)
     own = exists(directory / TOKENIZER_FOLDER)
     if own:
         verify_files(read_manifest_if_any(directory), directory, TOKENIZER_FOLDER)

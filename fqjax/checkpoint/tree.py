@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
@@ -63,3 +64,19 @@ def _names(path: tuple[object, ...]) -> tuple[str, ...]:
             case _:
                 raise TypeError(f"unexpected level {key!r} in a model's state")
     return tuple(names)
+
+
+def with_random_state(state: nnx.State) -> nnx.State:
+    """The state with random number generators where it has only their shapes, as ``nnx.eval_shape`` makes them.
+
+    A checkpoint does not hold them: keys begin anew, each stream with one of its own, and counts at 0.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    made = [_random(leaf, i) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, made)
+
+
+def _random(leaf: jax.ShapeDtypeStruct, number: int) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return jax.random.split(jax.random.key(number), leaf.shape) if leaf.shape else jax.random.key(number)

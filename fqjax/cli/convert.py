@@ -23,7 +23,9 @@ def convert(
         Path | None, typer.Option(help="Text to calibrate on; without it, Python's own documentation.", metavar="FILE")
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 64,
-    window: Annotated[int, typer.Option(help="Tokens in a window, BOS among them.")] = 512,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens in a window, BOS among them.", show_default="512, or all positions")
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(help="Leave layers in float whose dotted path this matches; repeatable.", metavar="REGEX"),
@@ -41,7 +43,7 @@ def convert(
     from fqjax.presets import resolve_scheme
 
     # The scheme is looked at before anything heavy is imported.
-    chosen = resolve_scheme(scheme or "flattenquant").override(settings or [])
+    chosen = resolve_scheme("flattenquant" if scheme is None else scheme).override(settings or [])
     from fqjax.convert import run as conversion
 
     made = conversion.plan(

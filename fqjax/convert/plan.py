@@ -31,7 +31,7 @@ from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.convert.staging import is_complete
 from fqjax.core.table import bytes_of
 from fqjax.data.python_docs import reference_text
-from fqjax.data.text import calibration_batches, encode, read_text
+from fqjax.data.text import calibration_batches, encode, read_text, usual_window
 from fqjax.drivers.candidates import check_share
 from fqjax.drivers.method import Method
 from fqjax.drivers.settings import Compensated
@@ -68,7 +68,7 @@ class Conversion:
       scheme: method and settings.
       calibration: text file; None takes Python's own documentation.
       samples: windows of calibration text.
-      window: tokens in a window, BOS among them.
+      window: tokens in a window, BOS among them; by default 512, or as many as the model has positions.
       ignore: regular expressions of layers to leave in float.
       any_scheme: whether the scheme may be passed over; a source that is quantized already is converted as it is, with
         no scheme but "bf16".
@@ -79,7 +79,7 @@ class Conversion:
     scheme: Scheme
     calibration: Path | None = None
     samples: int = 64
-    window: int = 512
+    window: int | None = None
     ignore: tuple[str, ...] = ()
     any_scheme: bool = False
 
@@ -133,6 +133,7 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     if exists(directory / MANIFEST_FILE):
         raise InputError(f"{directory}: already an fqjax checkpoint; expected a Hugging Face directory")
     name, config = read_architecture(directory)
+    conversion = dataclasses.replace(conversion, window=usual_window(conversion.window, config))
     files = TensorFiles(directory, partial=dry_run)
     check_depth(f"{directory / 'config.json'}", config, len(files.names()) if files.files else None)
     config = with_own_head(config, files, FAMILIES[name])
@@ -289,7 +290,7 @@ def _calibration(
     text = reference_text() if conversion.calibration is None else read_text(conversion.calibration)
     try:
         batches = calibration_batches(
-            encode(tokenizer, text), config, samples=conversion.samples, window=conversion.window
+            encode(tokenizer, text), config, samples=conversion.samples, window=usual_window(conversion.window, config)
         )
     except InputError as error:
         raise InputError(f"{conversion.calibration or 'calibration'}: {error}") from None

@@ -122,7 +122,9 @@ class _Options:
         """
         bounds: Bounds = [(-self.macs, -least_macs)] if least_macs > 0 else []
         bounds += [(self.sizes, most_bytes)] if np.isfinite(most_bytes) else []
-        costs = costs * (LARGEST_COST / max(float(costs.max()), np.finfo(float).tiny))
+        largest = float(costs.max())
+        if largest > LARGEST_COST * np.finfo(float).tiny:  # Else they are all 0.
+            costs = costs * (LARGEST_COST / largest)
         prices = _prices(costs, bounds, self.layer)
         if prices is None:
             return None

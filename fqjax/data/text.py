@@ -10,6 +10,7 @@ from jaxtyping import ArrayLike, Int, Int32
 from fqjax.data.records import JSON_SUFFIXES, text_of_records
 from fqjax.models.causal_lm import TextConfig
 from fqjax.models.checks import check_tokens
+from fqjax.runtime.arguments import check_whole
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
 from fqjax.runtime.panics import panics_as_errors
@@ -23,6 +24,17 @@ BATCH = 2
 
 MAX_CHARACTERS_PER_TOKEN = 16
 """Characters that the tokens of a long prompt have on average at most; those of ordinary text have four."""
+
+
+USUAL_WINDOW = 512
+"""Tokens in a window, where nothing else is asked for and the model has as many positions."""
+
+
+def usual_window(window: int | None, config: object) -> int:
+    """A window's tokens: those asked for, or for None the usual number, or as many as the model has positions."""
+    if window is not None:
+        return window
+    return min(USUAL_WINDOW, getattr(config, "max_length", None) or USUAL_WINDOW)
 
 
 def read_text(path: Path) -> str:
@@ -75,8 +87,9 @@ def calibration_batches(
     Raises:
       InputError: if the text does not fill one window, or tokens or window do not fit the model.
     """
-    if samples < 1:
-        raise InputError(f"--samples {samples}: expected at least 1")
+    check_whole("--samples", samples, 1, None)
+    if not hasattr(config, "bos_token_id"):
+        raise InputError(f"config: expected the model's configuration, as model.config, got {type(config).__name__}")
     windows = cut_windows(token_ids, window, config.bos_token_id)
     check_tokens(windows, config, window)
     chosen = np.unique(np.linspace(0, len(windows) - 1, min(samples, len(windows))).round().astype(int))
@@ -136,11 +149,9 @@ def cut_windows(
     Raises:
       InputError: if the text does not fill one window, or a token does not fit into int32.
     """
-    token_ids = np.asarray(token_ids).reshape(-1)
-    if window < 2:
-        raise InputError(f"window {window}: expected at least 2 tokens")
-    if windows is not None and windows < 1:
-        raise InputError(f"windows {windows}: expected at least 1")
+    token_ids = as_tokens(token_ids)
+    window = check_whole("window", window, 2, None)
+    windows = None if windows is None else check_whole("windows", windows, 1, None)
     taken = window if bos_token_id is None else window - 1
     count = len(token_ids) // taken
     if not count:
@@ -151,3 +162,18 @@ def cut_windows(
         raise InputError(f"token {body.flat[np.abs(body).argmax()]}: expected a token id")
     begin = [] if bos_token_id is None else [np.full((count, 1), bos_token_id)]
     return np.concatenate([*begin, body], axis=1).astype(np.int32)
+
+
+def as_tokens(token_ids: object) -> Int[np.ndarray, " tokens"]:
+    """A text's tokens as an array of one axis.
+
+    Raises:
+      InputError: if they are none.
+    """
+    try:
+        tokens = np.asarray(token_ids)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"token_ids: expected a row of integer token ids ({reason(error)})") from None
+    if not tokens.ndim or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+        raise InputError(f"token_ids: expected a row of integer token ids, got {tokens.dtype} of shape {tokens.shape}")
+    return tokens.reshape(-1)

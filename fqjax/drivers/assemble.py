@@ -14,6 +14,7 @@ from fqjax.core.stored_inputs import StoredInput
 from fqjax.drivers.statistics import Span, Statistics
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Figures
+from fqjax.layers.surgery import spoken
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.errors import InputError
 
@@ -77,7 +78,7 @@ def assemble(
         transform=None if plan.transform.recipe() is not None else plan.transform,
         branches=plan.branches,
         finish=plan.finish,
-        name=name,
+        name=spoken(name),
     )
 
 
@@ -94,6 +95,6 @@ def expand(name: str, plan: LayerPlan, codes: Int[Array, "n k"]) -> tuple[QTenso
       InputError: naming the layer, if a weight was NaN when it was rounded.
     """
     if not bool(jnp.all(codes != NO_CODE)):
-        raise InputError(f"{name}: rounding its weight gave values that are not finite")
+        raise InputError(f"{spoken(name)}: rounding its weight gave values that are not finite")
     channels = lay_out(plan.inputs.pieces, plan.grid.pieces, codes.shape[1], plan.grid.format.multiple)
     return plan.grid.pack(codes, channels), plan.inputs.stored(plan.transform.recipe(), channels), channels.used

@@ -65,7 +65,7 @@ class _Tap(Watcher):
     """Computes what its layer computes, and keeps the input."""
 
     def __init__(self, layer: Callable[..., Array]):
-        self.layer, self.seen, self.counts = layer, _Seen(jnp.zeros(())), _Seen(jnp.zeros(()))
+        self.linear, self.seen, self.counts = layer, _Seen(jnp.zeros(())), _Seen(jnp.zeros(()))
 
     def __call__(
         self, x: Float[Array, "... k"], *args: object, shares: Float32[Array, " rows"] | None = None, **kwargs: object
@@ -73,7 +73,7 @@ class _Tap(Watcher):
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         self.seen.set_value(rows)
         self.counts.set_value(jnp.ones(len(rows)) if shares is None else jnp.maximum(shares**2, UNROUTED_ROW_WEIGHT))
-        return self.layer(x, *args, **kwargs)
+        return self.linear(x, *args, **kwargs)
 
 
 def twice(feed: Feed) -> list[Pair]:

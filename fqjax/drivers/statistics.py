@@ -9,6 +9,7 @@ A model that says what its blocks are goes through it block by block, so that on
 each for all batches are held for the next.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -17,15 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array, Float, Float32
 
 from fqjax.core.excitation import known_channels, with_typical
 from fqjax.core.layer import LayerInputs
 from fqjax.drivers.codec import keepable
 from fqjax.drivers.flow import Activations, Batch, Others
-from fqjax.layers.surgery import dotted, replace_modules
-from fqjax.layers.taps import Watcher
+from fqjax.layers.surgery import dotted, find_linears, replace_modules, shorten, spoken
+from fqjax.layers.taps import NoSuchLayer, Watcher
+from fqjax.models.batches import checked_batches, running
 from fqjax.models.chain import Chain, Feed, chain, places, sweep
+from fqjax.runtime.arguments import check_texts, check_type, check_whole
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.errors import InputError
 
@@ -84,15 +88,37 @@ def layer_inputs(linear: nnx.Linear, statistics: Statistics, percentile: float =
     return LayerInputs(weight, with_typical(absmax, known_channels(samples)), samples)
 
 
+MAX_SAMPLE_ROWS = 1 << 20
+"""Rows of a layer's input that calibration keeps at most."""
+
+
 class _Statistic(nnx.Variable):
     """State that calibration accumulates; split from everything else a model holds."""
+
+
+class Unobservable(Exception):
+    """A layer that calibration cannot take note of.
+
+    Attributes:
+      path: dotted path in the block.
+    """
+
+    def __init__(self, path: str, why: str):
+        super().__init__(why)
+        self.path = path
+
+
+NESTED = (
+    "the model calls it inside of a transformation of JAX's, such as lax.fori_loop, lax.scan, lax.cond or jit, where "
+    "calibration cannot take note of its input; expected nnx.fori_loop and its kin, or that the layer is ignored"
+)
 
 
 class Observer(Watcher):
     """Computes what its linear layer computes, and takes note of the input."""
 
-    def __init__(self, linear: nnx.Linear, sample_rows: int):
-        k = linear.in_features
+    def __init__(self, linear: nnx.Linear, sample_rows: int, path: str):
+        k, self.path = linear.in_features, path
         self.linear: Callable[..., Array] = linear
         self.absmax, self.absmax_of_all = (_Statistic(jnp.zeros(k, jnp.float32)) for _ in range(2))
         self.samples = _Statistic(jnp.zeros((sample_rows, k), jnp.float32))
@@ -102,7 +128,12 @@ class Observer(Watcher):
     def __call__(
         self, x: Float[Array, "... k"], *args: object, shares: Float32[Array, " rows"] | None = None, **kwargs: object
     ) -> Array:
-        self._note(x.reshape(-1, x.shape[-1]).astype(jnp.float32), shares)
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise Unobservable(self.path, f"calibration met {x.dtype} activations; expected real numbers")
+        try:
+            self._note(x.reshape(-1, x.shape[-1]).astype(jnp.float32), shares)
+        except TraceContextError:
+            raise Unobservable(self.path, NESTED) from None
         return self.linear(x, *args, **kwargs)
 
     def _note(self, x: Float32[Array, "rows k"], shares: Float32[Array, " rows"] | None) -> None:
@@ -137,13 +168,20 @@ def calibrate(
       Statistics by name.
 
     Raises:
-      InputError: if there is no batch, if a layer is never called, or if an activation is not finite.
+      InputError: if there is no batch, if the model does not take one, if a name is none of a linear layer, if a layer is
+        never called, or if an activation is not finite.
     """
-    parts, found = chain(model, names := list(names)), {}
-    inside, feed = places(parts.blocks, names), Feed(parts, batches)
+    check_type("model", model, nnx.Module, "an nnx.Module")
+    check_whole("sample_rows", sample_rows, 1, MAX_SAMPLE_ROWS)
+    known = find_linears(model)
+    for name in (names := check_texts("names", list(names) if isinstance(names, Mapping) else names)):
+        if name not in known:
+            raise InputError(f"names: {name!r} is no linear layer of the model; expected some of {shorten(known)}")
+    parts, found = chain(model, names), {}
+    inside, feed = places(parts.blocks, names), Feed(parts, checked_batches(model, batches))
 
     def step(path: str, block: nnx.Module, inputs: Iterable[Activations]) -> Iterator[Activations]:
-        found.update((yield from watch(parts, block, inside[path], feed.paired(inputs), sample_rows)))
+        found.update((yield from watch(parts, path, block, inside[path], feed.paired(inputs), sample_rows)))
 
     sweep(parts.blocks, feed.first, step, "calibrating")
     return {name: found[name] for name in names}
@@ -151,6 +189,7 @@ def calibrate(
 
 def watch(
     parts: Chain,
+    path: str,
     block: nnx.Module,
     names: Mapping[str, str],
     inputs: Iterable[tuple[Activations, Others]],
@@ -160,7 +199,8 @@ def watch(
 
     Args:
       parts: what the block belongs to.
-      block: one of its blocks.
+      path: dotted path of a block.
+      block: that block.
       names: of the linear layers to watch, by dotted path in the block.
       inputs: of the block, each with what it is called with besides.
       sample_rows: rows of each layer's input to keep.
@@ -168,17 +208,27 @@ def watch(
     Raises:
       InputError: as :func:`calibrate` does.
     """
-    observed = replace_modules(block, lambda path, node: Observer(node, sample_rows) if path in names else node)
+    observed = replace_modules(block, lambda path, node: Observer(node, sample_rows, path) if path in names else node)
     graphdef, statistics, rest = nnx.split(observed, _Statistic, ...)
     wanted, count = len(parts.blocks) > 1, 0
     for x, others in inputs:
-        statistics, y = jax.block_until_ready(_observe(parts.call, graphdef, wanted, statistics, rest, x, others))
+        with running(path, count, lambda x=x, others=others: (x, others)), _naming(names):
+            statistics, y = jax.block_until_ready(_observe(parts.call, graphdef, wanted, statistics, rest, x, others))
         count += 1
         yield y
     if not count:
         raise InputError("calibration: the data holds no batch")
     found = {dotted(path): node for path, node in nnx.iter_graph(nnx.merge(graphdef, statistics, rest))}
     return {name: _statistics(name, found[path]) for path, name in names.items()}
+
+
+@contextlib.contextmanager
+def _naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Names the layer in the model of which a stand-in says why it cannot do its work."""
+    try:
+        yield
+    except (Unobservable, NoSuchLayer) as error:
+        raise InputError(f"{spoken(names.get(error.path, error.path))}: {error}") from None
 
 
 @functools.partial(jit, static_argnums=(0, 1, 2))
@@ -200,11 +250,11 @@ def _observe(
 def _statistics(name: str, observer: Observer) -> Statistics:
     rows, passed = int(observer.rows[...]), int(observer.passed[...])
     if not passed:
-        raise InputError(f"{name}: calibration never called this layer; call it, or ignore it")
+        raise InputError(f"{spoken(name)}: calibration never called this layer; call it, or ignore it")
     lots = np.asarray(observer.lots[...])
     absmax = np.asarray((observer.absmax_of_all if rows < min(len(lots), passed) else observer.absmax)[...])
     if not np.isfinite(absmax).all():
         raise InputError(
-            f"{name}: calibration met a non-finite activation in channel {int(np.argmin(np.isfinite(absmax)))}"
+            f"{spoken(name)}: calibration met a non-finite activation in channel {int(np.argmin(np.isfinite(absmax)))}"
         )
     return Statistics(absmax, np.asarray(observer.samples[...])[lots >= 0], rows, passed)

@@ -19,6 +19,7 @@ from fqjax.drivers.base import BlockRun, Pass, Run
 from fqjax.drivers.flow import Activations, Batch, Others
 from fqjax.layers.simulated import Simulated
 from fqjax.layers.surgery import replace_modules
+from fqjax.layers.taps import StandIn
 from fqjax.models.chain import Chain, Feed, as_arguments, places, run, sweep
 from fqjax.runtime.compiling import jit
 
@@ -27,7 +28,7 @@ class _Number(nnx.Variable):
     """Number of the layer that runs quantized; all probes of a block hold one and the same."""
 
 
-class Probe(nnx.Module):
+class Probe(StandIn):
     """Runs the quantized layer if its number is up, else the float one."""
 
     def __init__(self, linear: nnx.Linear, quantized: Simulated, number: int, up: _Number):

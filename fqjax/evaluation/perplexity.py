@@ -16,18 +16,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, DTypeLike, Float32, Int32
 
-from fqjax.data.text import cut_windows
-from fqjax.layers.record import split_to_run
+from fqjax.data.text import cut_windows, usual_window
+from fqjax.layers.record import automatic_axes, split_to_run
 from fqjax.models.cache import Kind, dtype_of
 from fqjax.models.checks import check_takes, check_tokens
+from fqjax.runtime.arguments import check_type, check_whole
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.progress import track
+from fqjax.runtime.validation import MAX_INDEX
 
 
+@automatic_axes()
 def perplexity(
     model: nnx.Module,
     token_ids: ArrayLike | Sequence[int],
-    window: int = 512,
+    window: int | None = None,
     *,
     windows: int | None = None,
     batch_size: int = 4,
@@ -39,7 +42,7 @@ def perplexity(
     Args:
       model: a bundled model, or any NNX module whose call maps int32 tokens [batch, length] to logits.
       token_ids: the text's tokens, without special tokens.
-      window: tokens in a window, BOS among them if there is one.
+      window: tokens in a window, BOS among them if there is one; by default 512, or as many as the model has positions.
       windows: evaluate only the first so many; None for all.
       batch_size: windows computed at once.
       bos_token_id: what every window begins with; the model's configuration knows it for bundled models.
@@ -50,12 +53,16 @@ def perplexity(
       InputError: if the text does not fill one window, a token is not in the vocabulary, or the window is longer than
         the model allows.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size {batch_size}: expected at least 1")
+    check_type("model", model, nnx.Module, "an nnx.Module")
+    if not callable(model):
+        raise InputError(f"model: {type(model).__name__} cannot be called; expected a module with a method __call__")
+    batch_size = check_whole("batch_size", batch_size, 1)
     config = getattr(model, "config", None)
     if bos_token_id is None and not hasattr(config, "bos_token_id"):
         raise InputError("perplexity: the model has no configuration with a BOS token; pass bos_token_id")
     bos = bos_token_id if bos_token_id is not None else getattr(config, "bos_token_id", None)
+    bos = None if bos is None else check_whole("bos_token_id", bos, -MAX_INDEX)
+    window = usual_window(window, config)
     cut = cut_windows(token_ids, window, bos, windows)
     check_tokens(cut, config, window)
     cache_dtype = dtype_of(kv_cache)
@@ -68,7 +75,9 @@ def perplexity(
         # The last batch is filled up so that one compiled program serves all; the filling is not counted.
         filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
         total += float(np.asarray(_window_losses(graphdef, state, filled, cache_dtype), np.float64)[: len(batch)].sum())
-    return math.exp(total / (len(cut) * (window - 1)))
+    if not math.isfinite(total):
+        raise InputError("model: its logits are not finite on this text; expected a model that predicts it")
+    return float(np.exp(total / (len(cut) * (window - 1))))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

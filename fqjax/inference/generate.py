@@ -16,12 +16,15 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from fqjax.inference.sampling import is_end, sample
-from fqjax.layers.record import split_to_run
+from fqjax.layers.record import automatic_axes, split_to_run
 from fqjax.models.cache import KeyValueCache, Kind, dtype_of
 from fqjax.models.causal_lm import GenerativeModel
 from fqjax.models.checks import check_takes, check_tokens
+from fqjax.runtime.arguments import check_number, check_type, check_whole, is_whole, shown
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.validation import MAX_INDEX
+from fqjax.runtime.files import reason
+from fqjax.runtime.memory import memory_bytes
+from fqjax.runtime.validation import MAX_FLOAT, MAX_INDEX
 
 GRAPHS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
@@ -52,6 +55,7 @@ class Sampling(NamedTuple):
     top_p: Float32[Array, ""]
 
 
+@automatic_axes()
 def generate(
     model: GenerativeModel,
     prompt_tokens: object,
@@ -87,16 +91,18 @@ def generate(
       InputError: for an empty prompt, a token outside the vocabulary, more tokens than the model has positions, or
         settings out of range.
     """
+    check_generative(model)
     prompts, single = as_prompts(prompt_tokens)
     check_settings(max_new_tokens, temperature, top_p, seed)
-    if prefill_chunk < 1:
-        raise InputError(f"prefill_chunk {prefill_chunk}: expected at least 1")
+    max_new_tokens, prefill_chunk = int(max_new_tokens), check_whole("prefill_chunk", prefill_chunk, 1)
     _check_prompts(model, prompts, max_new_tokens)
     eos = eos_of(model, eos_token_id)
     keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts), dtype=jnp.uint32) + seed_of(seed))
     sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
     tokens, counts = _padded(prompts)
-    cache = empty_cache(model, len(prompts), tokens.shape[1] + max_new_tokens, kv_cache)
+    capacity = tokens.shape[1] + max_new_tokens
+    check_memory(model, len(prompts), capacity, kv_cache, f"max_new_tokens {max_new_tokens}")
+    cache = empty_cache(model, len(prompts), capacity, kv_cache)
     graphdef, state = split_to_run(cast(nnx.Module, model))
     logits, cache = _take_up(graphdef, state, tokens, counts, cache, prefill_chunk)
     new, _ = decode(graphdef, state, cache, logits, keys, sampling, max_new_tokens, eos)
@@ -110,16 +116,47 @@ def eos_of(model: object, eos_token_id: int | Iterable[int] | None) -> tuple[int
       InputError: naming one that is no token id.
     """
     eos = getattr(getattr(model, "config", None), "eos_token_id", ()) if eos_token_id is None else eos_token_id
-    tokens = (eos,) if isinstance(eos, int | np.integer) else tuple(eos or ())
+    several = isinstance(eos, Iterable) and not isinstance(eos, str | bytes)
+    tokens: tuple[object, ...] = tuple(cast(Iterable[object], eos)) if several else () if eos is None else (eos,)
     for token in tokens:
-        if not isinstance(token, int | np.integer) or abs(token) > MAX_INDEX:
-            raise InputError(f"eos_token_id {token}: expected a token id")
-    return tuple(map(int, tokens))
+        if not is_whole(token) or abs(cast(int, token)) > MAX_INDEX:
+            raise InputError(f"eos_token_id {shown(token)}: expected a token id")
+    return tuple(map(int, cast(tuple[int, ...], tokens)))
 
 
 def seed_of(seed: int) -> np.uint32:
     """The seed of a random key: any whole number, modulo 2**32."""
     return np.uint32(int(seed) % 2**32)
+
+
+def check_generative(model: object) -> None:
+    """Refuses what is no module, or lacks a method that generation needs.
+
+    Raises:
+      InputError: naming the method.
+    """
+    check_type("model", model, nnx.Module, "an nnx.Module")
+    for method in ("extend", "make_cache"):
+        if not callable(getattr(model, method, None)):
+            raise InputError(
+                f"model: {type(model).__name__} has no method {method!r}; expected one as that of "
+                "fqjax.models.causal_lm.CausalLM"
+            )
+
+
+def check_memory(model: GenerativeModel, batch: int, capacity: int, kv_cache: Kind | None, what: str) -> None:
+    """Refuses a cache that is larger than the device's whole memory, before anything of it is there.
+
+    Raises:
+      InputError: beginning with ``what`` was asked for.
+    """
+    shapes = jax.eval_shape(lambda: empty_cache(model, batch, capacity, kv_cache))
+    needed, there = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)), memory_bytes()
+    if there is not None and needed > there:
+        raise InputError(
+            f"{what}: a cache of {batch} x {capacity} tokens takes {needed / 1e9:.4g} GB; expected at most the "
+            f"{there / 1e9:.4g} GB that the device has"
+        )
 
 
 def empty_cache(model: GenerativeModel, batch: int, capacity: int, kv_cache: Kind | None) -> KeyValueCache:
@@ -257,12 +294,18 @@ def decode(
 
 def as_prompts(prompt_tokens: object) -> tuple[list[np.ndarray], bool]:
     """A list of prompts, and whether one alone was given."""
-    if not isinstance(prompt_tokens, Sequence | np.ndarray | jax.Array) or isinstance(prompt_tokens, str):
+    is_array = isinstance(prompt_tokens, np.ndarray | jax.Array)
+    if not (is_array or isinstance(prompt_tokens, Sequence)) or isinstance(prompt_tokens, str | bytes):
         raise InputError(f"prompt: expected token ids, got {type(prompt_tokens).__name__}")
+    if is_array and not prompt_tokens.ndim:
+        raise InputError(f"prompt: expected a row of token ids, got {prompt_tokens.dtype} of shape ()")
     if len(prompt_tokens) == 0:
         raise InputError("prompt: empty; expected at least one token")
-    single = np.ndim(prompt_tokens[0]) == 0
-    prompts = [np.asarray(p) for p in ([prompt_tokens] if single else prompt_tokens)]
+    try:
+        single = np.ndim(prompt_tokens[0]) == 0
+        prompts = [np.asarray(p) for p in ([prompt_tokens] if single else prompt_tokens)]
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"prompt: expected a row of integer token ids ({reason(error)})") from None
     for prompt in prompts:
         if not prompt.size:
             raise InputError("prompt: empty; expected at least one token")
@@ -277,14 +320,13 @@ def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: 
     Raises:
       InputError: naming the setting.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
-        if not isinstance(value, int | np.integer):
-            raise InputError(f"{name} {value!r}: expected a whole number")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens {max_new_tokens}: expected at least 1")
-    if max_new_tokens > MAX_NEW_TOKENS:
-        raise InputError(f"max_new_tokens {max_new_tokens}: expected at most {MAX_NEW_TOKENS}")
-    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
-        raise InputError(f"temperature {temperature}: expected 0, or a finite number of at least {MIN_TEMPERATURE}")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p {top_p}: expected a number above 0, at most 1")
+    check_whole("seed", seed, most=None)
+    check_whole("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+    if check_number("temperature", temperature) != 0 and temperature < MIN_TEMPERATURE:
+        raise InputError(
+            f"temperature {shown(temperature)}: expected 0, or a finite number of at least {MIN_TEMPERATURE}"
+        )
+    if temperature > MAX_FLOAT:
+        raise InputError(f"temperature {shown(temperature)}: expected at most {MAX_FLOAT:g}")
+    if not 0 < check_number("top_p", top_p) <= 1:
+        raise InputError(f"top_p {shown(top_p)}: expected a number above 0, at most 1")

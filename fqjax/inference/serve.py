@@ -20,8 +20,9 @@ its ``submit`` and ``step``.
 
 import dataclasses
 import functools
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple, cast
 
 import jax
@@ -31,14 +32,24 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from fqjax.inference.generate import GRAPHS, as_prompts, check_settings, empty_cache, eos_of, seed_of, take_up
+from fqjax.inference.generate import (
+    GRAPHS,
+    as_prompts,
+    check_generative,
+    check_memory,
+    check_settings,
+    empty_cache,
+    eos_of,
+    seed_of,
+    take_up,
+)
 from fqjax.inference.sampling import is_end, sample
-from fqjax.layers.record import split_to_run
+from fqjax.layers.record import automatic_axes, split_to_run
 from fqjax.models.cache import KeyValueCache, Kind
 from fqjax.models.causal_lm import GenerativeModel
 from fqjax.models.checks import check_tokens
+from fqjax.runtime.arguments import check_type, check_whole
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.validation import MAX_INDEX
 
 NO_TOKEN = -1
 """The token of a slot that does not decode."""
@@ -71,13 +82,15 @@ class Finished:
 
     Attributes:
       request: as it was submitted.
-      tokens: the new tokens, int32 (new,), with the one that ended it if one did.
-      reason: "eos" if a token ended it, "length" if there were ``max_new_tokens``.
+      tokens: the new tokens, int32 (new,), with the one that ended it if one did; none of a request that was refused.
+      reason: "eos" if a token ended it, "length" if there were ``max_new_tokens``, "refused" if it could not be served.
+      error: why it was refused; empty if it was not.
     """
 
     request: Request
     tokens: np.ndarray
-    reason: Literal["eos", "length"]
+    reason: Literal["eos", "length", "refused"]
+    error: str = ""
 
 
 def serve(
@@ -95,7 +108,8 @@ def serve(
 
     Args:
       model: as for :func:`fqjax.generate`.
-      requests: read one at a time, as slots become free.
+      requests: read one at a time, as slots become free.  One that cannot be served is handed out as refused, and ends none
+        of the others; an error of the iterable itself is raised when the requests before it have ended.
       slots: how many requests are worked on at once.
       capacity: most tokens of a request, those of its prompt and those appended.
       chunk: tokens of a prompt taken up in one step.
@@ -107,7 +121,7 @@ def serve(
       :class:`Finished`, in the order in which requests end.
 
     Raises:
-      InputError: for settings out of range, when it is called; for a request that cannot be served, when it is read.
+      InputError: for settings out of range, when it is called.
     """
     server = Server(
         model,
@@ -118,18 +132,36 @@ def serve(
         eos_token_id=eos_token_id,
         kv_cache=kv_cache,
     )
-    return _serve(server, iter(requests))
+    if isinstance(requests, Mapping | str | bytes) or not isinstance(requests, Iterable):
+        raise InputError(f"requests: expected an iterable of Request, got {type(requests).__name__}")
+    return _serve(server, requests)
 
 
-def _serve(server: "Server", requests: Iterator[Request]) -> Iterator[Finished]:
+def _serve(server: "Server", requests: Iterable[Request]) -> Iterator[Finished]:
+    failures: list[Exception] = []
+    arriving = _until_failure(requests, failures)
     more = True
     while more or server.busy:
         while more and server.free:
-            request = next(requests, None)
-            more = request is not None
-            if request is not None:
-                server.submit(request)
+            for request in itertools.islice(arriving, 1):
+                try:
+                    server.submit(request)
+                except InputError as error:
+                    yield Finished(request=request, tokens=np.zeros(0, np.int32), reason="refused", error=str(error))
+                break
+            else:
+                more = False
         yield from server.step()
+    if failures:
+        raise failures[0]
+
+
+def _until_failure(requests: Iterable[Request], failures: list[Exception]) -> Iterator[Request]:
+    """The requests up to one that could not be read; the error is kept."""
+    try:
+        yield from requests
+    except Exception as error:  # The caller's code may raise anything; what it gave before is served first.
+        failures.append(error)
 
 
 class Slots(NamedTuple):
@@ -166,6 +198,7 @@ class _Running:
 class Server:
     """A batch of slots, and the requests that wait for one.  Arguments as for :func:`serve`."""
 
+    @automatic_axes()
     def __init__(
         self,
         model: GenerativeModel,
@@ -177,23 +210,17 @@ class Server:
         eos_token_id: int | Iterable[int] | None = None,
         kv_cache: Kind | None = None,
     ):
-        for name, value, least in (
-            ("slots", slots, 1),
-            ("capacity", capacity, 2),
-            ("chunk", chunk, 1),
-            ("burst", burst, 1),
-        ):
-            if value < least:
-                raise InputError(f"{name} {value}: expected at least {least}")
-            if value > MAX_INDEX:
-                raise InputError(f"{name} {value}: expected at most {MAX_INDEX}")
+        check_generative(model)
+        slots, capacity = check_whole("slots", slots, 1), check_whole("capacity", capacity, 2)
+        chunk, burst = check_whole("chunk", chunk, 1), check_whole("burst", burst, 1)
         self.config, self.capacity = getattr(model, "config", None), capacity
         self.chunk, self.burst, self.eos = min(chunk, capacity), burst, eos_of(model, eos_token_id)
+        # Whole pieces fit: a write past the capacity would be moved back before it.
+        self.whole, self.kv_cache = -(-capacity // self.chunk) * self.chunk, kv_cache
+        check_memory(model, slots, self.whole, kv_cache, f"slots {slots}, capacity {capacity}")
         self.waiting: deque[_Running] = deque()
         self.running: list[_Running | None] = [None] * slots
         self.graphdef, self.state = split_to_run(cast(nnx.Module, model))
-        # Whole pieces fit: a write past the capacity would be moved back before it.
-        self.whole, self.kv_cache = -(-capacity // self.chunk) * self.chunk, kv_cache
         self.cache = empty_cache(model, slots, self.whole, kv_cache)
         keys = jax.vmap(jax.random.key)(jnp.zeros(slots, jnp.uint32))
         token, step, limit = (jnp.zeros(slots, jnp.int32) for _ in range(3))
@@ -216,6 +243,7 @@ class Server:
           InputError: if it could not be served: an empty prompt, a token outside the vocabulary, settings out of range, or
             more tokens than the capacity or the model's positions.
         """
+        check_type("request", request, Request, "a Request")
         (prompt, *others), single = as_prompts(request.prompt)
         if others or not single:
             raise InputError("request: expected the tokens of one prompt, got several prompts")
@@ -229,6 +257,7 @@ class Server:
         check_tokens(prompt, self.config, length)
         self.waiting.append(_Running(request, prompt.astype(np.int32)))
 
+    @automatic_axes()
     def step(self) -> list[Finished]:
         """Fills free slots, takes up one piece of one prompt, decodes, and returns the requests that have ended."""
         for slot, running in enumerate(self.running):

@@ -19,6 +19,7 @@ from fqjax.core.formats.base import QTensor
 from fqjax.core.formats.grouped import LARGEST_GROUP, Grouped, GroupedTensor
 from fqjax.core.formats.uniform import Uniform, UniformTensor
 from fqjax.layers.linear import QuantizedLinear
+from fqjax.runtime.arguments import check_type
 from fqjax.runtime.errors import InputError
 
 
@@ -52,6 +53,7 @@ def to_qwix(layer: QuantizedLinear) -> QArray:
     Raises:
       InputError: if qwix is not installed, or the layer has flattened channels.
     """
+    check_type("layer", layer, QuantizedLinear, "a fqjax.QuantizedLinear")
     qwix = _qwix()
     weight, k, flattened = layer.weight.get_value(), layer.sizes.inputs, layer.figures.flattened
     if flattened:
@@ -81,6 +83,9 @@ def from_qwix(array: QArray) -> QTensor:
       InputError: naming what cannot be expressed: no matrix, another dtype of codes, a zero point, scales that several
         output channels share but not all, groups that are no multiple of 16 channels.
     """
+    for name in ("qvalue", "scale", "zero_point", "qtype"):
+        if not hasattr(array, name):
+            raise InputError(f"array: expected a qwix.QArray, got {type(array).__name__} without {name}")
     shape = tuple(np.shape(array.qvalue))
     if len(shape) != 2:
         raise InputError(f"from_qwix: an array of shape {shape}; expected a matrix (in, out)")

@@ -14,6 +14,7 @@ from fqjax.core.stored_inputs import Quantized, StoredInput
 from fqjax.core.table import Sizes, bytes_of
 from fqjax.core.transforms.base import Transform
 from fqjax.layers.record import Figures, Record
+from fqjax.runtime.errors import InputError
 from pallas_kernels import gated_matmul
 
 
@@ -88,7 +89,13 @@ class QuantizedLinear(nnx.Module):
         self.recipe = recipe
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
-        """Map (..., K) to (..., out)."""
+        """Map (..., K) to (..., out).
+
+        Raises:
+          InputError: for complex numbers, of which codes would hold one part alone.
+        """
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise InputError(f"a quantized layer of {self.in_features} inputs: got {x.dtype}; expected real numbers")
         changed = x if self.transform is None else self.transform.get_value().inputs(x)
         codes = self.input.get_value()(changed)
         if not self.branches and self.finish is None:
@@ -158,6 +165,16 @@ class QuantizedLinear(nnx.Module):
         """N, K and K'."""
         outputs, width = self.weight.get_value().shape
         return Sizes(outputs, self.input.get_value().inputs, width)
+
+    @property
+    def in_features(self) -> int:
+        """Channels of the input, K."""
+        return self.sizes.inputs
+
+    @property
+    def out_features(self) -> int:
+        """Channels of the output, N."""
+        return self.sizes.outputs
 
     @property
     def figures(self) -> Figures:

@@ -4,15 +4,19 @@ They are state, of a kind that nothing computes with: two layers of equal shapes
 their errors are.  A checkpoint has them in its manifest, not among its arrays.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array, UInt32
 
+LeafT = TypeVar("LeafT")
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 LARGEST_COUNT = 2**32 - 1
@@ -64,10 +68,42 @@ def abstracted(model: ModelT) -> ModelT:
 
 
 def split_to_run(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model as ``nnx.split`` gives it, with records that hold nothing, so that a call passes fewer arrays."""
+    """The model as ``nnx.split`` gives it, with records that hold nothing, so that a call passes fewer arrays.
+
+    Its arrays are on a mesh whose axes XLA shards by itself, also where theirs were explicit.
+    """
     graphdef, records, rest = nnx.split(model, Record, ...)
     empty = jax.tree.map(lambda record: record.replace(None), records, is_leaf=lambda node: isinstance(node, Record))
-    return graphdef, nnx.merge_state(empty, rest)
+    return graphdef, jax.tree.map(on_auto_axes, nnx.merge_state(empty, rest))
+
+
+def on_auto_axes(leaf: LeafT) -> LeafT:
+    """An array that lies as it did, on the same mesh with automatic axes; as it is if no axis of its mesh is explicit.
+
+    On explicit axes JAX asks every lookup and every matmul which sharding its result is to have, which no model says.
+    """
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(leaf, jax.Array) or not isinstance(sharding, NamedSharding):
+        return leaf
+    mesh = sharding.mesh
+    if not isinstance(mesh, Mesh) or AxisType.Explicit not in mesh.axis_types:
+        return leaf
+    return jax.device_put(leaf, NamedSharding(_automatic(mesh), sharding.spec, memory_kind=sharding.memory_kind))
+
+
+@contextlib.contextmanager
+def automatic_axes() -> Iterator[None]:
+    """Where the caller has set a mesh with explicit axes, the same mesh with automatic ones for as long as it lasts."""
+    mesh = jax.sharding.get_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        yield
+        return
+    with jax.set_mesh(_automatic(mesh)):
+        yield
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def shape_of(leaf: jax.Array | jax.ShapeDtypeStruct | np.ndarray) -> jax.ShapeDtypeStruct:

@@ -36,6 +36,7 @@ class Simulated(nnx.Module):
         self.finish = None if plan.finish is None else nnx.Variable(plan.finish)
         self.bias = None if bias is None else nnx.Variable(bias)
         self.dtype, self.param_dtype = None if dtype is None else jnp.dtype(dtype), jnp.dtype(param_dtype)
+        self.out_features, self.in_features = codes.shape
 
     @classmethod
     def of(cls, linear: nnx.Linear, plan: LayerPlan, codes: Int[Array, "n k"]) -> "Simulated":

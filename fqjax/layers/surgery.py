@@ -6,6 +6,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
 
+from fqjax.layers.containers import freeze, thaw
+from fqjax.layers.linear import QuantizedVariable
+from fqjax.runtime.arguments import check_texts
 from fqjax.runtime.errors import InputError
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -36,6 +39,11 @@ def dotted(path: Iterable[object]) -> str:
     return ".".join(str(part) for part in path)
 
 
+def spoken(name: str) -> str:
+    """A layer's dotted path in a message; that of a model which is a layer itself is empty."""
+    return name or "the model"
+
+
 def find_linears(model: nnx.Module) -> dict[str, nnx.Linear]:
     """Every ``nnx.Linear`` of the model by its dotted path; a layer reached by several paths is listed once.
 
@@ -55,7 +63,7 @@ def select_linears(model: nnx.Module, ignore: Iterable[str] = (), *, required: b
       model: any NNX module.
       ignore: regular expressions; a layer is left in float if one of them is found in its dotted path
         (``re.search``).
-      required: whether a model without a layer to quantize is an error.
+      required: whether a model without a layer to quantize is an error, and one with stacked layers that are not ignored.
 
     Raises:
       InputError: if a pattern is not a regular expression or matches no layer, if a layer's weights are stacked (as
@@ -64,24 +72,28 @@ def select_linears(model: nnx.Module, ignore: Iterable[str] = (), *, required: b
     found = find_linears(model)
     reasons = [(re.compile(p), "kept in float by the model") for p in getattr(model, "keep_in_float", ())]
     reasons.append((re.compile(HEAD_PATTERN), "an output head or router"))
-    for text in ignore:
+    for text in check_texts("ignore", ignore):
         pattern = _compile(text)
         if not any(pattern.search(name) for name in found):
-            raise InputError(f"--ignore {text!r} matches no linear layer; the layers are: {_shorten(found)}")
+            raise InputError(f"--ignore {text!r} matches no linear layer; the layers are: {shorten(found)}")
         reasons.append((pattern, f"ignored by {text!r}"))
     selection = Selection({}, {})
     for name, linear in found.items():
         reason = next((why for pattern, why in reasons if pattern.search(name)), None)
-        if reason:
-            selection.skipped[name] = reason
-            continue
-        if linear.kernel.shape != (linear.in_features, linear.out_features):
+        whole = linear.kernel.shape == (linear.in_features, linear.out_features)
+        if not reason and not whole and required:
             raise InputError(
-                f"{name}: its weight has shape {linear.kernel.shape}, expected "
-                f"{(linear.in_features, linear.out_features)}; layers stacked by vmap or scan are not supported"
+                f"{spoken(name)}: its weight has shape {linear.kernel.shape}, expected "
+                f"{(linear.in_features, linear.out_features)}; layers stacked by vmap or scan are not supported, but may be "
+                "ignored"
             )
-        selection.linears[name] = linear
+        if reason or not whole:
+            selection.skipped[name] = reason or "stacked by vmap or scan"
+        else:
+            selection.linears[name] = linear
     if required and not selection.linears:
+        if any(isinstance(node, QuantizedVariable) for _, node in nnx.iter_graph(model)):
+            raise InputError(f"{type(model).__name__} is quantized already; expected a model in floating point")
         raise InputError(f"{type(model).__name__} has no nnx.Linear layer to quantize (of {len(found)} found)")
     return selection
 
@@ -96,7 +108,11 @@ def replace_modules(model: ModelT, replacements: Mapping[str, nnx.Module] | Call
     A module that is reached by several paths is replaced at all of them by the same object.
     """
     swap = replacements if callable(replacements) else lambda name, node: replacements.get(name, node)
-    return nnx.recursive_map(lambda path, node: swap(dotted(path), node), nnx.clone(model))
+    copy = nnx.clone(model)
+    thawed = thaw(copy)
+    changed = nnx.recursive_map(lambda path, node: swap(dotted(path), node), copy)
+    freeze(changed, thawed)
+    return changed
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -106,6 +122,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise InputError(f"--ignore {pattern!r} is not a regular expression: {error}") from None
 
 
-def _shorten(names: Iterable[str], most: int = 8) -> str:
+def shorten(names: Iterable[str], most: int = 8) -> str:
+    """Names in a message, but not all of very many."""
     names = list(names)
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

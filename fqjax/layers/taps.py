@@ -1,12 +1,49 @@
 """Layers that take note of what passes them, also where only some rows of their input count."""
 
 from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+SHARED_ATTRIBUTES = ("bias", "dtype", "in_features", "out_features", "param_dtype")
+"""Attributes of a linear layer that a quantized one has too."""
 
-class Watcher(nnx.Module):
+
+class NoSuchLayer(AttributeError):
+    """A model reads something of a linear layer that a quantized layer has no counterpart of.
+
+    Attributes:
+      path: dotted path of the layer in the block, as its stand-in was told.
+    """
+
+    def __init__(self, path: str, name: str):
+        super().__init__(
+            f"the model reads its {name!r}, which a quantized layer does not have; expected that it is ignored"
+        )
+        self.path = path
+
+
+class StandIn(nnx.Module):
+    """Stands in for a linear layer.  What of it a quantized layer has too can be read here, and nothing else.
+
+    Attributes:
+      linear: the layer.
+      path: its dotted path in the block, for messages.
+    """
+
+    path: str = ""
+
+    def __getattr__(self, name: str) -> Any:
+        linear = vars(self).get("linear")
+        if name in SHARED_ATTRIBUTES and linear is not None:
+            return getattr(linear, name)
+        if name in vars(linear or self):
+            raise NoSuchLayer(self.path, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class Watcher(StandIn):
     """Stands in for a layer, computes what it computes, and takes note of its input.
 
     It is called as the layer is, or by :func:`watched` with ``shares``, the weight of every row, besides.

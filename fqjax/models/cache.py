@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 
+from fqjax.runtime.arguments import shown
 from fqjax.runtime.errors import InputError
 from pallas_kernels import quantize_per_token
 
@@ -25,9 +26,9 @@ def dtype_of(kind: str | None) -> DTypeLike | None:
     Raises:
       InputError: if there is none of that name.
     """
-    if kind not in (None, *get_args(Kind)):
+    if not isinstance(kind, str | None) or kind not in (None, *get_args(Kind)):
         raise InputError(
-            f"kv_cache {kind!r}: expected {' or '.join(get_args(Kind))}, or None for the model's own dtype"
+            f"kv_cache {shown(kind)}: expected {' or '.join(get_args(Kind))}, or None for the model's own dtype"
         )
     return None if kind is None else jnp.dtype(kind)
 

@@ -4,10 +4,12 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar, cast
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, PyTree
 
+from fqjax.layers.record import on_auto_axes
 from fqjax.models.causal_lm import CausalLM
 from fqjax.models.sites import Site, sites_of
 from fqjax.runtime.compiling import jit
@@ -45,7 +47,7 @@ def chain(model: nnx.Module, names: Iterable[str]) -> Chain:
     A model that does not say what its blocks are is one, and so is one with any of the layers named outside its blocks.
     """
     # Whatever says what its blocks are says it as a CausalLM does.
-    running = cast(CausalLM, inference_view(nnx.clone(model)))
+    running = cast(CausalLM, inference_view(with_auto_axes(model)))
     blocks = {f"layers.{i}": layer for i, layer in enumerate(running.layers)} if hasattr(running, "begin") else {}
     if not all(name.startswith(tuple(f"{path}." for path in blocks)) for name in names):
         return Chain({"": running}, as_arguments, call_model, lambda output: output, sites_of(model))
@@ -126,6 +128,12 @@ def places(blocks: Iterable[str], names: Iterable[str]) -> dict[str, dict[str, s
         path: {name.removeprefix(start): name for name in names if name.startswith(start)}
         for path, start in starts.items()
     }
+
+
+def with_auto_axes(model: ModelT) -> ModelT:
+    """A copy of the model, its arrays on meshes whose axes XLA shards by itself."""
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(on_auto_axes, state))
 
 
 def inference_view(model: ModelT) -> ModelT:

@@ -1,6 +1,7 @@
 """Sizes and constants of the models in :mod:`fqjax.models.decoder`, and how they are read from Hugging Face's."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypedDict, TypeVar, cast
 
@@ -67,8 +68,12 @@ class DecoderConfig:
 
     @property
     def max_length(self) -> int | None:
-        """Longest sequence the model can take; rotary positions set no limit."""
-        return None
+        """Longest sequence that the model was made for, with what its rotary scaling stretches it to."""
+        scaling = dict(self.rope_scaling)
+        factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+        # Llama 3 counts the factor in max_position_embeddings; the others may or may not.
+        stretched = 0.0 if scaling.get("rope_type") == "llama3" else _number(original, self.max_position_embeddings)
+        return max(self.max_position_embeddings, math.floor(stretched * _number(factor, 1.0)))
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has a mixture of experts in place of the MLP; see :mod:`fqjax.models.experts`."""
@@ -149,6 +154,11 @@ def read_windows(hf: JsonMapping, window: object, first: int) -> Windows:
     if window is None and SLIDING in types:
         raise InputError(f"config.json: layer_types has {SLIDING!r}: expected sliding_window to be set and in use")
     return {"sliding_window": cast(int | None, window), "layer_types": tuple(types)}
+
+
+def _number(value: Scalar, otherwise: float) -> float:
+    """A number that may be absent."""
+    return float(value) if isinstance(value, int | float) else otherwise
 
 
 def _given(hf: JsonMapping, name: str) -> dict[str, object]:

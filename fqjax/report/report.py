@@ -15,6 +15,7 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Record, abstracted
 from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.surgery import dotted, select_linears
+from fqjax.runtime.arguments import check_type
 from fqjax.runtime.files import JsonObject
 
 
@@ -177,7 +178,7 @@ class Report:
 
 def report_of(model: nnx.Module, seconds: float = 0.0, record: CalibrationRecord | None = None) -> Report:
     """Reports on a model's linear layers as they are, quantized or not."""
-    model = unstacked(abstracted(model))
+    model = unstacked(abstracted(check_type("model", model, nnx.Module, "an nnx.Module")))
     quantized = quantized_layers(model)
     rows = [_quantized_row(name, layer, record) for name, layer in quantized.items()]
     selection = select_linears(model, required=False)

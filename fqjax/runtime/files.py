@@ -174,9 +174,10 @@ def exists(path: Path) -> bool:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError) as error:  # The latter of a null character.
-        why = getattr(error, "strerror", None) or reason(error)
-        raise InputError(f"{path}: cannot be looked at ({why})") from None
+    except ValueError:  # Of a null character or a surrogate, which no name has.
+        return False
+    except OSError as error:
+        raise InputError(f"{path}: cannot be looked at ({error.strerror or reason(error)})") from None
     return True
 
 

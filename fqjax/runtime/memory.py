@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Iterator
 
 _giving_back = contextvars.ContextVar("giving_back", default=False)
@@ -27,6 +28,19 @@ def give_back() -> None:
     trim = _malloc_trim() if _giving_back.get() else None
     if trim is not None:
         trim(0)
+
+
+def memory_bytes() -> int | None:
+    """Bytes of memory of the default device, or of the machine where that is a CPU; None where they are not known."""
+    import jax
+
+    known = jax.devices()[0].memory_stats()  # None on a CPU.
+    if known and "bytes_limit" in known:
+        return int(known["bytes_limit"])
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 @functools.cache

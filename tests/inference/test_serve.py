@@ -157,3 +157,45 @@ def test_settings_out_of_range_are_named(model, name):
         serve(model, [], **{name: 0})
     with pytest.raises(InputError, match=f"{name} 4294967296: expected at most"):
         serve(model, [], **{name: 2**32})
+
+
+class Failing:
+    """Requests of which reading one raises, as often as it is tried."""
+
+    def __init__(self, asked, error):
+        self.asked, self.error = iter(asked), error
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        for request in self.asked:
+            return request
+        raise self.error
+
+
+@pytest.mark.sample(1)
+def test_bad_requests_end_no_others_and_an_error_of_the_iterable_comes_last(model):
+    bad = [Request(prompt=[]), Request(prompt=[64]), Request(prompt=[5], seed=np.arange(2)), "text", None]
+    bad += [Request(prompt=[5], max_new_tokens=10**30), Request(prompt=[5], temperature=float("nan"))]
+    good = requests(4)
+    mixed = [each for pair in zip(bad[:4], good, strict=True) for each in pair] + bad[4:]
+    finished = list(serve(model, mixed, slots=2, chunk=32, capacity=32, eos_token_id=[]))
+    refused = [f for f in finished if f.reason == "refused"]
+    assert [f.request for f in refused] == bad and all(f.error and not f.tokens.size for f in refused)
+    answered = {f.request.name: f.tokens.tolist() for f in finished if f.reason == "length"}
+    assert {name: len(tokens) for name, tokens in answered.items()} == {r.name: r.max_new_tokens for r in good}
+    stream, seen = serve(model, Failing(mixed, OSError("gone")), slots=2, chunk=32, capacity=32, eos_token_id=[]), []
+    with pytest.raises(OSError, match="gone"):
+        for each in stream:
+            seen.append(each)
+    assert {f.request.name: f.tokens.tolist() for f in seen if f.reason == "length"} == answered
+    assert list(stream) == []
+
+
+def test_a_seed_that_is_an_array_is_refused(model):
+    server = Server(model, slots=2, capacity=32)
+    for seed in (np.arange(2), np.array([1]), np.array(1), jnp.int32(1), True, None, 1.0):
+        with pytest.raises(InputError, match="seed"):
+            server.submit(Request(prompt=[5], max_new_tokens=3, seed=seed))
+    assert not server.busy

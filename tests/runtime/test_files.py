@@ -46,9 +46,9 @@ def test_what_exists(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert exists(tmp_path / "link") and not exists(tmp_path / "file" / "a")
-    for path, reason in ((tmp_path / ("a" * 300), "File name too long"), (tmp_path / "a\0", "null")):
-        with pytest.raises(InputError, match=f"cannot be looked at .*{reason}"):
-            exists(path)
+    assert not exists(tmp_path / "a\0") and not exists(tmp_path / "a\ud800")  # No file can have such a name.
+    with pytest.raises(InputError, match="cannot be looked at .*File name too long"):
+        exists(tmp_path / ("a" * 300))
 
     def closed(path, **_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

@@ -38,6 +38,7 @@ from fqjax.models import FAMILIES, architecture_of
 from fqjax.models.causal_lm import CausalLM
 from fqjax.models.to_hf import config_to_hf, part_sizes
 from fqjax.rewrites.fold import Folding, fold_smoothing
+from fqjax.runtime.arguments import check_path, check_type
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import check_new
 from fqjax.runtime.progress import track
@@ -69,10 +70,11 @@ def save_compressed_tensors(
       InputError: if ``path`` exists or cannot be written, the model is not one of fqjax's own or not quantized, or a layer
         cannot be expressed: flattened channels, 4-bit activations, smoothing that cannot be folded.
     """
-    check_new(Path(path))
-    model = unstacked(model)
+    path = check_path("path", path)
+    model = unstacked(check_type("model", model, nnx.Module, "an nnx.Module"))
+    check_new(path)
     schemes, folding = check_expressible(model)
-    with new_directory(Path(path).resolve()) as staging:
+    with new_directory(path.resolve()) as staging:
         staging.mkdir()
         _write(staging, cast(CausalLM, model), schemes, folding)
         if tokenizer is not None:

@@ -29,12 +29,21 @@ from fqjax.checkpoint.manifest import (
     read_manifest,
     read_stored_manifest,
 )
-from fqjax.checkpoint.tree import Leaf, named_leaves, nest, split_storable, unnest, with_leaves
+from fqjax.checkpoint.tree import (
+    Leaf,
+    named_leaves,
+    nest,
+    split_storable,
+    unnest,
+    with_leaves,
+    with_random_state,
+)
 from fqjax.core.table import Sizes, Stored
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import shape_of
 from fqjax.layers.stacked import quantized_layers, stacked
 from fqjax.layers.surgery import find_linears, replace_modules
+from fqjax.runtime.arguments import check_flag, check_path, check_type
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
 from fqjax.runtime.quiet import collect_late_reads, muted
@@ -63,7 +72,10 @@ def load(
       InputError: naming the file, layer or array at fault: not a checkpoint, a newer format version, an array that is
         missing, of another shape or dtype than the manifest says, or not what was saved; codes that could overflow.
     """
-    directory = Path(path).resolve()
+    directory = check_path("path", path).resolve()
+    check_flag("verify", verify)
+    if model is not None:
+        check_type("model", model, nnx.Module, "an nnx.Module")
     if not directory.is_dir():
         raise InputError(f"{path}: no such directory")
     written = read_stored_manifest(directory)
@@ -72,6 +84,7 @@ def load(
     found = _stored_metadata(directory)
     skeleton, head = _skeleton(manifest, directory, len(found), layers, model)
     graphdef, stored, rest = split_storable(skeleton)
+    rest = with_random_state(rest)
     wanted = named_leaves(stored)
     full = {name: leaf for name, leaf in wanted.items() if leaf.size}
     _check_metadata(directory, found, full)

@@ -24,6 +24,7 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import abstracted
 from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.surgery import replace_modules
+from fqjax.runtime.arguments import check_path, check_type
 from fqjax.runtime.files import JsonObject, check_new, exists, writing
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ def save(
     Raises:
       InputError: if ``path`` exists or cannot be written, or other processes hold a part of an array.
     """
-    refuse_existing(Path(path))
-    with new_directory(Path(path).resolve()) as staging:
+    path = check_path("path", path)
+    check_type("model", model, nnx.Module, "an nnx.Module")
+    refuse_existing(path)
+    with new_directory(path.resolve()) as staging:
         write(staging, model, tokenizer, report.calibration if report else None)
 
 

@@ -1,0 +1,136 @@
+"""The code blocks of README and of the documentation run as they stand there."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fqjax
+from fqjax.cli.main import main
+from tests.conftest import make_checkpoint
+from tests.tiers import thorough_but
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+
+NOT_RUN = {
+    ("README", "make demo"): "installs packages; tests/test_demo.py runs the demo",
+    ("README", "pip install"): "installs packages",
+    (
+        "README",
+        "qmodel, report = fqjax.quantize(my_model",
+    ): "is about a model of the reader's own; own_models.md has one",
+    ("getting_started", "pip install"): "installs packages",
+    ("adding_a_model", "@dataclasses.dataclass"): "is a copy of a part of fqjax/models/qwen2.py",
+    ("extending", ""): "is a package that tests/test_plugins.py installs and runs",
+    ("schemes", "from fqjax.methods"): "needs a model of 32 layers; tests/test_scheme.py makes such schemes",
+    ("testing", ".venv/bin/python"): "runs tests",
+}
+"""Blocks, by page and how they begin, that are not run here, each with the reason."""
+
+NOT_RUN_COMMANDS = {
+    "fqjax bench": "takes minutes, or a GPU; tests/bench runs it",
+    "fqjax convert org/model-quantized": "needs the network",
+}
+
+FAST_PAGES = ("kernels",)
+
+
+def blocks():
+    """Python code and commands: page -> [(kind, text)], in their order."""
+    found = defaultdict(list)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for language, text in BLOCK.findall(page.read_text()):
+            commands = language in ("", "sh") and re.match(r"(fqjax|make|pip|\.venv\S*) ", text)
+            if language == "python" or commands:
+                found[page.stem].append(("python" if language == "python" else "commands", text))
+    return {page: [(kind, text) for kind, text in some if not reason(page, text)] for page, some in found.items()}
+
+
+def reason(page, text):
+    """Why a block is not run, if it is not."""
+    return next((why for (where, start), why in NOT_RUN.items() if where == page and text.startswith(start)), None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with the files that the pages speak of."""
+    directory = tmp_path_factory.mktemp("reader")
+    for name in ("path/or/hub-id", "path/to/llama", "path/to/model"):
+        make_checkpoint(directory / name, "llama-grouped")
+    words = np.random.default_rng(0).choice(["return", "class", "the", "list", "of", "value", "error"], 1500)
+    for name in ("text.txt", "test.txt"):
+        (directory / name).write_text(" ".join(words))
+    model, tokenizer = fqjax.load_hf(directory / "path/to/llama")
+    batches = [np.random.default_rng(0).integers(3, 64, (2, 32)).astype(np.int32)]
+    quantized, _ = fqjax.quantize(model, "w8a8", batches)
+    fqjax.save(directory / "out", quantized, tokenizer=tokenizer)
+    return directory
+
+
+def given(page, place):
+    """Names that a page takes for granted."""
+    if page == "integer_scale":
+        model, _ = fqjax.load_hf(place / "path/to/llama")
+        return {"fqjax": fqjax, "model": model, "batches": [np.full((2, 32), 5, np.int32)]}
+    if page == "interoperability" and (place / "out").is_dir():
+        layer = fqjax.load(place / "out").layers[0].mlp.down_proj
+        return {"fqjax": fqjax, "layer": layer}
+    if page == "kernels":
+        codes = jax.random.randint(jax.random.key(0), (256, 256), -7, 8, jnp.int8)
+        names = {"x": codes[:8], "w": codes, "x_scale": jnp.float32(0.1), "w_scale": jnp.full(256, 0.1), "bias": None}
+        return names | {"group_scale": jnp.ones((2, 256), jnp.int16)}
+    return {}
+
+
+def run_python(text, names):
+    if "to_qwix" in text and importlib.util.find_spec("qwix") is None:
+        return  # It is no dependency; tests/interop has more of it.
+    exec(compile(text, "<documentation>", "exec"), names)
+
+
+def run_commands(text, capsys):
+    for line in text.splitlines():
+        if any(line.startswith(start) for start in NOT_RUN_COMMANDS):
+            continue
+        name, *arguments = shlex.split(line, comments=True)
+        assert name == "fqjax", line
+        if "--plot" in arguments:
+            pytest.importorskip("matplotlib")
+        assert main(arguments) == 0, (line, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("page", thorough_but(FAST_PAGES, (page for page, some in blocks().items() if some)))
+def test_a_page_s_code_runs(page, place, tmp_path, monkeypatch, capsys):
+    for name in ("path", "text.txt", "test.txt"):
+        (tmp_path / name).symlink_to(place / name)
+    kinds = [kind for kind, _ in blocks()[page]]
+    if "commands" not in kinds and page not in ("README", "own_models", "interoperability"):
+        (tmp_path / "out").symlink_to(place / "out")  # What an earlier page has written.
+    monkeypatch.chdir(tmp_path)
+    names = given(page, place)
+    for i, (kind, text) in enumerate(blocks()[page]):
+        if kind == "commands":
+            run_commands(text, capsys)
+        else:
+            if page in ("README", "interoperability") and 'out"' in text:
+                with contextlib.suppress(FileNotFoundError):
+                    Path("out").rename(f"out{i}")  # The commands have written their own.
+            with contextlib.redirect_stdout(io.StringIO()):
+                run_python(text, names)
+
+
+def test_every_reason_belongs_to_a_block():
+    pages = {page.stem: page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
+    for page, start in NOT_RUN:
+        assert any(text.startswith(start) for _, text in BLOCK.findall(pages[page])), (page, start)
+    for command in NOT_RUN_COMMANDS:
+        assert any(command in text for text in pages.values()), command
