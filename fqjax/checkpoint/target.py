@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from fqjax.runtime.quiet import collect_late_reads, muted
 
 PATTERN_CHARACTERS = re.compile(r"[\\\[*?]")
 """Characters of a path with which Orbax or TensorStore take it for a pattern, or for another path."""
+
+REMOVAL_PAUSES_SECONDS = (0, 0.02, 0.1, 0.5, 1, 2)
+"""Pauses before the attempts to remove a directory that could not be filled."""
 
 UNFINISHED_NAME = ".orbax-checkpoint-tmp"
 """Part of a name by which Orbax knows what is unfinished, and does not read it."""
@@ -60,7 +64,16 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise CannotWrite(f"{path}: cannot be written ({error.strerror or reason(error)})") from None
     finally:
         for left in (staging, staging.with_name(staging.name + UNFINISHED_NAME)):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
+
+
+def _remove(directory: Path) -> None:
+    """Removes a directory as far as it can be; threads of Orbax may go on writing into it for a while after an error."""
+    for pause in REMOVAL_PAUSES_SECONDS:
+        time.sleep(pause)
+        shutil.rmtree(directory, ignore_errors=True)
+        if not os.path.lexists(directory):
+            return
 
 
 @contextlib.contextmanager

@@ -264,7 +264,7 @@ def test_configurations_that_are_none(tmp_path):
     file = tmp_path / "config.json"
     for text, message in (
         ("{", "config.json"),
-        ("{}", "architecture unknown"),
+        ("{}", "architecture not named"),
         ("[]", "expected a JSON|no JSON|not a"),
     ):
         file.write_text(text)
