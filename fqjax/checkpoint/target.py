@@ -18,8 +18,8 @@ from fqjax.runtime.quiet import collect_late_reads, muted
 PATTERN_CHARACTERS = re.compile(r"[\\\[*?]")
 """Characters of a path with which Orbax or TensorStore take it for a pattern, or for another path."""
 
-REMOVAL_PAUSES_SECONDS = (0, 0.02, 0.1, 0.5, 1, 2)
-"""Pauses before the attempts to remove a directory that could not be filled."""
+QUIET_SECONDS, POLL_SECONDS, REMOVAL_SECONDS = 1.0, 0.05, 10.0
+"""How long a directory that could not be filled has to stay away, how often that is looked at, and for how long at most."""
 
 UNFINISHED_NAME = ".orbax-checkpoint-tmp"
 """Part of a name by which Orbax knows what is unfinished, and does not read it."""
@@ -54,26 +54,31 @@ def new_directory(path: Path) -> Iterator[Path]:
       CannotWrite: naming what cannot be written.
     """
     staging = path.with_name(f".{path.name}.{os.getpid()}.saving")
+    whole = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield staging
         staging.rename(path)
+        whole = True
     except CannotWrite as error:
         raise CannotWrite(str(error).replace(str(staging), str(path))) from None
     except OSError as error:
         raise CannotWrite(f"{path}: cannot be written ({error.strerror or reason(error)})") from None
     finally:
-        for left in (staging, staging.with_name(staging.name + UNFINISHED_NAME)):
-            _remove(left)
+        if not whole:
+            _remove(staging, staging.with_name(staging.name + UNFINISHED_NAME))
 
 
-def _remove(directory: Path) -> None:
-    """Removes a directory as far as it can be; threads of Orbax may go on writing into it for a while after an error."""
-    for pause in REMOVAL_PAUSES_SECONDS:
-        time.sleep(pause)
-        shutil.rmtree(directory, ignore_errors=True)
-        if not os.path.lexists(directory):
-            return
+def _remove(*directories: Path) -> None:
+    """Removes directories until they stay away: threads of Orbax go on making and filling them for a while after an error."""
+    now = time.monotonic()
+    until, end = now + QUIET_SECONDS, now + REMOVAL_SECONDS
+    while now < min(until, end):
+        for directory in filter(os.path.lexists, directories):
+            shutil.rmtree(directory, ignore_errors=True)
+            until = now + QUIET_SECONDS
+        time.sleep(POLL_SECONDS)
+        now = time.monotonic()
 
 
 @contextlib.contextmanager
