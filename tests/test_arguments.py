@@ -16,6 +16,7 @@ from fqjax.data.text import usual_window
 from fqjax.inference.serve import Request, Server, serve
 from fqjax.models.llama import Llama, LlamaConfig
 from fqjax.runtime.errors import InputError
+from tests.inference.test_generate import WithoutPrefill
 
 
 def short(value):
@@ -174,22 +175,9 @@ def test_no_more_tokens_than_the_model_has_positions(llama):
         refused("positions", Server(llama, slots=1, capacity=2**10).submit, Request(prompt=[5] * 60, max_new_tokens=5))
 
 
-class Endless(nnx.Module):
-    """A model of one's own that knows no limit."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def extend(self, tokens, cache, counts):
-        return self.model.extend(tokens, cache, counts)
-
-    def make_cache(self, batch, capacity):
-        return self.model.make_cache(batch, capacity)
-
-
 def test_a_cache_larger_than_the_memory_is_refused_before_it_is_made(llama):
-    refused("max_new_tokens 1000000000: a cache", fqjax.generate, Endless(llama), [[5]] * 64, 10**9)
-    refused("slots 64, capacity 1000000000: a cache", Server, Endless(llama), slots=64, capacity=10**9)
+    refused("max_new_tokens 1000000000: a cache", fqjax.generate, WithoutPrefill(llama), [[5]] * 64, 10**9)
+    refused("slots 64, capacity 1000000000: a cache", Server, WithoutPrefill(llama), slots=64, capacity=10**9)
 
 
 @few

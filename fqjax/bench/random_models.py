@@ -17,7 +17,8 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from fqjax.bench.environment import Record
-from fqjax.checkpoint.hugging_face import abstract_model, read_architecture
+from fqjax.checkpoint.architecture import read_architecture
+from fqjax.checkpoint.hugging_face import abstract_model
 from fqjax.core.channels import PADDING
 from fqjax.core.codes import qmax
 from fqjax.core.formats.base import Format, QTensor

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import jax.numpy as jnp
 
-from fqjax.checkpoint.hugging_face import read_architecture, read_model, resolve_directory
+from fqjax.checkpoint.architecture import read_architecture
+from fqjax.checkpoint.hugging_face import read_model, resolve_directory
 from fqjax.checkpoint.manifest import MANIFEST_FILE, read_config, read_manifest
 from fqjax.checkpoint.orbax.read import load
 from fqjax.checkpoint.text_tokens import with_text_tokens

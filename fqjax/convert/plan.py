@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from fqjax.checkpoint.architecture import read_architecture
 from fqjax.checkpoint.checksums import file_checksums
 from fqjax.checkpoint.compressed.config import read_quantization
 from fqjax.checkpoint.fields import ModelConfig, check_depth
@@ -18,7 +19,6 @@ from fqjax.checkpoint.hugging_face import (
     abstract_model,
     check_layers,
     check_tensors,
-    read_architecture,
     resolve_directory,
     with_own_head,
 )

@@ -73,6 +73,7 @@ class StreamedModel:
         self.signature = self.files.signature()
         self._seen, self._sums = seen or Store(), dict[str, str]()
         self.skeleton = inference_view(abstract_model(name, config, dtype))
+        self.sites = sites_of(self.skeleton)
         parameters = dict(nnx.to_flat_state(nnx.state(self.skeleton)))
         self.stored = check_layers(self.files, FAMILIES[name], parameters, read_quantization(directory))
         self.sources = check_tensors(self.files, FAMILIES[name], parameters, self.stored)
@@ -82,7 +83,7 @@ class StreamedModel:
 
     def chain(self) -> Chain:
         """The model as blocks, each of which is read when it is looked up."""
-        return Chain(_Blocks(self), self._begin, call_layer, self._end, sites_of(self.skeleton))
+        return Chain(_Blocks(self), self._begin, call_layer, self._end, self.sites)
 
     def block(self, index: int) -> nnx.Module:
         """Reads one block."""
@@ -100,7 +101,7 @@ class StreamedModel:
             }
             block = replace_modules(block, made)
         elif self.equalized:
-            inside = [site for site in sites_of(self.skeleton) if site.consumers[0].startswith(prefix)]
+            inside = [site for site in self.sites if site.consumers[0].startswith(prefix)]
             rescale(linears, [site.below(prefix) for site in inside])
         self._compare(dotted(start))
         return block

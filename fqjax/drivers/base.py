@@ -5,8 +5,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
-import jax
-import numpy as np
 from flax import nnx
 
 from fqjax.core.layer import LayerInputs
@@ -195,8 +193,6 @@ def _first_inputs(one: Pass, run: Run) -> Iterable[Activations]:
 
 def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
     """The first batch, and an iterable that still begins with it."""
-    if isinstance(batches, np.ndarray | jax.Array):
-        raise InputError("calibration: expected an iterable of batches, got one array; pass a list of it")
     if isinstance(batches, Sequence) and batches:
         return batches[0], batches  # As it is, so that progress can say how much is left.
     iterator = iter(batches)

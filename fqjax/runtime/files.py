@@ -39,9 +39,7 @@ def inside(directory: Path, name: str) -> Path:
       InputError: if there is no such file, or it is a link that leads out.
     """
     path = directory / name
-    if not path.is_file():
-        what = "a directory" if path.is_dir() else "not a regular file" if os.path.lexists(path) else "no such file"
-        raise InputError(f"{path}: {what}; expected a file")
+    _check_file(path)
     root, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(target.is_relative_to(os.path.realpath(allowed)) for allowed in roots):
@@ -66,10 +64,14 @@ def linked(directory: Path, name: str) -> Path:
         owner = path.lstat().st_uid
         if owner not in (0, os.geteuid(), os.stat(directory).st_uid):
             raise InputError(f"{path}: a link of another user (id {owner}); expected a file, or a link of your own")
+    _check_file(path)
+    return path
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         what = "a directory" if path.is_dir() else "not a regular file" if os.path.lexists(path) else "no such file"
         raise InputError(f"{path}: {what}; expected a file")
-    return path
 
 
 def read_json(path: Path, what: str) -> JsonObject:

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from fqjax.checkpoint.hugging_face import load_hf, read_architecture
+from fqjax.checkpoint.architecture import read_architecture
+from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.runtime.errors import InputError
 from tests.models import variants

@@ -9,7 +9,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import fqjax
-from fqjax.checkpoint.hugging_face import abstract_model, load_hf, read_architecture
+from fqjax.checkpoint.architecture import read_architecture
+from fqjax.checkpoint.hugging_face import abstract_model, load_hf
 from fqjax.checkpoint.naming import found, written
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.models import FAMILIES

@@ -149,7 +149,7 @@ def save_model() -> tuple[Callable[[Path], list[str]], Callable[[Path], list[str
 
 def killing() -> dict[str, object]:
     """Conversions that are killed, each in a process that is forked before JAX starts, and taken up again."""
-    from fqjax.checkpoint.hugging_face import read_architecture
+    from fqjax.checkpoint.architecture import read_architecture
     from fqjax.checkpoint.tokenizer import load_tokenizer
     from fqjax.data.text import encode
 

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from fqjax.checkpoint.hugging_face import read_architecture
+from fqjax.checkpoint.architecture import read_architecture
 from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.cli import main as cli
 from fqjax.convert.staging import completion_file

@@ -11,7 +11,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import fqjax
-from fqjax.checkpoint.hugging_face import load_hf, read_architecture
+from fqjax.checkpoint.architecture import read_architecture
+from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.convert import run as conversion
 from fqjax.convert.streamed import StreamedModel

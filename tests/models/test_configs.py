@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fqjax.checkpoint.hugging_face import read_architecture
+from fqjax.checkpoint.architecture import read_architecture
 from fqjax.models import FAMILIES
 from fqjax.runtime.errors import InputError
 from tests.models import variants

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fqjax.checkpoint.hugging_face import abstract_model, read_architecture
+from fqjax.checkpoint.architecture import read_architecture
+from fqjax.checkpoint.hugging_face import abstract_model
 from fqjax.layers.experts import Expert, MixtureOfExperts
 from fqjax.layers.surgery import dotted, find_linears
 from fqjax.models.chain import chain
