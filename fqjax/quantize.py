@@ -105,7 +105,7 @@ def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = T
       InputError: if no layer has float scales for groups.
     """
     check_type("model", model, nnx.Module, "an nnx.Module")
-    IntegerScale(amplifier=amplifier)  # It refuses one that is out of range.
+    amplifier = IntegerScale(amplifier=amplifier).amplifier  # It refuses one that is out of range.
     check_flag("units", units)
     model = unstacked(model)
     layers = {name: layer for name, layer in quantized_layers(model).items() if has_float_groups(layer)}
@@ -124,5 +124,6 @@ def check_finite(linears: Mapping[str, nnx.Linear]) -> None:
       InputError: naming the layer.
     """
     for name, linear in linears.items():
-        if not bool(jnp.isfinite(linear.kernel[...]).all()):
-            raise InputError(f"{spoken(name)}: its weight holds a value that is not finite")
+        for what, values in (("weight", linear.kernel), ("bias", linear.bias)):
+            if values is not None and not bool(jnp.isfinite(values[...]).all()):
+                raise InputError(f"{spoken(name)}: its {what} holds a value that is not finite")

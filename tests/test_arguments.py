@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 import fqjax
 from fqjax.cli.main import main
 from fqjax.data.text import usual_window
+from fqjax.inference.generate import eos_of
 from fqjax.inference.serve import Request, Server, serve
+from fqjax.methods import IntegerScale
 from fqjax.models.llama import Llama, LlamaConfig
 from fqjax.runtime.errors import InputError
 from tests.inference.test_generate import WithoutPrefill
@@ -117,6 +119,61 @@ def test_nuclei(llama, value):
 )
 def test_tokens_that_end_a_text(llama, value):
     refused("eos_token_id", fqjax.generate, llama, [5], 2, eos_token_id=value)
+
+
+def test_small_whole_numbers_of_numpy_do_not_overflow(llama, mlp):
+    ids = np.arange(300, dtype=np.int8) % 64
+    wanted = fqjax.perplexity(llama, ids, 64, windows=3, batch_size=2, bos_token_id=1)
+    small = {"windows": np.uint8(3), "batch_size": np.int8(2), "bos_token_id": np.int8(1)}
+    assert fqjax.perplexity(llama, ids, np.int8(64), **small) == wanted
+    (batch, *_) = fqjax.calibration_batches(ids, llama.config, samples=np.int8(2), window=np.int8(64))
+    assert batch.shape == (2, 64)
+    found = fqjax.calibrate(mlp, [X] * 50, ["layers.0"], sample_rows=np.uint8(255))
+    assert found["layers.0"].samples.shape == (150, 4)
+    assert fqjax.Scheme("small", "", IntegerScale(amplifier=np.int16(64)), sample_rows=np.uint8(9)).sample_rows == 9
+    refused("amplifier=3: expected a power", fqjax.integer_scales, mlp, np.int8(3))
+    server = Server(WithoutPrefill(llama), slots=np.int8(1), capacity=np.int8(127), chunk=np.int8(100))
+    request = Request(prompt=[5] * 60, max_new_tokens=np.int8(100))
+    refused("request: 60 tokens and 100 new ones", server.submit, request)
+    settings = {"temperature": np.float16(0.5), "top_p": np.float16(0.5), "seed": np.uint8(255)}
+    drawn = fqjax.generate(llama, np.full(63, 5, np.int8), np.int8(1), **settings, prefill_chunk=np.int8(64))
+    np.testing.assert_array_equal(drawn, fqjax.generate(llama, [5] * 63, 1, 0.5, 0.5, 255))
+
+
+MASKED = np.ma.masked_greater(np.full((2, 8), 5), 8)
+
+
+def test_masks_are_not_lost(llama, mlp):
+    for data in ([MASKED], [(MASKED,)], [{"x": MASKED}], [list(MASKED)]):
+        refused("calibration: batch 0: a masked array", fqjax.quantize, mlp, "w8a8", data)
+    refused("calibration: batch 0: a masked array", fqjax.quantize, llama, "w8a8", [MASKED])
+    for prompt in (MASKED, MASKED[0], [MASKED[0], [3]]):
+        refused("prompt: a masked array", fqjax.generate, llama, prompt, 2)
+    refused("token_ids: a masked array", fqjax.perplexity, llama, MASKED[0], 4)
+    refused("eos_token_id: a masked array", fqjax.generate, llama, [5], 2, eos_token_id=MASKED[0])
+
+
+@pytest.mark.parametrize("token", [2**31, -(2**31), 2**63 - 1, -(2**63), np.uint64(2**64 - 1)], ids=str)
+def test_tokens_that_32_bits_do_not_hold(llama, token):
+    """Of a model that does not say what its vocabulary is, too."""
+    refused(f"token {token}", fqjax.generate, WithoutPrefill(llama), [[5], [token]], 2)
+    refused(f"token {token}", fqjax.perplexity, Anything(), np.array([token] * 16), 4, bos_token_id=1)
+    refused(f"eos_token_id {token}", fqjax.generate, llama, [5], 2, eos_token_id=token)
+
+
+class Anything(nnx.Module):
+    def __call__(self, tokens):
+        return jnp.zeros((*tokens.shape, 64))
+
+
+@pytest.mark.parametrize("end", [np.array(7), jnp.array(7), np.array([7, 8]), np.int8(7), (7, np.uint8(8))], ids=short)
+def test_arrays_of_tokens_that_end_a_text(llama, end):
+    assert eos_of(llama, end) == ((7, 8) if np.size(end) == 2 else (7,))
+
+
+@pytest.mark.parametrize("end", [np.array(7.0), np.array("7"), np.array([[7]]), jnp.zeros(2)], ids=short)
+def test_arrays_that_are_no_tokens_that_end_a_text(llama, end):
+    refused("eos_token_id", fqjax.generate, llama, [5], 2, eos_token_id=end)
 
 
 BAD_PROMPTS = [

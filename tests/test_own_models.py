@@ -169,6 +169,17 @@ def test_stacked_layers_may_be_ignored(tmp_path):
     np.testing.assert_array_equal(again(X), quantized(X))
 
 
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("name", ["kernel", "bias"])
+def test_values_that_are_not_finite_are_named(name, value):
+    model = nnx.Sequential(linear(nnx.Rngs(0)), linear(nnx.Rngs(1)))
+    variable = getattr(model.layers[1], name)
+    variable[...] = variable[...].at[0].set(value)
+    what = "bias" if name == "bias" else "weight"
+    with pytest.raises(InputError, match=rf"^layers\.1: its {what} holds a value that is not finite$"):
+        fqjax.quantize(model, "w8a8", [X])
+
+
 def test_ignored_layers_are_not_checked():
     model = nnx.Sequential(linear(nnx.Rngs(0)), linear(nnx.Rngs(1)))
     model.layers[0].kernel[...] = model.layers[0].kernel[...] * 1e30

@@ -42,9 +42,11 @@ from fqjax.models import FAMILIES
 from fqjax.models.sites import Site, reading_alike, sites_of
 from fqjax.presets import PRESETS
 from fqjax.report.report import format_bytes, narrow_table
+from fqjax.runtime.arguments import check_whole
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonObject, exists, reason
 from fqjax.scheme import Scheme
+from fqjax.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +135,11 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     if exists(directory / MANIFEST_FILE):
         raise InputError(f"{directory}: already an fqjax checkpoint; expected a Hugging Face directory")
     name, config = read_architecture(directory)
-    conversion = dataclasses.replace(conversion, window=usual_window(conversion.window, config))
+    conversion = dataclasses.replace(
+        conversion,
+        window=usual_window(conversion.window, config),
+        samples=check_whole("--samples", conversion.samples, 1, None),
+    )
     files = TensorFiles(directory, partial=dry_run)
     check_depth(f"{directory / 'config.json'}", config, len(files.names()) if files.files else None)
     config = with_own_head(config, files, FAMILIES[name])
@@ -317,6 +323,7 @@ def _contents(directory: Path) -> JsonObject:
 
 def _fingerprint(conversion: Conversion, files: TensorFiles, contents: JsonObject, text: str) -> JsonObject:
     return {
+        "version": __version__,
         "scheme": conversion.scheme.to_json(),
         "files": files.signature() | contents,
         "text": hashlib.sha256(text.encode()).hexdigest(),

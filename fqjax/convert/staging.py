@@ -141,6 +141,11 @@ def claimed(out: Path, fingerprint: JsonObject, resume: bool) -> Iterator[Path]:
             with writing(completion_file(out)):  # Of one whose result was never given its name, or was removed.
                 completion_file(out).unlink(missing_ok=True)
         begun = read_json(record, "record of a conversion")
+        if (then := begun.get("version")) != (now := fingerprint.get("version")):
+            raise InputError(
+                f"{staging}: begun with fqjax {then or 'of an older version'}, and this is {now}; remove it, or go on with "
+                "that version"
+            )
         if differing := _differing(begun, fingerprint):
             raise InputError(f"{staging}: begun with other {differing}; remove it, or convert as it was begun")
         yield staging

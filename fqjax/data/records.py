@@ -12,6 +12,9 @@ JSON_SUFFIXES = (".json", ".jsonl", ".jsonlines", ".ndjson")
 TEXT_FIELD = "text"
 """The field of a record that holds its text."""
 
+BYTE_ORDER_MARK = "\ufeff"
+"""What some programs begin a UTF-8 file with."""
+
 BETWEEN_TEXTS = "\n\n"
 """Characters between one record's text and the next."""
 
@@ -32,7 +35,7 @@ def text_of_records(path: Path, content: str) -> str:
 
 def _records(path: Path, content: str) -> list[tuple[str, object]]:
     """Records, each with its place in the file."""
-    content = content.removeprefix("\ufeff")
+    content = content.removeprefix(BYTE_ORDER_MARK)
     if content.lstrip().startswith("["):
         try:
             return [(f"record {i}", record) for i, record in enumerate(cast(list[object], parse_json(content)), 1)]
@@ -52,6 +55,6 @@ def _parsed(where: str, line: str) -> object:
 def _text(where: str, record: object) -> str:
     text = record.get(TEXT_FIELD) if isinstance(record, dict) else record
     if isinstance(text, str):
-        return text
+        return text.removeprefix(BYTE_ORDER_MARK)  # Of the file that it was taken from.
     fields = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
     raise InputError(f"{where}: expected a field {TEXT_FIELD!r} with a text, got {fields or 'no field'}")

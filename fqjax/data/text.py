@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from jaxtyping import ArrayLike, Int, Int32
 
-from fqjax.data.records import JSON_SUFFIXES, text_of_records
+from fqjax.data.records import BYTE_ORDER_MARK, JSON_SUFFIXES, text_of_records
 from fqjax.models.causal_lm import TextConfig
-from fqjax.models.checks import check_tokens
-from fqjax.runtime.arguments import check_whole
+from fqjax.models.checks import check_ids, check_tokens
+from fqjax.runtime.arguments import check_unmasked, check_whole
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
 from fqjax.runtime.panics import panics_as_errors
-from fqjax.runtime.validation import MAX_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +30,20 @@ USUAL_WINDOW = 512
 
 
 def usual_window(window: int | None, config: object) -> int:
-    """A window's tokens: those asked for, or for None the usual number, or as many as the model has positions."""
+    """A window's tokens: those asked for, or for None the usual number, or as many as the model has positions.
+
+    Raises:
+      InputError: if it is no whole number of at least 2.
+    """
     if window is not None:
-        return window
+        return check_whole("window", window, 2, None)
     return min(USUAL_WINDOW, getattr(config, "max_length", None) or USUAL_WINDOW)
 
 
 def read_text(path: Path) -> str:
     """Reads a UTF-8 text file, or the texts of the records that a file of JSON holds (:mod:`fqjax.data.records`).
+
+    The byte-order mark that some programs put at the beginning is no part of the text.
 
     Raises:
       InputError: if it is missing, unreadable, not UTF-8, or empty, or a record holds no text.
@@ -51,6 +56,7 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    text = text.removeprefix(BYTE_ORDER_MARK)
     if path.suffix.lower() in JSON_SUFFIXES:
         text = text_of_records(path, text)
     if not text.strip():
@@ -87,7 +93,7 @@ def calibration_batches(
     Raises:
       InputError: if the text does not fill one window, or tokens or window do not fit the model.
     """
-    check_whole("--samples", samples, 1, None)
+    samples, window = check_whole("--samples", samples, 1, None), check_whole("window", window, 2, None)
     if not hasattr(config, "bos_token_id"):
         raise InputError(f"config: expected the model's configuration, as model.config, got {type(config).__name__}")
     windows = cut_windows(token_ids, window, config.bos_token_id)
@@ -97,7 +103,7 @@ def calibration_batches(
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", config: TextConfig, prompt: str) -> list[int]:
-    """Token ids of a prompt, with the BOS token before it if the model has one.
+    """Token ids of a prompt, with the BOS token before it if the model has one; without a byte-order mark.
 
     Raises:
       InputError: if nothing would remain, or more than the model has positions for.
@@ -105,7 +111,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", config: TextConfig, prom
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and len(prompt) > MAX_CHARACTERS_PER_TOKEN * positions:
         raise InputError(f"prompt: {len(prompt)} characters; expected less, as the model has {positions} positions")
-    ids = encode(tokenizer, prompt).tolist()
+    ids = encode(tokenizer, prompt.removeprefix(BYTE_ORDER_MARK)).tolist()
     bos = config.bos_token_id
     ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
     if not ids:
@@ -158,8 +164,7 @@ def cut_windows(
         raise InputError(f"the text has {len(token_ids)} tokens, expected at least {taken} for one window")
     count = min(count, windows or count)
     body = token_ids[: count * taken].reshape(count, taken)
-    if np.abs(body).max() > MAX_INDEX:
-        raise InputError(f"token {body.flat[np.abs(body).argmax()]}: expected a token id")
+    check_ids(body)
     begin = [] if bos_token_id is None else [np.full((count, 1), bos_token_id)]
     return np.concatenate([*begin, body], axis=1).astype(np.int32)
 
@@ -170,6 +175,7 @@ def as_tokens(token_ids: object) -> Int[np.ndarray, " tokens"]:
     Raises:
       InputError: if they are none.
     """
+    check_unmasked("token_ids", token_ids)
     try:
         tokens = np.asarray(token_ids)
     except (ValueError, TypeError, OverflowError) as error:

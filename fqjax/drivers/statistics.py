@@ -172,7 +172,7 @@ def calibrate(
         never called, or if an activation is not finite.
     """
     check_type("model", model, nnx.Module, "an nnx.Module")
-    check_whole("sample_rows", sample_rows, 1, MAX_SAMPLE_ROWS)
+    sample_rows = check_whole("sample_rows", sample_rows, 1, MAX_SAMPLE_ROWS)
     known = find_linears(model)
     for name in (names := check_texts("names", list(names) if isinstance(names, Mapping) else names)):
         if name not in known:

@@ -19,8 +19,8 @@ from fqjax.inference.sampling import is_end, sample
 from fqjax.layers.record import automatic_axes, split_to_run
 from fqjax.models.cache import KeyValueCache, Kind, dtype_of
 from fqjax.models.causal_lm import GenerativeModel
-from fqjax.models.checks import check_takes, check_tokens
-from fqjax.runtime.arguments import check_number, check_type, check_whole, is_whole, shown
+from fqjax.models.checks import check_ids, check_takes, check_tokens
+from fqjax.runtime.arguments import check_number, check_type, check_unmasked, check_whole, shown
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
 from fqjax.runtime.memory import memory_bytes
@@ -93,8 +93,8 @@ def generate(
     """
     check_generative(model)
     prompts, single = as_prompts(prompt_tokens)
-    check_settings(max_new_tokens, temperature, top_p, seed)
-    max_new_tokens, prefill_chunk = int(max_new_tokens), check_whole("prefill_chunk", prefill_chunk, 1)
+    max_new_tokens = check_settings(max_new_tokens, temperature, top_p, seed)
+    prefill_chunk = check_whole("prefill_chunk", prefill_chunk, 1)
     _check_prompts(model, prompts, max_new_tokens)
     eos = eos_of(model, eos_token_id)
     keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts), dtype=jnp.uint32) + seed_of(seed))
@@ -116,12 +116,11 @@ def eos_of(model: object, eos_token_id: int | Iterable[int] | None) -> tuple[int
       InputError: naming one that is no token id.
     """
     eos = getattr(getattr(model, "config", None), "eos_token_id", ()) if eos_token_id is None else eos_token_id
+    if isinstance(eos, np.ndarray | jax.Array):
+        eos = cast(int | list[int], check_unmasked("eos_token_id", eos).tolist())
     several = isinstance(eos, Iterable) and not isinstance(eos, str | bytes)
     tokens: tuple[object, ...] = tuple(cast(Iterable[object], eos)) if several else () if eos is None else (eos,)
-    for token in tokens:
-        if not is_whole(token) or abs(cast(int, token)) > MAX_INDEX:
-            raise InputError(f"eos_token_id {shown(token)}: expected a token id")
-    return tuple(map(int, cast(tuple[int, ...], tokens)))
+    return tuple(check_whole("eos_token_id", token, -MAX_INDEX) for token in tokens)
 
 
 def seed_of(seed: int) -> np.uint32:
@@ -301,6 +300,7 @@ def as_prompts(prompt_tokens: object) -> tuple[list[np.ndarray], bool]:
         raise InputError(f"prompt: expected a row of token ids, got {prompt_tokens.dtype} of shape ()")
     if len(prompt_tokens) == 0:
         raise InputError("prompt: empty; expected at least one token")
+    check_unmasked("prompt", prompt_tokens)
     try:
         single = np.ndim(prompt_tokens[0]) == 0
         prompts = [np.asarray(p) for p in ([prompt_tokens] if single else prompt_tokens)]
@@ -311,18 +311,23 @@ def as_prompts(prompt_tokens: object) -> tuple[list[np.ndarray], bool]:
             raise InputError("prompt: empty; expected at least one token")
         if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
             raise InputError(f"prompt: expected a row of integer token ids, got {prompt.dtype} of shape {prompt.shape}")
+        check_ids(prompt)
     return prompts, single
 
 
-def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> int:
     """Refuses settings out of range.
+
+    Returns:
+      ``max_new_tokens`` as Python has it, whose sums do not overflow.
 
     Raises:
       InputError: naming the setting.
     """
     check_whole("seed", seed, most=None)
-    check_whole("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
-    if check_number("temperature", temperature) != 0 and temperature < MIN_TEMPERATURE:
+    count = check_whole("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+    temperature = check_number("temperature", temperature)
+    if temperature != 0 and temperature < MIN_TEMPERATURE:
         raise InputError(
             f"temperature {shown(temperature)}: expected 0, or a finite number of at least {MIN_TEMPERATURE}"
         )
@@ -330,3 +335,4 @@ def check_settings(max_new_tokens: int, temperature: float, top_p: float, seed: 
         raise InputError(f"temperature {shown(temperature)}: expected at most {MAX_FLOAT:g}")
     if not 0 < check_number("top_p", top_p) <= 1:
         raise InputError(f"top_p {shown(top_p)}: expected a number above 0, at most 1")
+    return count

@@ -247,11 +247,11 @@ class Server:
         (prompt, *others), single = as_prompts(request.prompt)
         if others or not single:
             raise InputError("request: expected the tokens of one prompt, got several prompts")
-        check_settings(request.max_new_tokens, request.temperature, request.top_p, request.seed)
-        length = len(prompt) + request.max_new_tokens
+        new = check_settings(request.max_new_tokens, request.temperature, request.top_p, request.seed)
+        length = len(prompt) + new
         if length > self.capacity:
             raise InputError(
-                f"request: {len(prompt)} tokens and {request.max_new_tokens} new ones; expected at most {self.capacity}, the "
+                f"request: {len(prompt)} tokens and {new} new ones; expected at most {self.capacity}, the "
                 "capacity of a slot"
             )
         check_tokens(prompt, self.config, length)

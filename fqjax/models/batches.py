@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from fqjax.layers.surgery import spoken
 from fqjax.models.causal_lm import CausalLM
 from fqjax.models.checks import check_tokens
+from fqjax.runtime.arguments import check_unmasked
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
 from fqjax.runtime.validation import MAX_INDEX
@@ -92,6 +93,7 @@ def _kinds(leaves: list[object]) -> str:
 
 
 def _as_array(batch: object, where: str) -> np.ndarray:
+    check_unmasked(where, batch)
     try:
         return np.asarray(batch)
     except (ValueError, TypeError) as error:

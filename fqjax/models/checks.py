@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.validation import MAX_INDEX
 
 
 def check_tokens(tokens: Int[np.ndarray, "..."], config: object, length: int) -> None:
@@ -24,6 +25,17 @@ def check_tokens(tokens: Int[np.ndarray, "..."], config: object, length: int) ->
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise InputError(f"token {low if low < 0 else high} is not in the model's vocabulary of {vocabulary}")
+
+
+def check_ids(tokens: Int[np.ndarray, "..."]) -> None:
+    """Refuses what int32 does not hold, of a model that does not say what its vocabulary is.
+
+    Raises:
+      InputError: naming the token.
+    """
+    for extreme in (int(tokens.min()), int(tokens.max())) if tokens.size else ():
+        if abs(extreme) > MAX_INDEX:
+            raise InputError(f"token {extreme}: expected a token id, {MAX_INDEX} at most")
 
 
 def check_takes(function: Callable[..., object], argument: str, what: str) -> None:

@@ -27,20 +27,15 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
 
 
-def is_whole(value: object) -> bool:
-    """Whether a value is a whole number of Python's or NumPy's, and no truth value."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def check_whole(name: str, value: object, least: int | None = None, most: int | None = MAX_INDEX) -> int:
     """A whole number in a range, as Python has it.
 
     Raises:
       InputError: naming the argument.
     """
-    if not is_whole(value):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise InputError(f"{name} {shown(value)}: expected a whole number")
-    number = int(value)  # pyright: ignore[reportArgumentType]
+    number = int(value)
     if least is not None and number < least:
         raise InputError(f"{name} {shown(number)}: expected at least {least}")
     if most is not None and number > most:
@@ -113,3 +108,15 @@ def check_texts(name: str, value: object) -> list[str]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise InputError(f"{name} {shown(value)}: expected a list of texts")
     return [check_type(f"{name}[{i}]", text, str, "a text") for i, text in enumerate(value)]
+
+
+def check_unmasked(name: str, value: T) -> T:
+    """An array, or a list or tuple of arrays, none of which is masked (:mod:`numpy.ma`): its mask would be lost.
+
+    Raises:
+      InputError: naming the argument.
+    """
+    parts = value if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(part, np.ma.MaskedArray) for part in parts):
+        raise InputError(f"{name}: a masked array; expected one without a mask")
+    return value

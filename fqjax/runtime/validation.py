@@ -212,15 +212,28 @@ def _short(value: object) -> str:
 
 
 def check_setting(hint: object, value: object, name: str) -> object:
-    """A single setting's value, converted as in :func:`validated`.
+    """A single setting's value, converted as in :func:`validated`; numbers of NumPy's become Python's.
 
     Raises:
       InputError: as ``NAME=VALUE: expected`` and the kind of value that the hint admits.
     """
     adapter = _adapter(hint)
     try:
-        return adapter.validate_json(json.dumps([value]), strict=True)[0]
+        return adapter.validate_json(json.dumps([value], default=_of_numpy), strict=True)[0]
     except (TypeError, ValueError, RecursionError):  # pydantic's errors are of the second kind.
         text = value if isinstance(value, str) else _short(value)
         words = _words(adapter.json_schema()["prefixItems"][0]).replace(TYPE_WORDS["null"], "none")
         raise InputError(f"{name}={text}: expected {words}") from None
+
+
+def _of_numpy(value: object) -> object:
+    """The number of Python's for one of NumPy's, which JSON has no word for and whose sums can overflow.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    import numpy as np
+
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not valid JSON")

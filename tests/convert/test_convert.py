@@ -17,6 +17,7 @@ import fqjax
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.convert import run as conversion
 from fqjax.convert.plan import estimated_bytes
+from fqjax.convert.staging import claimed
 from fqjax.drivers.calibrate import Calibrate
 from fqjax.drivers.rounding import RoundCompensated, RoundNearest
 from fqjax.drivers.store import DirectoryStore
@@ -150,6 +151,15 @@ def test_resuming_with_other_settings_is_refused(asked, monkeypatch, change, nam
             conversion.convert(conversion.plan(asked))
     with pytest.raises(InputError, match=f"begun with other {named}"):
         conversion.convert(conversion.plan(replace(asked, **change)), resume=True)
+
+
+def test_resuming_with_another_version_is_refused(asked, monkeypatch):
+    made = conversion.plan(asked)
+    with claimed(asked.out, made.fingerprint, resume=False):
+        pass
+    monkeypatch.setattr("fqjax.convert.plan.__version__", "9.9")
+    with pytest.raises(InputError, match=r"begun with fqjax \d.*, and this is 9\.9; remove it, or go on with"):
+        conversion.convert(conversion.plan(asked), resume=True)
 
 
 def test_resuming_after_the_text_or_a_shard_changed_is_refused(asked, monkeypatch, checkpoint):

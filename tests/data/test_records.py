@@ -1,10 +1,11 @@
 """Texts in JSON: what datasets hold is read, what holds no text is named."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from fqjax.data.text import read_text
+from fqjax.data.text import encode_prompt, read_text
 from fqjax.runtime.errors import InputError
 
 TEXTS = ["One text,\nof two lines\u2028or three.", "Ein anderer, mit ä."]
@@ -56,3 +57,22 @@ def test_records_without_a_text(tmp_path, content, message):
 
 def test_plain_text_is_what_it_is(tmp_path):
     assert read_text(written(tmp_path, '{"text": "a"}\n', "a.txt")) == '{"text": "a"}\n'
+
+
+MARK = "\ufeff"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
+    records = "\n".join(json.dumps({"text": MARK + text}, ensure_ascii=False) for text in TEXTS)
+    content = {"a.txt": "\n\n".join(TEXTS), "a.jsonl": records, "a.json": json.dumps([MARK + text for text in TEXTS])}
+    assert read_text(written(tmp_path, MARK + content[name], name)) == "\n\n".join(TEXTS)
+    with pytest.raises(InputError, match="empty"):
+        read_text(written(tmp_path, MARK, name))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt():
+    def tokenizer(text, **options):
+        return SimpleNamespace(input_ids=[ord(character) for character in text])
+
+    assert encode_prompt(tokenizer, SimpleNamespace(bos_token_id=1), MARK + "ab") == [1, 97, 98]
