@@ -5,11 +5,11 @@ layers' inputs X and X' are taken, and with Q(X') as the quantized layer will se
 
     G = sum Q(X')^T Q(X'),      C = sum Q(X')^T (X' + r (X - X'))
 
-over all calibration rows; for an expert over those that are sent to it, times the squared weight of its output, and
-with hardly any weight over the others.  The weight that makes the best of Q(X') is (G + d)^-1 (C + d) W
-(:mod:`fqjax.drivers.compensation`); it is rounded by GPTQ with G as its Hessian.  Then the quantized block is
-run, and what it gives goes to the next one.  The layers of one block see what their neighbours, rounded to the nearest,
-make of the block's input.
+over all calibration rows, those of every call of a layer that is called several times; for an expert over those that
+are sent to it, times the squared weight of its output, and with hardly any weight over the others.  The weight that makes
+the best of Q(X') is (G + d)^-1 (C + d) W (:mod:`fqjax.drivers.compensation`); it is rounded by GPTQ with G as its Hessian.
+Then the quantized block is run, and what it gives goes to the next one.  The layers of one block see what their neighbours,
+rounded to the nearest, make of the block's input.
 
 r says how much of the error of the blocks before a layer takes back.  A least-squares fit to inputs with errors makes
 weights smaller, layer after layer, so r = 1 can cost more than it gains (``scripts/ablation.py`` compares).  Where the
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float32, Int
 
 from fqjax.core.inputs import InputQuantizer
 from fqjax.core.layer import LayerPlan, fake_input
@@ -35,16 +35,12 @@ from fqjax.core.rounding.gptq import DAMPING
 from fqjax.core.transforms.base import Transform
 from fqjax.drivers.compensation import Moments, rounded_weight
 from fqjax.drivers.flow import Activations, Others, Pair
+from fqjax.drivers.passed_rows import count_rows, take_rows, tapped
 from fqjax.layers.simulated import Simulated
-from fqjax.layers.surgery import dotted, find_linears, replace_modules
-from fqjax.layers.taps import Watcher
+from fqjax.layers.surgery import find_linears, replace_modules
 from fqjax.models.chain import Chain, Feed, run
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.memory import give_back
-
-UNROUTED_ROW_WEIGHT = 1e-3
-"""How much a row counts that is not sent to an expert, next to one of which nothing else is used: what an expert that
-calibration never or hardly reached is rounded by."""
 
 STRIPE_ROWS = 512
 """Rows of a moment that are added to at once."""
@@ -55,25 +51,6 @@ class _Rounding(NamedTuple):
 
     transform: Transform
     inputs: InputQuantizer
-
-
-class _Seen(nnx.Variable):
-    """The last input of a layer, and how much each of its rows counts: how much of the layer's output is used, squared."""
-
-
-class _Tap(Watcher):
-    """Computes what its layer computes, and keeps the input."""
-
-    def __init__(self, layer: Callable[..., Array]):
-        self.linear, self.seen, self.counts = layer, _Seen(jnp.zeros(())), _Seen(jnp.zeros(()))
-
-    def __call__(
-        self, x: Float[Array, "... k"], *args: object, shares: Float32[Array, " rows"] | None = None, **kwargs: object
-    ) -> Array:
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        self.seen.set_value(rows)
-        self.counts.set_value(jnp.ones(len(rows)) if shares is None else jnp.maximum(shares**2, UNROUTED_ROW_WEIGHT))
-        return self.linear(x, *args, **kwargs)
 
 
 def twice(feed: Feed) -> list[Pair]:
@@ -144,15 +121,16 @@ def _moments(
     upstream: float,
 ) -> dict[str, Moments]:
     """The moments of all layers of a block, over all batches."""
-    exact_def, exact = nnx.split(replace_modules(block, lambda path, node: _Tap(node) if path in plans else node))
-    approximate_def, approximate = nnx.split(
-        replace_modules(block, {path: _Tap(layer) for path, layer in rough().items()})
-    )
-    rounding = {path: _Rounding(plan.transform, plan.inputs) for path, plan in plans.items()}
     linears = find_linears(block)
+    exact, approximate = tapped(block, {path: linears[path] for path in plans}), tapped(block, rough())
+    rounding = {path: _Rounding(plan.transform, plan.inputs) for path, plan in plans.items()}
     moments = {path: _no_moments(linears[path].in_features, plan) for path, plan in plans.items()}
     for (x, seen), others in inputs:
-        found = _inputs(call, exact_def, approximate_def, exact, approximate, rounding, upstream, x, seen, others)
+        counted = count_rows(call, *exact, x, others), count_rows(call, *approximate, seen, others)
+        room = tuple((path, max(int(counts[path]) for counts in counted)) for path in plans)
+        found = _inputs(
+            call, exact[0], approximate[0], room, exact[1], approximate[1], rounding, upstream, x, seen, others
+        )
         moments = {path: _with_rows(moments[path], *rows) for path, rows in found.items()}
         jax.block_until_ready(moments)  # Else what the next batches need would be there already.
         give_back()
@@ -164,11 +142,12 @@ def _no_moments(k: int, plan: LayerPlan) -> Moments:
     return Moments(gram, jnp.zeros_like(gram) if plan.inputs.is_coarse() else None)
 
 
-@functools.partial(jit, static_argnums=(0, 1, 2))
+@functools.partial(jit, static_argnums=(0, 1, 2, 3))
 def _inputs(
     call: Callable[..., Activations],
     exact_def: nnx.GraphDef,
     approximate_def: nnx.GraphDef,
+    room: tuple[tuple[str, int], ...],
     exact_state: nnx.State,
     approximate_state: nnx.State,
     rounding: dict[str, _Rounding],
@@ -178,16 +157,17 @@ def _inputs(
     others: Others,
 ) -> dict[str, tuple[Float32[Array, "rows k"], Float32[Array, "rows k"], Float32[Array, "rows k"]]]:
     """For every layer and one batch Q(X') times how much its rows count, Q(X'), and what stands beside it in C."""
-    exact, approximate = nnx.merge(exact_def, exact_state), nnx.merge(approximate_def, approximate_state)
-    call(exact, x, others)
-    call(approximate, seen, others)
-    wanted, given = _taken(exact), _taken(approximate)
+    wanted = take_rows(call, exact_def, exact_state, x, others, dict(room))
+    given = take_rows(call, approximate_def, approximate_state, seen, others, dict(room))
     found = {}
     for path, rule in rounding.items():
-        (x_wanted, _), (x_given, counts) = wanted[path], given[path]
+        x_given, weights, _ = given[path]
+        # A loop may end later in the quantized model; what it then does has no counterpart.
+        paired = jnp.arange(len(x_given)) < wanted[path].number
+        x_wanted = jnp.where(paired[:, None], wanted[path].rows, x_given)
         rows = fake_input(rule.transform, rule.inputs, x_given)
         aim = rule.transform.inputs(x_given + upstream * (x_wanted - x_given))
-        found[path] = rows * counts[:, None], rows, aim
+        found[path] = rows * weights[:, None], rows, aim
     return found
 
 
@@ -214,9 +194,3 @@ def _plus_product(
     if whole:
         total = lax.fori_loop(0, whole, lambda i, total: add(i * STRIPE_ROWS, STRIPE_ROWS, total), total)
     return add(whole * STRIPE_ROWS, rest, total) if rest else total
-
-
-def _taken(module: nnx.Module) -> dict[str, tuple[Float32[Array, "rows k"], Float32[Array, " rows"]]]:
-    """Every layer's input, and how much its rows count."""
-    taps = {dotted(path): node for path, node in nnx.iter_graph(module) if isinstance(node, _Tap)}
-    return {path: (tap.seen.get_value(), tap.counts.get_value()) for path, tap in taps.items()}

@@ -91,6 +91,83 @@ def test_the_moments_are_those_of_the_inputs(setup, monkeypatch):
             np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
 
 
+class Repeating(nnx.Module):
+    """Calls its layer several times in one run."""
+
+    def __init__(self, rngs, how):
+        self.first, self.how = nnx.Linear(64, 64, rngs=rngs), how
+
+    def __call__(self, x):
+        return self.how(self.first, x)
+
+
+def step(layer, x):
+    return jnp.tanh(layer(x))
+
+
+def goes_on(x):
+    """Whether a loop goes on: not as often for every batch."""
+    return jnp.mean(x**2) > 0.1
+
+
+def unrolled(layer, x):
+    return step(layer, step(layer, x)[:90])
+
+
+def looped(layer, x):
+    return nnx.fori_loop(0, 3, lambda i, carry: (carry[0], step(*carry)), (layer, x))[1]
+
+
+def looped_by_data(layer, x):
+    def body(carry):
+        return carry[0], step(*carry) / 2
+
+    return nnx.while_loop(lambda carry: goes_on(carry[1]), body, (layer, x))[1]
+
+
+def chosen(layer, x):
+    return nnx.cond(goes_on(x), step, lambda layer, x: x, layer, x)
+
+
+def calls(how, layer, x):
+    """The inputs of a layer in each call."""
+    found = []
+    if how is unrolled:
+        return [x, step(layer, x)[:90]]
+    while len(found) < 3 if how is looped else goes_on(x) and (how is looped_by_data or not found):
+        found.append(x)
+        x = step(layer, x) / (2 if how is looped_by_data else 1)
+    return found
+
+
+@pytest.mark.parametrize("how", [unrolled, looped, looped_by_data, chosen])
+def test_the_moments_are_those_of_all_calls(how, monkeypatch):
+    model, taken = Repeating(nnx.Rngs(0), how), []
+    data = [x * scale for x, scale in zip(batches(), (1, 1.5, 0.01, 4), strict=True)]
+    method = PRESETS["flattenquant-w4a4"].method
+    plan = layer_options(model.first, calibrate(model, data, ["first"])["first"], method)[-1].plan
+    rough = nearest(model.first, plan)
+    monkeypatch.setattr(module, "rounded_weight", lambda weight, plan, moments, damping: taken.append(moments))
+    parts = chain(model, ["first"])
+    feed = Feed(parts, data)
+    codes = module.compensated(parts, model, lambda: {"first": rough}, {"first": plan}, feed, module.twice(feed), 0.3)
+    codes["first"]()
+    gram, cross = np.zeros((64, 64)), np.zeros((64, 64))
+    counts = set()
+    for x in data:
+        wanted, given = calls(how, model.first, x), calls(how, rough, x)
+        counts.add(len(given))
+        for i, seen in enumerate(given):
+            rows = np.asarray(fake_input(plan.transform, plan.inputs, seen), np.float64)
+            exact = wanted[i] if i < len(wanted) else seen
+            gram += rows.T @ rows
+            cross += rows.T @ (np.asarray(seen + 0.3 * (exact - seen)) / np.asarray(plan.transform.factors))
+    assert (len(counts) > 1) == (how in (looped_by_data, chosen))
+    (found,) = taken
+    for values, expected in zip(found, (gram, cross), strict=True):
+        np.testing.assert_allclose(values, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+
+
 def test_compensated_layers_are_closer_to_the_model(setup):
     model, rough, plans, data = setup
     done = compensate(model, rough, plans, data, upstream=0.3)

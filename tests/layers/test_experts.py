@@ -322,7 +322,7 @@ def test_gptq_rounds_an_expert_for_the_tokens_that_are_sent_to_it(model, monkeyp
         return np.array(found)
 
     own, nearest = errors("w4a16-gptq"), errors("w4a16")
-    monkeypatch.setattr("fqjax.drivers.moments.UNROUTED_ROW_WEIGHT", 1.0)
+    monkeypatch.setattr("fqjax.drivers.passed_rows.UNROUTED_ROW_WEIGHT", 1.0)
     alike = errors("w4a16-gptq")
     monkeypatch.undo()
     jax.clear_caches()
