@@ -26,12 +26,12 @@ from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.checkpoint.text_tokens import with_text_tokens
 from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.layers.stacked import stacked
-from fqjax.layers.surgery import replace_modules
+from fqjax.layers.surgery import replace_modules, shorten
 from fqjax.models import FAMILIES, Family
 from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.arguments import check_path
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.notices import say_once
+from fqjax.runtime.notices import said_at_the_end, say_once
 from fqjax.runtime.progress import track
 
 Parameters = Mapping[PathParts, nnx.Variable]
@@ -46,6 +46,7 @@ UNUSED_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Endings of tensors that some exports contain and no model needs."""
 
 
+@said_at_the_end()
 def load_hf(path_or_id: str | Path, dtype: DTypeLike = jnp.bfloat16) -> tuple[CausalLM, Any]:
     """Load a Hugging Face checkpoint.
 
@@ -130,6 +131,7 @@ def with_own_head(config: ConfigT, files: TensorFiles, family: Family) -> Config
         f"{files.directory}: tie_word_embeddings is true in config.json, but {head[0]} is not the embedding; the head of the "
         "files is used"
     )
+    files.unlisted.discard(head[0])  # All is said of it.
     return dataclasses.replace(config, tie_word_embeddings=False)  # pyright: ignore[reportArgumentType]
 
 
@@ -182,10 +184,19 @@ def check_tensors(
             _check_shape(files, source, parameters[path].shape)
     wanted = {tensor for source in sources.values() for tensor in source.tensors}
     wanted |= {tensor for layer in layers.values() for tensor in layer.tensors}
-    unused = wanted if f"{naming.head}.weight" in wanted else wanted | {f"{naming.head}.weight"}  # If it is tied.
+    unused = wanted | {f"{naming.head}.weight"}  # If it is tied.
+    ignored = []
     for tensor in files.names():
-        if tensor not in unused and not f".{tensor}".endswith(UNUSED_ENDINGS):
-            raise InputError(f"{files.directory}: tensor {tensor!r} is not part of the architecture in config.json")
+        if tensor in unused or f".{tensor}".endswith(UNUSED_ENDINGS):
+            continue
+        what = f"{files.directory}: tensor {tensor!r} is not part of the architecture in config.json"
+        if tensor not in files.unlisted:
+            raise InputError(what)
+        ignored.append(what)
+    if taken := sorted(wanted & files.unlisted):
+        say_once(f"{files.directory}: {shorten(taken)}: in a shard, though not listed in the index; read from there")
+    if ignored:
+        say_once(f"{ignored[0]}, nor listed in the index; it is not read ({len(ignored)} in all)")
     return sources
 
 

@@ -1,39 +1,31 @@
 """The safetensors files of a Hugging Face directory, single or sharded, read tensor by tensor.
 
-The safetensors package checks a file's header against its length before anything is read.  What it does not look for is a
-name that occurs twice: :func:`read_header` does.
+Shards count for what they hold, whatever their index lists: another program may read them without it.
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from fqjax.checkpoint.safetensors_header import Stored, bare_header, read_header
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.files import JsonObject, exists, linked, parse_json, read_json, reason
+from fqjax.runtime.files import exists, linked, read_json, reason
 from fqjax.runtime.notices import say_once
-
-MAX_HEADER_BYTES = 100_000_000
-"""Bytes of a header, as the safetensors package has it."""
 
 PIECE_VALUES = 2**22
 """Values that are looked at at once."""
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
+SHARD_NAME = re.compile(r"-\d+-of-\d+\.safetensors$")
+
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
-
-
-class Stored(NamedTuple):
-    """Dtype and shape of a tensor, as its file's header has them."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class TensorFiles:
@@ -45,11 +37,13 @@ class TensorFiles:
 
     Attributes:
       files: by name of a tensor, the file that it is in; empty if there is neither a file nor an index.
+      unlisted: tensors that are in a shard though the index does not list them.
       missing: files of which there is no more than a header.
       on_read: called with the name, the part and the values of whatever is read, before they are cast.
 
     Raises:
-      InputError: naming the file that is missing, truncated or not what the index says, and the tensor if it is one's fault.
+      InputError: naming the file that is missing, truncated or not what the index says, and the tensor if it is one's fault:
+        one that is not where the index says, or has other values in another shard.
     """
 
     def __init__(self, directory: Path, *, partial: bool = False):
@@ -62,9 +56,10 @@ class TensorFiles:
             header = headers[file]
             if header is not None and name not in header:
                 raise InputError(f"{directory / file}: the index says it holds tensor {name!r}, but it does not")
-        self._stored = {
-            name: header[name] for name, file in self.files.items() if (header := headers[file]) is not None
-        }
+        known = {file: header for file, header in headers.items() if header is not None}
+        self.unlisted = self._take_unlisted(known)
+        self._stored = {name: known[file][name] for name, file in self.files.items() if file in known}
+        self._check_twice(known)
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -114,17 +109,47 @@ class TensorFiles:
         Raises:
           InputError: if one cannot be read.
         """
-        if one not in self or other not in self or self._stored[one].shape != self._stored[other].shape:
+        if one not in self or other not in self:
             return False
-        alike = self._stored[one].dtype == self._stored[other].dtype
-        shape = self._stored[one].shape
-        rows = max(PIECE_VALUES // max(math.prod(shape[1:]), 1), 1)
-        for start in range(0, shape[0] if shape else 0, rows):
-            a, b = (self._values(name, slice(start, min(start + rows, shape[0]))) for name in (one, other))
-            equal = np.array_equal(a.view(np.uint8), b.view(np.uint8)) if alike else np.array_equal(a, b)
+        return self._alike(self._stored[one], self._stored[other], (one, self.files[one]), (other, self.files[other]))
+
+    def _alike(self, one: Stored, other: Stored, *places: tuple[str, str]) -> bool:
+        """Whether two tensors have the same values, each given by what a header says, its name and its file."""
+        if one.shape != other.shape:
+            return False
+        pieces: Iterable[slice | None] = [None]
+        if one.shape:
+            rows = max(PIECE_VALUES // max(math.prod(one.shape[1:]), 1), 1)
+            pieces = (slice(start, min(start + rows, one.shape[0])) for start in range(0, one.shape[0], rows))
+        for piece in pieces:
+            a, b = (np.atleast_1d(self._values(name, piece, file)) for name, file in places)
+            equal = (
+                np.array_equal(a.view(np.uint8), b.view(np.uint8)) if one.dtype == other.dtype else np.array_equal(a, b)
+            )
             if not equal:
                 return False
         return True
+
+    def _take_unlisted(self, headers: Mapping[str, Mapping[str, Stored]]) -> set[str]:
+        """Takes up what shards hold and the index does not list; returns the tensors' names."""
+        found: set[str] = set()
+        for file, header in headers.items():
+            more = sorted(set(header) - set(self.files))
+            self.files |= dict.fromkeys(more, file)
+            found |= set(more)
+        return found
+
+    def _check_twice(self, headers: Mapping[str, Mapping[str, Stored]]) -> None:
+        """Refuses a tensor that has other values in a shard than in the one that counts."""
+        for file, header in headers.items():
+            for name in header:
+                first = self.files[name]
+                if first == file or {first, file} & set(self.missing):
+                    continue
+                if not self._alike(self._stored[name], header[name], (name, first), (name, file)):
+                    raise InputError(
+                        f"{self.directory / file}: tensor {name!r} is in {first} too, with other values; expected it once"
+                    )
 
     def read(self, name: str, dtype: DTypeLike, part: int | None = None) -> np.ndarray:
         """Reads one tensor, or one part of it along its first axis, and casts it.
@@ -158,11 +183,11 @@ class TensorFiles:
             self.on_read(name, part, values)
         return values
 
-    def _values(self, name: str, part: int | slice | None = None) -> np.ndarray:
-        path = self.directory / self.files[name]
+    def _values(self, name: str, part: int | slice | None = None, file: str | None = None) -> np.ndarray:
+        path = self.directory / (file or self.files[name])
         try:
-            with safe_open(path, framework="numpy") as file:
-                return file.get_tensor(name) if part is None else file.get_slice(name)[part]
+            with safe_open(path, framework="numpy") as tensors:
+                return tensors.get_tensor(name) if part is None else tensors.get_slice(name)[part]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: tensor {name!r} cannot be read ({error})") from None
 
@@ -205,7 +230,10 @@ class TensorFiles:
                 raise InputError(f"{index}: {file!r} is not a file name in this directory")
             if not exists(self.directory / file) and not self.partial:
                 raise InputError(f"{self.directory / file}: missing shard, named by {INDEX_FILE}")
-        return files
+        strangers = {path.name for path in self.directory.glob("*.safetensors") if SHARD_NAME.search(path.name)}
+        if strangers := sorted(strangers - set(files.values())):
+            say_once(f"{self.directory / strangers[0]}: {INDEX_FILE} does not name this shard; it is not read")
+        return dict(files)
 
     def _header(self, file: str) -> dict[str, Stored] | None:
         """Entries of a file's header; None if the file may be missing, and is."""
@@ -213,7 +241,7 @@ class TensorFiles:
             self.missing.append(file)
             return None
         path = linked(self.directory, file)
-        if self.partial and (bare := _bare_header(path)) is not None:
+        if self.partial and (bare := bare_header(path)) is not None:
             self.missing.append(file)
             return bare
         try:
@@ -237,32 +265,3 @@ def _is_finite(values: np.ndarray) -> bool:
         bool(np.isfinite(flat[i : i + PIECE_VALUES].astype(np.float32)).all())
         for i in range(0, max(flat.size, 1), PIECE_VALUES)
     )
-
-
-def read_header(path: Path) -> tuple[JsonObject, int]:
-    """The header of a safetensors file as it stands there, entries by name, and the number of bytes after it.
-
-    Raises:
-      ValueError: if it is longer than the file, not a JSON object, or names an entry twice.
-    """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        after = path.stat().st_size - 8 - length
-        if after < 0 or length > MAX_HEADER_BYTES:
-            raise ValueError(f"its header of {length} bytes does not fit into the file")
-        header = parse_json(file.read(length).decode())
-    if not isinstance(header, dict):
-        raise ValueError(f"its header: expected an object, got {type(header).__name__}")
-    return header, after
-
-
-def _bare_header(path: Path) -> dict[str, Stored] | None:
-    """Entries of the header of a file that consists of nothing else; None for any other file."""
-    try:
-        header, after = read_header(path)
-        entries = {name: cast(dict, info) for name, info in header.items() if name != "__metadata__"}
-        if after or not any(info["data_offsets"][1] for info in entries.values()):
-            return None
-        return {name: Stored(str(info["dtype"]), tuple(info["shape"])) for name, info in entries.items()}
-    except (OSError, ValueError, TypeError, KeyError, IndexError):
-        return None

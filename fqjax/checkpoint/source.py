@@ -13,6 +13,7 @@ from fqjax.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import exists
+from fqjax.runtime.notices import held, said_at_the_end, say_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,8 @@ class Source:
         if self.own:
             self.config = read_config(read_manifest(self.directory), self.directory)
         elif exists(self.directory / "config.json"):
-            self.architecture, self.config = read_architecture(self.directory)
+            with held() as self._notices:
+                self.architecture, self.config = read_architecture(self.directory)
             self._settled = None
         else:
             raise InputError(
@@ -56,17 +58,23 @@ class Source:
             raise InputError(f"{self.name}: has no tokenizer")
         check_vocabulary(tokenizer, self.config.vocab_size, self.directory)
         if not self.own:
-            self._settled = with_text_tokens(self.config, self.directory, tokenizer)
+            with held() as notices:
+                self._settled = with_text_tokens(self.config, self.directory, tokenizer)
+            self._notices += notices
         return tokenizer
 
     def model(self) -> CausalLM:
         """The model, in bfloat16 where it comes from Hugging Face; its tokens of begin and end are the tokenizer's, where
-        that has been loaded.
+        that has been loaded.  What there is to know of its files is said when it is there.
 
         Raises:
           InputError: as :func:`fqjax.load` and :func:`fqjax.load_hf` do.
         """
         if self.own:
             return load(self.directory)
-        config = self._settled or with_text_tokens(self.config, self.directory, None)
-        return read_model(self.directory, self.architecture, config, jnp.bfloat16)
+        with said_at_the_end():
+            config = self._settled or with_text_tokens(self.config, self.directory, None)
+            model = read_model(self.directory, self.architecture, config, jnp.bfloat16)
+            for notice in self._notices:
+                say_once(notice)
+        return model

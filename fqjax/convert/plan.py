@@ -45,6 +45,7 @@ from fqjax.report.report import format_bytes, narrow_table
 from fqjax.runtime.arguments import check_whole
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonObject, exists, reason
+from fqjax.runtime.notices import said_at_the_end
 from fqjax.scheme import Scheme
 from fqjax.version import __version__
 
@@ -117,6 +118,7 @@ class Plan:
     lacking: tuple[str, ...] = ()
 
 
+@said_at_the_end()
 def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     """Checks everything that can be checked without reading a weight.
 

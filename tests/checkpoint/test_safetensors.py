@@ -263,3 +263,42 @@ def test_a_link_to_itself(tmp_path):
     (tmp_path / "one.safetensors").symlink_to("one.safetensors")
     (tmp_path / INDEX_FILE).write_text('{"weight_map": {"a": "one.safetensors"}}')
     refused(tmp_path, "one.safetensors")
+
+
+def shards(directory, index, **files):
+    for name, tensors in files.items():
+        save_file({key: np.asarray(values, np.float32) for key, values in tensors.items()}, directory / name)
+    (directory / INDEX_FILE).write_text(json.dumps({"weight_map": index}))
+
+
+def test_tensors_of_shards_that_the_index_does_not_list(tmp_path):
+    shards(tmp_path, {"a": "one"}, one={"a": [1, 2], "b": [3]})
+    files = TensorFiles(tmp_path)
+    assert files.names() == ["a", "b"] and files.unlisted == {"b"}
+    np.testing.assert_array_equal(files.read("b", np.float32), [3])
+    shards(tmp_path, {"a": "one", "b": "one"}, one={"a": [1, 2], "b": [3]})
+    assert not TensorFiles(tmp_path).unlisted
+
+
+@pytest.mark.parametrize("index", [{"a": "one", "c": "two"}, {"b": "one", "c": "two"}])
+def test_a_tensor_in_two_shards(tmp_path, index):
+    """Whichever of them the index names, and if it names none."""
+    shards(tmp_path, index, one={"a": [1, 2], "b": 1}, two={"a": [1, 2], "c": [1]})
+    np.testing.assert_array_equal(TensorFiles(tmp_path).read("a", np.float32), [1, 2])
+    for other in ([1, 3], [1, 2, 3], [[1, 2]]):
+        shards(tmp_path, index, two={"a": other, "c": [1]})
+        refused(tmp_path, "two: tensor 'a' is in one too, with other values; expected it once")
+    shards(tmp_path, index, one={"a": 1, "b": 1}, two={"a": 1, "c": [1]})
+    assert TensorFiles(tmp_path).shape("a") == ()
+    shards(tmp_path, index, two={"a": 2, "c": [1]})
+    refused(tmp_path, "two: tensor 'a' is in one too")
+
+
+def test_a_shard_that_the_index_does_not_name_is_said(tmp_path, caplog):
+    names = {f"{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    shards(tmp_path, names, **{file: {key: [1]} for key, file in names.items()})
+    save_file({"a": np.ones(1)}, tmp_path / "adapter_model.safetensors")
+    assert TensorFiles(tmp_path).names() == ["1", "2"] and not caplog.text
+    shards(tmp_path, {"1": names["1"]})
+    assert TensorFiles(tmp_path).names() == ["1"]
+    assert "model-00002-of-00002.safetensors: model.safetensors.index.json does not name this shard" in caplog.text
