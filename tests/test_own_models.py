@@ -180,6 +180,56 @@ def test_values_that_are_not_finite_are_named(name, value):
         fqjax.quantize(model, "w8a8", [X])
 
 
+def doubled(*args, **kwargs):
+    return 2 * lax.dot_general(*args, **kwargs)
+
+
+def halved(arrays, *, dtype):
+    return [array if array is None else (array / 2).astype(dtype or array.dtype) for array in arrays]
+
+
+OF_THEIR_OWN = {
+    "dot_general": ({"dot_general": doubled}, "computes its product with a dot_general of its own"),
+    "promote_dtype": ({"promote_dtype": halved}, "has a promote_dtype of its own"),
+    "complex weights": ({"param_dtype": jnp.complex64}, "computes in complex64"),
+    "a complex dtype": ({"dtype": jnp.complex64}, "computes in complex64"),
+    "a complex output": ({"preferred_element_type": jnp.complex64}, "computes in complex64"),
+    "no outputs": ({"out_features": 0}, "has no channels: 8 inputs, 0 outputs"),
+}
+
+
+@pytest.mark.parametrize("case", OF_THEIR_OWN)
+def test_layers_that_are_no_product_of_real_numbers_stay_in_float(case):
+    options, why = OF_THEIR_OWN[case]
+    made = nnx.Linear(**{"in_features": 8, "out_features": 8, "rngs": nnx.Rngs(1)} | options)
+    if "output" in case:
+        ignored = select_linears(nnx.Sequential(linear(nnx.Rngs(0)), made)).skipped
+        assert ignored == {"layers.1": why}
+        return
+    model = nnx.Sequential(linear(nnx.Rngs(0)), made)
+    quantized, report = fqjax.quantize(model, "w8a8", [X])
+    assert [row.name for row in report.layers] == ["layers.0"] and report.skipped == {"layers.1": why}
+    np.testing.assert_allclose(quantized(X), model(X), atol=0.1)
+    with pytest.raises(InputError, match=f"to quantize .of 1 found; layers.0: {why}"):
+        fqjax.quantize(nnx.Sequential(made), "w8a8", [X])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+)
+def test_the_type_of_a_product_is_kept(bias, dtype, kept, tmp_path):
+    def make():
+        options = {"dtype": dtype, "preferred_element_type": kept, "use_bias": bias, "rngs": nnx.Rngs(0)}
+        return nnx.Sequential(nnx.Linear(8, 8, **options))
+
+    model = make()
+    quantized, _ = fqjax.quantize(model, "w8a8", [X])
+    assert quantized(X).dtype == model(X).dtype
+    fqjax.save(tmp_path / "out", quantized)
+    assert fqjax.load(tmp_path / "out", make())(X).dtype == model(X).dtype
+
+
 def test_ignored_layers_are_not_checked():
     model = nnx.Sequential(linear(nnx.Rngs(0)), linear(nnx.Rngs(1)))
     model.layers[0].kernel[...] = model.layers[0].kernel[...] * 1e30

@@ -12,7 +12,7 @@ from fqjax.core.formats.base import QTensor
 from fqjax.core.layer import LayerInputs, LayerPlan, relative_error
 from fqjax.core.stored_inputs import StoredInput
 from fqjax.drivers.statistics import Span, Statistics
-from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.linear import QuantizedLinear, output_dtype
 from fqjax.layers.record import Figures
 from fqjax.layers.surgery import spoken
 from fqjax.runtime.compiling import jit
@@ -71,7 +71,7 @@ def assemble(
         weight,
         quantizer,
         bias,
-        dtype=linear.dtype,
+        dtype=output_dtype(linear),
         param_dtype=linear.param_dtype,
         figures=figures,
         recipe=recipe,

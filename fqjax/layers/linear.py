@@ -229,6 +229,14 @@ class QuantizedLinear(nnx.Module):
         return self.changed(weight.padded(sizes, width), quantizer.padded(sizes, width), self.figures)
 
 
+def output_dtype(linear: nnx.Linear) -> DTypeLike | None:
+    """The ``dtype`` with which a quantized layer gives its output in the type in which a linear layer does."""
+    kept = linear.preferred_element_type
+    if kept is None or linear.bias is None:
+        return linear.dtype if kept is None else kept
+    return jnp.result_type(kept, linear.dtype or linear.param_dtype)
+
+
 def layer_bytes(linear: nnx.Linear, form: Format, quantizer: type[StoredInput], width: int) -> int:
     """:attr:`QuantizedLinear.nbytes` of the layer that a linear layer becomes, before it is made.
 

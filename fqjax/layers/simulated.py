@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int
 
 from fqjax.core.layer import LayerPlan, completed, fake_input
+from fqjax.layers.linear import output_dtype
 
 
 class Simulated(nnx.Module):
@@ -42,7 +43,7 @@ class Simulated(nnx.Module):
     def of(cls, linear: nnx.Linear, plan: LayerPlan, codes: Int[Array, "n k"]) -> "Simulated":
         """The stand-in for a linear layer."""
         bias = plan.transform.bias(linear.kernel[...].T, None if linear.bias is None else linear.bias[...])
-        return cls(plan, codes, bias, dtype=linear.dtype, param_dtype=linear.param_dtype)
+        return cls(plan, codes, bias, dtype=output_dtype(linear), param_dtype=linear.param_dtype)
 
     def __call__(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows out"]:
         added = [branch.get_value()(self.transform.get_value().inputs(x)) for branch in self.branches]

@@ -4,7 +4,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes as nnx_dtypes
+from jax import lax
 
 from fqjax.layers.containers import freeze, thaw
 from fqjax.layers.linear import QuantizedVariable
@@ -79,7 +82,7 @@ def select_linears(model: nnx.Module, ignore: Iterable[str] = (), *, required: b
         reasons.append((pattern, f"ignored by {text!r}"))
     selection = Selection({}, {})
     for name, linear in found.items():
-        reason = next((why for pattern, why in reasons if pattern.search(name)), None)
+        reason = next((why for pattern, why in reasons if pattern.search(name)), None) or _of_its_own(linear)
         whole = linear.kernel.shape == (linear.in_features, linear.out_features)
         if not reason and not whole and required:
             raise InputError(
@@ -94,8 +97,27 @@ def select_linears(model: nnx.Module, ignore: Iterable[str] = (), *, required: b
     if required and not selection.linears:
         if any(isinstance(node, QuantizedVariable) for _, node in nnx.iter_graph(model)):
             raise InputError(f"{type(model).__name__} is quantized already; expected a model in floating point")
-        raise InputError(f"{type(model).__name__} has no nnx.Linear layer to quantize (of {len(found)} found)")
+        why = "".join(f"; {spoken(name)}: {reason}" for name, reason in list(selection.skipped.items())[:1])
+        raise InputError(f"{type(model).__name__} has no nnx.Linear layer to quantize (of {len(found)} found{why})")
     return selection
+
+
+def _of_its_own(linear: nnx.Linear) -> str | None:
+    """Why a layer is no product of real numbers that codes can stand for; None if it is one.
+
+    A function given for the product, or for what is done to its factors, may compute anything.
+    """
+    if linear.dot_general is not lax.dot_general:
+        return "computes its product with a dot_general of its own"
+    if linear.promote_dtype is not nnx_dtypes.promote_dtype:
+        return "has a promote_dtype of its own"
+    kinds = [linear.kernel.get_value().dtype, linear.dtype, linear.preferred_element_type]
+    for kind in kinds:
+        if kind is not None and not jnp.issubdtype(kind, jnp.floating):
+            return f"computes in {jnp.dtype(kind).name}"
+    if not linear.in_features or not linear.out_features:
+        return f"has no channels: {linear.in_features} inputs, {linear.out_features} outputs"
+    return None
 
 
 def replace_modules(model: ModelT, replacements: Mapping[str, nnx.Module] | Callable[[str, Any], object]) -> ModelT:
