@@ -27,10 +27,11 @@ from fqjax.layers.surgery import replace_modules, select_linears, spoken
 from fqjax.methods import IntegerScale
 from fqjax.models.batches import checked_batches
 from fqjax.models.chain import chain, with_auto_axes
+from fqjax.models.checks import check_model
 from fqjax.presets import resolve_scheme
 from fqjax.report.report import Report, report_of
 from fqjax.rewrites.equalize import equalize
-from fqjax.runtime.arguments import check_flag, check_texts, check_type
+from fqjax.runtime.arguments import check_flag, check_texts
 from fqjax.runtime.errors import InputError
 from fqjax.scheme import Scheme
 
@@ -64,7 +65,7 @@ def quantize(
         calibration data, a weight or an activation that is not finite, an accumulator that could overflow.
     """
     scheme, ignore = resolve_scheme(scheme), check_texts("ignore", ignore)
-    check_type("model", model, nnx.Module, "an nnx.Module")
+    check_model(model)
     start, model = time.perf_counter(), with_auto_axes(model)
     check_finite(scheme.applied(select_linears(model, ignore)).linears)
     if scheme.head:
@@ -104,7 +105,7 @@ def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = T
     Raises:
       InputError: if no layer has float scales for groups.
     """
-    check_type("model", model, nnx.Module, "an nnx.Module")
+    check_model(model)
     amplifier = IntegerScale(amplifier=amplifier).amplifier  # It refuses one that is out of range.
     check_flag("units", units)
     model = unstacked(model)

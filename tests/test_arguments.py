@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import fqjax
 from fqjax.cli.main import main
 from fqjax.data.text import usual_window
-from fqjax.inference.generate import eos_of
 from fqjax.inference.serve import Request, Server, serve
 from fqjax.methods import IntegerScale
 from fqjax.models.llama import Llama, LlamaConfig
@@ -166,9 +165,10 @@ class Anything(nnx.Module):
         return jnp.zeros((*tokens.shape, 64))
 
 
-@pytest.mark.parametrize("end", [np.array(7), jnp.array(7), np.array([7, 8]), np.int8(7), (7, np.uint8(8))], ids=short)
+@pytest.mark.parametrize("end", [np.array(7), jnp.array(7), np.array([7]), np.int8(7), (np.uint8(7),)], ids=short)
 def test_arrays_of_tokens_that_end_a_text(llama, end):
-    assert eos_of(llama, end) == ((7, 8) if np.size(end) == 2 else (7,))
+    found = fqjax.generate(llama, [5], 2, eos_token_id=end)
+    np.testing.assert_array_equal(found, fqjax.generate(llama, [5], 2, eos_token_id=[7]))
 
 
 @pytest.mark.parametrize("end", [np.array(7.0), np.array("7"), np.array([[7]]), jnp.zeros(2)], ids=short)
@@ -256,6 +256,81 @@ def test_a_cache_larger_than_the_memory_is_refused_before_it_is_made(llama):
 )
 def test_models(call, value):
     refused("model", call, value)
+
+
+CALLS_OF_MODELS = {
+    "quantize": lambda model, path: fqjax.quantize(model, "w8a8", [np.full((2, 8), 5)]),
+    "generate": lambda model, path: fqjax.generate(model, [5], 2),
+    "serve": lambda model, path: serve(model, []),
+    "perplexity": lambda model, path: fqjax.perplexity(model, [5] * 20, 4),
+    "calibrate": lambda model, path: fqjax.calibrate(model, [np.full((2, 8), 5)], ["layers.0.mlp.down_proj"]),
+    "integer_scales": lambda model, path: fqjax.integer_scales(model),
+    "save": lambda model, path: fqjax.save(path / "out", model),
+    "save_compressed_tensors": lambda model, path: fqjax.save_compressed_tensors(path / "out", model),
+}
+
+
+@pytest.mark.parametrize("name", CALLS_OF_MODELS)
+def test_models_without_values(name, tmp_path):
+    abstract = nnx.eval_shape(lambda: Llama(LlamaConfig(**SIZES, **HEADS), rngs=nnx.Rngs(0)))
+    refused("is a shape without values, as of nnx.eval_shape", CALLS_OF_MODELS[name], abstract, tmp_path)
+    deleted = Llama(LlamaConfig(**SIZES, **HEADS), rngs=nnx.Rngs(0))
+    deleted.lm_head.kernel.get_value().delete()
+    refused("model: lm_head.kernel has been deleted", CALLS_OF_MODELS[name], deleted, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Giving(nnx.Module):
+    """Gives something made of its logits."""
+
+    def __init__(self, model, change):
+        self.model, self.change, self.config = model, change, model.config
+
+    def __call__(self, tokens):
+        return self.change(self.model(tokens))
+
+    def make_cache(self, batch, capacity):
+        return self.model.make_cache(batch, capacity)
+
+    def extend(self, tokens, cache, counts):
+        logits, cache = self.model.extend(tokens, cache, counts)
+        changed = self.change(logits)
+        return changed if isinstance(changed, tuple) else (changed, cache)
+
+
+def failing(logits):
+    raise TypeError("no\nlogits")
+
+
+NO_LOGITS = {
+    "one value a token": lambda logits: logits[..., 0],
+    "an axis more": lambda logits: logits[None],
+    "whole numbers": lambda logits: jnp.argsort(logits),
+    "complex numbers": lambda logits: logits * 1j,
+    "a tuple": lambda logits: (logits, logits, logits),
+    "another cache": lambda logits: (logits, logits),
+    "a dictionary": lambda logits: {"logits": logits},
+    "nothing": lambda logits: None,
+    "an error": failing,
+}
+
+
+@pytest.mark.parametrize("name", NO_LOGITS)
+def test_models_that_give_no_logits(llama, name):
+    model = Giving(llama, NO_LOGITS[name])
+    refused("model: ", fqjax.perplexity, model, [5] * 20, 4)
+    refused("model: ", fqjax.generate, model, [5], 2)
+    refused("model: ", serve, model, [])
+
+
+def test_as_many_windows_at_once_as_there_are(llama):
+    few = fqjax.perplexity(llama, [5] * 50, 8, batch_size=7)
+    assert fqjax.perplexity(llama, [5] * 50, 8, batch_size=2**31 - 1) == few
+
+
+def test_logits_larger_than_the_memory_are_refused(llama, monkeypatch):
+    monkeypatch.setattr("fqjax.evaluation.perplexity.memory_bytes", lambda: 10_000)
+    refused("batch_size 6: the logits take", fqjax.perplexity, llama, [5] * 54, 10, batch_size=10**6)
 
 
 @pytest.mark.parametrize("call", [lambda m: fqjax.generate(m, [1]), lambda m: serve(m, [])], ids=["generate", "serve"])

@@ -29,7 +29,8 @@ from fqjax.layers.surgery import dotted, find_linears, replace_modules, shorten,
 from fqjax.layers.taps import NoSuchLayer, Watcher
 from fqjax.models.batches import checked_batches, running
 from fqjax.models.chain import Chain, Feed, chain, places, sweep
-from fqjax.runtime.arguments import check_texts, check_type, check_whole
+from fqjax.models.checks import check_model
+from fqjax.runtime.arguments import check_texts, check_whole
 from fqjax.runtime.compiling import jit
 from fqjax.runtime.errors import InputError
 
@@ -171,7 +172,7 @@ def calibrate(
       InputError: if there is no batch, if the model does not take one, if a name is none of a linear layer, if a layer is
         never called, or if an activation is not finite.
     """
-    check_type("model", model, nnx.Module, "an nnx.Module")
+    check_model(model)
     sample_rows = check_whole("sample_rows", sample_rows, 1, MAX_SAMPLE_ROWS)
     known = find_linears(model)
     for name in (names := check_texts("names", list(names) if isinstance(names, Mapping) else names)):

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float32, Int32
 from fqjax.inference.sampling import is_end, sample
 from fqjax.layers.record import automatic_axes, split_to_run
 from fqjax.models.cache import KeyValueCache, Kind, dtype_of
-from fqjax.models.causal_lm import GenerativeModel
-from fqjax.models.checks import check_ids, check_takes, check_tokens
-from fqjax.runtime.arguments import check_number, check_type, check_unmasked, check_whole, shown
+from fqjax.models.causal_lm import CausalLM, GenerativeModel
+from fqjax.models.checks import check_extends, check_ids, check_model, check_takes, check_tokens
+from fqjax.runtime.arguments import check_number, check_unmasked, check_whole, shown
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
 from fqjax.runtime.memory import memory_bytes
@@ -120,7 +120,10 @@ def eos_of(model: object, eos_token_id: int | Iterable[int] | None) -> tuple[int
         eos = cast(int | list[int], check_unmasked("eos_token_id", eos).tolist())
     several = isinstance(eos, Iterable) and not isinstance(eos, str | bytes)
     tokens: tuple[object, ...] = tuple(cast(Iterable[object], eos)) if several else () if eos is None else (eos,)
-    return tuple(check_whole("eos_token_id", token, -MAX_INDEX) for token in tokens)
+    try:
+        return tuple(check_whole("eos_token_id", token, -MAX_INDEX) for token in tokens)
+    except InputError as error:
+        raise InputError(f"{str(error).partition(':')[0]}: expected a token id") from None
 
 
 def seed_of(seed: int) -> np.uint32:
@@ -129,18 +132,20 @@ def seed_of(seed: int) -> np.uint32:
 
 
 def check_generative(model: object) -> None:
-    """Refuses what is no module, or lacks a method that generation needs.
+    """Refuses what is no module or has no values, and what lacks a method that generation needs, or has one of another kind.
 
     Raises:
       InputError: naming the method.
     """
-    check_type("model", model, nnx.Module, "an nnx.Module")
+    check_model(model)
     for method in ("extend", "make_cache"):
         if not callable(getattr(model, method, None)):
             raise InputError(
                 f"model: {type(model).__name__} has no method {method!r}; expected one as that of "
                 "fqjax.models.causal_lm.CausalLM"
             )
+    if not isinstance(model, CausalLM):
+        check_extends(cast(nnx.Module, model))
 
 
 def check_memory(model: GenerativeModel, batch: int, capacity: int, kv_cache: Kind | None, what: str) -> None:

@@ -36,9 +36,10 @@ from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.surgery import find_linears
 from fqjax.models import FAMILIES, architecture_of
 from fqjax.models.causal_lm import CausalLM
+from fqjax.models.checks import check_model
 from fqjax.models.to_hf import config_to_hf, part_sizes
 from fqjax.rewrites.fold import Folding, fold_smoothing
-from fqjax.runtime.arguments import check_path, check_type
+from fqjax.runtime.arguments import check_path
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import check_new
 from fqjax.runtime.progress import track
@@ -71,7 +72,8 @@ def save_compressed_tensors(
         cannot be expressed: flattened channels, 4-bit activations, smoothing that cannot be folded.
     """
     path = check_path("path", path)
-    model = unstacked(check_type("model", model, nnx.Module, "an nnx.Module"))
+    check_model(model)
+    model = unstacked(model)
     check_new(path)
     schemes, folding = check_expressible(model)
     with new_directory(path.resolve()) as staging:

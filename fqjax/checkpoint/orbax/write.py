@@ -24,7 +24,8 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import abstracted
 from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.surgery import replace_modules
-from fqjax.runtime.arguments import check_path, check_type
+from fqjax.models.checks import check_model
+from fqjax.runtime.arguments import check_path
 from fqjax.runtime.files import JsonObject, check_new, exists, writing
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def save(
       InputError: if ``path`` exists or cannot be written, or other processes hold a part of an array.
     """
     path = check_path("path", path)
-    check_type("model", model, nnx.Module, "an nnx.Module")
+    check_model(model)
     refuse_existing(path)
     with new_directory(path.resolve()) as staging:
         write(staging, model, tokenizer, report.calibration if report else None)
