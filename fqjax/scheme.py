@@ -130,11 +130,16 @@ class Scheme(Settings):
         ``head``, and two in words of their own: ``int8_head=true`` and ``int8_layers=REGEX``, for a rule.
 
         Raises:
-          InputError: naming the key or value that does not fit, or the setting that has no effect.
+          InputError: naming the key or value that does not fit, the setting that has no effect, or what is set twice.
         """
-        scheme, others = self, []
+        scheme, others, pattern = self, [], None
         for key, text in map(split, settings):
             if key == "int8_layers":
+                if pattern is not None:
+                    raise InputError(
+                        f"--set {key}={text}: {key}={pattern} is set too; expected one, as {pattern}|{text}"
+                    )
+                pattern = text
                 rules = tuple(rule for rule in scheme.rules if rule.keep != "int8")
                 scheme = dataclasses.replace(scheme, rules=(*rules, Rule(text, "int8")) if text else rules)
             elif key == "int8_head":

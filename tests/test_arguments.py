@@ -352,6 +352,15 @@ def test_paths_to_write(mlp, value):
     refused("path", fqjax.save_compressed_tensors, value, mlp)
 
 
+@pytest.mark.parametrize("value", [5, "x", [], {}, object(), np.ones(2)], ids=short)
+def test_what_is_saved_beside_a_model(mlp, value, tmp_path):
+    refused("report ", fqjax.save, tmp_path / "out", mlp, report=value)
+    refused("tokenizer ", fqjax.save, tmp_path / "out", mlp, tokenizer=value)
+    refused("tokenizer ", fqjax.save_compressed_tensors, tmp_path / "out", mlp, tokenizer=value)
+    refused("sharding ", fqjax.load, tmp_path, mlp, sharding=value)
+    assert not list(tmp_path.iterdir())
+
+
 X = np.ones((3, 4), np.float32)
 BAD_DATA = {
     "a number": 3,

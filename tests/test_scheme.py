@@ -77,6 +77,22 @@ def test_a_scheme_has_settings_and_rules_of_its_own():
     assert again.override(["int8_layers="]) == PRESETS["w4a8"].override(["sample_rows=64"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["int4_share=0.5", "int4_share=0.5"], "--set int4_share=0.5: int4_share=0.5 sets the same"),
+        (["int4_share=0.5", "allocation.int4_share=1"], "int4_share=1: int4_share=0.5 sets the same"),
+        (["int8_head=true", "int8_head=false"], "head=none: head=int8 sets the same"),
+        (["int8_head=true", "head=none"], "head=none: head=int8 sets the same"),
+        (["rounding=gptq", "rounding=nearest"], "rounding=nearest: rounding=gptq sets the same"),
+        (["int8_layers=a", "int8_layers=b"], r"int8_layers=b: int8_layers=a is set too; expected one, as a\|b"),
+    ],
+)
+def test_a_key_that_is_set_twice(settings, message):
+    with pytest.raises(InputError, match=message):
+        PRESETS["flattenquant"].override(settings)
+
+
 def test_the_kind_of_a_part_is_chosen_first_whatever_the_order():
     changed = PRESETS["w4a8-integer-scale"].override(["group_size=64", "damping=1", "weights=gptq"])
     assert changed.method == IntegerScale(weights=GPTQ(group_size=64, damping=1.0))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fqjax.checkpoint.compressed.config import read_quantization
 from fqjax.checkpoint.fields import ModelConfig, check_counts
+from fqjax.checkpoint.foreign import foreign_inside
 from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.models import FAMILIES
 from fqjax.models.rotary import check_rope
@@ -26,7 +27,8 @@ def read_architecture(directory: Path) -> tuple[str, ModelConfig]:
         is missing, absurd or not supported.
     """
     if not exists(directory / "config.json"):
-        raise InputError(f"{directory}: not a model directory: it has no config.json")
+        found = foreign_inside(directory)
+        raise InputError(f"{directory}: not a model directory: it has no config.json" + (f"; {found}" if found else ""))
     path = linked(directory, "config.json")
     raw = read_json(path, "configuration")
     name = _architecture(path, raw)

@@ -21,6 +21,7 @@ from fqjax.checkpoint.architecture import read_architecture
 from fqjax.checkpoint.compressed.config import Quantization, read_quantization
 from fqjax.checkpoint.compressed.read import StoredLayer, read_layers, stored_layer
 from fqjax.checkpoint.fields import ModelConfig, check_depth
+from fqjax.checkpoint.foreign import foreign
 from fqjax.checkpoint.naming import HEAD, Source, found
 from fqjax.checkpoint.safetensors import TensorFiles
 from fqjax.checkpoint.text_tokens import with_text_tokens
@@ -29,7 +30,7 @@ from fqjax.layers.stacked import stacked
 from fqjax.layers.surgery import replace_modules, shorten
 from fqjax.models import FAMILIES, Family
 from fqjax.models.causal_lm import CausalLM
-from fqjax.runtime.arguments import check_path
+from fqjax.runtime.arguments import check_float_dtype, check_path
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.notices import said_at_the_end, say_once
 from fqjax.runtime.progress import track
@@ -63,6 +64,7 @@ def load_hf(path_or_id: str | Path, dtype: DTypeLike = jnp.bfloat16) -> tuple[Ca
         or truncated shard, a tensor that is missing, of the wrong shape or not finite, a quantization that fqjax cannot
         express.
     """
+    dtype = check_float_dtype("dtype", dtype)
     directory = resolve_directory(path_or_id)
     name, config = read_architecture(directory)
     tokenizer = load_tokenizer(directory)
@@ -80,8 +82,8 @@ def resolve_directory(path_or_id: str | Path) -> Path:
     if path.is_dir():
         return path
     text = str(path_or_id)
-    if path.exists():
-        raise InputError(f"{text}: a file; expected a model's directory")
+    if (why := foreign(path)) is not None:
+        raise InputError(f"{text}: {why}")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise InputError(f"{text}: no such directory")
     from huggingface_hub import snapshot_download

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from fqjax.checkpoint.foreign import foreign_inside
 from fqjax.checkpoint.safetensors_header import Stored, bare_header, read_header
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import exists, linked, read_json, reason
@@ -207,10 +208,8 @@ class TensorFiles:
         if self.partial:
             self.missing.append(SINGLE_FILE)
             return {}
-        others = sorted(p.name for p in self.directory.glob("*.bin")) or sorted(
-            p.name for p in self.directory.glob("*.pt")
-        )
-        hint = f"; {others[0]} is a pickle, which fqjax does not read" if others else ""
+        found = foreign_inside(self.directory)
+        hint = f"; {found}" if found else ""
         raise InputError(f"{self.directory}: no {SINGLE_FILE} and no {INDEX_FILE}{hint}")
 
     def _lists_the_single(self, index: Path) -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import jax.numpy as jnp
 
 from fqjax.checkpoint.architecture import read_architecture
+from fqjax.checkpoint.foreign import foreign_inside
 from fqjax.checkpoint.hugging_face import read_model, resolve_directory
 from fqjax.checkpoint.manifest import MANIFEST_FILE, read_config, read_manifest
 from fqjax.checkpoint.orbax.read import load
@@ -39,8 +40,10 @@ class Source:
                 self.architecture, self.config = read_architecture(self.directory)
             self._settled = None
         else:
+            found = foreign_inside(self.directory)
             raise InputError(
                 f"{path_or_id}: not a model: neither {MANIFEST_FILE} (fqjax) nor config.json (Hugging Face) is in it"
+                + (f"; {found}" if found else "")
             )
 
     @overload

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fqjax.checkpoint.checksums import verify_files
+from fqjax.checkpoint.foreign import foreign
 from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.checkpoint.manifest import read_manifest_if_any
-from fqjax.runtime.arguments import check_path
+from fqjax.runtime.arguments import check_path, shown
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import exists, inside, linked, reason
 from fqjax.runtime.panics import Panicked, panics_as_errors
@@ -31,9 +32,11 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
     """The tokenizer of a Hugging Face directory or of an fqjax checkpoint; None if it holds none.
 
     Raises:
-      InputError: if there are tokenizer files that transformers cannot load.
+      InputError: if there is no such directory, or there are tokenizer files that transformers cannot load.
     """
     directory = check_path("directory", directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: {foreign(directory) or 'no such directory'}")
     own = exists(directory / TOKENIZER_FOLDER)
     if own:
         verify_files(read_manifest_if_any(directory), directory, TOKENIZER_FOLDER)
@@ -51,6 +54,16 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
                 return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # Any of a dozen kinds, by the file at fault.
             raise InputError(f"{directory}: its tokenizer cannot be loaded ({reason(error)})") from None
+
+
+def check_writable(tokenizer: object) -> None:
+    """Refuses what is to be saved as a tokenizer and is none of transformers'; None is let pass.
+
+    Raises:
+      InputError: naming the argument.
+    """
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise InputError(f"tokenizer {shown(tokenizer)}: expected a tokenizer of transformers")
 
 
 def _check_sentencepiece(path: Path) -> None:

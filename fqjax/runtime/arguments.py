@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import check_current_directory, exists
 from fqjax.runtime.validation import MAX_INDEX
 
 T = TypeVar("T")
@@ -74,12 +75,33 @@ def check_path(name: str, value: object) -> Path:
     """The path of a file or directory.
 
     Raises:
-      InputError: naming the argument, if it is no path, an empty one, or holds a null character.
+      InputError: naming the argument, if it is no path, an empty one, or holds a null character; naming the path, if it is
+        relative to a directory that is not there any more, or cannot be looked at.
     """
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise InputError(f"{name} {shown(value)}: expected a path")
-    return Path(text)
+    path = Path(text)
+    check_current_directory(path)
+    exists(path)  # It says why that cannot be known, as of a name that is too long.
+    return path
+
+
+def check_float_dtype(name: str, value: object) -> np.dtype:
+    """A type of real numbers in floating point.
+
+    Raises:
+      InputError: naming the argument.
+    """
+    import jax.numpy as jnp
+
+    try:
+        dtype = np.dtype(value)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    except TypeError:
+        raise InputError(f"{name} {shown(value)}: expected a dtype, such as jnp.bfloat16") from None
+    if value is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in (2, 4):
+        raise InputError(f"{name} {shown(value)}: expected bfloat16, float16 or float32")
+    return dtype
 
 
 def check_type(name: str, value: object, kind: type[T], words: str) -> T:

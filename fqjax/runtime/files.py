@@ -25,6 +25,13 @@ MAX_REASON_CHARACTERS = 300
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """The beginning of gs://bucket/path, also as a path, of which pathlib makes gs:/bucket/path."""
 
+DRIVE = re.compile(r"[A-Za-z]:([/\\]|$)")
+"""The beginning of C:/path."""
+
+MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_SHOWN = 200, 3800, 100
+"""Bytes of what is written, at most, and characters of it in a message: Linux has 255 and 4096, of which the names take some
+that there are until it is whole."""
+
 UNPRINTABLE_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters, and bytes that are no UTF-8."""
 
@@ -195,12 +202,43 @@ def check_new(path: Path) -> None:
 
 
 def check_local(path: Path) -> None:
-    """Refuses an address, ``gs://bucket/path``, and characters that cannot be shown.
+    """Refuses a path that stands for something else than it says, or that nothing could be written at.
+
+    Such are an address, ``gs://bucket/path``, a drive, ``C:/path``, what a shell replaces, ``~/path``, characters that cannot
+    be shown, and names so long that those of what is written on the way would be too long.
 
     Raises:
       InputError: naming the path and what was expected.
     """
     if ADDRESS.match(str(path)):
         raise InputError(f"{path}: not a path on this machine; expected one, such as /data/out or out")
-    if found := UNPRINTABLE_CHARACTERS.search(os.path.abspath(path)):
+    if DRIVE.match(str(path)) and os.name != "nt":
+        raise InputError(
+            f"{path}: begins with a drive, which this machine does not have; expected such as /data/out or out"
+        )
+    check_current_directory(path)
+    whole = os.path.abspath(path)
+    if str(path).startswith("~"):
+        meant = home if (home := os.path.expanduser(path)) != str(path) else whole
+        raise InputError(f"{path}: begins with ~, which a shell replaces and nothing else does; expected {meant}")
+    if found := UNPRINTABLE_CHARACTERS.search(whole):
         raise InputError(f"{str(path)!r}: has {found[0]!r} in its path; expected characters that can be shown")
+    for what, text, most in (("name", path.name, MAX_NAME_BYTES), ("path", whole, MAX_PATH_BYTES)):
+        if (size := len(os.fsencode(text))) > most:
+            raise InputError(f"{whole[:MAX_SHOWN]}...: its {what} has {size} bytes; expected at most {most}")
+
+
+def check_current_directory(path: Path) -> None:
+    """Refuses a relative path where the directory that it begins at has been removed.
+
+    Raises:
+      InputError: naming the path.
+    """
+    if path.is_absolute():
+        return
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            f"{path}: the current directory cannot be used ({error.strerror}); expected an absolute path"
+        ) from None

@@ -49,16 +49,19 @@ def overridden(config: SettingsT, settings: Iterable[str], label: str, aliases: 
       aliases: keys that the caller takes itself, for the list of those that there are.
 
     Raises:
-      InputError: naming the key or value that does not fit, or the setting that has no effect.
+      InputError: naming the key or value that does not fit, the setting that has no effect, or the key that is set twice.
     """
     draft, pairs = _Draft(config), [split(setting) for setting in settings]
-    idle: dict[str, str] = {}
+    idle, given = dict[str, str](), dict[str, str]()
     # Kinds of parts first, as they decide which keys there are.
     for key, text in sorted(pairs, key=lambda pair: not _is_kind(draft, pair[0])):
         try:
             full, part, name = _found(draft, key, aliases)
         except InputError as error:
             raise InputError(f"--set {key}={text}: {label} {error}") from None
+        if full in given:
+            raise InputError(f"--set {key}={text}: {given[full]} sets the same; expected one of them")
+        given[full] = f"{key}={text}"
         before = part.values.get(name)
         _change(part, name, text)
         if part.values.get(name) == before:  # A value that has no effect may be taken back, but not be given again.

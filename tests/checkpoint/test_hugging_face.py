@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.checkpoint.safetensors import TensorFiles
+from fqjax.checkpoint.source import Source
 from fqjax.runtime.errors import InputError
 from tests.conftest import edit_config, edit_tensor, make_checkpoint
 from tests.models import variants
@@ -144,6 +146,40 @@ def test_no_weights(checkpoint):
     fails(checkpoint, "no model.safetensors")
     (checkpoint / "pytorch_model.bin").write_bytes(b"")
     fails(checkpoint, "pytorch_model.bin is a pickle")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "model.gguf",
+            "GGUF, the format of llama.cpp, which fqjax does not read; expected a directory with config.json",
+        ),
+        ("model.PTH", "a pickle, which fqjax does not read; expected a directory with config.json and safetensors"),
+        ("pytorch_model.bin", "a pickle, which"),
+        ("model.safetensors", "a file; expected the directory that it is in, /"),
+        ("config.json", "a file; expected the directory that it is in, /"),
+        ("notes.txt", "a file; expected a model's directory"),
+    ],
+)
+def test_a_file_in_place_of_a_directory(tmp_path, name, message, monkeypatch):
+    path = tmp_path / name
+    path.touch()
+    for load in (fqjax.load_hf, fqjax.load, fqjax.load_tokenizer, lambda path: Source(str(path))):
+        with pytest.raises(InputError, match=f"{name}: {message}"):
+            load(path)
+    if "directory with" in message:  # One that is not there is no name of the hub's.
+        monkeypatch.chdir(tmp_path)
+        fails(Path("models") / name, f"{name}: {message}")
+        for load in (fqjax.load_hf, lambda path: Source(str(path))):
+            with pytest.raises(InputError, match=f"no config.json; {name} is|in it; {name} is"):
+                load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [None, 5, "x", "int8", "float64", jnp.int32, jnp.complex64, object(), []], ids=str)
+def test_a_dtype_that_no_model_has(tmp_path, dtype):
+    with pytest.raises(InputError, match="^dtype "):
+        fqjax.load_hf(tmp_path, dtype)
 
 
 def test_a_missing_shard(checkpoint):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fqjax.checkpoint.target import check_target, new_directory, write_tensors
+from fqjax.runtime.arguments import check_path
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import check_local, check_new, exists
 
@@ -39,6 +40,54 @@ def test_what_orbax_takes_for_something_else(tmp_path, name):
 def test_other_names_are_let_pass(tmp_path, name):
     check_new(tmp_path / name)
     check_target(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("~/out", f"begins with ~.*expected {os.path.expanduser('~/out')}$"),
+        ("~", "begins with ~"),
+        ("~nobody-is-named-so/out", "begins with ~.*expected /.*/~nobody-is-named-so/out$"),
+        ("C:/out", "begins with a drive"),
+        ("c:\\\\out", "begins with a drive"),
+        ("D:", "begins with a drive"),
+        ("n" * 201, r"nnn\.\.\.: its name has 201 bytes; expected at most 200"),
+        ("ä" * 101, "its name has 202 bytes"),
+        ("n/" * 2000 + "out", "its path has .* bytes; expected at most 3800"),
+        ("n" * 300 + "/out", "cannot be looked at .*too long"),
+        ("loop/out", "cannot be looked at .*symbolic links"),
+        ("one/two/out", "cannot be looked at .*symbolic links"),
+        ("loop", "exists already"),
+    ],
+)
+def test_paths_at_which_nothing_could_be_written(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    for name, target in (("loop", "loop"), ("one", "other"), ("other", "one")):
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(InputError, match=message) as caught:
+        check_new(Path(path))
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["n" * 200, "ä" * 100])
+def test_the_longest_name_is_written(tmp_path, name):
+    check_new(tmp_path / name)
+    with new_directory(tmp_path / name) as staging:
+        staging.mkdir()
+        (tmp_path / f"{staging.name}.orbax-checkpoint-tmp").touch()
+    assert (tmp_path / name).is_dir()
+
+
+def test_a_current_directory_that_was_removed(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for check in (check_local, check_new, check_target, lambda path: check_path("path", path)):
+        with pytest.raises(
+            InputError, match="^out: the current directory cannot be used .*; expected an absolute path$"
+        ):
+            check(Path("out"))
+        check(tmp_path / "out")
 
 
 def test_what_exists(tmp_path, monkeypatch):

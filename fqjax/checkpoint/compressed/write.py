@@ -13,6 +13,7 @@ which is folded into what stands before the layer (:mod:`fqjax.rewrites.fold`).
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -28,6 +29,7 @@ from fqjax.checkpoint.naming import written as names_of
 from fqjax.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
 from fqjax.checkpoint.target import new_directory, saving, write_tensors
 from fqjax.checkpoint.text_tokens import GENERATION_FILE
+from fqjax.checkpoint.tokenizer import check_writable
 from fqjax.core.formats.grouped import Grouped
 from fqjax.core.formats.uniform import Uniform, UniformTensor
 from fqjax.layers.head import Int8Table
@@ -73,10 +75,11 @@ def save_compressed_tensors(
     """
     path = check_path("path", path)
     check_model(model)
+    check_writable(tokenizer)
     model = unstacked(model)
     check_new(path)
     schemes, folding = check_expressible(model)
-    with new_directory(path.resolve()) as staging:
+    with new_directory(Path(os.path.realpath(path))) as staging:
         staging.mkdir()
         _write(staging, cast(CausalLM, model), schemes, folding)
         if tokenizer is not None:

@@ -5,6 +5,7 @@ it is asked for another dtype than it stored, so stored shapes and dtypes are co
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool
 from orbax.checkpoint import v1 as ocp
 
 from fqjax.checkpoint.checksums import verify as verify_checksums
+from fqjax.checkpoint.foreign import foreign
 from fqjax.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -43,7 +45,7 @@ from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import shape_of
 from fqjax.layers.stacked import quantized_layers, stacked
 from fqjax.layers.surgery import find_linears, replace_modules
-from fqjax.runtime.arguments import check_flag, check_path, check_type
+from fqjax.runtime.arguments import check_flag, check_path, check_type, shown
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
 from fqjax.runtime.quiet import collect_late_reads, muted
@@ -72,12 +74,14 @@ def load(
       InputError: naming the file, layer or array at fault: not a checkpoint, a newer format version, an array that is
         missing, of another shape or dtype than the manifest says, or not what was saved; codes that could overflow.
     """
-    directory = check_path("path", path).resolve()
+    directory = Path(os.path.realpath(check_path("path", path)))
     check_flag("verify", verify)
+    if sharding is not None and not isinstance(sharding, Sharding) and not callable(sharding):
+        raise InputError(f"sharding {shown(sharding)}: expected a jax.sharding.Sharding, or a function that gives one")
     if model is not None:
         check_type("model", model, nnx.Module, "an nnx.Module")
     if not directory.is_dir():
-        raise InputError(f"{path}: no such directory")
+        raise InputError(f"{path}: {foreign(directory) or 'no such directory'}")
     written = read_stored_manifest(directory)
     manifest = current(written, directory)
     layers = abstract_layers(manifest, directory)

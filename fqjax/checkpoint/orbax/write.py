@@ -5,6 +5,7 @@ others.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -17,7 +18,7 @@ from fqjax.checkpoint.calibration_record import CALIBRATION_FILE, CalibrationRec
 from fqjax.checkpoint.checksums import checksums, file_checksums, with_sums
 from fqjax.checkpoint.manifest import MANIFEST_FILE, describe
 from fqjax.checkpoint.target import check_target, new_directory, saving
-from fqjax.checkpoint.tokenizer import TOKENIZER_FOLDER
+from fqjax.checkpoint.tokenizer import TOKENIZER_FOLDER, check_writable
 from fqjax.checkpoint.tree import named_leaves, nest, split_storable
 from fqjax.layers.head import Int8Table
 from fqjax.layers.linear import QuantizedLinear
@@ -25,7 +26,8 @@ from fqjax.layers.record import abstracted
 from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.surgery import replace_modules
 from fqjax.models.checks import check_model
-from fqjax.runtime.arguments import check_path
+from fqjax.runtime.arguments import check_path, shown
+from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonObject, check_new, exists, writing
 
 if TYPE_CHECKING:
@@ -61,9 +63,13 @@ def save(
     """
     path = check_path("path", path)
     check_model(model)
+    check_writable(tokenizer)
+    record = None if report is None else getattr(report, "calibration", report)
+    if record is not None and not isinstance(record, CalibrationRecord):
+        raise InputError(f"report {shown(report)}: expected the report that fqjax.quantize gave besides the model")
     refuse_existing(path)
-    with new_directory(path.resolve()) as staging:
-        write(staging, model, tokenizer, report.calibration if report else None)
+    with new_directory(Path(os.path.realpath(path))) as staging:
+        write(staging, model, tokenizer, record)
 
 
 def write(
@@ -91,7 +97,7 @@ class Writer:
     """
 
     def __init__(self, directory: Path, skeleton: nnx.Module):
-        self.directory, self.skeleton = directory.resolve(), skeleton
+        self.directory, self.skeleton = Path(os.path.realpath(directory)), skeleton
         self.sums: dict[str, str] = {}
         self.replaced: dict[str, nnx.Module] = {}
         for old in (self.directory, *self.directory.parent.glob(f"{self.directory.name}.*")):
