@@ -4,7 +4,7 @@ Examples:
     python scripts/train_demo_model.py --out fqjax/demo/checkpoint          # the bundled one: half an hour on 2 cores
     python scripts/train_demo_model.py --out /tmp/demo --steps 50           # a quick look
 
-The text is what every Python has: the topics of ``help()`` and the standard library's docstrings (fqjax/data/python_docs.py).
+The text is the documentation of Python 3.12 that comes with the package (fqjax/data/python_docs.py).
 The weights kept are those with the lowest loss on the held-out part.
 
 Large language models have a few activation channels that are tens of times larger than the rest, and those are what

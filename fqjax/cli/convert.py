@@ -20,7 +20,8 @@ def convert(
         ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text to calibrate on; without it, Python's own documentation.", metavar="FILE")
+        Path | None,
+        typer.Option(help="Text to calibrate on; without it, the documentation of Python 3.12.", metavar="FILE"),
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 64,
     window: Annotated[

@@ -69,7 +69,7 @@ class Conversion:
       source: Hugging Face directory or hub id.
       out: directory to create.
       scheme: method and settings.
-      calibration: text file; None takes Python's own documentation.
+      calibration: text file; None takes the documentation of Python 3.12 that comes with the package.
       samples: windows of calibration text.
       window: tokens in a window, BOS among them; by default 512, or as many as the model has positions.
       ignore: regular expressions of layers to leave in float.
