@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 import fqjax
 from fqjax.cli.main import main
 from fqjax.data.text import usual_window
-from fqjax.inference.serve import Request, Server, serve
+from fqjax.inference.engine import Engine
+from fqjax.inference.requests import Request
+from fqjax.inference.serve import serve
 from fqjax.methods import IntegerScale
 from fqjax.models.llama import Llama, LlamaConfig
 from fqjax.runtime.errors import InputError
@@ -131,9 +133,9 @@ def test_small_whole_numbers_of_numpy_do_not_overflow(llama, mlp):
     assert found["layers.0"].samples.shape == (150, 4)
     assert fqjax.Scheme("small", "", IntegerScale(amplifier=np.int16(64)), sample_rows=np.uint8(9)).sample_rows == 9
     refused("amplifier=3: expected a power", fqjax.integer_scales, mlp, np.int8(3))
-    server = Server(WithoutPrefill(llama), slots=np.int8(1), capacity=np.int8(127), chunk=np.int8(100))
+    engine = Engine(WithoutPrefill(llama), slots=np.int8(1), capacity=np.int8(127), chunk=np.int8(100))
     request = Request(prompt=[5] * 60, max_new_tokens=np.int8(100))
-    refused("request: 60 tokens and 100 new ones", server.submit, request)
+    refused("request: 60 tokens and 100 new ones", engine.submit, request)
     settings = {"temperature": np.float16(0.5), "top_p": np.float16(0.5), "seed": np.uint8(255)}
     drawn = fqjax.generate(llama, np.full(63, 5, np.int8), np.int8(1), **settings, prefill_chunk=np.int8(64))
     np.testing.assert_array_equal(drawn, fqjax.generate(llama, [5] * 63, 1, 0.5, 0.5, 255))
@@ -229,12 +231,12 @@ def test_prompts(llama, prompt):
 def test_no_more_tokens_than_the_model_has_positions(llama):
     for count in (64, 10**6, 10**9):
         refused("positions", fqjax.generate, llama, [5], count)
-        refused("positions", Server(llama, slots=1, capacity=2**10).submit, Request(prompt=[5] * 60, max_new_tokens=5))
+        refused("positions", Engine(llama, slots=1, capacity=2**10).submit, Request(prompt=[5] * 60, max_new_tokens=5))
 
 
 def test_a_cache_larger_than_the_memory_is_refused_before_it_is_made(llama):
     refused("max_new_tokens 1000000000: a cache", fqjax.generate, WithoutPrefill(llama), [[5]] * 64, 10**9)
-    refused("slots 64, capacity 1000000000: a cache", Server, WithoutPrefill(llama), slots=64, capacity=10**9)
+    refused("slots 64, capacity 1000000000: a cache", Engine, WithoutPrefill(llama), slots=64, capacity=10**9)
 
 
 @few
@@ -470,7 +472,7 @@ def test_texts_of_perplexity(llama, ids):
 @few
 @given(value=no_count)
 @pytest.mark.parametrize("name", ["slots", "capacity", "chunk", "burst"])
-def test_sizes_of_a_server(llama, name, value):
+def test_sizes_of_a_engine(llama, name, value):
     refused(name, serve, llama, [], **{"slots": 1, "capacity": 8, name: value})
 
 

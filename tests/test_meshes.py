@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import fqjax
-from fqjax.inference.serve import Request, serve
+from fqjax.inference.requests import Request
+from fqjax.inference.serve import serve
 from fqjax.models.llama import Llama, LlamaConfig
 
 sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, max_position_embeddings=64, num_hidden_layers=1)

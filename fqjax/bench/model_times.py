@@ -4,22 +4,23 @@ A prefill fills an empty cache and gives the logits of the last token; decoding 
 :data:`DECODED_TOKENS` tokens in one program, over a cache that holds ``length`` tokens, each token the most likely one.
 """
 
+import abc
 import dataclasses
 import functools
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import DTypeLike
+import numpy as np
 
 from fqjax.bench.model_cases import Case
-from fqjax.inference.generate import decode, prefill
-from fqjax.layers.record import split_to_run
-from fqjax.models.cache import KeyValueCache
+from fqjax.inference.programs import Decoding, decode, prefill
+from fqjax.inference.settings import Draws, empty_cache, ends_array, sampling_of
+from fqjax.layers.flattened import flattened
+from fqjax.models.cache import Kind
 from fqjax.models.causal_lm import CausalLM
 from pallas_kernels.timing import kernel_times
 
@@ -62,26 +63,14 @@ class Timed(CallTime, DeviceTimes):
     compile_seconds: float
 
 
-@dataclasses.dataclass
-class _Calls:
-    """Calls of a case's programs: each is given the cache that the call before returned, at the lengths of the first.
+class _Calls(abc.ABC):
+    """Calls of a case's programs, by the number of steps that each takes."""
 
-    Programs take ``state``, ``before``, the cache, which is donated, and ``after``.
-    """
+    lowered: dict[int, jax.stages.Lowered]
 
-    case: Case
-    state: nnx.State
-    before: tuple[jax.Array, ...]
-    cache: KeyValueCache
-    after: tuple[jax.Array | None, ...]
-
+    @abc.abstractmethod
     def seconds(self, program: jax.stages.Compiled) -> float:
         """Seconds of one call."""
-        held = jnp.full(self.case.batch, self.case.length if self.case.phase == "decode" else 0, jnp.int32)
-        self.cache = jax.block_until_ready(KeyValueCache(self.cache.layers, held))
-        start = time.perf_counter()
-        _, self.cache = jax.block_until_ready(program(self.state, *self.before, self.cache, *self.after))
-        return time.perf_counter() - start
 
     def least_milliseconds(self, programs: Sequence[jax.stages.Compiled]) -> list[float]:
         """Milliseconds of the shortest call of each program, after one that is not timed."""
@@ -92,15 +81,55 @@ class _Calls:
         return [1e3 * min(seconds) for seconds in zip(*turns, strict=True)]
 
 
-def measure(model: CausalLM, case: Case, kv_cache: Literal["int8"] | None = None) -> Timed:
+class _Prefill(_Calls):
+    """One program, which makes its cache."""
+
+    def __init__(self, model: CausalLM, case: Case, kv_cache: Kind | None):
+        structure, leaves = flattened(model)
+        tokens = jax.random.randint(jax.random.key(7), (case.batch, case.length), 0, model.config.vocab_size)
+        self.operands = leaves, tokens, jnp.full(case.batch, case.length, jnp.int32)
+        self.lowered = {1: prefill.lower(structure, *self.operands, case.length, kv_cache)}
+
+    def seconds(self, program: jax.stages.Compiled) -> float:
+        jax.block_until_ready(self.operands)
+        start = time.perf_counter()
+        jax.block_until_ready(program(*self.operands))
+        return time.perf_counter() - start
+
+
+class _Decoding(_Calls):
+    """A longer and a shorter program; each is given the sequences that the call before returned, at their first lengths."""
+
+    def __init__(self, model: CausalLM, case: Case, kv_cache: Kind | None):
+        structure, self.leaves = flattened(model)
+        self.held, self.sampling = case.length, jax.tree.map(jnp.asarray, sampling_of([Draws()] * case.batch))
+        cache = empty_cache(model, case.batch, case.length + DECODED_TOKENS, kv_cache)
+        token = jax.random.randint(jax.random.key(7), (case.batch,), 0, model.config.vocab_size)
+        self.state = Decoding(cache, token, jnp.int32(0), jnp.zeros(case.batch, bool), None)
+        self.rest = self.sampling, np.int32(DECODED_TOKENS + 1), ends_array(())
+        self.lowered = {
+            steps: decode.lower(structure, self.leaves, self.state, *self.rest, steps)
+            for steps in (DECODED_TOKENS, SHORT_CALL_TOKENS)
+        }
+
+    def seconds(self, program: jax.stages.Compiled) -> float:
+        batch = self.state.token.shape[0]
+        cache = dataclasses.replace(self.state.cache, lengths=jnp.full(batch, self.held, jnp.int32))
+        again = self.state._replace(cache=cache, step=jnp.int32(0), ended=jnp.zeros(batch, bool))
+        again = jax.block_until_ready(again)
+        start = time.perf_counter()
+        self.state, _ = jax.block_until_ready(program(self.leaves, again, *self.rest))
+        return time.perf_counter() - start
+
+
+def measure(model: CausalLM, case: Case, kv_cache: Kind | None = None) -> Timed:
     """``milliseconds`` a prefill or a decoded token, tokens a second, the device's part, and seconds to compile.
 
     A token is what a call of more tokens takes longer; ``call_milliseconds`` is what a call takes besides its tokens.
     """
-    prepare = _prepare_prefill if case.phase == "prefill" else _prepare_decoding
-    calls, lowered = prepare(model, case, jnp.int8 if kv_cache else None)
+    calls = (_Prefill if case.phase == "prefill" else _Decoding)(model, case, kv_cache)
     start = time.perf_counter()
-    programs = [stage.compile() for stage in lowered.values()]
+    programs = [stage.compile() for stage in calls.lowered.values()]
     compile_seconds = (time.perf_counter() - start) / len(programs)
     whole, *shorter = calls.least_milliseconds(programs)
     ms = (whole - shorter[0]) / (DECODED_TOKENS - SHORT_CALL_TOKENS) if shorter else whole
@@ -109,36 +138,9 @@ def measure(model: CausalLM, case: Case, kv_cache: Literal["int8"] | None = None
         "milliseconds": ms,
         **call,
         "tokens_per_second": 1e3 * case.batch * (case.length if case.phase == "prefill" else 1) / ms,
-        **_device_times(functools.partial(calls.seconds, programs[0]), next(iter(lowered))),
+        **_device_times(functools.partial(calls.seconds, programs[0]), next(iter(calls.lowered))),
         "compile_seconds": compile_seconds,
     }
-
-
-def _prepare_prefill(
-    model: CausalLM, case: Case, dtype: DTypeLike | None
-) -> tuple[_Calls, dict[int, jax.stages.Lowered]]:
-    """The calls, and the program by the number of steps that it takes, which is one."""
-    graphdef, state = split_to_run(model)
-    cache = model.make_cache(case.batch, case.length, dtype)
-    tokens = jax.random.randint(jax.random.key(7), (case.batch, case.length), 0, model.config.vocab_size)
-    counts = jnp.full(case.batch, case.length, jnp.int32)
-    lowered = {1: prefill.lower(graphdef, state, tokens, cache, counts)}
-    return _Calls(case, state, (tokens,), cache, (counts,)), lowered
-
-
-def _prepare_decoding(
-    model: CausalLM, case: Case, dtype: DTypeLike | None
-) -> tuple[_Calls, dict[int, jax.stages.Lowered]]:
-    """The calls, and a longer and a shorter program by the number of steps that each takes."""
-    graphdef, state = split_to_run(model)
-    cache = model.make_cache(case.batch, case.length + DECODED_TOKENS, dtype)
-    after = jax.random.normal(jax.random.key(7), (case.batch, model.config.vocab_size)), None, None
-    # One token more, which the logits give.
-    lowered = {
-        steps: decode.lower(graphdef, state, cache, *after, steps + 1, ())
-        for steps in (DECODED_TOKENS, SHORT_CALL_TOKENS)
-    }
-    return _Calls(case, state, (), cache, after), lowered
 
 
 def _device_times(call: Callable[[], object], steps: int) -> DeviceTimes:

@@ -20,10 +20,10 @@ def generate(
     """Continue a prompt."""
     kind = known_cache(kv_cache)
     from fqjax.data.text import decode_new, encode_prompt
-    from fqjax.inference.generate import check_settings
     from fqjax.inference.generate import generate as run
+    from fqjax.inference.settings import Draws, check_settings
 
-    check_settings(max_new_tokens, temperature, top_p, seed)  # Before a model is loaded.
+    check_settings(max_new_tokens, Draws(temperature=temperature, top_p=top_p, seed=seed))  # Before a model is loaded.
     loaded, tokenizer = load_with_tokenizer(model)
     tokens = encode_prompt(tokenizer, loaded.config, prompt)
     new = run(loaded, tokens, max_new_tokens, temperature, top_p, seed, kv_cache=kind)

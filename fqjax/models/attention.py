@@ -53,9 +53,9 @@ def attend(
       The attended values, and the cache with the new keys and values in it.  Every query sees keys and values as the cache
       holds them, its own among them, also where they are not read from it.
     """
-    if decodes(qkv, cache, lengths):
+    if cache is not None and decodes(qkv, cache, lengths):
         out, arrays = decode_step(decode_attention, qkv, cache, lengths, rotation=rotation, scale=scale, window=window)
-        return out[:, None], LayerCache(*arrays)
+        return out[:, None], cache.holding(arrays)
     heads = qkv.shape[2] - 2 * kv_heads
     q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
     if rotation is not None:
@@ -65,10 +65,10 @@ def attend(
     new = cache.write(k, v, lengths)
     if lengths is None:
         return causal_attention(q, *cache.rounded(k, v), scale, window), new
-    if new.keys.shape[1] > BLOCK:
+    if new.pages is not None or new.capacity > BLOCK:
         return attend_in_blocks(q, new, lengths, scale, window), new
     # Token i of sequence b stands at position lengths[b] + i and sees no position after its own.
-    visible = _visible(lengths, q.shape[1], jnp.arange(new.keys.shape[1]), window)
+    visible = _visible(lengths, q.shape[1], jnp.arange(new.capacity), window)
     return jax.nn.dot_product_attention(q, *new.read(q.dtype), mask=visible[:, None], scale=scale), new
 
 
@@ -91,7 +91,8 @@ def decode_step(
     assert cache is not None and lengths is not None
     here = None if rotation is None else tuple(part[:, 0] for part in rotation)
     held = cache.keys, cache.values, lengths, cache.key_scales, cache.value_scales
-    return attention(qkv[:, 0], *held, *operands, rotation=here, scale=scale, window=window)
+    paged = {} if cache.pages is None else {"pages": cache.pages}
+    return attention(qkv[:, 0], *held, *operands, rotation=here, scale=scale, window=window, **paged)
 
 
 def causal_attention(
@@ -134,8 +135,11 @@ def attend_in_blocks(
       block: positions taken at once.
     """
     batch, length, heads, dim = q.shape
-    capacity, kv_heads = cache.keys.shape[1:3]
+    capacity, kv_heads = cache.capacity, cache.keys.shape[2]
     block = min(block, capacity)
+    if cache.pages is not None:
+        page = cache.keys.shape[1]
+        block = max(block // page, 1) * page
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     factor = 1 / math.sqrt(dim) if scale is None else scale
 

@@ -1,10 +1,15 @@
 """The key-value cache: static arrays that a decoding loop writes into, in floating point or in INT8.
 
+A cache holds a row of positions for every sequence, or pages that sequences take as they need them: then a table says in
+which page each of a sequence's positions lies.  Page 0 is nobody's: what belongs to no sequence is written there.
+
 In INT8 every token has a scale of its own for each head's key and for its value, the largest magnitude over 127: what a
 token is rounded to does not depend on the tokens around it, so a prompt may be taken up in pieces of any length.
 """
 
 import dataclasses
+import functools
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import jax
@@ -41,12 +46,30 @@ class LayerCache:
     Attributes:
       keys, values: (batch, capacity, kv_heads, head_dim); int8 codes if there are scales.
       key_scales, value_scales: float32 (batch, capacity, kv_heads), what codes are multiplied with; None in floating point.
+      pages: int32 (batch, n), the pages that hold each sequence's positions, in their order; then the other arrays are
+        (pages, page_size, ...) instead of (batch, capacity, ...).  None where every sequence has a row.
     """
 
     keys: Array
     values: Array
     key_scales: Float32[Array, "batch capacity kv_heads"] | None = None
     value_scales: Float32[Array, "batch capacity kv_heads"] | None = None
+    pages: Int32[Array, "batch n"] | None = None
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Keys and values, and their scales if there are any."""
+        held = (self.keys, self.values, self.key_scales, self.value_scales)
+        return tuple(array for array in held if array is not None)
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a sequence."""
+        return self.keys.shape[1] if self.pages is None else self.pages.shape[1] * self.keys.shape[1]
+
+    def holding(self, arrays: Iterable[Array]) -> "LayerCache":
+        """The same cache with other arrays, in the order of :attr:`arrays`."""
+        return LayerCache(*arrays, *[None] * (4 - len(self.arrays)), pages=self.pages)
 
     @property
     def is_int8(self) -> bool:
@@ -60,12 +83,10 @@ class LayerCache:
         lengths: Int[Array, " batch"] | None,
     ) -> "LayerCache":
         """The cache with new entries after each sequence's own length; ``lengths`` is None where it is empty."""
-        if not self.is_int8:
-            return LayerCache(write(self.keys, k, lengths), write(self.values, v, lengths))
-        (k, k_scale), (v, v_scale) = quantize_heads(k), quantize_heads(v)
-        new = (k, v, k_scale, v_scale)
-        old = (self.keys, self.values, self.key_scales, self.value_scales)
-        return LayerCache(*(write(o, n, lengths) for o, n in zip(old, new, strict=True)))  # pyright: ignore
+        (k, k_scale), (v, v_scale) = (quantize_heads(k), quantize_heads(v)) if self.is_int8 else ((k, None), (v, None))
+        new = [entries for entries in (k, v, k_scale, v_scale) if entries is not None]
+        put = write if self.pages is None else functools.partial(write_to_pages, self.pages)
+        return self.holding(put(o, n, lengths) for o, n in zip(self.arrays, new, strict=True))
 
     def rounded(self, k: Array, v: Array) -> tuple[Array, Array]:
         """Keys and values as they would be read again from this cache, in the dtype that they have."""
@@ -83,8 +104,15 @@ class LayerCache:
         )
 
     def block(self, start: Int32[Array, ""], size: int) -> "LayerCache":
-        """``size`` positions from ``start`` on, which may have to be moved to the left to fit."""
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), self)
+        """``size`` positions from ``start`` on, which may have to be moved to the left to fit, as rows.
+
+        Of a cache of pages, whole ones: ``start`` and ``size`` are multiples of their size.
+        """
+        if self.pages is None:
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), self)
+        page = self.keys.shape[1]
+        pages = jax.lax.dynamic_slice_in_dim(self.pages, start // page, size // page, axis=1)
+        return LayerCache(*(leaf[pages].reshape(len(pages), size, *leaf.shape[2:]) for leaf in self.arrays))
 
 
 @jax.tree_util.register_dataclass
@@ -95,10 +123,12 @@ class KeyValueCache:
     Attributes:
       layers: one :class:`LayerCache` a layer.
       lengths: tokens held for each sequence, int32 (batch,); positions from there on are unspecified and never read.
+      pages: int32 (batch, n), the pages of each sequence in all layers; None where every sequence has a row.
     """
 
     layers: tuple[LayerCache, ...]
     lengths: Int32[Array, " batch"]
+    pages: Int32[Array, "batch n"] | None = None
 
     @classmethod
     def create(
@@ -124,7 +154,7 @@ class KeyValueCache:
     @property
     def capacity(self) -> int:
         """Tokens a sequence may have."""
-        return self.layers[0].keys.shape[1]
+        return dataclasses.replace(self.layers[0], pages=self.pages).capacity
 
     @property
     def nbytes(self) -> int:
@@ -164,3 +194,17 @@ def write(
         return jax.lax.dynamic_update_slice(old, entries, (at, *(0,) * (old.ndim - 1)))
 
     return jax.vmap(row)(cache, new, lengths)
+
+
+def write_to_pages(
+    pages: Int32[Array, "batch n"], pool: Array, new: Array, lengths: Int[Array, " batch"] | None
+) -> Array:
+    """Writes new entries (batch, length, ...) into a pool (pages, page_size, ...) after each sequence's own length, or at 0.
+
+    What would stand after a sequence's last page goes to page 0.
+    """
+    (batch, length), size = new.shape[:2], pool.shape[1]
+    start = jnp.zeros(batch, jnp.int32) if lengths is None else lengths
+    position = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    page = jnp.take_along_axis(pages, position // size, axis=1, mode="fill", fill_value=0)
+    return pool.at[page, position % size].set(new.astype(pool.dtype))

@@ -1,6 +1,7 @@
 """Base of the bundled language models: logits of a whole sequence, and logits of the next token over a cache."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, cast
 
@@ -50,6 +51,9 @@ class CausalLM(nnx.Module):
 
     keep_in_float: ClassVar[tuple[str, ...]] = ()
     """Regular expressions of linear layers that are not quantized."""
+
+    reads_pages: ClassVar[bool] = True
+    """Whether :meth:`extend` and :meth:`prefill` take caches of pages (:class:`fqjax.models.cache.KeyValueCache`)."""
 
     config: Any
     dtype: DTypeLike
@@ -111,7 +115,7 @@ class CausalLM(nnx.Module):
         A cache that held something counts as empty.
         """
         hidden, cache = self.trunk(tokens, cache, fresh=True)  # pyright: ignore[reportAssignmentType]
-        return self.head(_last(hidden, counts)), KeyValueCache(cache.layers, counts)
+        return self.head(_last(hidden, counts)), dataclasses.replace(cache, lengths=counts)
 
     def extend(
         self, tokens: Int32[Array, "batch length"], cache: KeyValueCache, counts: Int32[Array, " batch"]
@@ -127,7 +131,7 @@ class CausalLM(nnx.Module):
           Logits after each row's last real token, and the cache.
         """
         hidden, cache = self.trunk(tokens, cache)  # pyright: ignore[reportAssignmentType]
-        return self.head(_last(hidden, counts)), KeyValueCache(cache.layers, cache.lengths + counts)
+        return self.head(_last(hidden, counts)), dataclasses.replace(cache, lengths=cache.lengths + counts)
 
     @abc.abstractmethod
     def make_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KeyValueCache:
@@ -195,11 +199,17 @@ def run_layers(
     """
     pending, written = None, []
     lengths = None if cache is None or fresh else cache.lengths
-    for layer, held in zip(layers, [None] * len(layers) if cache is None else cache.layers, strict=True):
-        x, pending, held = layer.step(x, pending, held, lengths, *args)
-        written.append(held)
+    held = [None] * len(layers)
+    if cache is not None:
+        held = [dataclasses.replace(layer, pages=cache.pages) for layer in cache.layers]
+    for layer, before in zip(layers, held, strict=True):
+        x, pending, after = layer.step(x, pending, before, lengths, *args)
+        written.append(after)
     x = x if pending is None else x + pending
-    return x, None if cache is None else KeyValueCache(tuple(written), cache.lengths)
+    if cache is None:
+        return x, None
+    # One table for all layers: each has it only while it runs.
+    return x, dataclasses.replace(cache, layers=tuple(dataclasses.replace(layer, pages=None) for layer in written))
 
 
 def _last(hidden: Float[Array, "batch length hidden"], counts: Int32[Array, " batch"]) -> Float[Array, "batch hidden"]:

@@ -113,7 +113,7 @@ def after_attention(
       linear: a module that is called with (batch, length, heads * dim).
       qkv, kv_heads, cache, lengths, rotation, window: as :func:`fqjax.models.attention.attend` takes them.
     """
-    if not (decodes(qkv, cache, lengths) and _quantizes(linear)):
+    if cache is None or not (decodes(qkv, cache, lengths) and _quantizes(linear)):
         out, cache = attend(qkv, kv_heads, cache, lengths, rotation=rotation, window=window)
         return linear(out.reshape(*out.shape[:2], -1)), cache
     quantizer = linear.input.get_value()
@@ -122,7 +122,7 @@ def after_attention(
     operands = recipe.multiplier, recipe.source, recipe.part
     codes, scale, arrays = decode_step(attention, qkv, cache, lengths, *operands, rotation=rotation, window=window)
     quantized = quantizer.scaled(codes[:, None], None if scale is None else scale[:, None])
-    return linear.multiply(quantized, qkv.dtype), LayerCache(*arrays)
+    return linear.multiply(quantized, qkv.dtype), cache.holding(arrays)
 
 
 def _pending(linear: LinearLayer, x: Array, residual: Array | None) -> tuple[Array, Array | None]:

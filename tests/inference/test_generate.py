@@ -8,7 +8,11 @@ from flax import nnx
 
 import fqjax
 from fqjax.checkpoint.hugging_face import load_hf
-from fqjax.inference.generate import decode, generate
+from fqjax.inference import programs
+from fqjax.inference.generate import generate, stream
+from fqjax.inference.programs import Decoding, decode
+from fqjax.inference.settings import Draws, ends_array, sampling_of
+from fqjax.layers.flattened import Structure
 from fqjax.models.llama import Llama, LlamaConfig
 from fqjax.runtime.errors import InputError
 from tests.kernels import ahead_of_time
@@ -158,6 +162,12 @@ def test_a_quantized_model_generates(model):
         ([1], {"top_p": float("nan")}, "top_p nan"),
         ([1], {"top_p": 0.0}, "top_p 0"),
         ([1], {"top_p": 1.5}, "top_p 1.5"),
+        ([1], {"top_k": -1}, "top_k -1: expected at least 0"),
+        ([1], {"top_k": 0.5}, "top_k 0.5: expected a whole number"),
+        ([1], {"min_p": 1.5}, "min_p 1.5: expected a number from 0 to 1"),
+        ([1], {"min_p": float("nan")}, "min_p nan"),
+        ([1], {"repetition_penalty": 0.0}, "repetition_penalty 0.0: expected a number from 1e-06"),
+        ([1], {"repetition_penalty": float("inf")}, "repetition_penalty inf"),
         ([1], {"prefill_chunk": 0}, "prefill_chunk 0"),
         ([1], {"max_new_tokens": 4, "kv_cache": "int4"}, "kv_cache 'int4': expected int8"),
     ],
@@ -165,6 +175,56 @@ def test_a_quantized_model_generates(model):
 def test_bad_requests_are_named(model, prompt, settings, message):
     with pytest.raises(InputError, match=message):
         generate(model, prompt, **settings)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("burst", [1, 3])
+def test_a_stream_gives_the_same_tokens_as_they_come(model, burst):
+    settings = {"max_new_tokens": 7, "temperature": 1.0, "seed": 3}
+    whole = generate(model, PROMPTS, eos_token_id=[], **settings)
+    columns = list(stream(model, PROMPTS, eos_token_id=[], burst=burst, **settings))
+    np.testing.assert_array_equal(np.stack(columns, axis=1), whole)
+    eos = int(whole[0][4])
+    alone = list(stream(model, PROMPTS[0], eos_token_id=eos, burst=burst, **settings))
+    assert alone == whole[0][: whole[0].tolist().index(eos) + 1].tolist() and type(alone[0]) is int
+    with pytest.raises(InputError, match="burst 0"):
+        stream(model, PROMPTS, burst=0)
+
+
+@pytest.mark.sample(1)
+def test_more_tokens_than_a_burst_are_those_of_one_burst(model, monkeypatch):
+    whole = generate(model, PROMPTS, 11, eos_token_id=[])
+    monkeypatch.setattr("fqjax.inference.generate.BURST", 3)
+    np.testing.assert_array_equal(generate(model, PROMPTS, 11, eos_token_id=[]), whole)
+
+
+@pytest.mark.sample(1)
+def test_a_penalty_keeps_tokens_from_being_repeated(model):
+    new = generate(model, PROMPTS, 8, repetition_penalty=1e6, eos_token_id=[])
+    for prompt, row in zip(PROMPTS, new.tolist(), strict=True):
+        assert len({*prompt, *row}) == len(set(prompt)) + 8
+
+
+@pytest.mark.sample(1)
+def test_a_second_call_compiles_nothing_and_takes_new_weights(model):
+    generate(model, PROMPTS, 5, eos_token_id=[])
+    functions = programs.prefill, programs.begin, programs.decode
+    before = [function._cache_size() for function in functions]
+    first = generate(model, PROMPTS, 6, 0.7, 0.8, seed=4, eos_token_id=[3, 5], top_k=4, min_p=0.01)
+    assert [function._cache_size() for function in functions] == before
+    changed = nnx.clone(model)
+    nnx.update(changed, jax.tree.map(lambda leaf: leaf[::-1] if leaf.ndim else leaf, nnx.state(changed)))
+    assert generate(changed, PROMPTS, 6, 0.7, 0.8, seed=4, eos_token_id=[3, 5]).tolist() != first.tolist()
+    assert [function._cache_size() for function in functions] == before
+
+
+@pytest.mark.sample(1)
+def test_logits_that_are_not_finite_are_an_error(model):
+    broken = nnx.clone(model)
+    nnx.update(broken, jax.tree.map(lambda leaf: leaf * np.nan, nnx.state(broken)))
+    for give in (generate, lambda *arguments: list(stream(*arguments))):
+        with pytest.raises(InputError, match="its logits are not finite"):
+            give(broken, PROMPTS[0], 4)
 
 
 def test_learned_positions_set_a_limit(tmp_path):
@@ -183,15 +243,18 @@ def test_the_loop_moves_no_cache_on_a_hopper_gpu(dtype, monkeypatch):
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     config = LlamaConfig(**sizes, **heads, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=False)
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten((state, jax.eval_shape(lambda: model.make_cache(4, 2048, dtype))))
+    leaves, tree = jax.tree.flatten(nnx.state(model))
+    structure = Structure(nnx.graphdef(model), tree)
+    row, sampling, eos = jax.ShapeDtypeStruct((4,), jnp.int32), sampling_of([Draws()] * 4), ends_array((2,))
+    cache = jax.eval_shape(lambda: model.make_cache(4, 2048, dtype))
+    start = Decoding(cache, row, row.update(shape=()), row.update(dtype=bool), None)
+    held, state_tree = jax.tree.flatten(start)
 
-    def loop(logits, *leaves):
-        state, cache = jax.tree.unflatten(tree, leaves)
-        return decode.__wrapped__(graphdef, state, cache, logits, None, None, 100, (2,))
+    def loop(*arrays):
+        state = jax.tree.unflatten(state_tree, arrays[: len(held)])
+        return decode.__wrapped__(structure, arrays[len(held) :], state, sampling, np.int32(100), eos, 100)
 
-    logits = jax.ShapeDtypeStruct((4, 256), jnp.float32)
-    text = ahead_of_time.compile_for_h200(loop, logits, *leaves).as_text()
+    text = ahead_of_time.compile_for_h200(loop, *held, *leaves).as_text()
     inside, outside = text.split("ENTRY ")  # The caches are not donated here, and so copied once before the loop.
     moved = re.compile(r"= \w+\[4,2048,2,64\]\S* (copy|transpose|convert)\(")
     assert "custom-call" in inside and not moved.search(inside) and len(moved.findall(outside)) == 4

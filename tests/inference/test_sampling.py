@@ -3,13 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.inference.sampling import keep_nucleus, sample
+from fqjax.inference.sampling import NOT_FINITE, Sampling, keep_likeliest, penalized, pick, sample
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(1e-9, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (1.0, 4)])
 def test_the_nucleus_is_the_smallest_set_with_that_probability(top_p, kept):
     probabilities = np.array([[0.15, 0.5, 0.05, 0.3]])
-    logits = keep_nucleus(jnp.log(jnp.asarray(probabilities, jnp.float32)), jnp.float32(top_p))
+    logits = keep_likeliest(jnp.log(jnp.asarray(probabilities, jnp.float32)), jnp.float32(top_p))
     assert int(np.isfinite(logits).sum()) == kept
     assert np.isfinite(logits[0, 1])
 
@@ -34,3 +34,59 @@ def test_a_row_does_not_depend_on_its_neighbours():
     together = sample(logits, keys, jnp.float32(1), jnp.float32(0.9))
     alone = [sample(logits[i : i + 1], keys[i : i + 1], jnp.float32(1), jnp.float32(0.9))[0] for i in range(5)]
     assert together.tolist() == [int(a) for a in alone]
+
+
+def rows(count, **settings):
+    defaults = {"seed": 0, "temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "penalty": 1.0}
+    types = {"seed": jnp.uint32, "top_k": jnp.int32}
+    values = {name: settings.get(name, default) for name, default in defaults.items()}
+    return Sampling(
+        **{n: jnp.broadcast_to(jnp.asarray(v, types.get(n, jnp.float32)), count) for n, v in values.items()}
+    )
+
+
+PROBABILITIES = jnp.asarray([0.5, 0.25, 0.15, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"top_k": 2}, {0, 1}),
+        ({"top_k": 9}, {0, 1, 2, 3}),
+        ({"min_p": 0.29}, {0, 1, 2}),
+        ({"min_p": 1.0}, {0}),
+        ({"top_p": 0.6}, {0, 1}),
+        ({"top_p": 0.6, "top_k": 1}, {0}),
+        ({"top_p": 0.9, "min_p": 0.4}, {0, 1}),
+    ],
+)
+def test_filters_leave_the_likeliest(settings, kept):
+    logits = jnp.broadcast_to(jnp.log(PROBABILITIES), (500, 4))
+    drawn = pick(logits, jnp.int32(3), rows(500, seed=np.arange(500), temperature=1.0, **settings))
+    assert set(drawn.tolist()) == kept
+
+
+def test_every_row_has_its_own_settings():
+    logits = jnp.broadcast_to(jnp.log(PROBABILITIES), (300, 4))
+    top_k = np.arange(300) % 3
+    drawn = np.asarray(pick(logits, jnp.int32(0), rows(300, seed=np.arange(300), temperature=2.0, top_k=top_k)))
+    assert [set(drawn[top_k == k].tolist()) for k in range(3)] == [{0, 1, 2, 3}, {0}, {0, 1}]
+    cold = np.asarray(pick(logits, jnp.int32(0), rows(300, seed=np.arange(300), temperature=top_k * 1.0)))
+    assert set(cold[top_k == 0].tolist()) == {0}
+
+
+def test_a_penalty_lowers_what_was_seen():
+    logits, seen = jnp.asarray([[2.0, -2.0, 1.5]]), jnp.asarray([[True, True, False]])
+    np.testing.assert_allclose(penalized(logits, seen, jnp.asarray([2.0])), [[1.0, -4.0, 1.5]])
+    assert pick(logits, jnp.int32(0), rows(1, penalty=2.0), seen).tolist() == [2]
+    assert pick(logits, jnp.int32(0), rows(1), seen).tolist() == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_give_no_token(value, temperature):
+    logits = jnp.asarray([[0.5, value, 0.0], [0.5, 2.0, 0.0], [value] * 3])
+    picked = pick(logits, jnp.int32(0), rows(3, temperature=temperature))
+    assert picked[1] in (0, 1, 2) and picked[2] == NOT_FINITE
+    assert (picked[0] == NOT_FINITE) == (not value < 0)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from fqjax.checkpoint.hugging_face import load_hf
-from fqjax.inference import serve as serving
+from fqjax.inference import slots as programs
+from fqjax.inference.engine import Engine
 from fqjax.inference.generate import generate
-from fqjax.inference.serve import Request, Server, serve
+from fqjax.inference.requests import Request
+from fqjax.inference.serve import serve
 from fqjax.runtime.errors import InputError
 from tests.inference.test_generate import WithoutPrefill
 from tests.models import variants
@@ -101,7 +103,7 @@ def test_requests_are_read_as_slots_become_free(model):
 
 @pytest.mark.sample(1)
 def test_functions_are_compiled_once(model):
-    functions = serving._prefill, serving._extend, serving._begin, serving._decode
+    functions = programs.take_piece, programs.begin, programs.decode
     list(serve(model, requests(2), slots=5, chunk=3, capacity=33, eos_token_id=[]))
     before = [f._cache_size() for f in functions]
     list(serve(model, requests(9, temperature=1.0), slots=5, chunk=3, capacity=33, eos_token_id=[]))
@@ -110,23 +112,24 @@ def test_functions_are_compiled_once(model):
 
 @pytest.mark.sample(1)
 def test_a_prompt_is_taken_up_while_others_decode(model):
-    server = Server(model, slots=2, chunk=2, capacity=40, eos_token_id=[])
-    server.submit(Request(prompt=[5], max_new_tokens=20))
-    server.step()
-    server.submit(Request(prompt=list(range(3, 23)), max_new_tokens=2))
-    short, long = server.running[0], server.waiting[0]
+    engine = Engine(model, slots=2, chunk=2, capacity=40, eos_token_id=[])
+    engine.submit(Request(prompt=[5], max_new_tokens=20))
+    engine.step()
+    engine.submit(Request(prompt=list(range(3, 23)), max_new_tokens=2))
+    short, long = engine.running[0], engine.waiting[0]
     for _ in range(5):
-        server.step()
-    assert len(short.tokens) == 7 and long.taken_up == 10 and not long.tokens
+        engine.step()
+    # What the sixth step gave is still on its way.
+    assert len(short.tokens) == 6 and long.taken_up == 10 and not long.tokens
 
 
 @pytest.mark.sample(1)
 def test_the_cache_is_donated(model):
-    server = Server(model, slots=2, chunk=4, capacity=16, eos_token_id=[])
-    server.submit(Request(prompt=[5, 6, 7, 8, 9], max_new_tokens=4))
+    engine = Engine(model, slots=2, chunk=4, capacity=16, eos_token_id=[])
+    engine.submit(Request(prompt=[5, 6, 7, 8, 9], max_new_tokens=4))
     for _ in range(3):
-        before = jax.tree.leaves(server.cache)
-        server.step()
+        before = jax.tree.leaves(engine._cache)
+        engine.step()
         assert all(leaf.is_deleted() for leaf in before)
 
 
@@ -145,10 +148,10 @@ def test_the_cache_is_donated(model):
     ],
 )
 def test_requests_that_cannot_be_served_are_refused(model, settings, message):
-    server = Server(model, slots=2, capacity=32)
+    engine = Engine(model, slots=2, capacity=32)
     with pytest.raises(InputError, match=message):
-        server.submit(Request(**settings))
-    assert not server.busy
+        engine.submit(Request(**settings))
+    assert not engine.busy
 
 
 @pytest.mark.parametrize("name", ["slots", "capacity", "chunk", "burst"])
@@ -194,8 +197,8 @@ def test_bad_requests_end_no_others_and_an_error_of_the_iterable_comes_last(mode
 
 
 def test_a_seed_that_is_an_array_is_refused(model):
-    server = Server(model, slots=2, capacity=32)
+    engine = Engine(model, slots=2, capacity=32)
     for seed in (np.arange(2), np.array([1]), np.array(1), jnp.int32(1), True, None, 1.0):
         with pytest.raises(InputError, match="seed"):
-            server.submit(Request(prompt=[5], max_new_tokens=3, seed=seed))
-    assert not server.busy
+            engine.submit(Request(prompt=[5], max_new_tokens=3, seed=seed))
+    assert not engine.busy

@@ -1,0 +1,230 @@
+"""The programs of an engine: pieces of prompts, first tokens, and steps of decoding, over slots that share one cache.
+
+All of them take the cache and the slots from one another by donation.  A slot's arithmetic does not depend on its neighbours:
+
+- :func:`take_piece`: pieces of some prompts, into the slots' memory;
+- :func:`begin`: the first token after some prompts, and the settings of their slots;
+- :func:`decode`: some tokens for every slot that decodes;
+- :func:`release`: slots that are to decode no longer.
+
+Rows that stand for no slot have one that is out of range: what they write is dropped, or goes to page 0.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from fqjax.inference.programs import GRAPHS, Leaves, generative, take_up
+from fqjax.inference.requests import MOST_LOGPROBS
+from fqjax.inference.sampling import NO_TOKEN, Sampling, is_end, pick
+from fqjax.inference.settings import empty_cache
+from fqjax.layers.flattened import Structure
+from fqjax.models.cache import KeyValueCache, Kind
+from fqjax.models.causal_lm import GenerativeModel
+
+
+class Slots(NamedTuple):
+    """State of the slots; a row each.
+
+    Attributes:
+      token: the last one, which is not in the cache yet.
+      step: how many tokens there are.
+      limit: how many there may be.
+      active: whether it decodes.
+      reports: whether logarithms of probabilities are wanted.
+      sampling: how tokens are drawn.
+      seen: tokens that were there before, of slots with a repetition penalty.
+    """
+
+    token: Int32[Array, " slots"]
+    step: Int32[Array, " slots"]
+    limit: Int32[Array, " slots"]
+    active: Bool[Array, " slots"]
+    reports: Bool[Array, " slots"]
+    sampling: Sampling
+    seen: Bool[Array, "slots vocabulary"]
+
+
+class Piece(NamedTuple):
+    """Pieces of prompts, a row each.
+
+    Attributes:
+      tokens: padded on the right.
+      counts: how many of them are real.
+      starts: how many are in the cache before.
+      slots: whose they are; one that is out of range for none.
+      pages: of these slots.
+    """
+
+    tokens: Int32[np.ndarray, "rows width"]
+    counts: Int32[np.ndarray, " rows"]
+    starts: Int32[np.ndarray, " rows"]
+    slots: Int32[np.ndarray, " rows"]
+    pages: Int32[np.ndarray, "rows n"] | None
+
+
+class First(NamedTuple):
+    """What begins to decode, a row each; a slot that is out of range for none.
+
+    Attributes:
+      slots: which.
+      limit, reports, sampling: as for :class:`Slots`.
+      prompts: tokens that a repetition penalty counts as seen, padded with :data:`NO_TOKEN`.
+    """
+
+    slots: Int32[np.ndarray, " rows"]
+    limit: Int32[np.ndarray, " rows"]
+    reports: Bool[np.ndarray, " rows"]
+    sampling: Sampling
+    prompts: Int32[np.ndarray, "rows width"]
+
+
+class Picked(NamedTuple):
+    """Tokens of a step, :data:`NO_TOKEN` for rows that got none, and logarithms of probabilities, of rows that report.
+
+    Attributes:
+      token: (rows, tokens).
+      logprob: of each token.
+      top, top_logprobs: the most likely tokens, and theirs.
+    """
+
+    token: Int32[Array, "rows tokens"]
+    logprob: Float32[Array, "rows tokens"]
+    top: Int32[Array, "rows tokens most"]
+    top_logprobs: Float32[Array, "rows tokens most"]
+
+
+class Rows(NamedTuple):
+    """How an empty cache is made that has a row for each sequence.
+
+    Attributes:
+      capacity, kv_cache: as :func:`fqjax.inference.settings.empty_cache` takes them.
+    """
+
+    capacity: int
+    kv_cache: Kind | None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
+def take_piece(
+    structure: Structure, leaves: Leaves, cache: KeyValueCache, piece: Piece, fresh: bool, rows: Rows | None
+) -> tuple[Float32[Array, "rows vocabulary"], KeyValueCache]:
+    """Pieces of prompts, into their slots.
+
+    Args:
+      structure, leaves: the model.
+      cache: of all slots; it is donated.
+      piece: the tokens.
+      fresh: whether nothing stands before any of them.
+      rows: for a cache in which each slot has a row; None for one of pages.
+
+    Returns:
+      Logits after each piece, and the cache.
+    """
+    model, slots = generative(structure, leaves), jnp.asarray(piece.slots)
+    if rows is not None:
+        if fresh:
+            logits, new = take_up(model, piece.tokens, empty_cache(model, len(piece.counts), *rows), piece.counts)
+        else:
+            held = jax.tree.map(lambda all: all.at[slots].get(mode="clip"), cache)
+            logits, new = model.extend(piece.tokens, held, piece.counts)
+        return logits, jax.tree.map(lambda all, some: all.at[slots].set(some, mode="drop"), cache, new)
+    assert cache.pages is not None and piece.pages is not None
+    starts, pages = jnp.asarray(piece.starts), jnp.asarray(piece.pages)
+    held = KeyValueCache(cache.layers, starts, pages)
+    run = functools.partial(take_up, model) if fresh else model.extend
+    logits, new = run(piece.tokens, held, piece.counts)
+    lengths = cache.lengths.at[slots].set(starts + piece.counts, mode="drop")
+    return logits, KeyValueCache(new.layers, lengths, cache.pages.at[slots].set(pages, mode="drop"))
+
+
+@functools.partial(jax.jit, donate_argnums=0, compiler_options=GRAPHS)
+def begin(
+    slots: Slots, logits: Float32[Array, "rows vocabulary"], first: First, eos: Int32[np.ndarray, " ends"]
+) -> tuple[Slots, Picked]:
+    """Picks the first token after prompts, and lets their slots decode from it."""
+    rows, vocabulary = logits.shape
+    prompts = jnp.where(jnp.asarray(first.prompts) < 0, vocabulary, first.prompts)  # What lies outside is dropped.
+    seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], prompts].set(True, mode="drop")
+    token = pick(logits, jnp.int32(0), first.sampling, seen)
+    reports = jnp.asarray(first.reports)
+    picked = _picked(logits, token, reports)
+    active = (jnp.asarray(first.limit) > 1) & ~is_end(token, jnp.asarray(eos))
+    seen = seen.at[jnp.arange(rows), token].set(True, mode="drop")
+    new = Slots(token, jnp.ones(rows, jnp.int32), jnp.asarray(first.limit), active, reports, first.sampling, seen)
+    at = jnp.asarray(first.slots)
+    slots = jax.tree.map(lambda all, some: all.at[at].set(some, mode="drop"), slots, new)
+    return slots, jax.tree.map(lambda leaf: leaf[:, None], picked)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=(2, 3), compiler_options=GRAPHS)
+def decode(
+    structure: Structure,
+    leaves: Leaves,
+    cache: KeyValueCache,
+    slots: Slots,
+    eos: Int32[np.ndarray, " ends"],
+    burst: int,
+) -> tuple[KeyValueCache, Slots, Picked]:
+    """Up to ``burst`` tokens for every slot that decodes; :data:`NO_TOKEN` for those that do not."""
+    model, ends = generative(structure, leaves), jnp.asarray(eos)
+
+    def step(carry: tuple[KeyValueCache, Slots], _: None) -> tuple[tuple[KeyValueCache, Slots], Picked]:
+        cache, s = carry
+        logits, cache = _extend_active(model, cache, s)
+        token = jnp.where(s.active, pick(logits, s.step, s.sampling, s.seen), s.token)
+        picked = _picked(logits, token, s.reports & s.active)
+        count = s.step + s.active
+        active = s.active & (count < s.limit) & ~is_end(token, ends)
+        new = picked._replace(token=jnp.where(s.active, token, NO_TOKEN))
+        # Of a slot that does not decode, nobody reads what was seen.
+        seen = s.seen.at[jnp.arange(token.shape[0]), token].set(True, mode="drop")
+        return (cache, s._replace(token=token, step=count, active=active, seen=seen)), new
+
+    if burst == 1:
+        (cache, slots), picked = step((cache, slots), None)
+        return cache, slots, jax.tree.map(lambda leaf: leaf[:, None], picked)
+    (cache, slots), picked = lax.scan(step, (cache, slots), length=burst)
+    return cache, slots, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), picked)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def release(slots: Slots, kept: Bool[np.ndarray, " slots"]) -> Slots:
+    """The slots, of which only those kept still decode."""
+    return slots._replace(active=slots.active & kept)
+
+
+def _extend_active(model: GenerativeModel, cache: KeyValueCache, slots: Slots) -> tuple[Array, KeyValueCache]:
+    """Logits after the last tokens; slots that do not decode keep what they had.
+
+    What these write goes after their length, where the next piece of their prompt overwrites it, or to page 0.
+    """
+    active = slots.active
+    token, counts = slots.token[:, None], active.astype(jnp.int32)
+    if not isinstance(cache, KeyValueCache) or cache.pages is None:
+        return model.extend(token, cache, counts)
+    # Their pages may be somebody else's by now.
+    lengths, pages = jnp.where(active, cache.lengths, 0), jnp.where(active[:, None], cache.pages, 0)
+    logits, new = model.extend(token, KeyValueCache(cache.layers, lengths, pages), counts)
+    return logits, KeyValueCache(new.layers, cache.lengths + active, cache.pages)
+
+
+def _picked(logits: Float32[Array, "rows vocabulary"], token: Array, reports: Array) -> Picked:
+    """Tokens, and logarithms of probabilities where any row reports them, without an axis of tokens."""
+    rows = logits.shape[0]
+    most = min(MOST_LOGPROBS, logits.shape[1])
+
+    def computed() -> tuple[Array, Array, Array]:
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        values, top = lax.top_k(logprobs, most)
+        return jnp.take_along_axis(logprobs, jnp.maximum(token, 0)[:, None], axis=1)[:, 0], top, values
+
+    def nothing() -> tuple[Array, Array, Array]:
+        return jnp.zeros(rows), jnp.zeros((rows, most), jnp.int32), jnp.zeros((rows, most))
+
+    return Picked(token, *lax.cond(jnp.any(reports), computed, nothing))

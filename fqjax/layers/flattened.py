@@ -1,0 +1,158 @@
+"""A model as jitted functions take it: its structure, hashed by identity, and its arrays in one tuple.
+
+``nnx.split`` of a large model takes longer than decoding a token, and so does hashing its graph definition, which a jitted
+call does every time.  Here both are done once: what was found is kept for as long as the model lives, and looked for anew
+where anything in the model has been exchanged since.
+
+    structure, leaves = flattened(model)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(structure, leaves, tokens):
+        return structure.model(leaves)(tokens)
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.tree_util import PyTreeDef
+
+from fqjax.layers.record import split_to_run
+
+
+class Structure:
+    """What a model is but for its arrays.  Equal only to itself; models that are alike share one."""
+
+    def __init__(self, graphdef: nnx.GraphDef[Any], tree: PyTreeDef):
+        self._graphdef, self._tree = graphdef, tree
+
+    def model(self, leaves: tuple[jax.Array, ...]) -> nnx.Module:
+        """The model with these arrays, in a program that is traced."""
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, leaves))
+
+
+class Flattened(NamedTuple):
+    """A model's structure, and its arrays in the order that it takes them."""
+
+    structure: Structure
+    leaves: tuple[jax.Array, ...]
+
+
+def flattened(model: nnx.Module) -> Flattened:
+    """The model's structure and arrays, without its records; arrays lie on automatic axes of their mesh.
+
+    The model is not held, and neither are its arrays: what has been exchanged is free.
+    """
+    with _lock:
+        look = _looks.get(id(model))
+        found = None if look is None else look.current(model)
+        if found is None:
+            found, look = _look(model)
+            _looks[id(model)] = look
+            weakref.finalize(model, _forget, id(model), weakref.ref(look)).atexit = False
+        return found
+
+
+_Reference = Callable[[], object]
+
+_lock = threading.RLock()
+_looks: "dict[int, _Look]" = {}
+_structures: "weakref.WeakValueDictionary[tuple[object, object], Structure]" = weakref.WeakValueDictionary()
+"""By graph definition and tree, so that a model that is loaded again finds the programs of the one before."""
+
+
+def _forget(key: int, look: "weakref.ref[_Look]") -> None:
+    """Drops what was found, unless it has been looked for anew since."""
+    with _lock:
+        if _looks.get(key) is look():
+            _looks.pop(key, None)
+
+
+class _Node(NamedTuple):
+    """A module, list, tuple or dictionary of a model as it was."""
+
+    node: _Reference
+    identities: list[int]
+    variables: list[tuple[int, _Reference]]
+    """Where among its values variables stand, and what each held."""
+    held: list[object]
+    """Values that are neither modules nor variables; while they live, nothing else has their identity."""
+
+    def unchanged(self) -> bool:
+        """Whether the node lives, and holds the same objects."""
+        node = self.node()
+        if node is None:
+            return False
+        values = _values(node)
+        if list(map(id, values)) != self.identities:
+            return False
+        return all(values[at].get_raw_value() is held() for at, held in self.variables)  # pyright: ignore
+
+
+class _Look:
+    """What was found in a model, and how to see whether it still holds."""
+
+    def __init__(self, model: nnx.Module, structure: Structure, leaves: tuple[jax.Array, ...]):
+        self._model, self._structure = weakref.ref(model), structure
+        own = {id(leaf) for leaf in jax.tree.leaves(nnx.state(model))}
+        # What split_to_run has moved to another mesh is nobody else's.
+        self._leaves = [_reference(leaf) if id(leaf) in own else _holding(leaf) for leaf in leaves]
+        self._nodes = list(_nodes(model))
+
+    def current(self, model: nnx.Module) -> Flattened | None:
+        """What was found, if this is the model, and nothing in it has been exchanged."""
+        if self._model() is not model or not all(node.unchanged() for node in self._nodes):
+            return None
+        leaves = tuple(leaf() for leaf in self._leaves)
+        return Flattened(self._structure, leaves)  # pyright: ignore[reportArgumentType]
+
+
+def _look(model: nnx.Module) -> tuple[Flattened, _Look]:
+    graphdef, state = split_to_run(model)
+    leaves, tree = jax.tree.flatten(state)
+    structure = _structures.setdefault((graphdef, tree), Structure(graphdef, tree))
+    found = Flattened(structure, tuple(leaves))
+    return found, _Look(model, *found)
+
+
+def _nodes(root: object) -> Iterator[_Node]:
+    """Every node that can be reached from one, once."""
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        values = _values(node)
+        inner = [value for value in values if _is_node(value)]
+        variables = [(at, _reference(v.get_raw_value())) for at, v in enumerate(values) if isinstance(v, nnx.Variable)]
+        held = [value for value in values if not _is_node(value) and not isinstance(value, nnx.Variable)]
+        reference = _reference(node) if isinstance(node, nnx.Module) else _holding(node)
+        yield _Node(reference, list(map(id, values)), variables, held)
+        waiting += inner
+
+
+def _is_node(value: object) -> bool:
+    return isinstance(value, nnx.Module | nnx.Pytree | list | tuple | dict)
+
+
+def _values(node: object) -> list[object]:
+    """What a node holds, in its own order."""
+    if isinstance(node, dict):
+        return list(node.values())
+    return list(node) if isinstance(node, list | tuple) else list(vars(node).values())
+
+
+def _reference(value: object) -> _Reference:
+    """A weak reference where there can be one."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return _holding(value)
+
+
+def _holding(value: object) -> _Reference:
+    return lambda: value
