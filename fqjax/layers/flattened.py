@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.tree_util import PyTreeDef
 
 from fqjax.layers.record import split_to_run
 
@@ -26,7 +25,7 @@ from fqjax.layers.record import split_to_run
 class Structure:
     """What a model is but for its arrays.  Equal only to itself; models that are alike share one."""
 
-    def __init__(self, graphdef: nnx.GraphDef[Any], tree: PyTreeDef):
+    def __init__(self, graphdef: nnx.GraphDef[Any], tree: Any):
         self._graphdef, self._tree = graphdef, tree
 
     def model(self, leaves: tuple[jax.Array, ...]) -> nnx.Module:

@@ -18,6 +18,7 @@ from pallas_kernels import device
 from pallas_kernels.attention import reference, triton
 from pallas_kernels.attention.codes import Recipe
 from pallas_kernels.attention.parts import Parts
+from pallas_kernels.attention.problem import capacity_of
 from pallas_kernels.attention.triton import Finish, Result
 from pallas_kernels.device import NO_GPU
 from pallas_kernels.quantize.dispatch import CHANNEL_MULTIPLE, quantize
@@ -31,12 +32,13 @@ FASTER: dict[str, Implementation] = {"triton": "mosaic", "xla": "triton"}
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call: lengths (batch,), cosines and sines or nothing, and the cache's two or four arrays."""
+    """The arrays of a call: lengths (batch,), cosines and sines or nothing, the cache's two or four arrays, and its pages."""
 
     qkv: Array
     lengths: Array
     rotation: tuple[Array, ...]
     cache: tuple[Array, ...]
+    pages: Array | None
 
 
 def decode_attention(
@@ -50,6 +52,7 @@ def decode_attention(
     rotation: tuple[Float32[Array, "batch half"], Float32[Array, "batch half"]] | None = None,
     scale: float | None = None,
     window: int | None = None,
+    pages: Int32[Array, "batch n"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "batch heads dim"], tuple[Array, ...]]:
     """Appends a token to every sequence, and gives ``softmax(q @ keys.T * scale) @ values`` over its filled positions.
@@ -64,6 +67,10 @@ def decode_attention(
         (arXiv 2104.09864).
       scale: 1 / sqrt(dim) by default.
       window: only so many of the last positions; None for all.
+      pages: for a cache whose arrays are (pages, page_size, ...) instead of (batch, capacity, ...): in which of them each
+        sequence's positions lie, page after page, so that position t is at ``t % page_size`` of page
+        ``pages[b, t // page_size]``.  Entries that no filled position needs may be any page's.  Results are those of a
+        cache of rows with the same positions, bit for bit.  "mosaic" takes pages of a multiple of 16 positions.
       implementation: None takes a kernel where there is one: "mosaic", which is for Hopper GPUs, or "triton", for NVIDIA GPUs
         of compute capability 8.0 or more; and elsewhere "xla", which looks at the whole capacity.
 
@@ -75,7 +82,7 @@ def decode_attention(
       ValueError: if shapes do not fit together, or codes and scales do not come together.
       NotImplementedError: if the named implementation cannot take the call.
     """
-    inputs = _checked(qkv, keys, values, lengths, key_scales, value_scales, rotation, implementation)
+    inputs = _checked(qkv, keys, values, lengths, key_scales, value_scales, rotation, pages, implementation)
     return _attend(functools.partial(_whole, qkv.dtype), implementation, inputs, scale, window)
 
 
@@ -95,6 +102,7 @@ def quantized_decode_attention(
     rotation: tuple[Float32[Array, "batch half"], Float32[Array, "batch half"]] | None = None,
     scale: float | None = None,
     window: int | None = None,
+    pages: Int32[Array, "batch n"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Int8[Array, "batch width"], Float32[Array, " batch"] | None, tuple[Array, ...]]:
     """:func:`decode_attention`, and its output quantized for the next layer, in the pass that puts the parts together.
@@ -121,7 +129,7 @@ def quantized_decode_attention(
     kind = Quantization(name="quantize_attended", qmax=qmax, per_token=per_token)
     recipe = Recipe(qmax, multiplier, source, part)
     finish = functools.partial(_quantized, kind, recipe, implementation)
-    inputs = _checked(qkv, keys, values, lengths, key_scales, value_scales, rotation, implementation)
+    inputs = _checked(qkv, keys, values, lengths, key_scales, value_scales, rotation, pages, implementation)
     by_kernel = None if per_token or len(source) % CHANNEL_MULTIPLE else recipe
     (codes, *scales), written = _attend(finish, implementation, inputs, scale, window, by_kernel)
     return codes, scales[0] if scales else None, written
@@ -136,17 +144,17 @@ def _attend(
     recipe: Recipe | None = None,
 ) -> tuple[Result, tuple[Array, ...]]:
     """The result that ``finish`` makes of the parts and their sums, and the cache, by an implementation or the fastest."""
-    qkv, _, _, (keys, values, *_) = inputs
+    qkv, _, _, (keys, values, *_), pages = inputs
     factor = 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale)
 
     def xla(inputs: Inputs) -> tuple[Result, tuple[Array, ...]]:
-        out, cache = reference.decode_attention(*inputs, scale=factor, window=window)
+        out, cache = reference.decode_attention(*inputs[:4], scale=factor, window=window, pages=inputs.pages)
         return finish(out, None), cache
 
     if implementation == "xla":
         return xla(inputs)
     reasons = {
-        "mosaic": _not_on_hopper(qkv, keys, values),
+        "mosaic": _not_on_hopper(qkv, keys, values, pages is not None),
         "triton": NO_GPU if device.capability() < (8, 0) else triton.cannot_use(qkv, keys, values),
     }
     used = implementation or next((name for name, why in reasons.items() if why is None), "xla")
@@ -155,24 +163,25 @@ def _attend(
             f"decode_attention: implementation {used!r} cannot take qkv {qkv.shape} {qkv.dtype}: {why}"
         )
     missed = (reasons[FASTER[used]] or "") if used in FASTER else ""
-    device.say("decode_attention", (*qkv.shape, keys.shape[1]), used, missed)
+    device.say("decode_attention", (*qkv.shape, capacity_of(inputs.cache, pages)), used, missed)
     if used == "xla":
         return xla(inputs)
 
     def kernel(inputs: Inputs) -> tuple[Result, tuple[Array, ...]]:
         run = _hopper_run() if used == "mosaic" else triton.run
-        return run(*inputs, scale=factor, window=window, finish=finish, recipe=recipe)
+        kinds = {"scale": factor, "window": window, "finish": finish, "recipe": recipe}
+        return run(*inputs[:4], pages=inputs.pages, **kinds)
 
     return kernel(inputs) if implementation else lax.platform_dependent(inputs, cuda=kernel, default=xla)
 
 
-def _not_on_hopper(qkv: Array, keys: Array, values: Array) -> str | None:
+def _not_on_hopper(qkv: Array, keys: Array, values: Array, paged: bool) -> str | None:
     """Why the kernel for Hopper GPUs cannot run here."""
     if device.hopper_device() is None:
         return "this is no Hopper GPU"
     from pallas_kernels.attention import hopper
 
-    return hopper.cannot_use(qkv, keys, values)
+    return hopper.cannot_use(qkv, keys, values, paged)
 
 
 def _hopper_run() -> Callable[..., tuple[Result, tuple[Array, ...]]]:
@@ -206,13 +215,20 @@ def _checked(
     key_scales: Array | None,
     value_scales: Array | None,
     rotation: tuple[Array, Array] | None,
+    pages: Array | None,
     implementation: Implementation | None,
 ) -> Inputs:
     heads = qkv.shape[1] - 2 * keys.shape[2] if qkv.ndim == 3 and keys.ndim == 4 else 0
-    if heads < 1 or keys.shape[::3] != qkv.shape[::2] or heads % keys.shape[2]:
+    alike = keys.shape[-1] == qkv.shape[-1] and (pages is not None or keys.shape[0] == qkv.shape[0])
+    if heads < 1 or not alike or heads % keys.shape[2]:
+        held = "batch, capacity" if pages is None else "pages, page_size"
         raise ValueError(
-            f"decode_attention: qkv (batch, heads + 2 kv_heads, dim) and keys (batch, capacity, kv_heads, dim) do not fit "
+            f"decode_attention: qkv (batch, heads + 2 kv_heads, dim) and keys ({held}, kv_heads, dim) do not fit "
             f"together: {qkv.shape} and {keys.shape}"
+        )
+    if pages is not None and (pages.ndim != 2 or pages.shape[0] != qkv.shape[0] or pages.dtype != jnp.int32):
+        raise ValueError(
+            f"decode_attention: pages must be int32 ({qkv.shape[0]}, n), got {pages.dtype} of shape {pages.shape}"
         )
     if values.shape != keys.shape or lengths.shape != qkv.shape[:1]:
         raise ValueError(
@@ -232,4 +248,4 @@ def _checked(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise NotImplementedError(f"implementation {implementation!r} is not one of: {', '.join(IMPLEMENTATIONS)}")
     cache = tuple(x for x in (keys, values, key_scales, value_scales) if x is not None)
-    return Inputs(qkv, lengths, rotation or (), cache)
+    return Inputs(qkv, lengths, rotation or (), cache, pages)

@@ -14,10 +14,10 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.attention.codes import Recipe
-from pallas_kernels.attention.hopper_cut import Cut, best_cut
+from pallas_kernels.attention.hopper_cut import TILE_POSITIONS, Cut, best_cut
 from pallas_kernels.attention.hopper_memory import MOST_GROUP, shared_words
 from pallas_kernels.attention.hopper_unit import Unit
-from pallas_kernels.attention.problem import Problem
+from pallas_kernels.attention.problem import Problem, capacity_of
 from pallas_kernels.attention.triton import Finish, Result
 from pallas_kernels.mosaic.compat import FragmentedArray, LaunchContext, Ref, ir, kernel_in_place, plgpu
 from pallas_kernels.mosaic.lanes import Lanes
@@ -28,7 +28,7 @@ MOST_EXTRA = 1024
 """Channels that large ones continue in, for which a CTA has shared memory."""
 
 
-def cannot_use(qkv: Array, keys: Array, values: Array) -> str | None:
+def cannot_use(qkv: Array, keys: Array, values: Array, paged: bool = False) -> str | None:
     """Why the kernel cannot take these operands; None if it can."""
     dim, group = qkv.shape[2], qkv.shape[1] // keys.shape[2] - 2
     if qkv.dtype not in (jnp.bfloat16, jnp.float16):
@@ -42,6 +42,8 @@ def cannot_use(qkv: Array, keys: Array, values: Array) -> str | None:
         return f"{group} heads share a key-value head, more than {MOST_GROUP}"
     if max(2 * math.prod(qkv.shape), math.prod(keys.shape)) >= 2**31:
         return "an operand has 2^31 bytes or more"
+    if paged and keys.shape[1] % TILE_POSITIONS:
+        return f"pages hold {keys.shape[1]} positions, not a multiple of {TILE_POSITIONS}"
     return None
 
 
@@ -55,15 +57,17 @@ def run(
     window: int | None,
     finish: Finish[Result],
     recipe: Recipe | None = None,
+    pages: Array | None = None,
     cut: Cut | None = None,
 ) -> tuple[Result, tuple[Array, ...]]:
     """The kernel, with the arguments of :func:`pallas_kernels.attention.triton.run`."""
-    cut = cut or best_cut(len(qkv) * cache[0].shape[2], cache[0].shape[1])
-    p = Problem.of(qkv, rotation, cache, scale, window, cut)
+    cut = cut or best_cut(len(qkv) * cache[0].shape[2], capacity_of(cache, pages))
+    p = Problem.of(qkv, rotation, cache, scale, window, cut, pages)
     if recipe is not None and p.splits == 1 and len(recipe.source) <= MOST_EXTRA:
         p = p.quantizing(recipe)
     how = recipe[1 : 4 if p.extra else 2] if recipe is not None and p.qmax else ()
-    results = jax.custom_batching.sequential_vmap(build(p))(lengths, qkv, *rotation, *cache, *how)
+    table = () if pages is None else (pages,)
+    results = jax.custom_batching.sequential_vmap(build(p))(lengths, *table, qkv, *rotation, *cache, *how)
     written, (first, *rest) = tuple(results[:4]), results[4:]
     if p.qmax:
         return (first,), written  # pyright: ignore[reportReturnType]
@@ -71,7 +75,8 @@ def run(
 
 
 def build(p: Problem[Cut]) -> Callable[..., tuple[Array, ...]]:
-    """The kernel: a function of lengths, qkv, the rotation's two if there is one, the cache's four arrays, and a recipe's.
+    """The kernel: a function of lengths, the table of pages if there is one, qkv, the rotation's two if there is one, the
+    cache's four arrays, and a recipe's.
 
     It gives the cache's arrays, with the new tokens; then its output, (batch, kv_heads, splits, group, dim), and the
     logarithms of the sums if there are several splits; or, with a recipe, the codes.
@@ -84,7 +89,7 @@ def build(p: Problem[Cut]) -> Callable[..., tuple[Array, ...]]:
     """
     if p.batch * p.kv_heads * p.splits % p.cut.units:
         raise ValueError(f"{p.cut}: {p.batch * p.kv_heads * p.splits} units do not fill CTAs")
-    shape = (p.batch, p.capacity, p.kv_heads, p.dim)
+    shape = p.cache_shape
     cache = [jax.ShapeDtypeStruct(shape, jnp.int8)] * 2 + [jax.ShapeDtypeStruct(shape[:3], jnp.float32)] * 2
     parts = (p.batch, p.kv_heads, p.splits, p.group)
     if p.qmax:
@@ -93,7 +98,7 @@ def build(p: Problem[Cut]) -> Callable[..., tuple[Array, ...]]:
         found = [jax.ShapeDtypeStruct((*parts, p.dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
     else:
         found = [jax.ShapeDtypeStruct((*parts, p.dim), p.dtype)]
-    first = 2 + 2 * p.rotates  # of the cache among the operands
+    first = 2 + bool(p.page) + 2 * p.rotates  # of the cache among the operands
     inputs = first + 4 + ((3 if p.extra else 1) if p.qmax else 0)
 
     def decode_attention(*refs: Ref, **scratch: Ref) -> None:

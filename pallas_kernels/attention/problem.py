@@ -28,6 +28,11 @@ MMA_CODES = 32
 """That a matrix product of integers adds up on tensor cores, at least."""
 
 
+def capacity_of(cache: Sequence[Array], pages: Array | None) -> int:
+    """Positions of a sequence, in a cache of rows or of pages."""
+    return cache[0].shape[1] if pages is None else pages.shape[1] * cache[0].shape[1]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cut:
     """How the work is cut up.
@@ -91,7 +96,8 @@ class Problem(Generic[ScheduleT]):
     """Sizes that a kernel is made for, the factor of the scores, and how the work is cut up.
 
     Where one program finds all of a head's output, it can quantize it: then ``qmax`` is the largest code, and ``extra`` how
-    many channels there are for large ones to continue in.
+    many channels there are for large ones to continue in.  ``page`` is how many positions a page of the cache holds, and
+    ``pool`` how many pages there are; 0 where every sequence has a row of ``capacity`` positions.
     """
 
     batch: int
@@ -108,6 +114,8 @@ class Problem(Generic[ScheduleT]):
     cut: ScheduleT
     qmax: int = 0
     extra: int = 0
+    page: int = 0
+    pool: int = 0
 
     @classmethod
     def of(
@@ -118,9 +126,11 @@ class Problem(Generic[ScheduleT]):
         scale: float,
         window: int | None,
         cut: ScheduleT,
+        pages: Array | None = None,
     ) -> "Problem[ScheduleT]":
         """For such operands."""
-        (batch, heads, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
+        (batch, heads, dim), (pool, size, kv_heads, _) = qkv.shape, cache[0].shape
+        capacity = capacity_of(cache, pages)
         return cls(
             batch=batch,
             capacity=capacity,
@@ -134,11 +144,24 @@ class Problem(Generic[ScheduleT]):
             scale=scale,
             window=window,
             cut=cut,
+            page=0 if pages is None else size,
+            pool=0 if pages is None else pool,
         )
 
     def quantizing(self, recipe: Recipe) -> "Problem[ScheduleT]":
         """The same for a kernel that quantizes its output."""
         return dataclasses.replace(self, qmax=recipe.qmax, extra=len(recipe.source))
+
+    @property
+    def table(self) -> int:
+        """Pages of a sequence; 0 where it has a row."""
+        return self.capacity // self.page if self.page else 0
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int, int]:
+        """Of keys and values: (batch, capacity, kv_heads, dim), or (pool, page, kv_heads, dim)."""
+        held = (self.pool, self.page) if self.page else (self.batch, self.capacity)
+        return (*held, self.kv_heads, self.dim)
 
     @property
     def splits(self) -> int:

@@ -41,6 +41,7 @@ def decode_attention(
     *,
     scale: float,
     window: int | None,
+    pages: Array | None = None,
 ) -> tuple[Array, tuple[Array, ...]]:
     """Appends a token to every sequence and attends, over the whole capacity with a mask.
 
@@ -50,10 +51,18 @@ def decode_attention(
       cache: keys and values, and their scales if they are codes.
       scale: factor of the scores.
       window: number of last positions that are visible; None for all.
+      pages: of each sequence, where the cache has pages; they are gathered to rows first.
 
     Returns:
       (batch, heads, dim) and the cache.
     """
+    if pages is not None:
+        rows = tuple(pool[pages].reshape(len(pages), -1, *pool.shape[2:]) for pool in cache)
+        out, rows = decode_attention(qkv, lengths, rotation, rows, scale=scale, window=window)
+        size, batch = cache[0].shape[1], jnp.arange(len(pages))
+        last = jnp.minimum(lengths, pages.shape[1] * size - 1)
+        at = pages[batch, last // size], last % size
+        return out, tuple(pool.at[at].set(row[batch, last]) for pool, row in zip(cache, rows, strict=True))
     (batch, _, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
     heads = qkv.shape[1] - 2 * kv_heads
     q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)

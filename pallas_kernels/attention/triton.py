@@ -26,7 +26,7 @@ from jaxtyping import Array, DTypeLike
 from pallas_kernels import device
 from pallas_kernels.attention import codes as attention_codes
 from pallas_kernels.attention.codes import Recipe
-from pallas_kernels.attention.problem import UPPER_CODE_UNIT, WHOLE_CAPACITY, Cut, Problem, best_cut
+from pallas_kernels.attention.problem import UPPER_CODE_UNIT, WHOLE_CAPACITY, Cut, Problem, best_cut, capacity_of
 from pallas_kernels.attention.reference import LOWEST_SCORE
 from pallas_kernels.mosaic.math import rounded
 from pallas_kernels.mosaic.types import Ref, Scalar
@@ -66,6 +66,7 @@ def run(
     window: int | None,
     finish: Finish[Result],
     recipe: Recipe | None = None,
+    pages: Array | None = None,
     cut: Cut | None = None,
     interpret: bool = False,
 ) -> tuple[Result, tuple[Array, ...]]:
@@ -79,21 +80,33 @@ def run(
       finish: function of the parts, (batch, kv_heads, parts, group, dim), and the logarithms of their sums, None if there
         is one part.
       recipe: if there is one part, the kernel itself quantizes it so, and the result is the codes, in a tuple.
+      pages: of each sequence, (batch, n), where the cache's arrays are (pool, page_size, ...).
       cut: how the work is cut up; by default :func:`best_cut`.
       interpret: whether to run on the CPU.
     """
-    (batch, heads, dim), (_, capacity, kv_heads, _) = qkv.shape, cache[0].shape
+    (batch, heads, dim), kv_heads = qkv.shape, cache[0].shape[2]
     heads -= 2 * kv_heads
-    whole = recipe is not None and capacity <= WHOLE_CAPACITY
+    whole = recipe is not None and capacity_of(cache, pages) <= WHOLE_CAPACITY
     cut = cut or best_cut(batch * kv_heads, heads // kv_heads, dim, len(cache) > 2, whole=whole)
-    p = Problem.of(qkv, rotation, cache, scale, window, cut)
+    p = Problem.of(qkv, rotation, cache, scale, window, cut, pages)
+    how = ()
     if recipe is not None and p.splits == 1:
         p = p.quantizing(recipe)
         how = recipe[1:] if p.extra else recipe[1:2]
-        *written, _, _, codes = _call(p, interpret)(lengths, qkv, qkv, qkv, *rotation, *cache, *how)
-        return (codes,), tuple(written)  # pyright: ignore[reportReturnType]
-    *written, out, log_sum = _call(p, interpret)(lengths, qkv, qkv, qkv, *rotation, *cache)
-    return finish(out, log_sum if p.splits > 1 else None), tuple(written)
+    table = () if pages is None else (pages,)
+    # Pages one after the other are a row that all sequences share, in which a table says where their positions are.
+    held = [array.reshape(_one_row(p, array)) for array in cache]
+    found = _call(p, interpret)(lengths, *table, qkv, qkv, qkv, *rotation, *held, *how)
+    written = tuple(new.reshape(old.shape) for new, old in zip(found, cache, strict=False))
+    out, log_sum, *codes = found[len(cache) :]
+    if codes:
+        return tuple(codes), written  # pyright: ignore[reportReturnType]
+    return finish(out, log_sum if p.splits > 1 else None), written
+
+
+def _one_row(p: Problem[Cut], array: Array) -> tuple[int, ...]:
+    """The shape that the kernel takes of one of the cache's arrays."""
+    return (1, p.pool * p.page, *array.shape[2:]) if p.page else array.shape
 
 
 def _call(p: Problem[Cut], interpret: bool) -> Callable[..., list[Array]]:
@@ -101,23 +114,27 @@ def _call(p: Problem[Cut], interpret: bool) -> Callable[..., list[Array]]:
 
     heads = p.kv_heads * p.group
     half = pl.BlockSpec((None, p.dim // 2), lambda b, h, s: (b, 0))
-    cache = [pl.BlockSpec((None, p.capacity, None, p.dim), lambda b, h, s: (b, 0, h, 0))] * 2
-    shape = (p.batch, p.capacity, p.kv_heads, p.dim)
+    shape = (1, p.pool * p.page, p.kv_heads, p.dim) if p.page else p.cache_shape
+
+    def row(b: Scalar) -> Scalar:
+        return 0 if p.page else b
+
+    cache = [pl.BlockSpec((None, shape[1], None, p.dim), lambda b, h, s: (row(b), 0, h, 0))] * 2
     arrays = [jax.ShapeDtypeStruct(shape, p.cache_dtype)] * 2
     if p.codes:
-        cache += [pl.BlockSpec((None, p.capacity, None), lambda b, h, s: (b, 0, h))] * 2
+        cache += [pl.BlockSpec((None, shape[1], None), lambda b, h, s: (row(b), 0, h))] * 2
         arrays += [jax.ShapeDtypeStruct(shape[:3], jnp.float32)] * 2
     parts = (p.batch, p.kv_heads, p.splits, p.group)
-    first = 4 + 2 * p.rotates  # of the cache among the operands
+    first = 4 + bool(p.page) + 2 * p.rotates  # of the cache among the operands
     channels = heads * p.dim
     recipe = [channels, *([p.extra] * 2 if p.extra else [])] if p.qmax else []
-    row = pl.BlockSpec((None, channels + p.extra), lambda b, h, s: (b, 0))
-    codes = [row] if p.qmax else []
+    codes = [pl.BlockSpec((None, channels + p.extra), lambda b, h, s: (b, 0))] if p.qmax else []
     return pl.pallas_call(
         functools.partial(_kernel, p, interpret),
         grid=(p.batch, p.kv_heads, p.splits),
         in_specs=[
             pl.BlockSpec((p.batch,), lambda b, h, s: (0,)),
+            *([pl.BlockSpec((None, p.table), lambda b, h, s: (b, 0))] if p.page else []),
             pl.BlockSpec((None, p.group, p.dim), lambda b, h, s: (b, h, 0)),
             pl.BlockSpec((None, None, p.dim), lambda b, h, s: (b, heads + h, 0)),
             pl.BlockSpec((None, None, p.dim), lambda b, h, s: (b, heads + p.kv_heads + h, 0)),
@@ -144,8 +161,9 @@ def _call(p: Problem[Cut], interpret: bool) -> Callable[..., list[Array]]:
     )
 
 
-def _kernel(p: Problem[Cut], interpret: bool, lengths: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, *rest: Ref) -> None:
+def _kernel(p: Problem[Cut], interpret: bool, lengths: Ref, *rest: Ref) -> None:
     """One program: a share of one sequence's filled positions, for the heads that share one key-value head."""
+    (*table, q_ref, k_ref, v_ref), rest = rest[: 3 + bool(p.page)], rest[3 + bool(p.page) :]
     arrays = 4 if p.codes else 2
     rotation, rest = rest[: 2 * p.rotates], rest[2 * p.rotates :]
     (keys, values, *scale_refs), rest = rest[:arrays], rest[arrays:]
@@ -153,6 +171,11 @@ def _kernel(p: Problem[Cut], interpret: bool, lengths: Ref, q_ref: Ref, k_ref: R
     recipe, rest = rest[:count], rest[count:]
     written, (out_ref, log_sum_ref, *codes_ref) = rest[:arrays], rest[arrays:]
     length = lengths[pl.program_id(0)]
+
+    def place(position: Array) -> Array:
+        """Where a position, or several, lies in the cache."""
+        return table[0][position // p.page] * p.page + position % p.page if table else position
+
     oldest = jnp.int32(0) if p.window is None else jnp.maximum(length + 1 - p.window, 0)
     block = p.cut.block
     begin, end = oldest // block, (length + (block - 1)) // block
@@ -180,16 +203,16 @@ def _kernel(p: Problem[Cut], interpret: bool, lengths: Ref, q_ref: Ref, k_ref: R
 
     @pl.when(pl.program_id(2) == 0)
     def write() -> None:
-        place = jnp.minimum(length, p.capacity - 1)
+        at = place(jnp.minimum(length, p.capacity - 1))
         for ref, entry in zip(written[:2], new[:2], strict=True):
-            ref[place, :] = entry.astype(p.cache_dtype)
+            ref[at, :] = entry.astype(p.cache_dtype)
         for ref, entry in zip(written[2:], new[2:], strict=True):
-            ref[place] = entry
+            ref[at] = entry
 
     def body(i: Scalar, carry: Sequence[Array]) -> Sequence[Array]:
         best, total, out = carry
         position = i * block + jnp.arange(block)
-        at = jnp.maximum(jnp.minimum(position, length - 1), 0)
+        at = place(jnp.maximum(jnp.minimum(position, length - 1), 0))
         if query is not None:
             upper, lower, size = query
             codes = keys[at, :].T

@@ -137,6 +137,94 @@ def test_xla_is_exact_in_float32(codes):
     check(decode(finite(arguments), window=5), arguments, scale=0.25, window=5, tolerance=1e-5)
 
 
+def in_pages(operands, page, spare=3):
+    """The same operands with a cache of pages in some order, and the table; spare pages hold what must not be read.
+
+    The capacity becomes whole pages.
+    """
+    qkv, lengths, rotation, cache = operands
+    batch, capacity = cache[0].shape[:2]
+    n = -(-capacity // page)
+    order = np.random.default_rng(1).permutation(batch * n + spare)[: batch * n].reshape(batch, n).astype(np.int32)
+    pools, rows = [], []
+    for array in cache:
+        hidden = np.nan if jnp.issubdtype(array.dtype, jnp.floating) else 99
+        row = np.full((batch, n * page, *array.shape[2:]), hidden, np.asarray(array).dtype)
+        row[:, :capacity] = array
+        pool = np.full((batch * n + spare, page, *array.shape[2:]), hidden, row.dtype)
+        pool[order] = row.reshape(batch, n, page, *array.shape[2:])
+        pools.append(jnp.asarray(pool))
+        rows.append(jnp.asarray(row))
+    # Pages behind the length may be anybody's.
+    table = np.where(np.arange(n) * page <= np.asarray(lengths)[:, None], order, 0)
+    return (qkv, lengths, rotation, tuple(rows)), (qkv, lengths, rotation, tuple(pools)), jnp.asarray(table)
+
+
+def check_pages(found, wanted, table, lengths):
+    """Results of pages and of rows are the same bits, and so is what the cache holds of every sequence."""
+    jax.tree.map(np.testing.assert_array_equal, found[0], wanted[0])
+    for pool, row in zip(found[1], wanted[1], strict=True):
+        held = np.asarray(pool)[np.asarray(table)].reshape(row.shape)
+        filled = np.arange(row.shape[1]) <= np.asarray(lengths)[:, None]
+        np.testing.assert_array_equal(held[filled], np.asarray(row)[filled])
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("window", [None, BLOCK + 3])
+@pytest.mark.parametrize("page", [16, BLOCK, 3])
+@pytest.mark.parametrize("cut", [Cut(splits=1), Cut(splits=3), Cut(splits=3, block=32, integers=True)])
+def test_pages_give_the_bits_of_rows(codes, window, page, cut):
+    rows, pools, table = in_pages(operands(codes), page)
+    kinds = {"scale": 0.3, "window": window, "cut": cut, "interpret": True}
+    check_pages(run(*pools, pages=table, **kinds), run(*rows, **kinds), table, rows[1])
+    kinds = {"scale": 0.3, "window": window}
+    found = reference(*finite(pools), pages=table, **kinds)
+    check_pages(found, reference(*finite(rows), **kinds), table, rows[1])
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("codes", [False, True])
+def test_pages_through_the_entry_points(codes):
+    rows, pools, table = (finite(each) if type(each) is tuple else each for each in in_pages(operands(codes), 16))
+    check_pages(decode(pools, pages=table), decode(rows), table, rows[1])
+    quantized = functools.partial(quantized_decode_attention, qmax=127)
+    scales = (*rows[3][2:], *[None] * (4 - len(rows[3]))), (*pools[3][2:], *[None] * (4 - len(pools[3])))
+    how = recipe(rows[0].shape[2] * 4, False)
+    wanted = quantized(rows[0], *rows[3][:2], rows[1], *scales[0], *how, rotation=rows[2])
+    found = quantized(pools[0], *pools[3][:2], pools[1], *scales[1], *how, rotation=pools[2], pages=table)
+    check_pages((found[0], found[2]), (wanted[0], wanted[2]), table, rows[1])
+    for wrong in (table[:1], table.astype(jnp.float32), table[:, 0]):
+        with pytest.raises(ValueError, match=r"pages must be int32 \(9, n\), got"):
+            decode(pools, pages=wrong)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(capability() < (8, 0), reason=NO_GPU)
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("batch", [1, 5, 64])
+@pytest.mark.parametrize("quantizes", [False, True])
+def test_pages_give_the_bits_of_rows_on_a_gpu(codes, page, window, batch, quantizes):
+    lengths = np.random.default_rng(2).integers(0, 700, batch)
+    usual = operands(codes, 8, 2, 128, lengths=tuple(lengths.tolist()), capacity=704)
+    rows, pools, table = in_pages(usual, page)
+    how = recipe(8 * 128, False) if quantizes else None
+
+    @jax.jit
+    def attend(arguments, pages):
+        qkv, lengths, rotation, (keys, values, *scales) = arguments
+        held = (*scales, None, None)[:2]
+        kinds = {"rotation": rotation, "window": window, "pages": pages}
+        if how is None:
+            return decode_attention(qkv, keys, values, lengths, *held, **kinds)
+        codes, _, cache = quantized_decode_attention(qkv, keys, values, lengths, *held, *how, qmax=127, **kinds)
+        return codes, cache
+
+    check_pages(attend(pools, table), attend(rows, None), table, rows[1])
+
+
 def test_integer_queries_lose_nothing_that_shows():
     """Scores by two codes of a query are those of float32 but for the query's 15 bits."""
     arguments, kinds = operands(True, dtype=jnp.float16), {"scale": 0.3, "window": None}

@@ -18,7 +18,7 @@ from pallas_kernels.attention.problem import Problem
 from pallas_kernels.quantize.dispatch import quantize
 from pallas_kernels.quantize.kind import Quantization
 from tests.kernels import ahead_of_time
-from tests.kernels.attention.test_attention import check, check_codes, operands, recipe
+from tests.kernels.attention.test_attention import check, check_codes, check_pages, in_pages, operands, recipe
 from tests.kernels.numpy_lanes import NumpyLanes
 
 CAPACITY = 12 * TILE_POSITIONS + 5
@@ -27,14 +27,15 @@ CUTS = [Cut(), Cut(units=2), Cut(units=4, splits=2), Cut(splits=3), Cut(warps=8)
 usual = functools.partial(operands, True, lengths=LENGTHS, capacity=CAPACITY)
 
 
-def in_numpy(arguments, cut, *, scale, window, how=None):
+def in_numpy(arguments, cut, *, scale, window, how=None, pages=None):
     """What the kernel's CTAs find, one after the other: (parts, logarithms) or codes, and the cache."""
     qkv, lengths, rotation, cache = arguments
-    p = Problem.of(qkv, rotation, cache, scale, window, cut)
+    p = Problem.of(qkv, rotation, cache, scale, window, cut, pages)
     if how is not None:
         p = p.quantizing(hopper.Recipe(127, *how))
     arrays = [np.array(array) for array in cache]
-    given = [np.array(array) for array in (lengths, qkv, *rotation)]
+    table = () if pages is None else (pages,)
+    given = [np.array(array) for array in (lengths, *table, qkv, *rotation)]
     recipe = [np.array(array) for array in (how or ())[: 3 if p.extra else 1]]
     parts, channels = (p.batch, p.kv_heads, p.splits, p.group), p.kv_heads * p.group * p.dim
     found = [np.zeros((*parts, p.dim), np.float32), np.zeros(parts, np.float32)]
@@ -110,6 +111,22 @@ def test_codes_are_those_of_the_output(cut, extra):
     assert not extra or np.abs(codes[:, 1024:]).max() > 1
 
 
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("window", [None, TILE_POSITIONS + 3])
+@pytest.mark.parametrize("page", [TILE_POSITIONS, 3 * TILE_POSITIONS, 4 * TILE_POSITIONS])
+@pytest.mark.parametrize("cut", [Cut(), Cut(splits=3), Cut(warps=8)])
+def test_pages_give_the_bits_of_rows(window, page, cut):
+    rows, pools, table = in_pages(usual(heads=8, kv_heads=2, dim=64), page)
+    kinds = {"scale": 0.1, "window": window}
+    check_pages(whole(pools, cut, pages=table, **kinds), whole(rows, cut, **kinds), table, rows[1])
+
+
+def test_pages_that_split_a_tile_are_left_to_the_other_kernel():
+    _, (qkv, _, _, (keys, values, *_)), _ = in_pages(usual(heads=8, kv_heads=2, dim=64), 24)
+    assert cannot_use(qkv, keys, values) is None
+    assert "pages hold 24 positions, not a multiple of 16" in cannot_use(qkv, keys, values, True)
+
+
 def test_wrong_cuts_are_refused():
     for kinds in ({"warps": 6}, {"units": 3}, {"warps": 8, "units": 4}, {"splits": 0}):
         with pytest.raises(ValueError, match="warps must be 4, 8 or 16"):
@@ -170,10 +187,20 @@ def test_the_kernel_for_any_gpu_takes_what_this_one_cannot(monkeypatch):
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("quantizes", [False, True])
-def test_it_lowers_for_cuda(cut, quantizes):
-    qkv, lengths, rotation, cache = operands(True, 8, 4, 128, lengths=(1, 2), capacity=40)
+@pytest.mark.parametrize("paged", [False, True])
+def test_it_lowers_for_cuda(cut, quantizes, paged):
+    (qkv, lengths, rotation, cache), pages = operands(True, 8, 4, 128, lengths=(1, 2), capacity=48), None
+    if paged:
+        _, (qkv, lengths, rotation, cache), pages = in_pages((qkv, lengths, rotation, cache), 16)
     how = hopper.Recipe(127, *recipe(1024, False)) if quantizes else None
-    kinds = {"scale": 0.1, "window": 9, "cut": cut, "recipe": how, "finish": lambda out, sums: (out, sums)}
+    kinds = {
+        "scale": 0.1,
+        "window": 9,
+        "cut": cut,
+        "recipe": how,
+        "finish": lambda out, sums: (out, sums),
+        "pages": pages,
+    }
     f = jax.jit(lambda qkv, lengths, rotation, cache: hopper.run(qkv, lengths, rotation, cache, **kinds))
     text = f.trace(qkv, lengths, rotation, cache).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text and "output_operand_alias" in text
@@ -182,6 +209,7 @@ def test_it_lowers_for_cuda(cut, quantizes):
 @pytest.mark.thorough
 @pytest.mark.skipif(not ahead_of_time.HAS_PLUGIN, reason="needs the package jax-cuda13-plugin")
 @pytest.mark.parametrize("quantizes", [False, True])
+@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "dim", "window"),
     [
@@ -192,25 +220,33 @@ def test_it_lowers_for_cuda(cut, quantizes):
         (3, 7, 1, 64, None),
     ],
 )
-def test_it_compiles_for_a_hopper_gpu_in_place(monkeypatch, capfd, batch, heads, kv_heads, dim, window, quantizes):
+def test_it_compiles_for_a_hopper_gpu_in_place(
+    monkeypatch, capfd, batch, heads, kv_heads, dim, window, quantizes, paged
+):
     """Without a spilled register, and without a copy of the cache."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
 
     def shaped(*shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    cache = [shaped(batch, 4096, kv_heads, dim, dtype=jnp.int8)] * 2
-    cache += [shaped(batch, 4096, kv_heads, dtype=jnp.float32)] * 2
+    rows = (64 * batch + 1, 64) if paged else (batch, 4096)
+    cache = [shaped(*rows, kv_heads, dim, dtype=jnp.int8)] * 2
+    cache += [shaped(*rows, kv_heads, dtype=jnp.float32)] * 2
+    table = shaped(batch, 64, dtype=jnp.int32) if paged else None
     qkv = shaped(batch, heads + 2 * kv_heads, dim, dtype=jnp.bfloat16)
     lengths, angles = shaped(batch, dtype=jnp.int32), shaped(batch, dim // 2, dtype=jnp.float32)
     how = recipe(heads * dim, False) if quantizes else None
 
-    def f(cache, qkv, lengths, cos, sin):
-        kinds = {"scale": 0.1, "window": window, "recipe": hopper.Recipe(127, *how) if how else None}
+    def f(cache, qkv, lengths, cos, sin, *table):
+        recipe = hopper.Recipe(127, *how) if how else None
+        kinds = {"scale": 0.1, "window": window, "recipe": recipe, "pages": table[0] if table else None}
         return hopper.run(qkv, lengths, (cos, sin), cache, **kinds, finish=lambda out, sums: (out, sums))
 
-    compiled = ahead_of_time.compile_for_h200(f, tuple(cache), qkv, lengths, angles, angles, donate=0).as_text()
+    compiled = ahead_of_time.compile_for_h200(
+        f, tuple(cache), qkv, lengths, angles, angles, *([table] if paged else []), donate=0
+    )
+    compiled = compiled.as_text()
     assert "decode_attention" in compiled
-    assert not [line for line in compiled.splitlines() if " copy(" in line and f"s8[{batch},4096" in line]
+    assert not [line for line in compiled.splitlines() if " copy(" in line and f"s8[{rows[0]},{rows[1]}" in line]
     spilled = ahead_of_time.spilled_bytes(capfd.readouterr().out)
     assert spilled and not any(map(max, spilled))
