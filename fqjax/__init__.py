@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from fqjax.data.text import calibration_batches
     from fqjax.drivers.statistics import Statistics, calibrate
     from fqjax.evaluation.perplexity import perplexity
-    from fqjax.inference.generate import generate
+    from fqjax.inference.engine import Engine
+    from fqjax.inference.generate import generate, stream
+    from fqjax.inference.requests import Request
+    from fqjax.inference.serve import serve
     from fqjax.interop.qwix import from_qwix, to_qwix
     from fqjax.layers.linear import QuantizedLinear
     from fqjax.presets import PRESETS
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "Engine",
     "Format",
     "InputError",
     "LayerInputs",
@@ -49,6 +53,7 @@ __all__ = [
     "QTensor",
     "QuantizedLinear",
     "Report",
+    "Request",
     "Rule",
     "Scheme",
     "Statistics",
@@ -69,11 +74,14 @@ __all__ = [
     "report_of",
     "save",
     "save_compressed_tensors",
+    "serve",
+    "stream",
     "to_qwix",
 ]
 
 _MODULES = {
     "PRESETS": "presets",
+    "Engine": "inference.engine",
     "InputError": "runtime.errors",
     "Format": "core.formats.base",
     "LayerInputs": "core.layer",
@@ -82,6 +90,7 @@ _MODULES = {
     "QTensor": "core.formats.base",
     "QuantizedLinear": "layers.linear",
     "Report": "report.report",
+    "Request": "inference.requests",
     "Rule": "scheme",
     "Scheme": "scheme",
     "Statistics": "drivers.statistics",
@@ -101,6 +110,8 @@ _MODULES = {
     "report_of": "report.report",
     "save": "checkpoint.orbax.write",
     "save_compressed_tensors": "checkpoint.compressed.write",
+    "serve": "inference.serve",
+    "stream": "inference.generate",
     "to_qwix": "interop.qwix",
 }
 """The module of every public name."""
