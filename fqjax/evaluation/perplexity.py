@@ -21,9 +21,10 @@ from fqjax.data.text import cut_windows, usual_window
 from fqjax.layers.flattened import Structure, flattened
 from fqjax.layers.record import automatic_axes
 from fqjax.models.cache import Kind, dtype_of
-from fqjax.models.checks import check_takes, check_tokens
-from fqjax.runtime.arguments import check_type, check_whole
+from fqjax.models.checks import check_model, check_takes, check_tokens, checked_logits
+from fqjax.runtime.arguments import check_whole
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.memory import memory_bytes
 from fqjax.runtime.progress import track
 from fqjax.runtime.validation import MAX_INDEX
 
@@ -55,7 +56,7 @@ def perplexity(
       InputError: if the text does not fill one window, a token is not in the vocabulary, or the window is longer than
         the model allows.
     """
-    check_type("model", model, nnx.Module, "an nnx.Module")
+    check_model(model)
     if not callable(model):
         raise InputError(f"model: {type(model).__name__} cannot be called; expected a module with a method __call__")
     batch_size = check_whole("batch_size", batch_size, 1)
@@ -72,6 +73,7 @@ def perplexity(
         check_takes(type(model).__call__, "cache_dtype", f"kv_cache {kv_cache!r}: the model's call")
     structure, leaves = flattened(model)
     total = 0.0
+    batch_size = min(batch_size, len(cut))
     batches = [cut[i : i + batch_size] for i in range(0, len(cut), batch_size)]
     for batch in track(batches, "evaluating"):
         # The last batch is filled up so that one compiled program serves all; the filling is not counted.
@@ -91,8 +93,19 @@ def _window_losses(
     windows: Int32[Array, "batch window"] | np.ndarray,
     cache_dtype: DTypeLike | None,
 ) -> Float32[Array, " batch"]:
-    """Sum of negative log-likelihoods over each window."""
+    """Sum of negative log-likelihoods over each window.
+
+    Raises:
+      InputError: while it is traced, if the model gives no logits, or more than the device has memory for.
+    """
     model, read = cast(Callable[..., Array], structure.model(leaves)), windows[:, :-1]
-    logits = (model(read) if cache_dtype is None else model(read, cache_dtype=cache_dtype)).astype(jnp.float32)
+    options = {} if cache_dtype is None else {"cache_dtype": cache_dtype}
+    logits = checked_logits(lambda: model(read, **options), read).astype(jnp.float32)
+    needed, there = 4 * logits.size, memory_bytes()
+    if there is not None and needed > there:
+        raise InputError(
+            f"batch_size {len(windows)}: the logits take {needed / 1e9:.4g} GB; expected at most the {there / 1e9:.4g} GB "
+            "that the device has"
+        )
     picked = jnp.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - picked, axis=-1)

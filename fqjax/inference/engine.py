@@ -22,12 +22,11 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from fqjax.inference import slots as programs
 from fqjax.inference.pages import Pages
@@ -36,15 +35,15 @@ from fqjax.inference.requests import Finished, Output, Reason, Request, TokenLog
 from fqjax.inference.sampling import NO_TOKEN, NOT_FINITE
 from fqjax.inference.settings import (
     Draws,
-    check_generative,
     check_memory,
     empty_cache,
     ends_array,
     eos_of,
+    runnable,
     sampling_of,
 )
 from fqjax.inference.slots import First, Picked, Piece, Rows, Slots
-from fqjax.layers.flattened import flattened
+from fqjax.layers.flattened import Structure
 from fqjax.layers.record import automatic_axes
 from fqjax.models.cache import KeyValueCache, Kind
 from fqjax.models.causal_lm import GenerativeModel
@@ -129,7 +128,7 @@ class Engine:
         queue: int | None = None,
         shares_prefixes: bool = True,
     ):
-        check_generative(model)
+        self._model = runnable(model)
         slots, capacity = check_whole("slots", slots, 1), check_whole("capacity", capacity, 2)
         chunk, burst = check_whole("chunk", chunk, 1), check_whole("burst", burst, 1)
         self.queue = None if queue is None else check_whole("queue", queue, 0)
@@ -137,7 +136,9 @@ class Engine:
         self.config, self.capacity = getattr(model, "config", None), capacity
         self.chunk, self.burst, self.eos = min(chunk, capacity), burst, frozenset(eos_of(model, eos_token_id))
         self._ends = ends_array(sorted(self.eos))
-        self._memory = _Memory.of(model, slots, capacity, tokens, self.chunk, kv_cache, shares_prefixes)
+        self._memory = _Memory.of(
+            model, self._model.structure, slots, capacity, tokens, self.chunk, kv_cache, shares_prefixes
+        )
         self.waiting: deque[_Running] = deque()
         self.running: list[_Running | None] = [None] * slots
         self._launched: deque[_Launched] = deque()
@@ -146,7 +147,6 @@ class Engine:
         self._deadlines: list[tuple[float, int]] = []
         self._tickets = 0
         self._by_ticket: dict[int, _Running] = {}
-        self._model = flattened(cast(nnx.Module, model))
         self._cache = self._memory.make(model, slots, kv_cache)
         self._slots = _empty_slots(slots, self._vocabulary())
 
@@ -412,6 +412,7 @@ class _Memory:
     def of(
         cls,
         model: GenerativeModel,
+        structure: Structure,
         slots: int,
         capacity: int,
         tokens: int,
@@ -432,7 +433,7 @@ class _Memory:
             # Whole pieces fit: a write past the capacity would be moved back before it.
             size = -(-capacity // chunk) * chunk
             memory = cls(Pages(slots, size, shares=False), 0, Rows(size, kv_cache))
-        check_memory(model, memory.pages.count, size, kv_cache, f"slots {slots}, capacity {capacity}")
+        check_memory(model, structure, memory.pages.count, size, kv_cache, f"slots {slots}, capacity {capacity}")
         return memory
 
     def make(self, model: GenerativeModel, slots: int, kv_cache: Kind | None) -> KeyValueCache:

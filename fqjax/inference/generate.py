@@ -9,11 +9,9 @@ tokens of the one before are read, so that the device does not wait for the host
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import cast
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Int32
 
 from fqjax.inference import programs
@@ -22,14 +20,14 @@ from fqjax.inference.prompts import as_prompts, check_prompts, in_buckets, padde
 from fqjax.inference.sampling import NOT_FINITE, Sampling
 from fqjax.inference.settings import (
     Draws,
-    check_generative,
     check_memory,
     check_settings,
     ends_array,
     eos_of,
+    runnable,
     sampling_of,
 )
-from fqjax.layers.flattened import Flattened, flattened
+from fqjax.layers.flattened import Flattened
 from fqjax.layers.record import automatic_axes
 from fqjax.models.cache import Kind
 from fqjax.models.causal_lm import GenerativeModel
@@ -178,7 +176,7 @@ def _checked(
     burst: int,
 ) -> tuple["_Run", bool]:
     """A run with settings that have been checked, and whether it is of one prompt alone."""
-    check_generative(model)
+    run = runnable(model)
     prompts, single = as_prompts(prompt_tokens)
     limit, chunk = check_settings(max_new_tokens, draws), check_whole("prefill_chunk", prefill_chunk, 1)
     check_prompts(prompts, getattr(model, "config", None), limit)
@@ -186,10 +184,8 @@ def _checked(
     eos = eos_of(model, eos_token_id)
     # In buckets, so that other numbers of tokens take the same programs.
     capacity = in_buckets(max(map(len, prompts))) + in_buckets(limit)
-    check_memory(model, len(prompts), capacity, kv_cache, f"max_new_tokens {limit}")
-    return _Run(
-        flattened(cast(nnx.Module, model)), prompts, limit, draws, eos, kv_cache, chunk, capacity, burst
-    ), single
+    check_memory(model, run.structure, len(prompts), capacity, kv_cache, f"max_new_tokens {limit}")
+    return _Run(run, prompts, limit, draws, eos, kv_cache, chunk, capacity, burst), single
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import Int32
 
 from fqjax.inference.sampling import NO_TOKEN, Sampling
-from fqjax.models.cache import KeyValueCache, Kind, dtype_of
 from fqjax.layers.flattened import Flattened, Structure, flattened
+from fqjax.models.cache import KeyValueCache, Kind, dtype_of
 from fqjax.models.causal_lm import CausalLM, GenerativeModel
 from fqjax.models.checks import check_extends, check_model, check_takes
 from fqjax.runtime.arguments import check_number, check_type, check_unmasked, check_whole, shown
@@ -170,18 +170,29 @@ def check_generative(model: object) -> None:
             )
 
 
-def check_memory(model: GenerativeModel, batch: int, capacity: int, kv_cache: Kind | None, what: str) -> None:
+def check_memory(
+    model: GenerativeModel, structure: Structure, batch: int, capacity: int, kv_cache: Kind | None, what: str
+) -> None:
     """Refuses a cache that is larger than the device's whole memory, before anything of it is there.
 
     Raises:
       InputError: beginning with ``what`` was asked for.
     """
-    needed, there = cache_bytes(model, batch, capacity, kv_cache), memory_bytes()
+    known = _cache_bytes.setdefault(structure, {})
+    needed = known.get((batch, capacity, kv_cache))
+    if needed is None:  # Once: it is traced.
+        needed = known[batch, capacity, kv_cache] = cache_bytes(model, batch, capacity, kv_cache)
+    there = memory_bytes()
     if there is not None and needed > there:
         raise InputError(
             f"{what}: a cache of {batch} x {capacity} tokens takes {needed / 1e9:.4g} GB; expected at most the "
             f"{there / 1e9:.4g} GB that the device has"
         )
+
+
+_cache_bytes: "weakref.WeakKeyDictionary[Structure, dict[tuple[int, int, Kind | None], int]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def cache_bytes(model: GenerativeModel, batch: int, capacity: int, kv_cache: Kind | None) -> int:
