@@ -1,7 +1,7 @@
 """The layer that replaces ``nnx.Linear``: quantize the input, multiply integers, scale once."""
 
-from collections.abc import Callable, Sequence
-from typing import TypedDict
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypedDict
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +14,7 @@ from fqjax.core.stored_inputs import Quantized, StoredInput
 from fqjax.core.table import Sizes, bytes_of
 from fqjax.core.transforms.base import Transform
 from fqjax.layers.record import Figures, Record
+from fqjax.layers.summary import shortened
 from fqjax.runtime.errors import InputError
 from pallas_kernels import gated_matmul
 
@@ -220,6 +221,9 @@ class QuantizedLinear(nnx.Module):
             "branches": [branch.get_value() for branch in self.branches],
             "finish": None if self.finish is None else self.finish.get_value(),
         }
+
+    def __nnx_repr__(self) -> Generator[Any, None, None]:
+        return shortened(super().__nnx_repr__())
 
     def widened(self, width: int) -> "QuantizedLinear":
         """The layer with more channels of padding, up to a width."""

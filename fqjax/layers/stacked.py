@@ -5,8 +5,8 @@ runs has them stacked: :func:`stacked` where a model was quantized or loaded, :f
 that are not quantized alike (some in floating point, or with other scales) stay as they are, and run one by one.
 """
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Generator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from fqjax.core.table import Stored
 from fqjax.layers.experts import Expert, MixtureOfExperts, Routing, Sorted
 from fqjax.layers.linear import QuantizedLinear, QuantizedVariable
 from fqjax.layers.record import Figures, Record
+from fqjax.layers.summary import shortened
 from fqjax.layers.surgery import dotted, find_linears
 from pallas_kernels import expert_matmul, row_alignment
 from pallas_kernels.quantize.reference import activated
@@ -54,6 +55,9 @@ class StackedLinear(nnx.Module):
         self.weight, self.input, self.record = QuantizedVariable(weight), QuantizedVariable(input), Record(record)
         self.shared, self.recipes = shared, recipes
         self.dtype, self.param_dtype = dtype, param_dtype
+
+    def __nnx_repr__(self) -> Generator[Any, None, None]:
+        return shortened(super().__nnx_repr__())
 
     def of_tokens(self, x: Float[Array, "tokens k"], pairs: Sorted) -> Float[Array, "rows n"]:
         """The outputs of the tokens' experts; tokens are quantized before they are dealt out, if that is the same for all."""

@@ -1,7 +1,6 @@
 """Reports on quantized models, layer by layer: bits, K'/K, error, bytes, overflow margin."""
 
 import dataclasses
-import json
 import math
 
 from flax import nnx
@@ -14,7 +13,9 @@ from fqjax.core.table import bytes_of
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.record import Record, abstracted
 from fqjax.layers.stacked import quantized_layers, unstacked
+from fqjax.layers.summary import scheme_name
 from fqjax.layers.surgery import dotted, select_linears
+from fqjax.report.rendering import as_html, as_text
 from fqjax.runtime.arguments import check_type
 from fqjax.runtime.files import JsonObject
 
@@ -134,6 +135,14 @@ class Report:
             "trade_off": self.trade_off,
         }
 
+    def __str__(self) -> str:
+        """:meth:`table` as plain text, nothing of it cut."""
+        return as_text(self.table())
+
+    def _repr_html_(self) -> str:
+        """:meth:`table` for notebooks."""
+        return as_html(self.table())
+
     def table(self) -> Table:
         """The report as a table for the terminal."""
         table = narrow_table(f"scheme: {self.scheme}", self.totals())
@@ -186,7 +195,7 @@ def report_of(model: nnx.Module, seconds: float = 0.0, record: CalibrationRecord
     order = {dotted(path): i for i, (path, _) in enumerate(nnx.iter_graph(model))}
     rows.sort(key=lambda row: order[row.name])
     return Report(
-        scheme=", ".join(dict.fromkeys(_scheme_name(layer.recipe) for layer in quantized.values())) or "none",
+        scheme=", ".join(dict.fromkeys(scheme_name(layer.recipe) for layer in quantized.values())) or "none",
         layers=tuple(rows),
         skipped=selection.skipped,
         model_bytes=bytes_of(nnx.state(model, nnx.Not(Record))),
@@ -232,15 +241,6 @@ def _quantized_row(name: str, layer: QuantizedLinear, record: CalibrationRecord 
         scales=layer.weight.get_value().format.label,
         silent_channels=silent,
     )
-
-
-def _scheme_name(recipe: str) -> str:
-    """The name of the scheme that a recipe is of, where it is one that this fqjax writes."""
-    try:
-        found = json.loads(recipe)
-        return str(found["name"])
-    except (ValueError, TypeError, KeyError):
-        return "unknown"
 
 
 def _short(scales: str) -> str:

@@ -203,6 +203,8 @@ def test_some_experts_in_float_run_beside_the_others(model, tmp_path):
 def test_stacking_leaves_the_model_as_it_was(model):
     quantized, _ = fqjax.quantize(model, "w8a8", BATCHES)
     single = unstacked(quantized)
+    for shown in (str(quantized), str(single)):  # The scheme by its name, without its settings.
+        assert "scheme='" in shown and '"method"' not in shown and "recipe" not in shown
     assert isinstance(quantized.layers[0].mlp.experts, StackedExperts)
     assert isinstance(stacked(single).layers[0].mlp.experts, StackedExperts)
     assert isinstance(single.layers[0].mlp.experts, nnx.List)
