@@ -7,8 +7,7 @@ from flax import nnx
 
 import fqjax
 from fqjax.checkpoint.calibration_record import CALIBRATION_FILE, CalibrationRecord, read_calibration_record
-from fqjax.layers.stacked import quantized_layers
-from fqjax.report.plots import _place, activation_channels, plot_report, weight_channels
+from fqjax.report.plots import plot_report
 from fqjax.runtime.errors import InputError
 
 FOUND = CalibrationRecord(
@@ -100,29 +99,3 @@ def test_a_scheme_without_a_choice_measures_no_costs():
         and report.trade_off == []
         and set(report.calibration.activations) == {"first", "second"}
     )
-
-
-def test_flattened_channels_hold_what_the_large_ones_held():
-    x = np.random.default_rng(0).normal(size=(64, 64)) * np.r_[np.full(3, 30.0), np.ones(61)]
-    model, report = fqjax.quantize(Two(), "flattenquant-w8a8", [jnp.asarray(x, jnp.float32)])
-    layer = quantized_layers(model)["first"]
-    source = np.asarray(layer.input.get_value().source)[: layer.figures.flattened]
-    assert len(source)
-    for channels in (weight_channels(layer), activation_channels(layer, report.calibration.activations["first"])):
-        assert len(channels.before) == 64 and len(channels.after) == 64 + len(source)
-        assert channels.after.max() <= channels.limit + 1e-4
-        whole = np.setdiff1d(np.arange(64), source)
-        np.testing.assert_allclose(channels.after[whole], channels.before[whole])
-
-
-@pytest.mark.parametrize(
-    "name, place",
-    [
-        ("layers.3.mlp.down_proj", ("layers.3", "mlp.down_proj")),
-        ("encoder.0.blocks.12.fc", ("encoder.0.blocks.12", "fc")),
-        ("first", ("", "first")),
-        ("tail.2", ("", "tail.2")),
-    ],
-)
-def test_places_in_the_map_of_bits(name, place):
-    assert _place(name) == place
