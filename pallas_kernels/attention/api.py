@@ -67,10 +67,12 @@ def decode_attention(
         (arXiv 2104.09864).
       scale: 1 / sqrt(dim) by default.
       window: only so many of the last positions; None for all.
-      pages: for a cache whose arrays are (pages, page_size, ...) instead of (batch, capacity, ...): in which of them each
-        sequence's positions lie, page after page, so that position t is at ``t % page_size`` of page
-        ``pages[b, t // page_size]``.  Entries that no filled position needs may be any page's.  Results are those of a
-        cache of rows with the same positions, bit for bit.  "mosaic" takes pages of a multiple of 16 positions.
+      pages: for a cache of pages, whose keys and values are (pool, page_size, kv_heads, dim) and scales (pool, page_size,
+        kv_heads): the pages of each sequence, so that its position t is at ``t % page_size`` of page
+        ``pages[b, t // page_size]``, and the capacity is ``n * page_size``.  The numbers are not checked: all must be from 0
+        to pool - 1, and those that no position up to the new token's needs may be any of these.  Sequences may share pages
+        but for the one that a new token goes to.  Results are, bit for bit, those of the same implementation over a cache of
+        rows of that capacity.  "mosaic" takes pages of a multiple of 16 positions, the others of any number.
       implementation: None takes a kernel where there is one: "mosaic", which is for Hopper GPUs, or "triton", for NVIDIA GPUs
         of compute capability 8.0 or more; and elsewhere "xla", which looks at the whole capacity.
 
@@ -80,7 +82,7 @@ def decode_attention(
 
     Raises:
       ValueError: if shapes do not fit together, or codes and scales do not come together.
-      NotImplementedError: if the named implementation cannot take the call.
+      NotImplementedError: if the named implementation cannot take the call, its size of a page among it.
     """
     inputs = _checked(qkv, keys, values, lengths, key_scales, value_scales, rotation, pages, implementation)
     return _attend(functools.partial(_whole, qkv.dtype), implementation, inputs, scale, window)
@@ -218,7 +220,8 @@ def _checked(
     pages: Array | None,
     implementation: Implementation | None,
 ) -> Inputs:
-    heads = qkv.shape[1] - 2 * keys.shape[2] if qkv.ndim == 3 and keys.ndim == 4 else 0
+    full = qkv.ndim == 3 and keys.ndim == 4 and 0 not in (*qkv.shape, *keys.shape)
+    heads = qkv.shape[1] - 2 * keys.shape[2] if full else 0
     alike = keys.shape[-1] == qkv.shape[-1] and (pages is not None or keys.shape[0] == qkv.shape[0])
     if heads < 1 or not alike or heads % keys.shape[2]:
         held = "batch, capacity" if pages is None else "pages, page_size"
@@ -226,9 +229,10 @@ def _checked(
             f"decode_attention: qkv (batch, heads + 2 kv_heads, dim) and keys ({held}, kv_heads, dim) do not fit "
             f"together: {qkv.shape} and {keys.shape}"
         )
-    if pages is not None and (pages.ndim != 2 or pages.shape[0] != qkv.shape[0] or pages.dtype != jnp.int32):
+    if pages is not None and (pages.ndim != 2 or len(pages) != len(qkv) or not pages.size or pages.dtype != jnp.int32):
         raise ValueError(
-            f"decode_attention: pages must be int32 ({qkv.shape[0]}, n), got {pages.dtype} of shape {pages.shape}"
+            f"decode_attention: pages must be int32 ({len(qkv)}, n) with n of 1 or more, got {pages.dtype} of shape "
+            f"{pages.shape}"
         )
     if values.shape != keys.shape or lengths.shape != qkv.shape[:1]:
         raise ValueError(

@@ -18,7 +18,8 @@ from pallas_kernels.attention.problem import Problem
 from pallas_kernels.quantize.dispatch import quantize
 from pallas_kernels.quantize.kind import Quantization
 from tests.kernels import ahead_of_time
-from tests.kernels.attention.test_attention import check, check_codes, check_pages, in_pages, operands, recipe
+from tests.kernels.attention.pages import in_pages
+from tests.kernels.attention.test_attention import check, check_codes, operands, recipe
 from tests.kernels.numpy_lanes import NumpyLanes
 
 CAPACITY = 12 * TILE_POSITIONS + 5
@@ -109,22 +110,6 @@ def test_codes_are_those_of_the_output(cut, extra):
     check_codes((codes,), wanted)
     check((out, cache), arguments, **kinds)
     assert not extra or np.abs(codes[:, 1024:]).max() > 1
-
-
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("window", [None, TILE_POSITIONS + 3])
-@pytest.mark.parametrize("page", [TILE_POSITIONS, 3 * TILE_POSITIONS, 4 * TILE_POSITIONS])
-@pytest.mark.parametrize("cut", [Cut(), Cut(splits=3), Cut(warps=8)])
-def test_pages_give_the_bits_of_rows(window, page, cut):
-    rows, pools, table = in_pages(usual(heads=8, kv_heads=2, dim=64), page)
-    kinds = {"scale": 0.1, "window": window}
-    check_pages(whole(pools, cut, pages=table, **kinds), whole(rows, cut, **kinds), table, rows[1])
-
-
-def test_pages_that_split_a_tile_are_left_to_the_other_kernel():
-    _, (qkv, _, _, (keys, values, *_)), _ = in_pages(usual(heads=8, kv_heads=2, dim=64), 24)
-    assert cannot_use(qkv, keys, values) is None
-    assert "pages hold 24 positions, not a multiple of 16" in cannot_use(qkv, keys, values, True)
 
 
 def test_wrong_cuts_are_refused():
