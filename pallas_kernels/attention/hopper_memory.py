@@ -98,40 +98,41 @@ class Memory:
         count = min(nbytes // 4, 4)
         return [word for at in range(0, nbytes, 4 * count) for word in self.o.load(ref, offset + at, count)]
 
-    def _row_of(self, position: Word) -> Word:
-        """What is added to a position to have its row among all that the cache has; the same for all of a tile, or a page."""
+    def _shift(self, position: Word) -> Word | None:
+        """What is added to a position to have its row in a pool of pages, the same for all of a page; None without pages."""
         p, o = self.p, self.o
         if self.table is None:
-            return self.batch * p.capacity
+            return None
         number = position // p.page
         (page,) = o.load(self.table, (self.batch * p.table + number) * 4)
         return (page - number) * p.page
 
-    def _cached(self, position: Word, nbytes: int, before: Word) -> Word:
-        """Offset of a position's entry, of which a head has so many bytes, by what :meth:`_row_of` gives."""
+    def _tile_shift(self, tile: Word, last: Word) -> Word | None:
+        """:meth:`_shift` for a tile's positions, none of which is after the last; a tile is part of one page."""
+        return None if self.table is None else self._shift(self.o.minimum(tile * TILE_POSITIONS, last))
+
+    def _cached(self, position: Word, nbytes: int, shift: Word | None) -> Word:
+        """Offset of a position's entry, of which a head has so many bytes, by what :meth:`_shift` gives."""
+        before = self.batch * self.p.capacity if shift is None else shift
         return ((before + position) * self.p.kv_heads + self.head) * nbytes
 
-    def _tile_rows(self, tile: Word, last: Word) -> Word:
-        """:meth:`_row_of` for a tile's positions, none of which is after the last."""
-        return self._row_of(self.o.minimum(tile * TILE_POSITIONS, last))
-
-    def _keys(self, tile: Word, last: Word, before: Word) -> list[Word]:
+    def _keys(self, tile: Word, last: Word, shift: Word | None) -> list[Word]:
         """A tile's keys, positions 0 to 7 and 8 to 15; and both scales of one position for every lane, in turns."""
         o, found = self.o, []
         for rows in (0, 8):
             position = o.minimum(tile * TILE_POSITIONS + self.row + rows, last)
-            offset = self._cached(position, self.p.dim, before) + self.column * self.piece
+            offset = self._cached(position, self.p.dim, shift) + self.column * self.piece
             for half in (0, self.p.dim // 2):
                 found += self._words(self.cache[0], offset + half, self.piece)
         position = o.minimum(tile * TILE_POSITIONS + (self.lane & (TILE_POSITIONS - 1)), last)
-        return [*found, *(o.load(ref, self._cached(position, 4, before))[0] for ref in self.cache[2:])]
+        return [*found, *(o.load(ref, self._cached(position, 4, shift))[0] for ref in self.cache[2:])]
 
-    def _values(self, tile: Word, last: Word, before: Word) -> list[Word]:
+    def _values(self, tile: Word, last: Word, shift: Word | None) -> list[Word]:
         """A tile's values: the channels of the lane's row, of the four positions of its column."""
         o, found = self.o, []
         for position in (0, 1, 8, 9):
             position = o.minimum(tile * TILE_POSITIONS + self.column * 2 + position, last)
-            offset = self._cached(position, self.p.dim, before) + self.row * self.piece
+            offset = self._cached(position, self.p.dim, shift) + self.row * self.piece
             found += self._words(self.cache[1], offset, self.piece)
         return found
 

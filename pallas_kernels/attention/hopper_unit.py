@@ -56,8 +56,8 @@ class Unit(Output):
             begin = self.oldest // TILE_POSITIONS
         last = o.constant(p.capacity - 1)
         first = begin + self.number
-        before = self._tile_rows(first, last)
-        fetched = [*self._keys(first, last, before), *self._values(first, last, before)]
+        shift = self._tile_shift(first, last)
+        fetched = [*self._keys(first, last, shift), *self._values(first, last, shift)]
         self._keep_extra_channels(extra)
         queries = self._prepare(angles, rows)
         self._synchronize()
@@ -146,7 +146,7 @@ class Unit(Output):
             at = (task - p.group) * p.dim + self._pair() + (i % 2 + i // 2 * (p.dim // 2))
             self._keep_shared("new", at, o.real(code))
         position = o.minimum(self.length, o.constant(p.capacity - 1))
-        place = self._cached(position, 1, self._row_of(position))
+        place = self._cached(position, 1, self._shift(position))
         for kind, condition in enumerate((task < p.group + 1, is_value)):
             with o.when(condition & (self.split < 1)):
                 for half in range(2):
@@ -198,9 +198,9 @@ class Unit(Output):
         outputs, rest = rest[:count], rest[count:]
         *keys, key_scale, value_scale = rest[: p.dim // 8 + 2]
         values = rest[p.dim // 8 + 2 :]
-        before = self._tile_rows(tile + self.warps, last)
+        shift = self._tile_shift(tile + self.warps, last)
         products = self._products(query.fragments, keys)
-        fetched = self._keys(tile + self.warps, last, before)
+        fetched = self._keys(tile + self.warps, last, shift)
         columns = [self.column * 2 + i for i in (0, 1, 8, 9)]
         key_scale, value_scale = o.as_real(key_scale), o.as_real(value_scale)
         exponent = o.log2(o.maximum(value_scale, o.constant(SMALLEST_SCALE)))
@@ -225,7 +225,7 @@ class Unit(Output):
         outputs = [x * shares[i % 2] for i, x in enumerate(outputs)]
         halves = [o.pair(jnp.float16, *weights[i : i + 2]) for i in (0, 2)]
         outputs = self._added(outputs, values, halves)
-        return [higher, total, *outputs, *fetched, *self._values(tile + self.warps, last, before)]
+        return [higher, total, *outputs, *fetched, *self._values(tile + self.warps, last, shift)]
 
     def _products(self, fragments: Sequence[Sequence[Word]], keys: Sequence[Word]) -> list[Word]:
         """Of queries and keys: of the lane's row, for positions 0, 1, 8 and 9 of its column."""
