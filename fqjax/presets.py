@@ -133,5 +133,21 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
     return registry.lookup("schemes", scheme)
 
 
+def check_data_free(scheme: Scheme, what: str = "") -> None:
+    """Checks that a scheme can do without calibration data.
+
+    Args:
+      what: that asked for it, for the message.
+
+    Raises:
+      InputError: naming the schemes that can.
+    """
+    if scheme.calibration == "needed":
+        able = ", ".join(name for name, preset in PRESETS.items() if preset.calibration == "optional")
+        raise InputError(
+            f"{what}scheme {scheme.name!r} needs calibration data: an iterable of model inputs; {able} do without"
+        )
+
+
 for _preset in PRESETS.values():
     registry.register_scheme(_preset)

@@ -28,7 +28,7 @@ from fqjax.methods import IntegerScale
 from fqjax.models.batches import checked_batches
 from fqjax.models.chain import chain, with_auto_axes
 from fqjax.models.checks import check_model
-from fqjax.presets import resolve_scheme
+from fqjax.presets import check_data_free, resolve_scheme
 from fqjax.report.report import Report, report_of
 from fqjax.rewrites.equalize import equalize
 from fqjax.runtime.arguments import check_flag, check_texts
@@ -52,8 +52,9 @@ def quantize(
       model: any ``nnx.Module`` that contains ``nnx.Linear`` layers, nested in any way, called any number of times.  It
         is not changed.  Embeddings, norms, output heads and expert routers stay in floating point.
       scheme: name of a preset (see :data:`fqjax.PRESETS`) or a :class:`fqjax.Scheme`.
-      calibration: any iterable of model inputs, for a language model int32 token batches [batch, length].  Every scheme
-        but "bf16" needs it.
+      calibration: any iterable of model inputs, for a language model int32 token batches [batch, length].  Without it,
+        the model is not run, and scales are chosen by the weights alone; only some schemes can do so, as "w4a16" and
+        "w4a8" (:attr:`fqjax.Scheme.calibration`).
       ignore: regular expressions; a layer stays in float where one of them is found in its dotted path.
 
     Returns:
@@ -74,8 +75,8 @@ def quantize(
         copied = with_int8_head(model) if scheme.head else nnx.clone(model)
         return copied, report_of(copied)
     if calibration is None:
-        raise InputError(f"scheme {scheme.name!r} needs calibration data: an iterable of model inputs")
-    batches = checked_batches(model, calibration)
+        check_data_free(scheme)
+    batches = None if calibration is None else checked_batches(model, calibration)
     model = equalize(model) if scheme.method.equalize else model
     linears = scheme.applied(select_linears(model, ignore)).linears
     layers: dict[str, QuantizedLinear] = {}

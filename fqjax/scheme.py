@@ -83,6 +83,13 @@ class Scheme(Settings):
             yield "sample_rows", "the scheme quantizes no layer"
 
     @property
+    def calibration(self) -> Literal["none", "optional", "needed"]:
+        """Whether the scheme has calibration data run through the model: it never does, it may, or it has to."""
+        if self.method is None:
+            return "none"
+        return "optional" if self.method.data_free else "needed"
+
+    @property
     def naive(self) -> bool:
         """Whether the scheme does without what holds the loss down in others: one to compare with rather than to use.
 

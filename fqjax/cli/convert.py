@@ -21,7 +21,9 @@ def convert(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Text to calibrate on; without it, the documentation of Python 3.12.", metavar="FILE"),
+        typer.Option(
+            help="Text to calibrate on, or none; without it, the documentation of Python 3.12.", metavar="FILE"
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 64,
     window: Annotated[
@@ -53,6 +55,7 @@ def convert(
             out=out,
             scheme=chosen,
             calibration=calibration,
+            data_free=str(calibration) == "none",
             samples=samples,
             window=window,
             ignore=tuple(ignore or ()),

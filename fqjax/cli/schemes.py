@@ -15,8 +15,9 @@ def schemes() -> None:
     table = Table()
     table.add_column("scheme", no_wrap=True)
     table.add_column("what it is")
+    table.add_column("calibration")
     for scheme in all_schemes().values():
-        table.add_row(scheme.name, scheme.summary)
+        table.add_row(scheme.name, scheme.summary, scheme.calibration)
     console.print(table)
     for line in broken("schemes"):
         complain(line)

@@ -40,7 +40,7 @@ from fqjax.layers.linear import layer_bytes
 from fqjax.layers.surgery import Selection, select_linears
 from fqjax.models import FAMILIES
 from fqjax.models.sites import Site, reading_alike, sites_of
-from fqjax.presets import PRESETS
+from fqjax.presets import PRESETS, check_data_free
 from fqjax.report.report import format_bytes, narrow_table
 from fqjax.runtime.arguments import check_whole
 from fqjax.runtime.errors import InputError
@@ -70,6 +70,7 @@ class Conversion:
       out: directory to create.
       scheme: method and settings.
       calibration: text file; None takes the documentation of Python 3.12 that comes with the package.
+      data_free: whether there is to be no calibration; the weights alone decide.
       samples: windows of calibration text.
       window: tokens in a window, BOS among them; by default 512, or as many as the model has positions.
       ignore: regular expressions of layers to leave in float.
@@ -81,6 +82,7 @@ class Conversion:
     out: Path
     scheme: Scheme
     calibration: Path | None = None
+    data_free: bool = False
     samples: int = 64
     window: int | None = None
     ignore: tuple[str, ...] = ()
@@ -158,7 +160,9 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     check_vocabulary(tokenizer, config.vocab_size, directory)
     config = with_text_tokens(config, directory, tokenizer)
     text, batches, lacking = "", [], [f"{directory / file}: missing" for file in files.missing]
-    if conversion.scheme.method is not None:
+    if conversion.data_free:
+        check_data_free(conversion.scheme, "--calibration none: ")
+    elif conversion.scheme.method is not None:
         if tokenizer is None and dry_run:
             lacking.append(f"{conversion.source}: has no tokenizer, which calibration needs")
         else:
@@ -229,7 +233,7 @@ def plan_table(made: Plan) -> Table:
         f"about {format_bytes(sum(estimate.values()))} before flattening.\n"
         f"Embeddings, norms and head: {format_bytes(outer)}.\n"
         f"Memory at most: about {format_bytes(peak_memory(made))}.\n"
-        f"Calibration: {windows} windows of {made.conversion.window} tokens.{reasons}"
+        f"Calibration: {f'{windows} windows of {made.conversion.window} tokens' if windows else 'none'}.{reasons}"
         + (f"\nNot there yet:{lacking}" if lacking else "")
     )
     return table

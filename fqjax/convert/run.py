@@ -76,14 +76,16 @@ def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, CalibrationRecord
     source = StreamedModel(made.directory, *made.architecture, equalized=equalized, seen=store)
     source.check_seen()
     if scheme.method is not None:
+        batches = None if made.conversion.data_free else made.batches
         record = quantize_blocks(
-            store, source.chain(), made.selection.linears, scheme, made.batches, functools.partial(_keep, store)
+            store, source.chain(), made.selection.linears, scheme, batches, functools.partial(_keep, store)
         )
     finished = staging / "checkpoint"
     writer = Writer(finished, source.skeleton)
     blocks = source.chain().blocks
+    quantizes = scheme.method is not None
     for path in track(list(blocks), "writing"):
-        names = [name for name in made.selection.linears if name.startswith(f"{path}.")] if record else []
+        names = [name for name in made.selection.linears if quantizes and name.startswith(f"{path}.")]
         layers = {name.removeprefix(f"{path}."): QuantizedLinear(**store["finished", name]) for name in names}
         writer.add(path, replace_modules(blocks[path], layers))  # No name holds the block while the next one is read.
         del layers

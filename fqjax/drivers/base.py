@@ -52,7 +52,7 @@ class Run:
       chain: the float model as blocks, equalized where the method says so.
       linears: layers to quantize, by dotted path in the model's order; their arrays are not used and may be abstract.
       request: with a method.
-      calibration: model inputs.
+      calibration: model inputs; None where no pass runs the model.
       keep: is given the finished layers, block after block.
 
     Raises:
@@ -71,7 +71,7 @@ class Run:
         chain: Chain,
         linears: Mapping[str, nnx.Linear],
         request: Request,
-        calibration: Iterable[Batch],
+        calibration: Iterable[Batch] | None,
         keep: Keep,
         *,
         repeats: bool,
@@ -81,7 +81,8 @@ class Run:
         self.kept_in_int8 = request.kept_in_int8(linears)
         self.store, self.chain, self.linears, self.keep = store, chain, linears, keep
         self.units: Units = units_of(linears)
-        self.first_batch, batches = _peek(calibration)
+        nothing: tuple[Batch, Iterable[Batch]] = (None, [])
+        self.first_batch, batches = nothing if calibration is None else _peek(calibration)
         self.feed = Feed(chain, list(batches) if repeats else batches)
         self.inside = places(chain.blocks, linears)
 

@@ -1,6 +1,6 @@
 """The first pass: every block runs on the outputs of the one before; its layers' statistics and their options are kept."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax.numpy as jnp
 from flax import nnx
@@ -36,6 +36,11 @@ class Calibrate(Pass):
         seen = yield from watch(
             run.chain, block.path, block.module, block.names, run.feed.paired(inputs), run.sample_rows
         )
+        self.keep(block, seen)
+
+    def keep(self, block: BlockRun, seen: Mapping[str, Statistics]) -> None:
+        """Keeps the statistics of a block's layers, by dotted path in the model, and the options that follow from them."""
+        run = block.run
         for short, name in block.names.items():
             check_magnitudes(name, block.linears[short], seen[name])
         short_of = {name: short for short, name in block.names.items()}
@@ -47,7 +52,9 @@ class Calibrate(Pass):
         for name, statistics in seen.items():
             run.store["statistics", name], run.store["span", name] = statistics, statistics.span()
 
-    def _options(self, run: Run, layers: dict[str, nnx.Linear], seen: dict[str, Statistics]) -> dict[str, list[Option]]:
+    def _options(
+        self, run: Run, layers: dict[str, nnx.Linear], seen: Mapping[str, Statistics]
+    ) -> dict[str, list[Option]]:
         """The options of layers that read the same input."""
         unit = {name: names for names in run.units.values() for name in names}
         int4 = run.kept_in_int8.isdisjoint(name for layer in layers for name in unit[layer])

@@ -35,6 +35,7 @@ class Method(Settings):
       shares_inputs: whether layers that read the same input have to be looked at together to quantize it alike for them.
         Where every token has a scale of its own, and nothing is smoothed, they need not.
       coarse_activations: whether activations of layers with 4-bit weights have 4 bits.
+      data_free: whether a model can be quantized without calibration data, by its weights alone.
       naive: whether nothing makes up for the errors of rounding, neither smoothing nor flattening nor GPTQ nor AWQ.
     """
 
@@ -47,6 +48,7 @@ class Method(Settings):
     activation_percentile: float = 100.0
     max_expansion: float = 1.0
     shares_inputs: bool = True
+    data_free: bool = False
     naive: bool = False
     coarse_activations: bool = False
 

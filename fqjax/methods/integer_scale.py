@@ -78,6 +78,10 @@ class IntegerScale(Method):
         return self.weights.shares_inputs
 
     @property
+    def data_free(self) -> bool:
+        return self.weights.data_free
+
+    @property
     def naive(self) -> bool:
         return self.weights.naive
 

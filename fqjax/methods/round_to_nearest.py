@@ -1,8 +1,10 @@
 """Grouped weights rounded to the nearest code: a scale for every output channel and every group of input channels.
 
 The scale of a group is the one of several that rounds its weights best on the calibration inputs, the largest weight over
-7.5 among them.  The baseline of the methods with groups.
+7.5 among them.  Without calibration data, all channels count alike.  The baseline of the methods with groups.
 """
+
+# pyright: reportIncompatibleVariableOverride=false
 
 import dataclasses
 from typing import ClassVar
@@ -23,3 +25,10 @@ class RoundToNearest(GroupedMethod):
     kind: ClassVar[str] = "round-to-nearest"
 
     naive = True
+
+    @property
+    def data_free(self) -> bool:
+        return self.allocation.int4_share in (
+            0,
+            1,
+        )  # Nothing is to be chosen by what a layer's error does to the output.

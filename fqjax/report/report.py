@@ -28,8 +28,9 @@ class LayerReport:
       name: dotted path in the model.
       bits: 4 or 8, or 16 for a layer in bfloat16 and 32 in float32.
       expansion: K'/K, flattened channels over original ones, before padding.
-      relative_error: mean squared error of the output over its mean square, on calibration data; 0 in floating point, and
-        for layers read from another program's checkpoint, of which it is not known.
+      relative_error: mean squared error of the output over its mean square, on calibration data, or without any for inputs
+        whose channels are alike and independent; 0 in floating point, and for layers read from another program's
+        checkpoint, of which it is not known.
       bytes: on the device: codes (with their padding), scales, the input's recipe, bias.
       bytes_bf16: weight and bias in bfloat16.
       macs: multiply-accumulates of the unquantized layer for one token.

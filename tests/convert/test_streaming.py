@@ -1,5 +1,6 @@
 """Conversion of a checkpoint block by block gives what quantization in memory gives, and holds one block at a time."""
 
+import dataclasses
 import gc
 import json
 import weakref
@@ -79,6 +80,22 @@ def test_the_result_is_that_of_quantization_in_memory(case, text, tmp_path):
     manifests = [json.loads((path / "fqjax.json").read_text()) for path in (asked.out, tmp_path / "saved")]
     files = [set(manifest["checksums"].pop("files")) for manifest in manifests]
     assert manifests[0] == manifests[1] and "tokenizer/tokenizer.json" in files[0] - files[1]
+
+
+def test_without_calibration_data_neither_text_nor_tokenizer_is_needed(tmp_path):
+    source = make_checkpoint(tmp_path / "source", "mixtral")
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    asked = conversion.Conversion(source=str(source), out=tmp_path / "out", scheme=PRESETS["w4a16"], data_free=True)
+    made = conversion.plan(asked)
+    assert not made.batches and "Calibration: none." in str(conversion.plan_table(made).caption)
+    report = conversion.convert(made)
+    model, _ = load_hf(source)
+    wanted, expected = fqjax.quantize(model, "w4a16")
+    assert_same(fqjax.load(asked.out), wanted)
+    assert report.layers == expected.layers and report.calibration is None
+    with pytest.raises(InputError, match="--calibration none: scheme 'w8a8' needs"):
+        conversion.plan(dataclasses.replace(asked, out=tmp_path / "other", scheme=PRESETS["w8a8"]))
 
 
 def test_statistics_block_by_block_are_those_of_the_whole_model(tmp_path, monkeypatch):
