@@ -14,10 +14,10 @@ from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fqjax.bench.model_cases import Case
 from fqjax.inference.programs import Decoding, decode, prefill
+from fqjax.inference.sampling import Kinds
 from fqjax.inference.settings import Draws, empty_cache, ends_array, sampling_of
 from fqjax.layers.flattened import flattened
 from fqjax.models.cache import Kind
@@ -106,9 +106,9 @@ class _Decoding(_Calls):
         cache = empty_cache(model, case.batch, case.length + DECODED_TOKENS, kv_cache)
         token = jax.random.randint(jax.random.key(7), (case.batch,), 0, model.config.vocab_size)
         self.state = Decoding(cache, token, jnp.int32(0), jnp.zeros(case.batch, bool), None)
-        self.rest = self.sampling, np.int32(DECODED_TOKENS + 1), ends_array(())
+        self.rest = self.sampling, jnp.int32(DECODED_TOKENS + 1), jnp.asarray(ends_array(()))
         self.lowered = {
-            steps: decode.lower(structure, self.leaves, self.state, *self.rest, steps)
+            steps: decode.lower(structure, self.leaves, self.state, *self.rest, steps, Kinds())
             for steps in (DECODED_TOKENS, SHORT_CALL_TOKENS)
         }
 

@@ -32,13 +32,14 @@ from fqjax.inference import slots as programs
 from fqjax.inference.pages import Pages
 from fqjax.inference.prompts import as_prompts
 from fqjax.inference.requests import Finished, Output, Reason, Request, TokenLogprobs
-from fqjax.inference.sampling import NO_TOKEN, NOT_FINITE
+from fqjax.inference.sampling import NO_TOKEN, NOT_FINITE, Kinds
 from fqjax.inference.settings import (
     Draws,
     check_memory,
     empty_cache,
     ends_array,
     eos_of,
+    kinds_of,
     runnable,
     sampling_of,
 )
@@ -73,6 +74,8 @@ class _Running:
     pages: list[int] = dataclasses.field(default_factory=list)
     taken_up: int = 0
     """Tokens of its prompt that are in the cache, or will be when what has been launched has run."""
+    launched: int = 0
+    """Tokens that have been launched for it."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     reason: Reason | None = None
     """Why it is to end, or has ended."""
@@ -81,6 +84,11 @@ class _Running:
     def decodes(self) -> bool:
         """Whether its prompt has been taken up."""
         return self.taken_up == len(self.prompt)
+
+    @property
+    def reports(self) -> bool:
+        """Whether it wants logarithms of probabilities."""
+        return self.request.logprobs is not None
 
 
 class _Launched(NamedTuple):
@@ -135,7 +143,7 @@ class Engine:
         tokens = slots * capacity if tokens is None else check_whole("tokens", tokens, 1)
         self.config, self.capacity = getattr(model, "config", None), capacity
         self.chunk, self.burst, self.eos = min(chunk, capacity), burst, frozenset(eos_of(model, eos_token_id))
-        self._ends = ends_array(sorted(self.eos))
+        self._ends = jax.device_put(ends_array(sorted(self.eos)))
         self._memory = _Memory.of(
             model, self._model.structure, slots, capacity, tokens, self.chunk, kv_cache, shares_prefixes
         )
@@ -148,7 +156,8 @@ class Engine:
         self._tickets = 0
         self._by_ticket: dict[int, _Running] = {}
         self._cache = self._memory.make(model, slots, kv_cache)
-        self._slots = _empty_slots(slots, self._vocabulary())
+        self._vocabulary = self._logits_shape()[1]
+        self._slots = _empty_slots(slots, self._vocabulary)
 
     @property
     def busy(self) -> bool:
@@ -223,36 +232,41 @@ class Engine:
         before = len(self._launched)
         self._launch_pieces()
         self._launch_decoding()
-        if len(self._launched) == before:  # Nothing to do for the device: what it has done is waited for.
-            before = len(self._launched)
         outputs = [output for _ in range(before) for output in self._read(self._launched.popleft())]
         ended, self._ended = self._ended, []
         return outputs + [self._output(running, [], None) for running in ended]
 
     @automatic_axes()
     def warm_up(self, report: Callable[[str], None] = lambda name: None) -> None:
-        """Compiles all programs, before any request comes.
+        """Compiles the programs, before any request comes; but for those of repetition penalties and logarithms of
+        probabilities, which are short.
 
         Args:
           report: called with a word on each, before it is compiled.
         """
+        heights = set()
         for width in _widths(self.chunk):
             for rows in sorted({1, self._rows(width)}):
+                heights.add(rows)
                 for fresh in (True, False) if self._memory.pages.shares or width == self.chunk else (True,):
                     report(f"prompts, {rows} x {width}{'' if fresh else ', after others'}")
                     self._launch([], width, rows, fresh)
         report(f"decoding, {len(self.running)} slots")
-        self._cache, self._slots, _ = programs.decode(*self._model, self._cache, self._slots, self._ends, self.burst)
+        for kinds in (Kinds(), Kinds(drawn=True), Kinds(drawn=True, sorted=True)):
+            self._advance(kinds, False)
+            for rows in heights:
+                logits, first = jnp.zeros((rows, self._vocabulary)), _first([None] * rows, len(self.running))
+                self._slots, _ = programs.begin(self._slots, logits, first, self._ends, kinds, False)
         self._slots = programs.release(self._slots, np.ones(len(self.running), bool))
         jax.block_until_ready(self._slots)
 
-    def _vocabulary(self) -> int:
-        """How many logits the model gives."""
+    def _logits_shape(self) -> tuple[int, ...]:
+        """Of a piece of one prompt."""
         piece = self._memory.empty_piece(1, 1, len(self.running))
         run = functools.partial(programs.take_piece, self._model.structure)
         call = functools.partial(run, piece=piece, fresh=True, rows=self._memory.rows)
         logits, _ = jax.eval_shape(lambda leaves, cache: call(leaves, cache), self._model.leaves, self._cache)
-        return logits.shape[1]
+        return logits.shape
 
     def _dismiss(self) -> None:
         """Frees what requests have that were cancelled, or whose time is over."""
@@ -333,53 +347,64 @@ class Engine:
             self._memory.pages.publish(running.prompt, running.pages, running.taken_up)
         logits, self._cache = programs.take_piece(*self._model, self._cache, piece, fresh, self._memory.rows)
         ending = [running if running.decodes else None for running in chosen] + [None] * (rows - len(chosen))
-        if any(ending) or not chosen:
+        if any(ending):
             first = _first(ending, len(self.running))
-            self._slots, picked = programs.begin(self._slots, logits, first, self._ends)
+            kinds, reports = kinds_of(r.request for r in ending if r), any(r and r.reports for r in ending)
+            self._slots, picked = programs.begin(self._slots, logits, first, self._ends, kinds, reports)
             self._send(picked, ending)
 
     def _launch_decoding(self) -> None:
         rows = [r if r is not None and r.decodes and r.reason is None else None for r in self.running]
-        if not any(rows):
+        here = [r for r in rows if r is not None]
+        if not here:
             return
-        self._cache, self._slots, picked = programs.decode(
-            *self._model, self._cache, self._slots, self._ends, self.burst
-        )
-        self._send(picked, rows)
+        kinds, reports = kinds_of(r.request for r in here), any(r.reports for r in here)
+        # Not more than the slot that has the furthest to go needs.
+        for _ in range(min(self.burst, max(int(r.request.max_new_tokens) - r.launched for r in here))):
+            self._send(self._advance(kinds, reports), rows)
+
+    def _advance(self, kinds: Kinds, reports: bool) -> Picked:
+        """A token for every slot that decodes."""
+        slots = self._slots
+        logits, self._cache = programs.advance(*self._model, self._cache, slots.token, slots.active)
+        self._slots, picked = programs.pick_next(slots, logits, self._ends, kinds, reports)
+        return picked
 
     def _send(self, picked: Picked, rows: list[_Running | None]) -> None:
         """Begins the way of tokens to the host; logarithms of probabilities go along only where they are wanted."""
         if any(rows):
-            wanted = picked if any(r and r.request.logprobs is not None for r in rows) else picked[:1]
-            for array in wanted:
-                array.copy_to_host_async()
+            for array in picked:
+                if array is not None:
+                    array.copy_to_host_async()
+            for running in rows:
+                if running is not None:
+                    running.launched += 1
             self._launched.append(_Launched(picked, rows))
 
     def _read(self, launched: _Launched) -> list[Output]:
         """What requests got by a call; of those that have ended since, nothing."""
         outputs, reported = [], None
-        rows = np.asarray(launched.picked.token).tolist()
-        for at, (running, row) in enumerate(zip(launched.rows, rows, strict=True)):
-            if running is None or running.reason is not None:
+        tokens = np.asarray(launched.picked.token).tolist()
+        for at, (running, token) in enumerate(zip(launched.rows, tokens, strict=True)):
+            if running is None or running.reason is not None or token == NO_TOKEN:
                 continue
-            new = [token for token in row if token != NO_TOKEN]
-            if not new:
-                continue
-            if new[-1] == NOT_FINITE:
-                new.pop()
+            if token == NOT_FINITE:
                 running.reason = "error"
-            running.tokens += new
+                self._free(running)
+                outputs.append(self._output(running, [], None))
+                continue
+            running.tokens.append(token)
             logprobs = None
-            if running.request.logprobs is not None:
+            if running.reports:
                 reported = reported or _Reported(*map(np.asarray, launched.picked[1:]))
-                logprobs = reported.of(at, len(new), running.request.logprobs)
-            if running.reason is None and new[-1] in self.eos:
+                logprobs = [reported.of(at, running.request.logprobs or 0)]
+            if token in self.eos:
                 running.reason = "eos"
-            elif running.reason is None and len(running.tokens) >= running.request.max_new_tokens:
+            elif len(running.tokens) >= running.request.max_new_tokens:
                 running.reason = "length"
             if running.reason is not None:
                 self._free(running)
-            outputs.append(self._output(running, new, logprobs))
+            outputs.append(self._output(running, [token], logprobs))
         return outputs
 
     def _output(self, running: _Running, new: list[int], logprobs: list[TokenLogprobs] | None) -> Output:
@@ -479,7 +504,6 @@ def _first(ending: list[_Running | None], slots: int) -> First:
     return First(
         slots=np.array([slots if running is None else running.slot for running in ending], np.int32),
         limit=np.array([r.max_new_tokens if r else 1 for r in requests], np.int32),
-        reports=np.array([r is not None and r.logprobs is not None for r in requests]),
         sampling=sampling_of([r or Draws() for r in requests]),
         prompts=np.stack([np.pad(p, (0, width - len(p)), constant_values=NO_TOKEN) for p in penalized]),
     )
@@ -491,9 +515,8 @@ def _empty_slots(slots: int, vocabulary: int) -> Slots:
     @jax.jit
     def make() -> Slots:
         token, step, limit = (jnp.zeros(slots, jnp.int32) for _ in range(3))
-        active, reports = jnp.zeros(slots, bool), jnp.zeros(slots, bool)
-        drawn = jax.tree.map(jnp.asarray, sampling)
-        return Slots(token, step, limit, active, reports, drawn, jnp.zeros((slots, vocabulary), bool))
+        drawn, seen = jax.tree.map(jnp.asarray, sampling), jnp.zeros((slots, vocabulary), bool)
+        return Slots(token, step, limit, jnp.zeros(slots, bool), drawn, seen)
 
     return make()
 
@@ -505,10 +528,7 @@ class _Reported(NamedTuple):
     top: np.ndarray
     top_logprobs: np.ndarray
 
-    def of(self, row: int, count: int, most: int) -> list[TokenLogprobs]:
-        """Those of the first tokens of a row."""
-        found = []
-        for at in range(count):
-            top = zip(self.top[row, at, :most].tolist(), self.top_logprobs[row, at, :most].tolist(), strict=True)
-            found.append(TokenLogprobs(float(self.logprob[row, at]), list(top)))
-        return found
+    def of(self, row: int, most: int) -> TokenLogprobs:
+        """Those of a row's token."""
+        top = zip(self.top[row, :most].tolist(), self.top_logprobs[row, :most].tolist(), strict=True)
+        return TokenLogprobs(float(self.logprob[row]), list(top))

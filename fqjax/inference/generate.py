@@ -17,13 +17,14 @@ from jaxtyping import Int32
 from fqjax.inference import programs
 from fqjax.inference.programs import Decoding
 from fqjax.inference.prompts import as_prompts, check_prompts, in_buckets, padded
-from fqjax.inference.sampling import NOT_FINITE, Sampling
+from fqjax.inference.sampling import NOT_FINITE, Kinds, Sampling
 from fqjax.inference.settings import (
     Draws,
     check_memory,
     check_settings,
     ends_array,
     eos_of,
+    kinds_of,
     runnable,
     sampling_of,
 )
@@ -204,16 +205,16 @@ class _Run:
 
     def bursts(self) -> Iterator[Int32[np.ndarray, "batch tokens"]]:
         """The new tokens, the first alone, then burst after burst, up to the limit or until all have ended."""
-        sampling = sampling_of(
-            [dataclasses.replace(self.draws, seed=self.draws.seed + i) for i in range(len(self.prompts))]
-        )
-        eos = ends_array(self.eos)
-        state, first = self._begun(sampling, eos)
+        draws = [dataclasses.replace(self.draws, seed=self.draws.seed + i) for i in range(len(self.prompts))]
+        # On the device once: every array that a call brings along is a transfer.
+        sampling, eos, limit = jax.device_put((sampling_of(draws), ends_array(self.eos), np.int32(self.limit)))
+        kinds = kinds_of(draws)
+        state, first = self._begun(sampling, eos, kinds)
         launched = [_sent(first)]
         ended, given, read = np.zeros(len(self.prompts), bool), 1, 0
         while launched:
             if given < self.limit:
-                state, new = programs.decode(*self.model, state, sampling, np.int32(self.limit), eos, self.burst)
+                state, new = programs.decode(*self.model, state, sampling, limit, eos, self.burst, kinds)
                 launched.append(_sent(new))
                 given += self.burst
             columns = np.asarray(launched.pop(0))[:, : self.limit - read]
@@ -227,7 +228,7 @@ class _Run:
             if ended.all():
                 return
 
-    def _begun(self, sampling: Sampling, eos: np.ndarray) -> tuple[Decoding, jax.Array]:
+    def _begun(self, sampling: Sampling, eos: jax.Array, kinds: Kinds) -> tuple[Decoding, jax.Array]:
         """The prompts taken up, piece by piece, of which shorter ones fill fewer, and the first token of each."""
         tokens, counts = padded(self.prompts)
         logits, cache = None, None
@@ -241,7 +242,7 @@ class _Run:
             else:
                 logits, cache = programs.extend(*self.model, piece, here, cache, logits)
         assert logits is not None and cache is not None
-        return programs.begin(logits, cache, (tokens, counts), sampling, eos, self.draws.repetition_penalty != 1)
+        return programs.begin(logits, cache, (tokens, counts), sampling, eos, kinds)
 
 
 def _sent(tokens: jax.Array) -> jax.Array:

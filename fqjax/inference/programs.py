@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from fqjax.inference.sampling import Sampling, is_end, pick
+from fqjax.inference.sampling import Kinds, Sampling, is_end, pick
 from fqjax.inference.settings import empty_cache
 from fqjax.layers.flattened import Structure
 from fqjax.models.cache import KeyValueCache, Kind
@@ -82,25 +82,25 @@ def extend(
     return jnp.where(counts[:, None] > 0, logits, before), cache
 
 
-@functools.partial(jax.jit, static_argnums=(5,), donate_argnums=1, compiler_options=GRAPHS)
+@functools.partial(jax.jit, static_argnums=5, donate_argnums=1)
 def begin(
     logits: Float32[Array, "batch vocabulary"],
     cache: KeyValueCache,
     prompt: tuple[Tokens, Counts],
     sampling: Sampling,
     eos: Int32[Array, " ends"] | np.ndarray,
-    penalized: bool,
+    kinds: Kinds,
 ) -> tuple[Decoding, Int32[Array, "batch one"]]:
-    """The sequences with their first token, and that token; where ``penalized``, with what their prompts hold."""
+    """The sequences with their first token, and that token; where any is penalized, with what their prompts hold."""
     seen = None
-    if penalized:
+    if kinds.penalized:
         seen = _mark_prompts(jnp.zeros(logits.shape, bool), *prompt)
-    token = pick(logits, jnp.int32(0), sampling, seen)
+    token = pick(logits, jnp.int32(0), sampling, kinds, seen)
     state = Decoding(cache, token, jnp.int32(1), is_end(token, jnp.asarray(eos)), _mark(seen, token))
     return state, token[:, None]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2, compiler_options=GRAPHS)
+@functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2, compiler_options=GRAPHS)
 def decode(
     structure: Structure,
     leaves: Leaves,
@@ -109,6 +109,7 @@ def decode(
     limit: Int32[Array, ""] | np.integer,
     eos: Int32[Array, " ends"] | np.ndarray,
     burst: int,
+    kinds: Kinds,
 ) -> tuple[Decoding, Int32[Array, "batch burst"]]:
     """Continues until there are ``burst`` more tokens, or ``limit`` in all, or all sequences have ended.
 
@@ -119,6 +120,7 @@ def decode(
       limit: how many tokens a sequence gets at most, the first among them.
       eos: tokens that end a sequence.
       burst: how many are decoded at most.
+      kinds: what any sequence needs of the draws.
 
     Returns:
       The sequences, and their new tokens; a sequence that has ended repeats its last one.
@@ -129,7 +131,7 @@ def decode(
     def body(carry: tuple[Decoding, Array]) -> tuple[Decoding, Array]:
         s, out = carry
         logits, cache = model.extend(s.token[:, None], s.cache, jnp.ones(batch, jnp.int32))
-        token = jnp.where(s.ended, s.token, pick(logits, s.step, sampling, s.seen))
+        token = jnp.where(s.ended, s.token, pick(logits, s.step, sampling, kinds, s.seen))
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, s.step - first))
         return Decoding(cache, token, s.step + 1, s.ended | is_end(token, ends), _mark(s.seen, token)), out
 

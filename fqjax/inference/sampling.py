@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 NO_TOKEN = -1
@@ -38,10 +37,28 @@ class Sampling(NamedTuple):
     penalty: Float32[Array, " rows"]
 
 
+class Kinds(NamedTuple):
+    """What any row needs, so that programs leave out what none does; static.  No row's token depends on what others need.
+
+    There are programs for each instead of conditions inside of one: a condition on the device makes a CUDA graph be built
+    anew in every call.
+
+    Attributes:
+      drawn: whether any has a temperature.
+      sorted: whether any of these has a ``top_p`` or a ``top_k``.
+      penalized: whether any has a repetition penalty.
+    """
+
+    drawn: bool = False
+    sorted: bool = False
+    penalized: bool = False
+
+
 def pick(
     logits: Float32[Array, "rows vocabulary"],
     step: Int32[Array, "*rows"],
     sampling: Sampling,
+    kinds: Kinds,
     seen: Bool[Array, "rows vocabulary"] | None = None,
 ) -> Int32[Array, " rows"]:
     """A token for each row.
@@ -50,35 +67,29 @@ def pick(
       logits: of the next token.
       step: how many tokens each row has got before this one; one number for all, or (rows,).
       sampling: how they are drawn.
-      seen: tokens that each row had before, for its repetition penalty; None where no row has one.
+      kinds: what any row needs of it.
+      seen: tokens that each row had before, if any has a repetition penalty.
 
     Returns:
       The tokens; :data:`NOT_FINITE` where the largest logit is not finite.
     """
-    if seen is not None:
+    if kinds.penalized:
+        assert seen is not None
         logits = penalized(logits, seen, sampling.penalty)
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    drawn = lax.cond(
-        jnp.any(sampling.temperature > 0), lambda: _drawn(logits, step, sampling, likeliest), lambda: likeliest
-    )
-    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NOT_FINITE)
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if kinds.drawn:
+        token = jnp.where(sampling.temperature > 0, _drawn(logits, step, sampling, kinds), token)
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token, NOT_FINITE)
 
 
-def _drawn(logits: Array, step: Array, sampling: Sampling, likeliest: Array) -> Int32[Array, " rows"]:
-    """A draw for rows with a temperature, the most likely token for the others."""
+def _drawn(logits: Array, step: Array, sampling: Sampling, kinds: Kinds) -> Int32[Array, " rows"]:
+    """A draw for every row, of which those without a temperature are nobody's."""
     keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(
         sampling.seed, jnp.broadcast_to(step, sampling.seed.shape)
     )
-    hot = sampling.temperature > 0
-    some = sample(
-        logits,
-        keys,
-        jnp.where(hot, sampling.temperature, 1)[:, None],
-        sampling.top_p[:, None],
-        sampling.min_p[:, None],
-        sampling.top_k[:, None],
-    )
-    return jnp.where(hot, some, likeliest)
+    columns = [setting[:, None] for setting in (sampling.top_p, sampling.min_p, sampling.top_k)]
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
+    return sample(logits, keys, temperature, *columns, sorts=kinds.sorted)
 
 
 def sample(
@@ -88,6 +99,8 @@ def sample(
     top_p: Float32[Array, "*row"],
     min_p: Float32[Array, "*row"] | float = 0.0,
     top_k: Int32[Array, "*row"] | int = 0,
+    *,
+    sorts: bool = True,
 ) -> Int32[Array, " batch"]:
     """Draws one token for each row.
 
@@ -96,11 +109,13 @@ def sample(
       keys: one random key a row, so that a row's draw does not depend on its neighbours.
       temperature: positive; logits are divided by it.  One for all rows, or (batch, 1), as what follows.
       top_p, min_p, top_k: as in :class:`Sampling`.
+      sorts: whether any row has a ``top_p`` below 1 or a ``top_k``.
     """
     logits = logits / temperature
-    # Of two filters that cut off the least likely tokens, the stricter one counts, so that their order does not matter.
-    sorts = jnp.any(jnp.asarray(top_p) < 1) | jnp.any(jnp.asarray(top_k) > 0)
-    logits = lax.cond(sorts, lambda: keep_likeliest(logits, top_p, top_k), lambda: logits)
+    if sorts:
+        # A row with neither is left as it is, whatever its neighbours need.
+        filtered = (jnp.asarray(top_p) < 1) | (jnp.asarray(top_k) > 0)
+        logits = jnp.where(filtered, keep_likeliest(logits, top_p, top_k), logits)
     best = jnp.max(logits, axis=-1, keepdims=True)
     # exp(logit - best) is the likelihood over that of the most likely token.
     logits = jnp.where(jnp.exp(logits - best) >= min_p, logits, -jnp.inf)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int32
 
-from fqjax.inference.sampling import NO_TOKEN, Sampling
+from fqjax.inference.sampling import NO_TOKEN, Kinds, Sampling
 from fqjax.layers.flattened import Flattened, Structure, flattened
 from fqjax.models.cache import KeyValueCache, Kind, dtype_of
 from fqjax.models.causal_lm import CausalLM, GenerativeModel
@@ -95,6 +95,17 @@ def sampling_of(draws: Sequence[Draws]) -> Sampling:
         top_k=column(np.int32, lambda d: d.top_k),  # pyright: ignore[reportArgumentType]
         penalty=column(np.float32, lambda d: d.repetition_penalty),  # pyright: ignore[reportArgumentType]
     )
+
+
+def kinds_of(draws: Iterable[Draws]) -> Kinds:
+    """What any of these needs."""
+    drawn = is_sorted = penalized = False
+    for each in draws:
+        hot = each.temperature > 0
+        drawn |= hot
+        is_sorted |= hot and (each.top_p < 1 or each.top_k > 0)
+        penalized |= each.repetition_penalty != 1
+    return Kinds(drawn, is_sorted, penalized)
 
 
 def check_settings(max_new_tokens: int, draws: Draws) -> int:

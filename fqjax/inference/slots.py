@@ -4,7 +4,8 @@ All of them take the cache and the slots from one another by donation.  A slot's
 
 - :func:`take_piece`: pieces of some prompts, into the slots' memory;
 - :func:`begin`: the first token after some prompts, and the settings of their slots;
-- :func:`decode`: some tokens for every slot that decodes;
+- :func:`advance`: logits after the last token of every slot that decodes, and
+- :func:`pick_next`: its next token;
 - :func:`release`: slots that are to decode no longer.
 
 Rows that stand for no slot have one that is out of range: what they write is dropped, or goes to page 0.
@@ -21,11 +22,12 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from fqjax.inference.programs import GRAPHS, Leaves, generative, take_up
 from fqjax.inference.requests import MOST_LOGPROBS
-from fqjax.inference.sampling import NO_TOKEN, Sampling, is_end, pick
+from fqjax.inference.sampling import NO_TOKEN, Kinds, Sampling, is_end, pick
 from fqjax.inference.settings import empty_cache
 from fqjax.layers.flattened import Structure
 from fqjax.models.cache import KeyValueCache, Kind
-from fqjax.models.causal_lm import GenerativeModel
+
+Ends = Int32[Array, " ends"] | Int32[np.ndarray, " ends"]
 
 
 class Slots(NamedTuple):
@@ -36,7 +38,6 @@ class Slots(NamedTuple):
       step: how many tokens there are.
       limit: how many there may be.
       active: whether it decodes.
-      reports: whether logarithms of probabilities are wanted.
       sampling: how tokens are drawn.
       seen: tokens that were there before, of slots with a repetition penalty.
     """
@@ -45,7 +46,6 @@ class Slots(NamedTuple):
     step: Int32[Array, " slots"]
     limit: Int32[Array, " slots"]
     active: Bool[Array, " slots"]
-    reports: Bool[Array, " slots"]
     sampling: Sampling
     seen: Bool[Array, "slots vocabulary"]
 
@@ -73,30 +73,29 @@ class First(NamedTuple):
 
     Attributes:
       slots: which.
-      limit, reports, sampling: as for :class:`Slots`.
+      limit, sampling: as for :class:`Slots`.
       prompts: tokens that a repetition penalty counts as seen, padded with :data:`NO_TOKEN`.
     """
 
     slots: Int32[np.ndarray, " rows"]
     limit: Int32[np.ndarray, " rows"]
-    reports: Bool[np.ndarray, " rows"]
     sampling: Sampling
     prompts: Int32[np.ndarray, "rows width"]
 
 
 class Picked(NamedTuple):
-    """Tokens of a step, :data:`NO_TOKEN` for rows that got none, and logarithms of probabilities, of rows that report.
+    """A token for each row, :data:`NO_TOKEN` for rows that got none, and logarithms of probabilities if any reports them.
 
     Attributes:
-      token: (rows, tokens).
-      logprob: of each token.
+      token: of each row.
+      logprob: of that token.
       top, top_logprobs: the most likely tokens, and theirs.
     """
 
-    token: Int32[Array, "rows tokens"]
-    logprob: Float32[Array, "rows tokens"]
-    top: Int32[Array, "rows tokens most"]
-    top_logprobs: Float32[Array, "rows tokens most"]
+    token: Int32[Array, " rows"]
+    logprob: Float32[Array, " rows"] | None
+    top: Int32[Array, "rows most"] | None
+    top_logprobs: Float32[Array, "rows most"] | None
 
 
 class Rows(NamedTuple):
@@ -143,54 +142,69 @@ def take_piece(
     return logits, KeyValueCache(new.layers, lengths, cache.pages.at[slots].set(pages, mode="drop"))
 
 
-@functools.partial(jax.jit, donate_argnums=0, compiler_options=GRAPHS)
+@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=0)
 def begin(
-    slots: Slots, logits: Float32[Array, "rows vocabulary"], first: First, eos: Int32[np.ndarray, " ends"]
+    slots: Slots, logits: Float32[Array, "rows vocabulary"], first: First, eos: Ends, kinds: Kinds, reports: bool
 ) -> tuple[Slots, Picked]:
-    """Picks the first token after prompts, and lets their slots decode from it."""
+    """Picks the first token after prompts, and lets their slots decode from it; arguments as for :func:`pick_next`."""
     rows, vocabulary = logits.shape
     prompts = jnp.where(jnp.asarray(first.prompts) < 0, vocabulary, first.prompts)  # What lies outside is dropped.
     seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], prompts].set(True, mode="drop")
-    token = pick(logits, jnp.int32(0), first.sampling, seen)
-    reports = jnp.asarray(first.reports)
+    token = pick(logits, jnp.int32(0), first.sampling, kinds, seen)
     picked = _picked(logits, token, reports)
     active = (jnp.asarray(first.limit) > 1) & ~is_end(token, jnp.asarray(eos))
     seen = seen.at[jnp.arange(rows), token].set(True, mode="drop")
-    new = Slots(token, jnp.ones(rows, jnp.int32), jnp.asarray(first.limit), active, reports, first.sampling, seen)
+    new = Slots(token, jnp.ones(rows, jnp.int32), jnp.asarray(first.limit), active, first.sampling, seen)
     at = jnp.asarray(first.slots)
-    slots = jax.tree.map(lambda all, some: all.at[at].set(some, mode="drop"), slots, new)
-    return slots, jax.tree.map(lambda leaf: leaf[:, None], picked)
+    return jax.tree.map(lambda all, some: all.at[at].set(some, mode="drop"), slots, new), picked
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=(2, 3), compiler_options=GRAPHS)
-def decode(
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2, compiler_options=GRAPHS)
+def advance(
     structure: Structure,
     leaves: Leaves,
     cache: KeyValueCache,
-    slots: Slots,
-    eos: Int32[np.ndarray, " ends"],
-    burst: int,
-) -> tuple[KeyValueCache, Slots, Picked]:
-    """Up to ``burst`` tokens for every slot that decodes; :data:`NO_TOKEN` for those that do not."""
-    model, ends = generative(structure, leaves), jnp.asarray(eos)
+    token: Int32[Array, " slots"],
+    active: Bool[Array, " slots"],
+) -> tuple[Float32[Array, "slots vocabulary"], KeyValueCache]:
+    """Logits after the last tokens; slots that do not decode keep what they had.
 
-    def step(carry: tuple[KeyValueCache, Slots], _: None) -> tuple[tuple[KeyValueCache, Slots], Picked]:
-        cache, s = carry
-        logits, cache = _extend_active(model, cache, s)
-        token = jnp.where(s.active, pick(logits, s.step, s.sampling, s.seen), s.token)
-        picked = _picked(logits, token, s.reports & s.active)
-        count = s.step + s.active
-        active = s.active & (count < s.limit) & ~is_end(token, ends)
-        new = picked._replace(token=jnp.where(s.active, token, NO_TOKEN))
-        # Of a slot that does not decode, nobody reads what was seen.
-        seen = s.seen.at[jnp.arange(token.shape[0]), token].set(True, mode="drop")
-        return (cache, s._replace(token=token, step=count, active=active, seen=seen)), new
+    What these write goes after their length, where the next piece of their prompt overwrites it, or to page 0.
+    """
+    model, counts = generative(structure, leaves), active.astype(jnp.int32)
+    if not isinstance(cache, KeyValueCache) or cache.pages is None:
+        return model.extend(token[:, None], cache, counts)
+    # Their pages may be somebody else's by now.
+    lengths, pages = jnp.where(active, cache.lengths, 0), jnp.where(active[:, None], cache.pages, 0)
+    logits, new = model.extend(token[:, None], KeyValueCache(cache.layers, lengths, pages), counts)
+    return logits, KeyValueCache(new.layers, cache.lengths + active, cache.pages)
 
-    if burst == 1:
-        (cache, slots), picked = step((cache, slots), None)
-        return cache, slots, jax.tree.map(lambda leaf: leaf[:, None], picked)
-    (cache, slots), picked = lax.scan(step, (cache, slots), length=burst)
-    return cache, slots, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), picked)
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def pick_next(
+    slots: Slots, logits: Float32[Array, "slots vocabulary"], eos: Ends, kinds: Kinds, reports: bool
+) -> tuple[Slots, Picked]:
+    """Picks the next token of every slot that decodes.
+
+    Args:
+      slots: which are donated.
+      logits: after their last tokens.
+      eos: tokens that end a request.
+      kinds: what any of them needs of the draws.
+      reports: whether any of them wants logarithms of probabilities.
+
+    Returns:
+      The slots, and their tokens, :data:`NO_TOKEN` for those that do not decode.
+    """
+    s = slots
+    token = jnp.where(s.active, pick(logits, s.step, s.sampling, kinds, s.seen), s.token)
+    picked = _picked(logits, token, reports)._replace(token=jnp.where(s.active, token, NO_TOKEN))
+    step = s.step + s.active
+    active = s.active & (step < s.limit) & ~is_end(token, jnp.asarray(eos))
+    seen = s.seen
+    if kinds.penalized:  # Otherwise nobody reads it.
+        seen = seen.at[jnp.arange(token.shape[0]), token].set(True, mode="drop")
+    return s._replace(token=token, step=step, active=active, seen=seen), picked
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -199,32 +213,10 @@ def release(slots: Slots, kept: Bool[np.ndarray, " slots"]) -> Slots:
     return slots._replace(active=slots.active & kept)
 
 
-def _extend_active(model: GenerativeModel, cache: KeyValueCache, slots: Slots) -> tuple[Array, KeyValueCache]:
-    """Logits after the last tokens; slots that do not decode keep what they had.
-
-    What these write goes after their length, where the next piece of their prompt overwrites it, or to page 0.
-    """
-    active = slots.active
-    token, counts = slots.token[:, None], active.astype(jnp.int32)
-    if not isinstance(cache, KeyValueCache) or cache.pages is None:
-        return model.extend(token, cache, counts)
-    # Their pages may be somebody else's by now.
-    lengths, pages = jnp.where(active, cache.lengths, 0), jnp.where(active[:, None], cache.pages, 0)
-    logits, new = model.extend(token, KeyValueCache(cache.layers, lengths, pages), counts)
-    return logits, KeyValueCache(new.layers, cache.lengths + active, cache.pages)
-
-
-def _picked(logits: Float32[Array, "rows vocabulary"], token: Array, reports: Array) -> Picked:
-    """Tokens, and logarithms of probabilities where any row reports them, without an axis of tokens."""
-    rows = logits.shape[0]
-    most = min(MOST_LOGPROBS, logits.shape[1])
-
-    def computed() -> tuple[Array, Array, Array]:
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        values, top = lax.top_k(logprobs, most)
-        return jnp.take_along_axis(logprobs, jnp.maximum(token, 0)[:, None], axis=1)[:, 0], top, values
-
-    def nothing() -> tuple[Array, Array, Array]:
-        return jnp.zeros(rows), jnp.zeros((rows, most), jnp.int32), jnp.zeros((rows, most))
-
-    return Picked(token, *lax.cond(jnp.any(reports), computed, nothing))
+def _picked(logits: Float32[Array, "rows vocabulary"], token: Array, reports: bool) -> Picked:
+    """Tokens, and logarithms of probabilities by the logits as they are."""
+    if not reports:
+        return Picked(token, None, None, None)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    values, top = lax.top_k(logprobs, min(MOST_LOGPROBS, logits.shape[1]))
+    return Picked(token, jnp.take_along_axis(logprobs, jnp.maximum(token, 0)[:, None], axis=1)[:, 0], top, values)

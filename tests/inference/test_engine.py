@@ -208,7 +208,7 @@ def test_what_is_warm_compiles_nothing_when_requests_come(model):
     engine = engine_of(model, slots=5, capacity=31, chunk=16)
     said = []
     engine.warm_up(said.append)
-    functions = programs.take_piece, programs.begin, programs.decode, programs.release
+    functions = programs.take_piece, programs.advance, programs.pick_next, programs.release
     before = [function._cache_size() for function in functions]
     tickets = [engine.submit(Request(prompt=prompt_of(i, 1 + 3 * i), max_new_tokens=4)) for i in range(9)]
     engine.cancel(tickets[4])
@@ -237,13 +237,13 @@ def storm(model, count):
             engine.cancel(int(rng.choice(list(asked))))
         if i == count // 2:
             sizes = (
-                [f._cache_size() for f in (programs.take_piece, programs.begin, programs.decode)],
+                [f._cache_size() for f in (programs.take_piece, programs.advance, programs.pick_next)],
                 len(jax.live_arrays()),
             )
     while engine.busy:
         answered += check(engine.step(), asked, expected)
     assert answered == count and not asked and engine.tokens_held == 0 and not engine._by_ticket
-    after = [f._cache_size() for f in (programs.take_piece, programs.begin, programs.decode)]
+    after = [f._cache_size() for f in (programs.take_piece, programs.advance, programs.pick_next)]
     assert (after, len(jax.live_arrays())) <= (sizes[0], sizes[1] + 8)
 
 

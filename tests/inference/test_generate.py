@@ -11,6 +11,7 @@ from fqjax.checkpoint.hugging_face import load_hf
 from fqjax.inference import programs
 from fqjax.inference.generate import generate, stream
 from fqjax.inference.programs import Decoding, decode
+from fqjax.inference.sampling import Kinds
 from fqjax.inference.settings import Draws, ends_array, sampling_of
 from fqjax.layers.flattened import Structure
 from fqjax.models.llama import Llama, LlamaConfig
@@ -207,7 +208,7 @@ def test_a_penalty_keeps_tokens_from_being_repeated(model):
 
 @pytest.mark.sample(1)
 def test_a_second_call_compiles_nothing_and_takes_new_weights(model):
-    generate(model, PROMPTS, 5, eos_token_id=[])
+    generate(model, PROMPTS, 5, 1.0, 0.5, eos_token_id=[])
     functions = programs.prefill, programs.begin, programs.decode
     before = [function._cache_size() for function in functions]
     first = generate(model, PROMPTS, 6, 0.7, 0.8, seed=4, eos_token_id=[3, 5], top_k=4, min_p=0.01)
@@ -252,7 +253,7 @@ def test_the_loop_moves_no_cache_on_a_hopper_gpu(dtype, monkeypatch):
 
     def loop(*arrays):
         state = jax.tree.unflatten(state_tree, arrays[: len(held)])
-        return decode.__wrapped__(structure, arrays[len(held) :], state, sampling, np.int32(100), eos, 100)
+        return decode.__wrapped__(structure, arrays[len(held) :], state, sampling, np.int32(100), eos, 100, Kinds())
 
     text = ahead_of_time.compile_for_h200(loop, *held, *leaves).as_text()
     inside, outside = text.split("ENTRY ")  # The caches are not donated here, and so copied once before the loop.

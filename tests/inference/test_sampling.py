@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.inference.sampling import NOT_FINITE, Sampling, keep_likeliest, penalized, pick, sample
+from fqjax.inference.sampling import NOT_FINITE, Kinds, Sampling, keep_likeliest, penalized, pick, sample
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(1e-9, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (1.0, 4)])
@@ -45,6 +45,7 @@ def rows(count, **settings):
     )
 
 
+ALL = Kinds(drawn=True, sorted=True, penalized=True)
 PROBABILITIES = jnp.asarray([0.5, 0.25, 0.15, 0.1])
 
 
@@ -63,30 +64,51 @@ PROBABILITIES = jnp.asarray([0.5, 0.25, 0.15, 0.1])
 )
 def test_filters_leave_the_likeliest(settings, kept):
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES), (500, 4))
-    drawn = pick(logits, jnp.int32(3), rows(500, seed=np.arange(500), temperature=1.0, **settings))
+    drawn = pick(
+        logits,
+        jnp.int32(3),
+        rows(500, seed=np.arange(500), temperature=1.0, **settings),
+        Kinds(drawn=True, sorted=True),
+    )
     assert set(drawn.tolist()) == kept
 
 
 def test_every_row_has_its_own_settings():
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES), (300, 4))
     top_k = np.arange(300) % 3
-    drawn = np.asarray(pick(logits, jnp.int32(0), rows(300, seed=np.arange(300), temperature=2.0, top_k=top_k)))
+    drawn = np.asarray(
+        pick(logits, jnp.int32(0), rows(300, seed=np.arange(300), temperature=2.0, top_k=top_k), Kinds(True, True))
+    )
     assert [set(drawn[top_k == k].tolist()) for k in range(3)] == [{0, 1, 2, 3}, {0}, {0, 1}]
-    cold = np.asarray(pick(logits, jnp.int32(0), rows(300, seed=np.arange(300), temperature=top_k * 1.0)))
+    cold = np.asarray(pick(logits, jnp.int32(0), rows(300, seed=np.arange(300), temperature=top_k * 1.0), Kinds(True)))
     assert set(cold[top_k == 0].tolist()) == {0}
 
 
 def test_a_penalty_lowers_what_was_seen():
     logits, seen = jnp.asarray([[2.0, -2.0, 1.5]]), jnp.asarray([[True, True, False]])
     np.testing.assert_allclose(penalized(logits, seen, jnp.asarray([2.0])), [[1.0, -4.0, 1.5]])
-    assert pick(logits, jnp.int32(0), rows(1, penalty=2.0), seen).tolist() == [2]
-    assert pick(logits, jnp.int32(0), rows(1), seen).tolist() == [0]
+    assert pick(logits, jnp.int32(0), rows(1, penalty=2.0), ALL, seen).tolist() == [2]
+    assert pick(logits, jnp.int32(0), rows(1), ALL, seen).tolist() == [0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_give_no_token(value, temperature):
     logits = jnp.asarray([[0.5, value, 0.0], [0.5, 2.0, 0.0], [value] * 3])
-    picked = pick(logits, jnp.int32(0), rows(3, temperature=temperature))
+    picked = pick(logits, jnp.int32(0), rows(3, temperature=temperature), Kinds(drawn=temperature > 0))
     assert picked[1] in (0, 1, 2) and picked[2] == NOT_FINITE
     assert (picked[0] == NOT_FINITE) == (not value < 0)
+
+
+def test_nobody_s_token_depends_on_what_others_need():
+    """A row by the program for what it needs alone gets what it gets beside rows that need all there is."""
+    logits, seen = jax.random.normal(jax.random.key(3), (40, 500)) * 5, jnp.zeros((40, 500), bool)
+    seed = np.arange(40)
+    for kinds, settings in (
+        (Kinds(), {}),
+        (Kinds(drawn=True), {"temperature": 3.0}),
+        (Kinds(drawn=True), {"temperature": 3.0, "min_p": 0.01}),
+        (Kinds(drawn=True, sorted=True), {"temperature": 3.0, "top_p": 0.9}),
+    ):
+        alone = pick(logits, jnp.int32(1), rows(40, seed=seed, **settings), kinds)
+        assert pick(logits, jnp.int32(1), rows(40, seed=seed, **settings), ALL, seen).tolist() == alone.tolist()

@@ -103,8 +103,8 @@ def test_requests_are_read_as_slots_become_free(model):
 
 @pytest.mark.sample(1)
 def test_functions_are_compiled_once(model):
-    functions = programs.take_piece, programs.begin, programs.decode
-    list(serve(model, requests(2), slots=5, chunk=3, capacity=33, eos_token_id=[]))
+    functions = programs.take_piece, programs.advance, programs.pick_next
+    list(serve(model, requests(2, temperature=1.0), slots=5, chunk=3, capacity=33, eos_token_id=[]))
     before = [f._cache_size() for f in functions]
     list(serve(model, requests(9, temperature=1.0), slots=5, chunk=3, capacity=33, eos_token_id=[]))
     assert [f._cache_size() for f in functions] == before
