@@ -152,6 +152,7 @@ class Engine:
         self._launched: deque[_Launched] = deque()
         self._leaving: list[_Running] = []
         self._ended: list[_Running] = []
+        self._decoding: tuple[list[_Running | None], list[_Running], Kinds, bool] | None = None
         self._deadlines: list[tuple[float, int]] = []
         self._tickets = 0
         self._by_ticket: dict[int, _Running] = {}
@@ -272,6 +273,8 @@ class Engine:
         """Frees what requests have that were cancelled, or whose time is over."""
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             self._end(heapq.heappop(self._deadlines)[1], "deadline")
+        if not self._leaving:
+            return
         leaving, self._leaving = self._leaving, []
         kept = np.ones(len(self.running), bool)
         for running in leaving:
@@ -348,17 +351,20 @@ class Engine:
         logits, self._cache = programs.take_piece(*self._model, self._cache, piece, fresh, self._memory.rows)
         ending = [running if running.decodes else None for running in chosen] + [None] * (rows - len(chosen))
         if any(ending):
+            self._decoding = None
             first = _first(ending, len(self.running))
             kinds, reports = kinds_of(r.request for r in ending if r), any(r and r.reports for r in ending)
             self._slots, picked = programs.begin(self._slots, logits, first, self._ends, kinds, reports)
             self._send(picked, ending)
 
     def _launch_decoding(self) -> None:
-        rows = [r if r is not None and r.decodes and r.reason is None else None for r in self.running]
-        here = [r for r in rows if r is not None]
+        if self._decoding is None:  # Looked for once between two changes.
+            rows = [r if r is not None and r.decodes else None for r in self.running]
+            here = [r for r in rows if r is not None]
+            self._decoding = rows, here, kinds_of(r.request for r in here), any(r.reports for r in here)
+        rows, here, kinds, reports = self._decoding
         if not here:
             return
-        kinds, reports = kinds_of(r.request for r in here), any(r.reports for r in here)
         # Not more than the slot that has the furthest to go needs.
         for _ in range(min(self.burst, max(int(r.request.max_new_tokens) - r.launched for r in here))):
             self._send(self._advance(kinds, reports), rows)
@@ -366,6 +372,9 @@ class Engine:
     def _advance(self, kinds: Kinds, reports: bool) -> Picked:
         """A token for every slot that decodes."""
         slots = self._slots
+        if not any(kinds) and not reports:
+            self._cache, self._slots, picked = programs.decode(*self._model, self._cache, slots, self._ends)
+            return picked
         logits, self._cache = programs.advance(*self._model, self._cache, slots.token, slots.active)
         self._slots, picked = programs.pick_next(slots, logits, self._ends, kinds, reports)
         return picked
@@ -420,7 +429,7 @@ class Engine:
         self._by_ticket.pop(running.ticket)
         if running.slot >= 0:
             self._memory.pages.give_back(running.pages)
-            self.running[running.slot] = None
+            self.running[running.slot] = self._decoding = None
 
 
 @dataclasses.dataclass(frozen=True)
