@@ -29,6 +29,7 @@ from fqjax.models.batches import checked_batches
 from fqjax.models.chain import chain, with_auto_axes
 from fqjax.models.checks import check_model
 from fqjax.presets import check_data_free, resolve_scheme
+from fqjax.report.growth import say_what_grew
 from fqjax.report.report import Report, report_of
 from fqjax.rewrites.equalize import equalize
 from fqjax.runtime.arguments import check_flag, check_texts
@@ -85,7 +86,9 @@ def quantize(
     layers.clear()
     stacked(quantized, in_place=True)
     quantized = with_int8_head(quantized) if scheme.head else quantized
-    return quantized, report_of(quantized, time.perf_counter() - start, record)
+    report = report_of(quantized, time.perf_counter() - start, record)
+    say_what_grew(report)
+    return quantized, report
 
 
 def integer_scales(model: ModelT, amplifier: int = AMPLIFIER, *, units: bool = True) -> tuple[ModelT, Report]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax import lax
 
 import fqjax
@@ -316,3 +316,33 @@ def test_a_model_of_zeros_is_quantized():
     quantized, report = fqjax.quantize(model, "flattenquant", [X])
     assert [row.relative_error for row in report.layers] == [0, 0]
     np.testing.assert_array_equal(quantized(X), model(X))
+
+
+class Dense(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(8)(x)
+
+
+def bridged():
+    return nnx.bridge.lazy_init(nnx.bridge.ToNNX(Dense(), rngs=nnx.Rngs(0)), X)
+
+
+@pytest.mark.parametrize("form", [Dense, lambda: (Dense(), {"params": {}}), bridged])
+def test_models_of_flax_linen_are_refused_in_one_line(form):
+    with pytest.raises(
+        InputError, match="model: .* linen module.*; Flax linen is not supported; expected an nnx.Module"
+    ):
+        fqjax.quantize(form(), "w8a8", [X])
+
+
+def test_layers_that_quantization_makes_larger_are_told_of(caplog):
+    small = nnx.Sequential(nnx.Linear(8, 13, rngs=nnx.Rngs(0)), nnx.Linear(13, 128, rngs=nnx.Rngs(1)))
+    report = fqjax.quantize(small, "w4a16")[1]
+    (line,) = (record.getMessage() for record in caplog.records if record.name.startswith("fqjax"))
+    first, _ = report.layers
+    assert line.startswith("2 of 2 quantized layers take more bytes than in bf16")
+    assert f"layers.0 takes {first.bytes} instead of {2 * (8 * 13 + 13)}; ignore" in line
+    caplog.clear()
+    fqjax.quantize(nnx.Linear(256, 256, rngs=nnx.Rngs(0)), "w4a16")
+    assert not caplog.records

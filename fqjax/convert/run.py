@@ -24,6 +24,7 @@ from fqjax.drivers.store import DirectoryStore
 from fqjax.layers.head import with_int8_head
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.surgery import replace_modules
+from fqjax.report.growth import say_what_grew
 from fqjax.report.report import Report, report_of
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import CannotWrite
@@ -65,7 +66,9 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
                 remove(staging)
             raise
         finish(out, remove(staging))
-    return report_of(model, time.perf_counter() - start, record)
+    report = report_of(model, time.perf_counter() - start, record)
+    say_what_grew(report)
+    return report
 
 
 def _carry_out(made: Plan, staging: Path) -> tuple[nnx.Module, CalibrationRecord | None]:

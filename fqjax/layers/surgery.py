@@ -11,6 +11,7 @@ from jax import lax
 
 from fqjax.layers.containers import freeze, thaw
 from fqjax.layers.linear import QuantizedVariable
+from fqjax.layers.modules import HOW, is_bridged
 from fqjax.runtime.arguments import check_texts
 from fqjax.runtime.errors import InputError
 
@@ -97,6 +98,10 @@ def select_linears(model: nnx.Module, ignore: Iterable[str] = (), *, required: b
     if required and not selection.linears:
         if any(isinstance(node, QuantizedVariable) for _, node in nnx.iter_graph(model)):
             raise InputError(f"{type(model).__name__} is quantized already; expected a model in floating point")
+        if is_bridged(model):
+            raise InputError(
+                f"model: {type(model).__name__} has no nnx.Linear, but linen modules in nnx.bridge.ToNNX; {HOW}"
+            )
         why = "".join(f"; {spoken(name)}: {reason}" for name, reason in list(selection.skipped.items())[:1])
         raise InputError(f"{type(model).__name__} has no nnx.Linear layer to quantize (of {len(found)} found{why})")
     return selection

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
-from fqjax.runtime.arguments import check_type
+from fqjax.layers.modules import check_module
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
 from fqjax.runtime.validation import MAX_INDEX
@@ -26,7 +26,7 @@ def check_model(model: object) -> None:
     Raises:
       InputError: naming the array.
     """
-    for path, variable in nnx.to_flat_state(nnx.state(check_type("model", model, nnx.Module, "an nnx.Module"))):
+    for path, variable in nnx.to_flat_state(nnx.state(check_module(model))):
         for leaf in jax.tree.leaves(variable):
             name = ".".join(map(str, path))
             if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -11,12 +11,12 @@ from fqjax.checkpoint.calibration_record import CalibrationRecord
 from fqjax.core.overflow import LIMIT
 from fqjax.core.table import bytes_of
 from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.modules import check_module
 from fqjax.layers.record import Record, abstracted
 from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.summary import scheme_name
 from fqjax.layers.surgery import dotted, select_linears
 from fqjax.report.rendering import as_html, as_text
-from fqjax.runtime.arguments import check_type
 from fqjax.runtime.files import JsonObject
 
 
@@ -188,7 +188,7 @@ class Report:
 
 def report_of(model: nnx.Module, seconds: float = 0.0, record: CalibrationRecord | None = None) -> Report:
     """Reports on a model's linear layers as they are, quantized or not."""
-    model = unstacked(abstracted(check_type("model", model, nnx.Module, "an nnx.Module")))
+    model = unstacked(abstracted(check_module(model)))
     quantized = quantized_layers(model)
     rows = [_quantized_row(name, layer, record) for name, layer in quantized.items()]
     selection = select_linears(model, required=False)

@@ -149,6 +149,15 @@ def test_a_skeleton_that_lacks_a_layer_is_refused(tmp_path):
         load(tmp_path / "out", nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
 
 
+def test_a_model_of_other_sizes_is_blamed_itself(tmp_path):
+    save(tmp_path / "out", nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+    told = r"bias is stored as float32 \(3,\), the model that was passed has float32 \(4,\)"
+    with pytest.raises(InputError, match=told):
+        load(tmp_path / "out", nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(InputError, match="bias is stored, but the model that was passed has none of that name"):
+        load(tmp_path / "out", nnx.Linear(3, 3, use_bias=False, rngs=nnx.Rngs(0)))
+
+
 def test_an_existing_directory_is_not_touched(tmp_path, saved):
     before = sorted(path.name for path in saved.rglob("*"))
     with pytest.raises(InputError, match="exists already"):

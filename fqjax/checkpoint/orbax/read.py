@@ -7,9 +7,9 @@ it is asked for another dtype than it stored, so stored shapes and dtypes are co
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,11 @@ from fqjax.checkpoint.tree import (
 )
 from fqjax.core.table import Sizes, Stored
 from fqjax.layers.linear import QuantizedLinear
+from fqjax.layers.modules import check_module
 from fqjax.layers.record import shape_of
 from fqjax.layers.stacked import quantized_layers, stacked
 from fqjax.layers.surgery import find_linears, replace_modules
-from fqjax.runtime.arguments import check_flag, check_path, check_type, shown
+from fqjax.runtime.arguments import check_flag, check_path, shown
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
 from fqjax.runtime.quiet import collect_late_reads, muted
@@ -79,7 +80,7 @@ def load(
     if sharding is not None and not isinstance(sharding, Sharding) and not callable(sharding):
         raise InputError(f"sharding {shown(sharding)}: expected a jax.sharding.Sharding, or a function that gives one")
     if model is not None:
-        check_type("model", model, nnx.Module, "an nnx.Module")
+        check_module(model)
     if not directory.is_dir():
         raise InputError(f"{path}: {foreign(directory) or 'no such directory'}")
     written = read_stored_manifest(directory)
@@ -91,7 +92,7 @@ def load(
     rest = with_random_state(rest)
     wanted = named_leaves(stored)
     full = {name: leaf for name, leaf in wanted.items() if leaf.size}
-    _check_metadata(directory, found, full)
+    _check_metadata(directory, found, full, _Told(layers, model))
     arrays = _load_arrays(directory, full, sharding)
     if verify:
         verify_checksums(written, arrays, directory, MANIFEST_FILE)
@@ -185,20 +186,37 @@ def _stored_metadata(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, 
         raise InputError(f"{directory}: no readable Orbax checkpoint ({reason(error)})") from None
 
 
+class _Told(NamedTuple):
+    """Who says which arrays there are: the model that was passed, and the manifest of quantized layers, or of all."""
+
+    layers: Mapping[str, QuantizedLinear]
+    model: nnx.Module | None
+
+    def by(self, name: str) -> str:
+        """Who says so of an array, by its dotted path, with the verb."""
+        described = self.model is None or any(name.startswith(f"{layer}.") for layer in self.layers)
+        return f"{MANIFEST_FILE} says" if described else "the model that was passed has"
+
+
 def _check_metadata(
     directory: Path,
     found: dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype]],
     wanted: dict[tuple[str, ...], Leaf],
+    told: _Told,
 ) -> None:
     for name, leaf in wanted.items():
+        text = ".".join(name)
         if name not in found:
-            raise InputError(f"{directory}: array {'.'.join(name)} is missing")
+            raise InputError(
+                f"{directory}: array {text} is missing; {told.by(text)} {jnp.dtype(leaf.dtype).name} {leaf.shape}"
+            )
         shape, dtype = found[name]
         if (shape, dtype) != (leaf.shape, leaf.dtype):
             raise InputError(
-                f"{directory}: array {'.'.join(name)} is stored as {dtype.name} {shape}, "
-                f"{MANIFEST_FILE} says {jnp.dtype(leaf.dtype).name} {leaf.shape}"
+                f"{directory}: array {text} is stored as {dtype.name} {shape}, "
+                f"{told.by(text)} {jnp.dtype(leaf.dtype).name} {leaf.shape}"
             )
     for name in found:
         if name not in wanted:
-            raise InputError(f"{directory}: array {'.'.join(name)} is stored but {MANIFEST_FILE} does not describe it")
+            text = ".".join(name)
+            raise InputError(f"{directory}: array {text} is stored, but {told.by(text)} none of that name")
