@@ -101,6 +101,27 @@ class Scheme(Settings):
         whole = self.method.allocation.int4_share == 1 and self.method.coarse_activations
         return self.method.naive or (whole and not any(rule.keep == "int8" for rule in self.rules))
 
+    def export_obstacle(self, unfoldable: str | None = None) -> str | None:
+        """Why a model quantized with the scheme cannot be exported in the format compressed-tensors, as far as is known.
+
+        Args:
+          unfoldable: why smoothing cannot be folded in the model at hand (:func:`fqjax.rewrites.fold.folding_obstacle`);
+            None where it can, or no model is given.
+
+        Returns:
+          The reason; None if nothing is known to stand in the way.
+        """
+        method = self.method
+        if method is None:
+            return "nothing is quantized"
+        if self.head is not None:
+            return "the output head is in INT8, which readers expect in floating point"
+        if method.flattens:
+            return "it flattens channels"
+        if method.coarse_activations and method.allocation.int4_share > 0:
+            return "activations have 4 bits"
+        return unfoldable if method.smooths else None
+
     def kept(self, names: Iterable[str]) -> dict[str, Kept]:
         """Number format that the rules keep layers in, by dotted path; layers that no rule applies to are not in it.
 

@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 
 import fqjax
 from fqjax.bench.environment import Record, describe, environment
-from fqjax.convert.plan import Conversion, peak_memory, plan
+from fqjax.convert.plan import Conversion, plan
+from fqjax.convert.preview import peak_memory
 from fqjax.demo.run import CHECKPOINT
 
 CONFIG = {

@@ -68,6 +68,8 @@ def convert(
         return
     if made.batches and calibration is None:
         console.print("Calibrating on Python's documentation; text like yours serves better: --calibration FILE")
+    if made.export_obstacle is not None and chosen.method is not None:
+        console.print(f"The result cannot be exported: {made.export_obstacle}", highlight=False, soft_wrap=True)
     report = conversion.convert(made, resume=resume)
     console.print(report.table())
     console.print(f"wrote {out} in {report.seconds:.0f} s")

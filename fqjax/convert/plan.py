@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.table import Table
 
 from fqjax.checkpoint.architecture import read_architecture
 from fqjax.checkpoint.checksums import file_checksums
@@ -33,15 +32,12 @@ from fqjax.core.table import bytes_of
 from fqjax.data.python_docs import reference_text
 from fqjax.data.text import calibration_batches, encode, read_text, usual_window
 from fqjax.drivers.candidates import check_share
-from fqjax.drivers.method import Method
-from fqjax.drivers.settings import Compensated
 from fqjax.drivers.ties import units_of
-from fqjax.layers.linear import layer_bytes
 from fqjax.layers.surgery import Selection, select_linears
 from fqjax.models import FAMILIES
-from fqjax.models.sites import Site, reading_alike, sites_of
+from fqjax.models.sites import Site, sites_of
 from fqjax.presets import PRESETS, check_data_free
-from fqjax.report.report import format_bytes, narrow_table
+from fqjax.rewrites.fold import folding_obstacle
 from fqjax.runtime.arguments import check_whole
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonObject, exists, reason
@@ -51,11 +47,6 @@ from fqjax.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PROCESS_BYTES, FLOAT32_COPIES = 800e6, 6
-"""Bytes of the process without a model, and copies of a layer in float32 that are there at once, from what
-scripts/measure_conversion_memory.py measured."""
-
 
 CONTENT_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "*/*.jinja")
 """Files of a source that a conversion may read, but for its weights."""
@@ -118,6 +109,13 @@ class Plan:
     stored_bits: dict[str, int]
     outer_bytes: dict[str, int]
     lacking: tuple[str, ...] = ()
+
+    @property
+    def export_obstacle(self) -> str | None:
+        """Why the result cannot be exported in the format compressed-tensors; None if nothing is known against it."""
+        if self.stored_bits:  # It comes from that format.
+            return None
+        return self.conversion.scheme.export_obstacle(folding_obstacle(self.sites, self.selection.linears))
 
 
 @said_at_the_end()
@@ -182,6 +180,11 @@ def plan(conversion: Conversion, *, dry_run: bool = False) -> Plan:
     )
 
 
+def size_of(linear: nnx.Linear) -> int:
+    """Weights of a linear layer."""
+    return linear.in_features * linear.out_features
+
+
 def _check_share(scheme: Scheme, linears: dict[str, nnx.Linear], config: ModelConfig) -> None:
     """Refuses layers to keep in INT8 that put the share of INT4 out of reach.
 
@@ -191,7 +194,7 @@ def _check_share(scheme: Scheme, linears: dict[str, nnx.Linear], config: ModelCo
         return
     kept, experts = scheme.kept_in_int8(linears), getattr(config, "num_experts_per_tok", 1)
     units = units_of(linears)
-    macs = {unit: _size(linears[names[0]]) * min(len(names), experts) for unit, names in units.items()}
+    macs = {unit: size_of(linears[names[0]]) * min(len(names), experts) for unit, names in units.items()}
     able = sum(macs[unit] for unit, names in units.items() if kept.isdisjoint(names))
     check_share(scheme.method.allocation, able, sum(macs.values()))
 
@@ -204,94 +207,6 @@ def _as_it_is(conversion: Conversion) -> Conversion:
             "layers to ignore, as it is converted as it is"
         )
     return dataclasses.replace(conversion, scheme=PRESETS["bf16"])
-
-
-def plan_table(made: Plan) -> Table:
-    """The plan as ``--dry-run`` prints it: every linear layer with its shape, format and estimated bytes."""
-    scheme = made.conversion.scheme
-    kinds = {0.0: "INT8", 1.0: "INT4"}
-    kind = "bf16" if scheme.method is None else kinds.get(scheme.method.allocation.int4_share, "INT4 or INT8")
-    kept = scheme.kept_in_int8(made.selection.linears)
-    table = narrow_table(f"{made.directory} to {made.conversion.out}, scheme {scheme.name}", "")
-    for heading in ("layer", "out x in", "format", "bf16", "estimate"):
-        table.add_column(heading, justify="left" if heading in ("layer", "format") else "right", no_wrap=True)
-    plain = {name: 2 * _size(linear) for name, linear in made.selection.linears.items()}
-    estimate = estimated_bytes(made)
-    for name, linear in made.selection.linears.items():
-        stored = made.stored_bits.get(name)
-        label = f"INT{stored}" if stored else "INT8" if name in kept else kind
-        shape = f"{linear.out_features} x {linear.in_features}"
-        table.add_row(name, shape, label, format_bytes(plain[name]), format_bytes(estimate[name]))
-    for name in made.selection.skipped:
-        table.add_row(name, "", "INT8" if scheme.head and name == "lm_head" else "float", "", "", style="dim")
-    windows = sum(len(batch) for batch in made.batches)
-    reasons = "".join(f"\n{name}: {reason}." for name, reason in made.selection.skipped.items())
-    lacking = "".join(f"\n{line}" for line in made.lacking)
-    outer = sum(made.outer_bytes.values())
-    table.caption = (
-        f"Linear layers: {format_bytes(sum(plain.values()))} in bf16, "
-        f"about {format_bytes(sum(estimate.values()))} before flattening.\n"
-        f"Embeddings, norms and head: {format_bytes(outer)}.\n"
-        f"Memory at most: about {format_bytes(peak_memory(made))}.\n"
-        f"Calibration: {f'{windows} windows of {made.conversion.window} tokens' if windows else 'none'}.{reasons}"
-        + (f"\nNot there yet:{lacking}" if lacking else "")
-    )
-    return table
-
-
-def peak_memory(made: Plan) -> float:
-    """An estimate of a conversion's peak memory on a CPU, in bytes; on a GPU a part of it is the device's.
-
-    What is needed at once is either one of the modules outside the blocks, twice while it is read or written; or a block,
-    with the rows kept of all of its layers' inputs, and several copies in float32 of its largest layer, or of all experts'
-    layers that read the same input, or with GPTQ the moments of its inputs and what is needed beside them.
-    """
-    scheme, linears = made.conversion.scheme, made.selection.linears
-    outer = 2 * max(made.outer_bytes.values(), default=0)
-    weights = {name: 2 * _size(linear) for name, linear in linears.items()}
-    if scheme.method is None:
-        return PROCESS_BYTES + max(outer, 3 * _largest_block(weights))
-    rows = {name: 4 * scheme.sample_rows * linear.in_features for name, linear in linears.items()}
-    largest, together = max(_size(linear) for linear in linears.values()), scheme.method.shares_inputs
-    alike = reading_alike(made.sites, linears) if together else [(name,) for name in linears]
-    work = 4 * FLOAT32_COPIES * max(sum(_size(linears[name]) for name in names) for names in alike)
-    if isinstance(scheme.method.rounding, Compensated):
-        moments = {name: 8 * linear.in_features**2 for name, linear in linears.items()}
-        # While they are summed up, codes of 16 bits and two weights in float32; then as much again as the largest take.
-        besides = max(_largest_block(weights) + 8 * largest, max(moments.values()))
-        work = max(work, _largest_block(moments) + besides)
-    return PROCESS_BYTES + max(outer, _largest_block({name: weights[name] + rows[name] for name in linears}) + work)
-
-
-def _size(linear: nnx.Linear) -> int:
-    return linear.in_features * linear.out_features
-
-
-def _largest_block(sizes: dict[str, int]) -> int:
-    blocks: dict[str, int] = {}
-    for name, size in sizes.items():
-        block = ".".join(name.split(".")[:2])
-        blocks[block] = blocks.get(block, 0) + size
-    return max(blocks.values())
-
-
-def estimated_bytes(made: Plan) -> dict[str, float]:
-    """Estimated bytes of each layer, by dotted path, before flattening; where bits are still to be chosen, on average."""
-    scheme = made.conversion.scheme
-    kept = scheme.kept_in_int8(made.selection.linears)
-    found: dict[str, float] = {}
-    for name, linear in made.selection.linears.items():
-        if scheme.method is None:
-            found[name] = 2 * _size(linear) * made.stored_bits.get(name, 16) / 16
-        else:
-            share = 0.0 if name in kept else scheme.method.allocation.int4_share
-            found[name] = share * _bytes(linear, scheme.method, 4) + (1 - share) * _bytes(linear, scheme.method, 8)
-    return found
-
-
-def _bytes(linear: nnx.Linear, method: Method, bits: int) -> int:
-    form, quantizer = method.formats(bits)
-    return layer_bytes(linear, form, quantizer, form.padded(linear.in_features))
 
 
 def _calibration(

@@ -16,7 +16,8 @@ from flax import nnx
 from fqjax.checkpoint.calibration_record import CalibrationRecord, read_calibration_record
 from fqjax.checkpoint.orbax.read import load_abstract
 from fqjax.checkpoint.orbax.write import Writer, refuse_existing
-from fqjax.convert.plan import Conversion, Plan, plan, plan_table
+from fqjax.convert.plan import Conversion, Plan, plan
+from fqjax.convert.preview import plan_table
 from fqjax.convert.staging import claimed, finish, is_complete, publish, remove, staging_directory
 from fqjax.convert.streamed import StreamedModel
 from fqjax.drivers.pipeline import quantize_blocks

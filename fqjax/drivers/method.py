@@ -34,6 +34,9 @@ class Method(Settings):
       max_expansion: most that a layer's K'/K may be; 1 where nothing is flattened.
       shares_inputs: whether layers that read the same input have to be looked at together to quantize it alike for them.
         Where every token has a scale of its own, and nothing is smoothed, they need not.
+      flattens: whether channels may be flattened, which other tools' formats cannot express.
+      smooths: whether channels of inputs are divided by factors, which other tools' formats know only folded into what
+        stands in front of a layer (:mod:`fqjax.rewrites.fold`).
       coarse_activations: whether activations of layers with 4-bit weights have 4 bits.
       data_free: whether a model can be quantized without calibration data, by its weights alone.
       naive: whether nothing makes up for the errors of rounding, neither smoothing nor flattening nor GPTQ nor AWQ.
@@ -50,6 +53,8 @@ class Method(Settings):
     shares_inputs: bool = True
     data_free: bool = False
     naive: bool = False
+    flattens: bool = False
+    smooths: bool = False
     coarse_activations: bool = False
 
     def formats(self, bits: int) -> "tuple[Format, type[StoredInput]]":

@@ -28,6 +28,7 @@ class AWQ(GroupedMethod):
     kind: ClassVar[str] = "awq"
 
     shares_inputs = True
+    smooths = True
 
     def group_plans(self, layer: "LayerInputs", bits: int, *, folded: bool) -> "list[LayerPlan]":
         from fqjax.methods.arrays import grouped

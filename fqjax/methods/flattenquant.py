@@ -68,6 +68,15 @@ class FlattenQuant(PerTensorMethod):
     def coarse_activations(self) -> bool:
         return self.activation_bits == 4
 
+    @property
+    def flattens(self) -> bool:
+        either = self.flatten_activations or (self.flatten_weights and self.weight_scales == "tensor")
+        return either and self.max_expansion > 1
+
+    @property
+    def smooths(self) -> bool:
+        return self.alpha is not None
+
     def unused(self) -> Iterator[tuple[str, str]]:
         if self.weight_scales == "channel":
             yield "flatten_weights", "weights with a scale for every output channel are not flattened"

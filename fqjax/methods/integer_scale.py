@@ -78,6 +78,10 @@ class IntegerScale(Method):
         return self.weights.shares_inputs
 
     @property
+    def smooths(self) -> bool:
+        return self.weights.smooths
+
+    @property
     def data_free(self) -> bool:
         return self.weights.data_free
 

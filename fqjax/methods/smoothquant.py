@@ -32,6 +32,10 @@ class SmoothQuant(PerTensorMethod):
 
     alpha: Share | None = 0.5
 
+    @property
+    def smooths(self) -> bool:
+        return self.alpha is not None
+
     def formats(self, bits: int) -> "tuple[Format, type[StoredInput]]":
         from fqjax.methods.arrays import absmax
 

@@ -10,17 +10,21 @@ A layer that divides its input by s before it is quantized can leave that to who
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import cast
 
 import numpy as np
 from flax import nnx
 
 from fqjax.layers.linear import QuantizedLinear
-from fqjax.models.sites import Norm, Rows, sites_of
+from fqjax.models.sites import Norm, Rows, Site, sites_of
 from fqjax.runtime.errors import InputError
 
 TOLERANCE = 1e-6
 """How far factors may differ that count as the same: some roundings in float32."""
+
+UNSMOOTHED = "w8a8; w4a8, w4a8-integer-scale, w4a8-integer-scale-folded or w4a16, each plain or with -gptq"
+"""Presets that neither smooth nor flatten, and can be written for every model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,31 @@ def smoothing_of(layer: QuantizedLinear) -> np.ndarray:
     return np.ones_like(factors) if np.abs(factors - 1).max() <= TOLERANCE else factors
 
 
+def folding_obstacle(sites: Iterable[Site], names: Iterable[str]) -> str | None:
+    """Why smoothing of a model cannot be folded, before there are factors.
+
+    Args:
+      sites: of the model.
+      names: dotted paths of the layers that are smoothed.
+
+    Returns:
+      The first layer for which it cannot, and why; None if it can for all.
+    """
+    producers = _producers(sites)
+    for name in names:
+        producer = producers.get(name)
+        if isinstance(producer, Rows) and len(np.unique(producer.rows)) < len(producer.rows):
+            return f"{name}: smoothing differs between heads that share a value head"
+        if not isinstance(producer, Norm | Rows):
+            return f"{name}: smoothing cannot be folded into what stands in front of it"
+    return None
+
+
+def _producers(sites: Iterable[Site]) -> dict[str, object]:
+    """Who makes the input of a layer, by its dotted path, for layers that alone read it."""
+    return {site.consumers[0]: site.producer for site in sites if len(site.consumers) == 1}
+
+
 def fold_smoothing(model: nnx.Module, layers: dict[str, QuantizedLinear]) -> Folding:
     """Finds for every smoothed layer what can take its smoothing over.
 
@@ -51,7 +80,7 @@ def fold_smoothing(model: nnx.Module, layers: dict[str, QuantizedLinear]) -> Fol
       InputError: naming the layer, and why its smoothing cannot be folded.
     """
     folding = Folding({}, {})
-    producers = {site.consumers[0]: site.producer for site in sites_of(model) if len(site.consumers) == 1}
+    producers = _producers(sites_of(model))
     for name, layer in layers.items():
         factors = smoothing_of(layer)
         if (factors == 1).all():
@@ -64,7 +93,7 @@ def fold_smoothing(model: nnx.Module, layers: dict[str, QuantizedLinear]) -> Fol
         else:
             raise InputError(
                 f"{name}: its smoothing cannot be folded into what stands in front of it; expected a norm that it alone "
-                "reads, a layer that scales through, or no smoothing (--set alpha=none, --set awq=false)"
+                f"reads, a layer that scales through, or no smoothing, as in {UNSMOOTHED}"
             )
     return folding
 
@@ -76,8 +105,8 @@ def _by_row(name: str, rows: np.ndarray, factors: np.ndarray, outputs: int) -> n
     if np.abs(found[rows] / factors - 1).max() > TOLERANCE:
         raise InputError(
             f"{name}: its smoothing differs between input channels that read the same channel in front (heads that share a "
-            "value head), and cannot be folded; quantize without smoothing (--set alpha=none, --set awq=false), or leave "
-            f"the layer in floating point (--ignore {name.split('.')[-1]})"
+            f"value head), and cannot be folded; expected a scheme without smoothing ({UNSMOOTHED}), or the layer in "
+            f"floating point (--ignore {name.split('.')[-1]})"
         )
     return found
 

@@ -16,7 +16,7 @@ from flax import nnx
 import fqjax
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.convert import run as conversion
-from fqjax.convert.plan import estimated_bytes
+from fqjax.convert.preview import estimated_bytes
 from fqjax.convert.staging import claimed
 from fqjax.drivers.calibrate import Calibrate
 from fqjax.drivers.rounding import RoundCompensated, RoundNearest

@@ -40,7 +40,7 @@ from fqjax.models import FAMILIES, architecture_of
 from fqjax.models.causal_lm import CausalLM
 from fqjax.models.checks import check_model
 from fqjax.models.to_hf import config_to_hf, part_sizes
-from fqjax.rewrites.fold import Folding, fold_smoothing
+from fqjax.rewrites.fold import UNSMOOTHED, Folding, fold_smoothing
 from fqjax.runtime.arguments import check_path
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import check_new
@@ -114,10 +114,10 @@ def check_expressible(model: nnx.Module) -> tuple[dict[str, LayerScheme], Foldin
         if flattened:
             raise InputError(
                 f"{name}: {flattened} flattened channels cannot be expressed in compressed-tensors; expected a scheme "
-                "that does not flatten, such as smoothquant, w4a8 or w4a16"
+                f"that can: {UNSMOOTHED}"
             )
         if quantizer.code_bits == 4:
-            raise InputError(f"{name}: 4-bit activations cannot be expressed; expected 8 bits or floating point")
+            raise InputError(f"{name}: 4-bit activations cannot be expressed; expected a scheme that can: {UNSMOOTHED}")
     folding = fold_smoothing(model, layers)
     return {name: _scheme(layer, name in folding.outputs) for name, layer in layers.items()}, folding
 
