@@ -4,6 +4,7 @@ Examples:
     python scripts/benchmark_quality.py                                    # the bundled checkpoint and its text
     python scripts/benchmark_quality.py --model mine=path/to/checkpoint --calibration train.txt --text test.txt
     python scripts/benchmark_quality.py --schemes bf16 w4a8 w4a16            # some of the schemes
+    python scripts/benchmark_quality.py --foreign --model mine=path --text test.txt   # calibrated on Python's documentation
     python scripts/benchmark_quality.py --only-document                      # from what the JSON holds already
 """
 
@@ -32,7 +33,14 @@ if __name__ == "__main__":
     command = quality.parser(__doc__, "docs/benchmarks/quality")
     command.add_argument("--schemes", nargs="*", choices=list(fqjax.PRESETS), metavar="SCHEME", help="some of them")
     command.add_argument("--only-document", action="store_true", help="write the tables anew, measure nothing")
+    command.add_argument(
+        "--foreign",
+        action="store_true",
+        help="calibrate on Python's documentation, for a section of its own: a text of another kind than --text",
+    )
     a = command.parse_args()
+    if a.foreign and (a.calibration or not a.text or not a.model):
+        command.error("--foreign needs --model and --text, and takes no --calibration: that is Python's documentation")
     front = functools.partial(quality.overview, notes=NOTES)
     if a.only_document:
         results = json.loads(a.out.with_suffix(".json").read_text())

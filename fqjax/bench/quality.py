@@ -34,6 +34,16 @@ EXPLANATION = (
     "rounding, but computes every layer in INT4, activations too, with one scale per tensor, and spares none.",
 )
 """Lines below the table of :func:`overview`."""
+FOREIGN = ", foreign calibration"
+"""Added to the name of a model that is calibrated on a text of another kind than it is measured on."""
+FOREIGN_HEADING = (
+    "## Calibrated on a text of another kind",
+    "",
+    "The same checkpoints on the same texts, but calibrated on Python's documentation: it shows which schemes depend on a",
+    "calibration text that is like the text they meet.",
+    "",
+)
+"""Lines above the second table of :func:`overview`."""
 
 
 def parser(description: str | None, out: str) -> argparse.ArgumentParser:
@@ -83,7 +93,7 @@ def run(
     record = a.out.with_suffix(".json")
     results: dict[str, Record] = json.loads(record.read_text()) if record.is_file() else {}
     for name, setting in settings(a):
-        result = conditions(a)
+        result, name = conditions(a), name + FOREIGN * getattr(a, "foreign", False)
         rows = _measure(setting, schemes)
         results[name] = result | {"rows": _kept(results.get(name), result, rows) + rows}
         write(a.out, results, document(results, heading, column, timed, front))
@@ -203,26 +213,32 @@ def document(
 
 
 def overview(results: Mapping[str, Record], notes: Mapping[str, str]) -> list[str]:
-    """One table of ratios, models by presets.
+    """One table of ratios, models by presets, and another of the models with a foreign calibration, if there are any.
 
     Args:
       results: the record; of it, the models measured from the beginning of their text.
       notes: a sentence on a model, by its name, for the text below the table.
     """
-    presets = [preset for preset in PRESETS.values() if preset.method is not None]
     models = [name for name, result in results.items() if not result.get("skipped")]
+    foreign = [name for name in models if name.endswith(FOREIGN)]
+    models = [name for name in models if name not in foreign]
+    said = [line for name in models if name in notes for line in ("", notes[name])]
+    lines = ["", "## Checkpoints and presets", "", *_table(results, models), "", *EXPLANATION, *said]
+    return [*lines, "", *FOREIGN_HEADING, *_table(results, foreign)] if foreign else lines
+
+
+def _table(results: Mapping[str, Record], models: Sequence[str]) -> list[str]:
+    """Ratios, models by presets."""
+    presets = [preset for preset in PRESETS.values() if preset.method is not None]
     lines = [
-        "",
-        "## Checkpoints and presets",
-        "",
         "| checkpoint | " + " | ".join(preset.name + r"\*" * preset.naive for preset in presets) + " |",
         "|---" + "|---:" * len(presets) + "|",
     ]
     for name in models:
         ratios = {row["scheme"]: row["ratio"] for row in results[name]["rows"]}
-        lines.append(f"| {name} | " + " | ".join(_cell(ratios.get(preset.name)) for preset in presets) + " |")
-    said = [line for name in models if name in notes for line in ("", notes[name])]
-    return [*lines, "", *EXPLANATION, *said]
+        cells = " | ".join(_cell(ratios.get(preset.name)) for preset in presets)
+        lines.append(f"| {name.removesuffix(FOREIGN)} | {cells} |")
+    return lines
 
 
 def _cell(ratio: float | None) -> str:

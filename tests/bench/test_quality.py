@@ -81,3 +81,12 @@ def test_the_table_of_all_stands_before_those_of_each_where_it_is_asked_for():
     assert without.startswith("# Title\n\n## one\n")
     assert whole.index("## Checkpoints and presets") < whole.index("## one")
     assert whole.endswith(without.removeprefix("# Title"))
+
+
+def test_models_with_a_foreign_calibration_have_a_table_of_their_own():
+    results = {"one": measured(w8a8=1.0), f"one{quality.FOREIGN}": measured(w8a8=1.25)}
+    lines = quality.overview(results, {"one": "A note."})
+    rows = [cells(line)[:2] for line in lines if line.startswith("| one")]
+    assert rows == [["one", "1.0000"], ["one", "**1.2500**"]]
+    own, foreign = (lines.index(line) for line in ("A note.", quality.FOREIGN_HEADING[0]))
+    assert own < foreign and quality.FOREIGN_HEADING[0] not in quality.overview({"one": results["one"]}, {})
