@@ -51,11 +51,11 @@ def _grouped() -> Iterator[Scheme]:
             (floats, GPTQ(), AWQ()),
         ),
         "w4a8-integer-scale": (
-            "The same with integer scales, so that all sums stay in int32 (Integer Scale)",
+            "w4a8 with integer scales, so that all sums stay in int32 (Integer Scale)",
             (IntegerScale(weights=floats), IntegerScale(weights=GPTQ()), IntegerScale(weights=AWQ())),
         ),
         "w4a8-integer-scale-folded": (
-            "The same with integer scales so small that they are multiplied into the codes",
+            "w4a8 with integer scales so small that they are multiplied into the codes",
             (
                 IntegerScale(weights=floats, folded=True),
                 IntegerScale(weights=GPTQ(), folded=True),
@@ -95,7 +95,7 @@ PRESETS: dict[str, Scheme] = {
         ),
         Scheme(
             "flattenquant-w4a4",
-            "The same with INT4 throughout, activations too; the loss shows.",
+            "flattenquant with INT4 throughout, activations too; the loss shows.",
             _searched(1.0, compression=3.6),
         ),
         Scheme(
@@ -109,7 +109,7 @@ PRESETS: dict[str, Scheme] = {
             "INT4 ones on a GPU without INT4 tensor cores, and more accurate.",
             _for_hopper(PAPER_INT4_SHARE),
         ),
-        Scheme("flattenquant-hopper-int4", "The same with INT4 weights throughout.", _for_hopper(1.0)),
+        Scheme("flattenquant-hopper-int4", "flattenquant-hopper with INT4 weights throughout.", _for_hopper(1.0)),
         *_grouped(),
     )
 }

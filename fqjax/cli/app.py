@@ -11,6 +11,8 @@ from rich.console import Console
 from fqjax.runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fqjax.models.causal_lm import CausalLM
 
 app = typer.Typer(
@@ -21,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+NARROWEST_NAMES = 16
+"""Columns of a terminal that names of layers get at least, folded."""
 
 
 def _in_a_directory(path: Path | None) -> Path | None:
@@ -35,6 +40,10 @@ Model = Annotated[str, typer.Argument(help="Directory of a Hugging Face or an fq
 KvCache = Annotated[
     str | None,
     typer.Option(help="int8 for keys and values as INT8 codes; by default in the model's dtype.", metavar="KIND"),
+]
+
+AllLayers = Annotated[
+    bool, typer.Option("--all-layers", help="A row for every layer, also where many are alike.", show_default=False)
 ]
 
 JsonFile = Annotated[
@@ -65,6 +74,19 @@ def load_with_tokenizer(source: str, *, required: bool = True) -> "tuple[CausalL
     # The tokenizer first: what is wrong with it shows before the weights are read.
     tokenizer = opened.tokenizer(required=required)
     return opened.model(), tokenizer
+
+
+def show(table: "Table") -> None:
+    """Prints a table whose first column may be folded, and whose numbers are never cut.
+
+    Where there is no terminal, in a file or a pipe, or one that is too narrow for the numbers, nothing is folded.
+    """
+    from fqjax.report.rendering import as_text, width_of
+
+    if console.is_terminal and console.width >= width_of(table, least=NARROWEST_NAMES):
+        console.print(table)
+    else:
+        print(as_text(table))
 
 
 def write_json(path: Path | None, content: Mapping[str, object]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fqjax.cli.app import app, console
+from fqjax.cli.app import AllLayers, app, console, show
 
 
 @app.command()
@@ -40,6 +40,7 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the input, print the plan, change nothing.")
     ] = False,
+    all_layers: AllLayers = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
 ) -> None:
     """Quantize a Hugging Face checkpoint into an Orbax directory; one in compressed-tensors is converted as it is."""
@@ -64,12 +65,12 @@ def convert(
         dry_run=dry_run,
     )
     if dry_run:
-        console.print(conversion.plan_table(made))
+        show(conversion.plan_table(made, all_layers=all_layers))
         return
     if made.batches and calibration is None:
         console.print("Calibrating on Python's documentation; text like yours serves better: --calibration FILE")
     if made.export_obstacle is not None and chosen.method is not None:
         console.print(f"The result cannot be exported: {made.export_obstacle}", highlight=False, soft_wrap=True)
     report = conversion.convert(made, resume=resume)
-    console.print(report.table())
+    show(report.table(all_layers=all_layers))
     console.print(f"wrote {out} in {report.seconds:.0f} s")

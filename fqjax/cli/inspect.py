@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fqjax.cli.app import JsonFile, Model, app, console, load_model, write_json
+from fqjax.cli.app import AllLayers, JsonFile, Model, app, console, load_model, show, write_json
 from fqjax.runtime.files import check_local
 
 
@@ -13,6 +13,7 @@ from fqjax.runtime.files import check_local
 def inspect(
     model: Model,
     json_file: JsonFile = None,
+    all_layers: AllLayers = False,
     plot: Annotated[Path | None, typer.Option(help="Write pictures into this directory.", metavar="DIR")] = None,
 ) -> None:
     """Show a model layer by layer: bits, flattened channels, error, bytes.
@@ -25,12 +26,15 @@ def inspect(
     from fqjax.report.report import report_of
 
     if plot is not None:
+        from fqjax.report.plots import check_matplotlib
+
         check_local(plot)
+        check_matplotlib()
     loaded = load_model(model)
     layers = quantized_layers(loaded)
     kinds = {name: (layer.sizes.inputs, layer.bits) for name, layer in layers.items()}
     report = report_of(loaded, record=read_calibration_record(Path(model), kinds))
-    console.print(report.table())
+    show(report.table(all_layers=all_layers))
     if json_file is not None:
         write_json(json_file, report.to_json())
     if plot is not None:

@@ -8,23 +8,26 @@ from fqjax.cli.terminal import complain
 if TYPE_CHECKING:
     from fqjax.scheme import Scheme
 
+CAPTION = (
+    "calibration: whether a text has to run through the model.\n"
+    "export: in the format compressed-tensors; by model: if it has a place for the smoothing, which convert --dry-run tells."
+)
+
 
 @app.command()
 def schemes() -> None:
     """List the schemes: what each is, whether it needs calibration data, and whether it can be exported."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from fqjax.presets import all_schemes
     from fqjax.registry import broken
 
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=CAPTION, caption_justify="left")
     table.add_column("scheme", no_wrap=True)
-    table.add_column("what it is")
+    table.add_column("what it is", overflow="fold")
     table.add_column("calibration")
     table.add_column("export", no_wrap=True)
-    table.caption = (
-        "export: in the format compressed-tensors. By model: where smoothing can be folded; convert --dry-run tells."
-    )
     for scheme in all_schemes().values():
         table.add_row(scheme.name, scheme.summary, scheme.calibration, _export(scheme))
     console.print(table)

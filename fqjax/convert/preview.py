@@ -8,45 +8,63 @@ from fqjax.drivers.method import Method
 from fqjax.drivers.settings import Compensated
 from fqjax.layers.linear import layer_bytes
 from fqjax.models.sites import reading_alike
-from fqjax.report.report import format_bytes, narrow_table
+from fqjax.report.grouping import Row, grouped
+from fqjax.report.report import RANGES, format_bytes, narrow_table
 
 PROCESS_BYTES, FLOAT32_COPIES = 800e6, 6
 """Bytes of the process without a model, and copies of a layer in float32 that are there at once, from what
 scripts/measure_conversion_memory.py measured."""
 
 
-def plan_table(made: Plan) -> Table:
-    """The plan as ``--dry-run`` prints it: every linear layer with its shape, format and estimated bytes."""
-    scheme = made.conversion.scheme
+def plan_table(made: Plan, *, all_layers: bool = False) -> Table:
+    """The plan as ``--dry-run`` prints it: every linear layer with its shape, format and estimated bytes.
+
+    Args:
+      all_layers: whether every layer has a row; otherwise, of many layers, experts and blocks that are alike share one.
+    """
+    scheme, linears, skipped = made.conversion.scheme, made.selection.linears, made.selection.skipped
     kinds = {0.0: "INT8", 1.0: "INT4"}
     kind = "bf16" if scheme.method is None else kinds.get(scheme.method.allocation.int4_share, "INT4 or INT8")
-    kept = scheme.kept_in_int8(made.selection.linears)
-    table = narrow_table(f"{made.directory} to {made.conversion.out}, scheme {scheme.name}", "")
-    for heading in ("layer", "out x in", "format", "bf16", "estimate"):
-        table.add_column(heading, justify="left" if heading in ("layer", "format") else "right", no_wrap=True)
-    plain = {name: 2 * size_of(linear) for name, linear in made.selection.linears.items()}
-    estimate = estimated_bytes(made)
-    for name, linear in made.selection.linears.items():
+    kept, estimate = scheme.kept_in_int8(linears), estimated_bytes(made)
+    plain = {name: 2 * size_of(linear) for name, linear in linears.items()}
+    rows = []
+    for name, linear in linears.items():
         stored = made.stored_bits.get(name)
         label = f"INT{stored}" if stored else "INT8" if name in kept else kind
         shape = f"{linear.out_features} x {linear.in_features}"
-        table.add_row(name, shape, label, format_bytes(plain[name]), format_bytes(estimate[name]))
-    for name in made.selection.skipped:
-        table.add_row(name, "", "INT8" if scheme.head and name == "lm_head" else "float", "", "", style="dim")
-    windows = sum(len(batch) for batch in made.batches)
-    reasons = "".join(f"\n{name}: {reason}." for name, reason in made.selection.skipped.items())
-    lacking = "".join(f"\n{line}" for line in made.lacking)
-    outer = sum(made.outer_bytes.values())
-    table.caption = (
-        f"Linear layers: {format_bytes(sum(plain.values()))} in bf16, "
-        f"about {format_bytes(sum(estimate.values()))} before flattening.\n"
-        f"Embeddings, norms and head: {format_bytes(outer)}.\n"
-        f"Memory at most: about {format_bytes(peak_memory(made))}.\n"
-        f"Calibration: {f'{windows} windows of {made.conversion.window} tokens' if windows else 'none'}.{reasons}"
-        + ("" if made.export_obstacle is None else f"\nCannot be exported: {made.export_obstacle}.")
-        + (f"\nNot there yet:{lacking}" if lacking else "")
-    )
+        rows.append(Row.of(name, (shape, label, format_bytes(plain[name]), format_bytes(estimate[name]))))
+    for name in skipped:
+        rows.append(Row.of(name, ("", "INT8" if scheme.head and name == "lm_head" else "float", "", "")))
+    shown = rows if all_layers else grouped(rows)
+    table = narrow_table(f"{made.directory} to {made.conversion.out}, scheme {scheme.name}", "")
+    table.add_column("layer", overflow="fold")
+    for heading in ("out x in", "format", "bf16", "estimate"):
+        table.add_column(heading, justify="left" if heading == "format" else "right", no_wrap=True)
+    for row in shown:
+        table.add_row(row.label, *row.kind, style=None if row.kind[0] else "dim")
+    sums = [format_bytes(sum(sizes.values())) for sizes in (plain, estimate, made.outer_bytes)]
+    reasons = grouped([Row.of(name, (reason,)) for name, reason in skipped.items()], len(rows) if all_layers else 1)
+    lines = [
+        f"Linear layers: {sums[0]} in bf16, about {sums[1]} before flattening.",
+        f"Embeddings, norms and head: {sums[2]}.",
+        f"Memory at most: about {format_bytes(peak_memory(made))}.",
+        f"Calibration: {_calibration(made)}.",
+        *(f"{row.label}: {row.kind[0]}." for row in reasons),
+        *([] if made.export_obstacle is None else [f"Cannot be exported: {made.export_obstacle}."]),
+        *([RANGES] if len(shown) < len(rows) else []),
+        *(["Not there yet:", *made.lacking] if made.lacking else []),
+    ]
+    table.caption = "\n".join(lines)
     return table
+
+
+def _calibration(made: Plan) -> str:
+    """What calibration runs on, in words."""
+    windows, asked = sum(len(batch) for batch in made.batches), made.conversion
+    if windows:
+        return f"{windows} windows of {asked.window} tokens"
+    needed = asked.scheme.method is not None and not asked.data_free
+    return f"{asked.samples} windows of {asked.window} tokens, once there is a tokenizer" if needed else "none"
 
 
 def peak_memory(made: Plan) -> float:

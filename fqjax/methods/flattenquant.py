@@ -11,6 +11,8 @@ layers is :mod:`fqjax.core.allocation`; what is open in the paper, and how it is
 documentation.
 """
 
+# pyright: reportIncompatibleVariableOverride=false
+
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal

@@ -5,6 +5,8 @@
 Static per-tensor scales for both operands, the paper's setting O3.
 """
 
+# pyright: reportIncompatibleVariableOverride=false
+
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 

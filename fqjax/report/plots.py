@@ -18,6 +18,14 @@ from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import check_local
 
 
+def check_matplotlib() -> None:
+    """Raises an InputError if matplotlib is not installed, which the pictures need."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'fqjax[plots]'") from None
+
+
 def plot_report(model: nnx.Module, report: Report, directory: Path) -> list[Path]:
     """Writes pictures as PNG files, and what they show as CSV and JSON.
 
@@ -30,10 +38,7 @@ def plot_report(model: nnx.Module, report: Report, directory: Path) -> list[Path
     Raises:
       InputError: if matplotlib is not installed, the directory cannot be written, or the model has no quantized layer.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'fqjax[plots]'") from None
+    check_matplotlib()
     check_local(directory)
     layers = quantized_layers(model)
     if not layers:

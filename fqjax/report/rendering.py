@@ -4,6 +4,7 @@ import copy
 import html
 import io
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,16 @@ def as_text(table: Table) -> str:
         console.print(above)
     lines = [*written.get().strip("\n").split("\n"), *_plain(table.caption).split("\n")]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def width_of(table: Table, least: int) -> int:
+    """Columns that the table takes with nothing cut in the columns that are not folded, of which others get ``least``."""
+    whole = [[column.header, *column.cells] for column in table.columns if column.no_wrap]
+    texts = [max(cell_len(_plain(cell)) for cell in cells) for cells in whole]
+    count, edges = len(table.columns), 2
+    return (
+        sum(texts) + least * (count - len(whole)) + 3 * count + edges
+    )  # A column has a space on both sides, and a line.
 
 
 def as_html(table: Table) -> str:

@@ -16,8 +16,11 @@ from fqjax.layers.record import Record, abstracted
 from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.summary import scheme_name
 from fqjax.layers.surgery import dotted, select_linears
+from fqjax.report.grouping import Figure, Row, grouped
 from fqjax.report.rendering import as_html, as_text
 from fqjax.runtime.files import JsonObject
+
+RANGES = "Layers alike share a row: numbers of blocks and experts as first-last, figures as lowest to highest."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,25 +147,24 @@ class Report:
         """:meth:`table` for notebooks."""
         return as_html(self.table())
 
-    def table(self) -> Table:
-        """The report as a table for the terminal."""
-        table = narrow_table(f"scheme: {self.scheme}", self.totals())
-        table.add_column("layer", no_wrap=True)
-        grouped = any(row.scales.startswith("group") for row in self.layers)
-        for heading in ("bits", "scales" if grouped else "K'/K", "error", "bytes", "of bf16", "margin"):
+    def table(self, *, all_layers: bool = False) -> Table:
+        """The report as a table for the terminal.
+
+        Args:
+          all_layers: whether every layer has a row; otherwise, of many layers, experts and blocks that are alike share one.
+        """
+        title = "not quantized" if self.scheme == "none" else f"scheme: {self.scheme}"
+        groups = any(row.scales.startswith("group") for row in self.layers)
+        rows = [_row(row, groups) for row in self.layers]
+        rows += [Row.of(name, ("float", *["-"] * 5)) for name in self.skipped]
+        shown = rows if all_layers else grouped(rows)
+        table = narrow_table(title, self.totals() + (f"\n{RANGES}" if len(shown) < len(rows) else ""))
+        table.add_column("layer", overflow="fold")
+        for heading in ("bits", "scales" if groups else "K'/K", "error", "bytes", "of bf16", "margin"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for row in self.layers:
-            table.add_row(
-                row.name,
-                str(row.bits),
-                _short(row.scales) if grouped else f"{row.expansion:.3f}",
-                f"{row.relative_error:.2%}" if row.relative_error else "-",
-                format_bytes(row.bytes),
-                f"{row.bytes / row.bytes_bf16:.0%}",
-                f"{row.overflow_margin_bits:.1f}" if row.accumulator_bound else "-",
-            )
-        for name in self.skipped:
-            table.add_row(name, "float", *["-"] * 5, style="dim")
+        for row in shown:
+            cells = (*row.kind, *(figure.text for figure in row.figures))
+            table.add_row(row.label, *cells, style="dim" if cells[0] == "float" else None)
         return table
 
     def totals(self) -> str:
@@ -174,7 +176,7 @@ class Report:
             second = f"Float group scales: {floats} of {len(grouped)} layers."
         return (
             f"INT4: {self.int4_mac_share:.2%} of the multiply-accumulates.  {second}\n"
-            f"Linear layers: {format_bytes(self.bytes)}, {ratio(self.bytes_bf16, self.bytes):.2f} x less than in bf16.  "
+            f"Linear layers: {format_bytes(self.bytes)}, {_compared(self.bytes, self.bytes_bf16)}.  "
             f"Whole model: {format_bytes(self.model_bytes)}.\n"
             f"{self._silence()}"
             "error: mean square, of the layer's output.  margin: bits before int32 overflows."
@@ -241,6 +243,29 @@ def _quantized_row(name: str, layer: QuantizedLinear, record: CalibrationRecord 
         accumulator_bound=figures.accumulator_bound,
         scales=layer.weight.get_value().format.label,
         silent_channels=silent,
+    )
+
+
+def _row(layer: LayerReport, groups: bool) -> Row:
+    """A layer's cells; ``groups``: whether the third says what has a scale of its own."""
+    error, margin = layer.relative_error, layer.overflow_margin_bits
+    figures = (
+        Figure.of(error, f"{error:.2%}" if error else "-"),
+        Figure.of(layer.bytes, format_bytes(layer.bytes)),
+        Figure.of(layer.bytes, f"{ratio(layer.bytes, layer.bytes_bf16):.0%}"),
+        Figure.of(margin, f"{margin:.1f}" if layer.accumulator_bound else "-"),
+    )
+    if groups:
+        return Row.of(layer.name, (str(layer.bits), _short(layer.scales)), figures)
+    return Row.of(layer.name, (str(layer.bits),), (Figure.of(layer.expansion, f"{layer.expansion:.3f}"), *figures))
+
+
+def _compared(count: float, bf16: float) -> str:
+    """Bytes beside those in bfloat16, in words."""
+    if abs(count - bf16) <= 0.005 * bf16:
+        return "as in bf16"
+    return (
+        f"{bf16 / count:.2f} x less than in bf16" if count < bf16 else f"{ratio(count, bf16):.2f} x as much as in bf16"
     )
 
 

@@ -122,7 +122,7 @@ def test_inspect_makes_no_json_that_nobody_asked_for(capsys, converted, monkeypa
 
 def test_inspect_takes_a_float_model(capsys, converted):
     code, out, _ = run(capsys, "inspect", converted / "source")
-    assert code == 0 and "scheme: none" in out and "16" in out
+    assert code == 0 and "not quantized" in out and "16" in out and "as in bf16" in out
 
 
 def test_inspect_draws_pictures(capsys, converted, tmp_path):

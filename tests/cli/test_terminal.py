@@ -1,14 +1,18 @@
 """Standard streams that are closed or full, and directories that are closed to the user."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from fqjax.cli import app
 from fqjax.cli import main as cli
+from fqjax.report.report import LayerReport, Report
 
 RUN = "import sys; from fqjax.cli.main import run; run()"
 
@@ -75,3 +79,19 @@ def test_warnings_are_one_line_whatever_others_make_of_the_log():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "fqjax: out is left\n")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, None])
+def test_numbers_are_cut_nowhere(monkeypatch, capsys, width):
+    """In a terminal names are folded, in a file nothing is."""
+    shown = io.StringIO()
+    if width is not None:
+        terminal = Console(file=shown, force_terminal=True, color_system=None, width=width)
+        monkeypatch.setattr(app, "console", terminal)
+    figures = {"bits": 4, "expansion": 1.125, "relative_error": 0.0123, "bytes": 123456, "bytes_bf16": 234567}
+    layer = LayerReport(name="layers.10.mlp.experts.100.gate_up_proj", macs=1, accumulator_bound=10**6, **figures)
+    app.show(Report(scheme="mine", layers=(layer,), skipped={}, model_bytes=10**6).table())
+    out = shown.getvalue() or capsys.readouterr().out
+    cells = ("bits", "K'/K", "error", "of bf16", "margin", "1.125", "1.23%", "123 kB", "53%", "11.1")
+    assert all(cell in out for cell in cells) and "\N{HORIZONTAL ELLIPSIS}" not in out
+    assert (layer.name in out) == (width in (40, None))

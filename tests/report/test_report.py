@@ -51,4 +51,4 @@ def test_a_notebook_shows_a_table_of_the_same_cells(report):
 
 
 def test_a_report_of_nothing_can_be_printed():
-    assert "scheme: none" in str(Report(scheme="none", layers=(), skipped={}, model_bytes=0))
+    assert "not quantized" in str(Report(scheme="none", layers=(), skipped={}, model_bytes=0))
