@@ -409,7 +409,7 @@ def test_calibration_data(mlp, data):
 
 IDS = np.full((2, 8), 5)
 BAD_TOKENS = [
-    IDS[0],
+    IDS[0, 0],
     IDS[None],
     IDS.astype(float),
     np.full((2, 8), 64),
@@ -421,7 +421,7 @@ BAD_TOKENS = [
 BAD_TOKENS += [
     {"input_ids": IDS, "attention_mask": IDS * 0},
     {"tokens": IDS, "input_ids": IDS},
-    [[1, 2], [3]],
+    [[1, 2], 3],
     "text",
     None,
 ]

@@ -1,6 +1,6 @@
 """From text files to the token batches that calibration and evaluation take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -10,6 +10,7 @@ from jaxtyping import ArrayLike, Int, Int32
 from fqjax.data.records import BYTE_ORDER_MARK, JSON_SUFFIXES, text_of_records
 from fqjax.models.causal_lm import TextConfig
 from fqjax.models.checks import check_ids, check_tokens
+from fqjax.models.encodings import rows_of
 from fqjax.runtime.arguments import check_unmasked, check_whole
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
@@ -142,12 +143,15 @@ def decode_new(
 
 
 def cut_windows(
-    token_ids: ArrayLike | Sequence[int], window: int, bos_token_id: int | None, windows: int | None = None
+    token_ids: ArrayLike | Sequence[int] | Mapping[str, object],
+    window: int,
+    bos_token_id: int | None,
+    windows: int | None = None,
 ) -> Int32[np.ndarray, "windows window"]:
     """Cuts a text's tokens into windows of BOS and ``window - 1`` tokens, or of ``window`` tokens if there is no BOS.
 
     Args:
-      token_ids: the whole text, without special tokens.
+      token_ids: the whole text, without special tokens; see :func:`as_tokens`.
       window: tokens in a window, BOS among them; at least 2.
       bos_token_id: what every window begins with; None for nothing but the text.
       windows: only so many, from the beginning; None for all.
@@ -155,7 +159,7 @@ def cut_windows(
     Raises:
       InputError: if the text does not fill one window, or a token does not fit into int32.
     """
-    token_ids = as_tokens(token_ids)
+    token_ids = as_tokens(token_ids, bos_token_id)
     window = check_whole("window", window, 2, None)
     windows = None if windows is None else check_whole("windows", windows, 1, None)
     taken = window if bos_token_id is None else window - 1
@@ -169,12 +173,19 @@ def cut_windows(
     return np.concatenate([*begin, body], axis=1).astype(np.int32)
 
 
-def as_tokens(token_ids: object) -> Int[np.ndarray, " tokens"]:
+def as_tokens(token_ids: object, bos_token_id: int | None = None) -> Int[np.ndarray, " tokens"]:
     """A text's tokens as an array of one axis.
+
+    Args:
+      token_ids: the tokens; or what a tokenizer gives, of which padding is cut off, and the token that begins every text.
+      bos_token_id: that token; None for none.
 
     Raises:
       InputError: if they are none.
     """
+    if isinstance(token_ids, Mapping):
+        rows, _ = rows_of(token_ids, "token_ids")
+        token_ids = np.concatenate([row[1:] if row[0] == bos_token_id else row for row in rows])
     check_unmasked("token_ids", token_ids)
     try:
         tokens = np.asarray(token_ids)

@@ -8,7 +8,7 @@ which it predicts all but the first.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import jax
@@ -32,7 +32,7 @@ from fqjax.runtime.validation import MAX_INDEX
 @automatic_axes()
 def perplexity(
     model: nnx.Module,
-    token_ids: ArrayLike | Sequence[int],
+    token_ids: ArrayLike | Sequence[int] | Mapping[str, object],
     window: int | None = None,
     *,
     windows: int | None = None,
@@ -44,7 +44,8 @@ def perplexity(
 
     Args:
       model: a bundled model, or any NNX module whose call maps int32 tokens [batch, length] to logits.
-      token_ids: the text's tokens, without special tokens.
+      token_ids: the text's tokens, without special tokens; or what a tokenizer gives for it, of which padding and the token
+        that begins a text are left out.
       window: tokens in a window, BOS among them if there is one; by default 512, or as many as the model has positions.
       windows: evaluate only the first so many; None for all.
       batch_size: windows computed at once.

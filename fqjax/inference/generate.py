@@ -66,7 +66,8 @@ def generate(
     Args:
       model: a bundled model, quantized or not, or any NNX module with ``extend`` and ``make_cache``
         (:class:`fqjax.models.causal_lm.CausalLM`); ``prefill`` is used if there is one.
-      prompt_tokens: tokens of one prompt, or several prompts of any lengths, each with at least one token.
+      prompt_tokens: tokens of one prompt, or several prompts of any lengths, each with at least one token; or what a
+        tokenizer gives for them, of which padding is cut off.
       max_new_tokens: how many tokens to append at most.
       temperature: 0 takes the most likely token; above 0 tokens are drawn.
       top_p: in (0, 1]; draw only from the most likely tokens that hold this much probability.

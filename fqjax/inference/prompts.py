@@ -1,12 +1,13 @@
 """Prompts: what callers give as tokens, and how they are padded to share programs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Int32
 
 from fqjax.models.checks import check_ids, check_tokens
+from fqjax.models.encodings import rows_of
 from fqjax.runtime.arguments import check_unmasked
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
@@ -16,7 +17,18 @@ BUCKET = 64
 
 
 def as_prompts(prompt_tokens: object) -> tuple[list[np.ndarray], bool]:
-    """A list of prompts, and whether one alone was given."""
+    """A list of prompts, and whether one alone was given.
+
+    Args:
+      prompt_tokens: tokens of one prompt or of several; or what a tokenizer gives for them, of which the padding that its
+        ``attention_mask`` hides is cut off (:func:`fqjax.models.encodings.rows_of`).
+
+    Raises:
+      InputError: if they are none.
+    """
+    if isinstance(prompt_tokens, Mapping):
+        rows, single = rows_of(prompt_tokens, "prompt")
+        return as_prompts(rows)[0], single
     is_array = isinstance(prompt_tokens, np.ndarray | jax.Array)
     if not (is_array or isinstance(prompt_tokens, Sequence)) or isinstance(prompt_tokens, str | bytes):
         raise InputError(f"prompt: expected token ids, got {type(prompt_tokens).__name__}")

@@ -12,21 +12,20 @@ from jaxtyping import PyTree
 from fqjax.layers.surgery import spoken
 from fqjax.models.causal_lm import CausalLM
 from fqjax.models.checks import check_tokens
+from fqjax.models.encodings import as_rows, rows_of
 from fqjax.runtime.arguments import check_unmasked
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
 from fqjax.runtime.validation import MAX_INDEX
-
-TOKEN_NAMES = ("tokens", "input_ids")
-"""Names that a mapping may give a language model's tokens."""
 
 
 def checked_batches(model: nnx.Module, calibration: object) -> Iterable[PyTree]:
     """Calibration data, each batch of it checked, and made what the model is called with.
 
     Args:
-      model: that is to run on it.  One of fqjax's own takes integer tokens [batch, length], alone, in a tuple, or in a
-        mapping as a tokenizer gives it, without padding.
+      model: that is to run on it.  One of fqjax's own takes integer tokens [batch, length] or [length], alone, in a tuple, or
+        in a mapping as a tokenizer gives it (:func:`fqjax.models.encodings.rows_of`).  Padding is cut off, and sequences of
+        several lengths become several batches.
       calibration: batches; those of a list or tuple are checked now, those of any other iterable as they come.
 
     Raises:
@@ -40,7 +39,11 @@ def checked_batches(model: nnx.Module, calibration: object) -> Iterable[PyTree]:
         raise InputError(f"calibration: expected an iterable of batches, got one {kind}; pass a list of it")
     if not isinstance(calibration, Iterable):
         raise InputError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}")
-    checked = (_checked(model, batch, f"calibration: batch {i}") for i, batch in enumerate(calibration))
+    numbered = ((batch, f"calibration: batch {i}") for i, batch in enumerate(calibration))
+    if isinstance(model, CausalLM):
+        checked = (tokens for batch, where in numbered for tokens in _tokens(model, batch, where))
+    else:
+        checked = (_checked(batch, where) for batch, where in numbered)
     return list(checked) if isinstance(calibration, list | tuple) else checked
 
 
@@ -73,19 +76,26 @@ def _described(leaf: object) -> str:
     return f"{dtype} {shape}"
 
 
-def _checked(model: nnx.Module, batch: object, where: str) -> PyTree:
-    if isinstance(model, CausalLM):
-        return _tokens(model, batch, where)
+def _checked(batch: object, where: str) -> PyTree:
+    """A batch for a model of one's own: what it is called with."""
     if isinstance(batch, list):
         batch = _as_array(batch, where)
     elif isinstance(batch, Mapping):
-        batch = dict(batch)
+        batch = {name: _without_lists(value, where) for name, value in batch.items()}
+    elif type(batch) is tuple:
+        batch = tuple(_without_lists(value, where) for value in batch)
     leaves = jax.tree.leaves(batch)
     for leaf in leaves:
         _check_array(leaf, where)
     if not any(np.ndim(leaf) for leaf in leaves):
         raise InputError(f"{where}: expected arrays with an axis of the batch, got {_kinds(leaves)}")
     return batch
+
+
+def _without_lists(value: object, where: str) -> object:
+    """An argument; an array if it is lists of numbers, as a tokenizer gives them."""
+    is_numbers = isinstance(value, list) and all(isinstance(leaf, int | float) for leaf in jax.tree.leaves(value))
+    return _as_array(value, where) if is_numbers and value else value
 
 
 def _kinds(leaves: list[object]) -> str:
@@ -114,31 +124,31 @@ def _check_array(leaf: object, where: str) -> None:
         raise InputError(f"{where}: a whole number beyond {MAX_INDEX}, which 32 bits do not hold")
 
 
-def _tokens(model: CausalLM, batch: object, where: str) -> np.ndarray:
-    """The tokens of a batch for one of fqjax's own models."""
-    if isinstance(batch, Mapping):
-        batch = _without_padding(batch, where)
-    if isinstance(batch, tuple) and len(batch) == 1:
+def _tokens(model: CausalLM, batch: object, where: str) -> Iterator[np.ndarray]:
+    """The tokens of a batch for one of fqjax's own models: several arrays if its sequences have several lengths.
+
+    The array with the most tokens comes first: of all batches, the first is what sensitivities are measured on.
+    """
+    if isinstance(batch, tuple):
+        if len(batch) != 1:
+            raise InputError(f"{where}: expected tokens alone, got a tuple of {len(batch)}")
         batch = batch[0]
-    tokens = _as_array(batch, where)
-    _check_array(tokens, where)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise InputError(
-            f"{where}: expected integer tokens [batch, length], got {tokens.dtype} of shape {tokens.shape}"
-        )
-    try:
-        check_tokens(tokens, model.config, tokens.shape[1])
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    return tokens.astype(np.int32)
-
-
-def _without_padding(batch: Mapping[str, object], where: str) -> object:
-    """The tokens of what a tokenizer gives, where its mask hides none of them."""
-    names = [name for name in TOKEN_NAMES if name in batch]
-    unknown = [str(name) for name in batch if name not in (*TOKEN_NAMES, "attention_mask", "token_type_ids")]
-    if len(names) != 1 or unknown:
-        raise InputError(f"{where}: expected tokens under {' or '.join(TOKEN_NAMES)}, got {', '.join(map(str, batch))}")
-    if not np.all(_as_array(batch.get("attention_mask", 1), where) == 1):
-        raise InputError(f"{where}: its attention_mask hides tokens; expected a batch without padding")
-    return batch[names[0]]
+    if isinstance(batch, Mapping):
+        rows, _ = rows_of(batch, where)
+    else:
+        if not isinstance(batch, list):
+            _check_array(batch, where)
+        rows, _ = as_rows(batch, where)
+    of_length: dict[int, list[np.ndarray]] = {}
+    for row in rows:
+        of_length.setdefault(len(row), []).append(row)
+    for alike in sorted(of_length.values(), key=lambda alike: -sum(map(len, alike))):
+        tokens = np.stack(alike)
+        _check_array(tokens, where)
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise InputError(f"{where}: expected integer tokens, got {tokens.dtype}")
+        try:
+            check_tokens(tokens, model.config, tokens.shape[1])
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        yield tokens.astype(np.int32)
