@@ -346,3 +346,37 @@ def test_layers_that_quantization_makes_larger_are_told_of(caplog):
     caplog.clear()
     fqjax.quantize(nnx.Linear(256, 256, rngs=nnx.Rngs(0)), "w4a16")
     assert not caplog.records
+
+
+class Embedded(nnx.Module):
+    """A layer between an embedding and a norm, which stay as they are."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed, self.norm = nnx.Embed(20, 256, rngs=rngs), nnx.LayerNorm(256, rngs=rngs)
+        self.linear = nnx.Linear(256, 256, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.norm(self.linear(self.embed(tokens)))
+
+
+def test_gradients_pass_layers_with_activations_in_floating_point():
+    model, tokens = Embedded(), jnp.arange(20)
+    seen = jax.random.normal(jax.random.key(0), (20, 256))
+    quantized, _ = fqjax.quantize(model, "w4a16")
+    weight = quantized.linear.weight.get_value().dequantize()
+    model.linear.kernel[...] = weight.T  # The same function, in floating point.
+
+    def gradients(model):
+        return nnx.jit(nnx.grad(lambda model: jnp.vdot(model(tokens), seen)))(model)
+
+    found, wanted = gradients(quantized), gradients(model)
+    for name in ("embed", "norm"):
+        assert len(jax.tree.leaves(found[name])) == len(jax.tree.leaves(wanted[name])) > 0
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found[name], wanted[name])
+
+
+def test_gradients_do_not_pass_integer_activations():
+    quantized, _ = fqjax.quantize(Embedded(), "w4a8")
+    with pytest.raises(NotImplementedError, match="cannot be differentiated: it works on integer codes"):
+        nnx.grad(lambda model: model(jnp.arange(20)).sum())(quantized)

@@ -10,7 +10,8 @@ that one and raises ``NotImplementedError`` if it cannot take the case.  All imp
   "mosaic"  kernels written in Pallas Mosaic GPU, for NVIDIA Hopper (:mod:`pallas_kernels.matmul.hopper`)
   "xla"     the reference, compiled by XLA, for any device
 
-Codes are integers, so no function here has a gradient; differentiating raises ``NotImplementedError``.
+Activation codes are integers, so functions of them have no gradient; differentiating raises ``NotImplementedError``.
+:func:`weight_only_int4_matmul` has that of the reference, with respect to activations, scales and bias.
 """
 
 import jax.numpy as jnp

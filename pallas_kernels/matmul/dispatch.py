@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from pallas_kernels import device
 from pallas_kernels.device import NO_HOPPER
-from pallas_kernels.gradient import without_gradient
+from pallas_kernels.gradient import with_gradient_of, without_gradient
 from pallas_kernels.matmul.hopper.decoder import STEP_CODES
 from pallas_kernels.matmul.hopper.problem import Problem
 from pallas_kernels.matmul.kind import Implementation, Matmul, Operands
@@ -53,6 +53,8 @@ def matmul(kind: Matmul, implementation: Implementation | None) -> Callable[[Ope
             x_scale = jnp.broadcast_to(x_scale, x.shape[:-1])
         return batched(operands._replace(x=x, x_scale=x_scale)), True
 
+    if jnp.issubdtype(kind.decoder.x_dtype, jnp.floating):
+        return with_gradient_of(kind.xla, batched)
     return without_gradient(kind.name, batched)
 
 

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Float32, Int8, Int32
 
 from pallas_kernels import device
-from pallas_kernels.gradient import without_gradient
+from pallas_kernels.gradient import CODES, without_gradient
 from pallas_kernels.matmul.dispatch import configuration, group_count
 from pallas_kernels.matmul.hopper.problem import Problem
 from pallas_kernels.matmul.kind import Implementation, Matmul, Operands, Weight
@@ -29,6 +29,8 @@ from pallas_kernels.ragged import ROW_ALIGNMENT, divide, most_tiles
 
 TILE_ROWS = 256
 """Of a tile at most, where XLA multiplies."""
+TILES = "it goes through as many tiles as the experts' rows happen to fill"
+"""Why real activations have no gradient either."""
 
 
 def row_alignment() -> int:
@@ -130,7 +132,8 @@ def expert_matmul(
     operands = Operands(x, weight.codes, of_rows, scale, weight.group_scale)
     _check(kind, operands, group_sizes)
     run = functools.partial(_run, kind, alignment, implementation)
-    return without_gradient("expert_matmul", run)(operands, group_sizes)
+    why = TILES if jnp.issubdtype(x.dtype, jnp.floating) else CODES
+    return without_gradient("expert_matmul", run, why)(operands, group_sizes)
 
 
 def _run(

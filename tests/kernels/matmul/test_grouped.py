@@ -174,3 +174,30 @@ def test_weight_only_operands_that_do_not_fit(change, complaint):
     good = {"x": jnp.ones((2, 256)), "packed": jnp.ones((64, 128), jnp.int8), "group_scale": jnp.ones((2, 64))}
     with pytest.raises(ValueError, match=complaint):
         weight_only_int4_matmul(**(good | change))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_weight_only_has_the_gradient_of_the_dequantized_product(implementation, dtype):
+    if implementation == "mosaic" and dtype != jnp.bfloat16:
+        pytest.skip("the kernel takes bfloat16 alone")
+    rng = np.random.default_rng(0)
+    x, weight = jnp.asarray(rng.normal(size=(3, 256)), dtype), codes((64, 256), 8, 4).clip(max=7)
+    scales, bias = jnp.asarray(rng.uniform(0.5, 1, (2, 64)), jnp.float32), jnp.ones(64, jnp.float32)
+    seen = jnp.asarray(
+        rng.normal(size=(3, 64)), jnp.float32
+    )  # Of the outputs, as if the loss were their product with it.
+
+    def loss(x, scales, bias):
+        settings = {"out_dtype": jnp.float32, "implementation": implementation}
+        return jnp.vdot(weight_only_int4_matmul(x, pack_int4(weight), scales, bias=bias, **settings), seen)
+
+    of_x, of_scales, of_bias = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, scales, bias)
+    each = np.asarray(weight, np.float64)
+    real = each * np.repeat(np.asarray(scales, np.float64).T, 128, axis=1)
+    wanted = np.einsum("mn,nk,mk->kn", np.asarray(seen), each, np.asarray(x, np.float64)).reshape(2, 128, 64).sum(1)
+    tolerance = {"rtol": 2e-2, "atol": 0.3} if dtype == jnp.bfloat16 else {"rtol": 1e-4, "atol": 1e-3}
+    np.testing.assert_allclose(np.asarray(of_x, np.float64), np.asarray(seen) @ real, **tolerance)
+    np.testing.assert_allclose(of_scales, wanted, **tolerance)
+    np.testing.assert_allclose(of_bias, seen.sum(0), rtol=1e-5)
+    assert of_x.dtype == dtype
