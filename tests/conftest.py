@@ -25,11 +25,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fqjax.demo.run import CHECKPOINT
+from fqjax.runtime import progress
 from fqjax.runtime.errors import InputError
 from tests import compilation_cache
 from tests.models import variants
 
 compilation_cache.use()
+
+progress.EVERY = float("inf")  # Tests count the lines on stderr, however slow the machine is.
 
 pytest_plugins = ["pytester", "tests.tiers"]
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fqjax.runtime.errors import InputError
+from fqjax.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +27,25 @@ console = Console()
 
 NARROWEST_NAMES = 16
 """Columns of a terminal that names of layers get at least, folded."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with what is to be said of it."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fqjax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 def _in_a_directory(path: Path | None) -> Path | None:

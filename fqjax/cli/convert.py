@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fqjax.cli.app import AllLayers, app, console, show
+from fqjax.cli.app import AllLayers, Interrupted, app, console, show
 
 
 @app.command()
@@ -71,6 +71,10 @@ def convert(
         console.print("Calibrating on Python's documentation; text like yours serves better: --calibration FILE")
     if made.export_obstacle is not None and chosen.method is not None:
         console.print(f"The result cannot be exported: {made.export_obstacle}", highlight=False, soft_wrap=True)
-    report = conversion.convert(made, resume=resume)
+    try:
+        report = conversion.convert(made, resume=resume)
+    except KeyboardInterrupt:
+        left = conversion.staging_directory(out)
+        raise Interrupted(f"interrupted; what was done lies in {left}: go on with --resume") from None
     show(report.table(all_layers=all_layers))
     console.print(f"wrote {out} in {report.seconds:.0f} s")

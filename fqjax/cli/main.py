@@ -14,7 +14,7 @@ import sys
 from fqjax.cli import convert, export, evaluate, generate, inspect, demo, bench, schemes  # noqa: F401
 
 # isort: on
-from fqjax.cli.app import app
+from fqjax.cli.app import Interrupted, app
 from fqjax.cli.terminal import complain, flushed, open_streams, show_warnings
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.quiet import CLOSED_LOOP_MESSAGE
@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         if (error := flushed()) is not None:
             return _ended_by(error, error)
         return result if isinstance(result, int) else 0
+    except Interrupted as error:
+        complain(str(error))
+        return INTERRUPTED
     except InputError as error:
         return _complain(str(error))
     except OSError as error:

@@ -18,6 +18,7 @@ from fqjax.inference.generate import generate
 from fqjax.models.causal_lm import CausalLM
 from fqjax.quantize import quantize
 from fqjax.report.report import Report, format_bytes, narrow_table
+from fqjax.runtime.progress import part_of_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,13 +60,14 @@ def run_demo(out: Path, console: Console) -> None:
     for heading in ("scheme", "perplexity", "ratio", "INT4", "K'/K", "linear bytes", "seconds"):
         table.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=True)
     models, reference = {}, 0.0
-    for scheme in ROWS:
+    for i, scheme in enumerate(ROWS):
         start = time.perf_counter()
-        candidate, report = quantize(model, scheme, batches)
-        if scheme == SAVED:
-            save(out, candidate, tokenizer=tokenizer, report=report)
-            candidate = load(out)
-        value = perplexity(candidate, held_out, WINDOW, windows=WINDOWS)
+        with part_of_all(f"{scheme} ({i + 1} of {len(ROWS)})"):
+            candidate, report = quantize(model, scheme, batches)
+            if scheme == SAVED:
+                save(out, candidate, tokenizer=tokenizer, report=report)
+                candidate = load(out)
+            value = perplexity(candidate, held_out, WINDOW, windows=WINDOWS)
         reference = reference or value
         models[scheme] = candidate
         _add_row(table, scheme, value, value / reference, report, time.perf_counter() - start)

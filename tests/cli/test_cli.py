@@ -11,6 +11,7 @@ import pytest
 
 from fqjax.cli import main as cli
 from fqjax.presets import PRESETS
+from fqjax.version import __version__
 from tests.conftest import edit_tensor, make_checkpoint
 
 
@@ -297,3 +298,17 @@ def test_an_interruption_says_so(capsys, monkeypatch):
     monkeypatch.setattr("fqjax.presets.resolve_scheme", interrupt)
     code, _, err = run(capsys, "convert", "a", "b")
     assert code == 130 and err == "fqjax: interrupted\n"
+
+
+def test_an_interrupted_conversion_says_how_to_go_on(capsys, checkpoint, text, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fqjax.convert.run.convert", interrupt)
+    options = ("--scheme", "w8a8", "--calibration", text, "--window", 64, "--samples", 2)
+    code, _, err = run(capsys, "convert", checkpoint, tmp_path / "out", *options)
+    assert code == 130 and err.count("\n") == 1 and "out.partial: go on with --resume" in err
+
+
+def test_the_version_is_printed(capsys):
+    assert run(capsys, "--version") == (0, f"fqjax {__version__}\n", "")

@@ -236,7 +236,7 @@ def test_a_disk_that_is_full_for_everyone(asked, limit):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and done.stderr.count("fqjax: ") == 1, done.stderr
     assert "out.partial" in done.stderr and "cannot be written" in done.stderr
     assert ("--resume" in done.stderr) == (limit > 1000)  # With less there is nothing yet that could be taken up.
     assert not asked.out.exists()
