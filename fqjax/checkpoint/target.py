@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import CannotWrite, check_local, reason
-from fqjax.runtime.quiet import collect_late_reads, muted
+from fqjax.runtime.quiet import contained, forget
 
 PATTERN_CHARACTERS = re.compile(r"[\\\[*?]")
 """Characters of a path with which Orbax or TensorStore take it for a pattern, or for another path."""
@@ -89,17 +89,16 @@ def saving(path: Path) -> Iterator[None]:
       CannotWrite: naming the path and the reason.
     """
     failure = ""
-    with muted("absl", "asyncio"):
+    with contained() as settle:
         try:
             yield
             return
         except InputError:
             raise
-        except OSError as error:
-            failure = error.strerror or reason(error)
         except Exception as error:  # See above.
-            failure = reason(error)
-        collect_late_reads()
+            failure = (error.strerror if isinstance(error, OSError) else None) or reason(error)
+            forget(error)
+        settle()
     raise CannotWrite(f"{path}: cannot be written ({failure})")
 
 

@@ -2,9 +2,14 @@
 
 import contextlib
 import gc
+import inspect
 import logging
 import sys
-from collections.abc import Iterator
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 
 
 @contextlib.contextmanager
@@ -25,11 +30,76 @@ def muted(*names: str) -> Iterator[None]:
             place.removeFilter(nothing)
 
 
-def collect_late_reads() -> None:
-    """Collects the remains of a failed load: reads that end after it closed their event loop, and complain of that.
+@contextlib.contextmanager
+def contained() -> Iterator[Callable[[], None]]:
+    """Runs calls of Orbax so that one that fails leaves nothing behind, neither threads at work nor messages.
 
-    Anything else that cannot be raised meanwhile is still reported as ever.
+    Its event loops are closed while reads and writes still run, which complain of that when they end, in the log or by the
+    hook of what cannot be raised; what has not begun by then is never awaited.  Anything else is reported as ever.
+
+    Yields:
+      Waits for what a failed call still does, and collects its remains; to be called where nothing holds them any more, so
+      after :func:`forget` and outside of the handler of the error.
     """
+    before = set(threading.enumerate())
+
+    def settle() -> None:
+        threads = set(threading.enumerate()) - before
+        _join(threads, RELEASE_SECONDS)
+        for thread in threads:
+            if thread.is_alive():
+                _release(thread)
+        _join(threads, SETTLE_SECONDS)
+        threads.clear()
+        gc.collect()
+
+    with muted("absl", "asyncio"), _dropping_of_closed_loops(), _dropping_never_awaited():
+        yield settle
+
+
+def _join(threads: Iterable[threading.Thread], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    for thread in threads:
+        threading.Thread.join(
+            thread, max(end - time.monotonic(), 0)
+        )  # That of Orbax's own raises when the time is over.
+
+
+def _release(thread: threading.Thread) -> None:
+    """Ends a thread of Orbax's that waits for a signal of what has failed; it would for minutes, and the process with it."""
+    if not type(thread).__module__.startswith("orbax."):
+        return
+    with contextlib.suppress(Exception):  # Orbax offers no other way, and another version may have another.
+        awaited = vars(thread)["_receive_signals"]
+        vars(thread).update(_cancelled=True, _send_signals=awaited)
+        thread._set_signals()  # pyright: ignore[reportAttributeAccessIssue]
+        threading.Thread.join(thread, RELEASE_SECONDS)
+        _close_coroutines(vars(thread)["_target"])
+
+
+def _close_coroutines(function: object) -> None:
+    """Closes the coroutines that a function would have run, so that what they hold goes now."""
+    for cell in getattr(function, "__closure__", None) or ():
+        if inspect.iscoroutine(cell.cell_contents):
+            cell.cell_contents.close()
+        else:
+            _close_coroutines(cell.cell_contents)
+
+
+def forget(error: BaseException) -> None:
+    """Clears what the frames hold in which an error was raised, and those before it: event loops with what runs in them."""
+    waiting: list[BaseException | None] = [error]
+    seen: list[BaseException] = []
+    while waiting:
+        one = waiting.pop()
+        if one is not None and one not in seen:
+            traceback.clear_frames(one.__traceback__)
+            seen.append(one)
+            waiting += [one.__cause__, one.__context__]
+
+
+@contextlib.contextmanager
+def _dropping_of_closed_loops() -> Iterator[None]:
     hook = sys.unraisablehook
 
     def others(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -38,10 +108,28 @@ def collect_late_reads() -> None:
 
     sys.unraisablehook = others
     try:
-        gc.collect()
+        yield
     finally:
         sys.unraisablehook = hook
 
 
+@contextlib.contextmanager
+def _dropping_never_awaited() -> Iterator[None]:
+    # Of all filters only this one is taken away again: another thread may have set some meanwhile.
+    warnings.filterwarnings("ignore", NEVER_AWAITED_PATTERN, RuntimeWarning)
+    own = warnings.filters[0]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            warnings.filters.remove(own)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 CLOSED_LOOP_MESSAGE = "Event loop is closed"
-"""The message with which such reads complain."""
+"""The message with which reads and writes complain."""
+
+NEVER_AWAITED_PATTERN = r"coroutine '[\w.<>]*(serialize|cancellable|Handler|Store|Layout)[\w.<>]*' was never awaited"
+"""The warning of coroutines that Orbax runs side by side."""
+
+RELEASE_SECONDS, SETTLE_SECONDS = 1.0, 10.0
+"""How long a failed call is waited for until what waits for it is released, and after that at most."""

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import faulthandler
+import gc
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -133,18 +135,34 @@ def save_model() -> tuple[Callable[[Path], list[str]], Callable[[Path], list[str
     model, tokenizer = fqjax.load_hf(SOURCE)
     report = report_of(model, record=CalibrationRecord({"a": np.ones(3, np.float32)}, {}))
 
+    heard = messages()
+
     def save(out: Path) -> list[str]:
+        heard.clear()
         try:
             fqjax.save(out, model, tokenizer=tokenizer, report=report)
         except InputError as error:
             left = [path.name for path in FOLDER.iterdir() if path.name != "whole"]
-            return ["several lines"] if "\n" in str(error) else [f"left {left}"] if left else []
-        return []
+            gc.collect()
+            faults = ["several lines"] if "\n" in str(error) else []
+            return faults + ([f"left {left}"] if left else []) + [f"told {text}" for text in heard]
+        return [f"told {text}" for text in heard]
 
     def once_more(out: Path) -> list[str]:
         return [] if out.exists() else save(out)
 
     return save, once_more
+
+
+def messages() -> list[str]:
+    """Whatever anything tells a user besides, from now on: logs, warnings, and what cannot be raised."""
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(f"{record.name}: {record.getMessage()}")
+    logging.getLogger().addHandler(handler)
+    warnings.showwarning = lambda message, *_: heard.append(f"{type(message).__name__}: {message}")
+    sys.unraisablehook = lambda unraisable: heard.append(f"unraisable: {unraisable.exc_value!r}")
+    return heard
 
 
 def killing() -> dict[str, object]:

@@ -5,8 +5,11 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import types
 import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.report.plots import plot_report
 from fqjax.runtime import memory
 from fqjax.runtime.errors import InputError
-from fqjax.runtime.quiet import collect_late_reads, muted
+from fqjax.runtime.quiet import contained, forget, muted
 from tests.models import variants
 
 
@@ -109,13 +112,51 @@ def test_muted_loggers_keep_their_levels_and_speak_again():
     assert heard == ["four"] and not logger.filters and not handler.filters
 
 
-def test_a_failed_load_hides_its_own_late_reads_alone(monkeypatch):
+def test_a_failed_call_hides_what_is_left_of_it_alone(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
-    unraisables = [types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other")]
-    monkeypatch.setattr("gc.collect", lambda: [sys.unraisablehook(u) for u in unraisables])
-    collect_late_reads()
+    filters = list(warnings.filters)
+    coroutines = (
+        "async_serialize_from_host",
+        "async_serialize_from_host.<locals>.write_fragment",
+        "Store.write",
+        "main",
+    )
+    with pytest.warns(RuntimeWarning) as warned, contained():
+        for text in ("Event loop is closed", "other"):
+            sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+        for name in coroutines:
+            warnings.warn(f"coroutine '{name}' was never awaited", RuntimeWarning, stacklevel=1)
     assert [str(u.exc_value) for u in told] == ["other"] and sys.unraisablehook == told.append
+    assert [str(one.message) for one in warned] == ["coroutine 'main' was never awaited"]
+    assert warnings.filters == filters
+
+
+def test_a_failed_call_is_waited_for():
+    """Its threads, and what they and the error hold."""
+    ended, held = [], []
+
+    class Loop:
+        pass
+
+    def work():
+        time.sleep(0.2)
+        ended.append(True)
+
+    def fail():
+        loop = Loop()
+        loop.itself = loop
+        held.append(weakref.ref(loop))
+        threading.Thread(target=work).start()
+        raise ValueError
+
+    with contained() as settle:
+        try:
+            fail()
+        except ValueError as error:
+            forget(error)
+        settle()
+    assert ended and held[0]() is None
 
 
 def test_transformers_is_quiet_by_nothing_but_filters(capsys):

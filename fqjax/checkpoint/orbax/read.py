@@ -49,7 +49,7 @@ from fqjax.layers.surgery import find_linears, replace_modules
 from fqjax.runtime.arguments import check_flag, check_path, shown
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
-from fqjax.runtime.quiet import collect_late_reads, muted
+from fqjax.runtime.quiet import contained, forget, muted
 
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 """Where arrays go: one sharding for all, or a function of dotted name and shape."""
@@ -166,13 +166,14 @@ def _load_arrays(
         for name, leaf in full.items()
     }
     failure = ""
-    with muted("absl", "asyncio"):
+    with contained() as settle:
         try:
             return unnest(ocp.load(str(directory), nest(template)))
         except Exception as error:
             # Orbax and TensorStore raise many kinds; all mean that the files do not hold the arrays.
             failure = reason(error)
-        collect_late_reads()
+            forget(error)
+        settle()
     raise InputError(f"{directory}: the arrays cannot be read ({failure})")
 
 
