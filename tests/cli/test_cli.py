@@ -152,6 +152,13 @@ def test_inspect_draws_without_what_calibration_found(capsys, converted, tmp_pat
     complains(capsys, "calibration.safetensors: cannot be read", "inspect", bare)
 
 
+def test_schemes_that_need_calibration_cannot_be_asked_to_do_without(capsys, converted, tmp_path):
+    command = ("convert", converted / "source", tmp_path / "out", "--calibration", "none")
+    complains(capsys, "--calibration none: scheme 'flattenquant' needs calibration data", *command)
+    code, out, _ = run(capsys, *command, "--scheme", "w4a16", "--dry-run")
+    assert code == 0 and "Calibration: none." in out
+
+
 def test_schemes_lists_every_preset(capsys):
     code, out, _ = run(capsys, "schemes")
     assert code == 0 and all(name in out for name in PRESETS)
