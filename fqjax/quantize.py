@@ -69,12 +69,13 @@ def quantize(
     scheme, ignore = resolve_scheme(scheme), check_texts("ignore", ignore)
     check_model(model)
     start, model = time.perf_counter(), with_auto_axes(model)
-    check_finite(scheme.applied(select_linears(model, ignore)).linears)
+    selection = scheme.applied(select_linears(model, ignore))
+    check_finite(selection.linears)
     if scheme.head:
         head_of(model)  # Before the work begins.
     if scheme.method is None:
         copied = with_int8_head(model) if scheme.head else nnx.clone(model)
-        return copied, report_of(copied)
+        return copied, report_of(copied, skipped=selection.skipped)
     if calibration is None:
         check_data_free(scheme)
     batches = None if calibration is None else checked_batches(model, calibration)
@@ -86,7 +87,7 @@ def quantize(
     layers.clear()
     stacked(quantized, in_place=True)
     quantized = with_int8_head(quantized) if scheme.head else quantized
-    report = report_of(quantized, time.perf_counter() - start, record)
+    report = report_of(quantized, time.perf_counter() - start, record, selection.skipped)
     say_what_grew(report)
     return quantized, report
 

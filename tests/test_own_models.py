@@ -162,7 +162,7 @@ def test_stacked_layers_may_be_ignored(tmp_path):
     with pytest.raises(InputError, match=r"^blocks: its weight has shape \(3, 8, 8\).*may be ignored"):
         fqjax.quantize(model, "w8a8", [X])
     quantized, report = fqjax.quantize(model, "w8a8", [X], ignore=["blocks"])
-    assert [row.name for row in report.layers] == ["out"] and report.skipped == {"blocks": "stacked by vmap or scan"}
+    assert [row.name for row in report.layers] == ["out"] and report.skipped == {"blocks": "ignored by 'blocks'"}
     np.testing.assert_allclose(quantized(X), model(X), atol=0.05)
     fqjax.save(tmp_path / "out", quantized)
     again = fqjax.load(tmp_path / "out", Scanned(nnx.Rngs(1)))

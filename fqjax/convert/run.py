@@ -67,7 +67,7 @@ def convert(made: Plan, *, resume: bool = False) -> Report:
                 remove(staging)
             raise
         finish(out, remove(staging))
-    report = report_of(model, time.perf_counter() - start, record)
+    report = report_of(model, time.perf_counter() - start, record, made.selection.skipped)
     say_what_grew(report)
     return report
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes as nnx_dtypes
 from jax import lax
@@ -105,6 +106,28 @@ def select_linears(model: nnx.Module, ignore: Iterable[str] = (), *, required: b
         why = "".join(f"; {spoken(name)}: {reason}" for name, reason in list(selection.skipped.items())[:1])
         raise InputError(f"{type(model).__name__} has no nnx.Linear layer to quantize (of {len(found)} found{why})")
     return selection
+
+
+def left_in_float(model: nnx.Module) -> dict[str, str]:
+    """Modules with a matrix of weights that are no layer which could be quantized, by dotted path, each with the reason."""
+    linears = find_linears(model)
+    reasons = {}
+    for path, node in nnx.iter_graph(model):
+        name = dotted(path)
+        if not isinstance(node, nnx.Module) or name in linears:
+            continue
+        if any(isinstance(part, nnx.Param) and len(np.shape(part)) > 1 for part in vars(node).values()):
+            reasons[name] = _of_its_kind(node)
+    return reasons
+
+
+def _of_its_kind(node: nnx.Module) -> str:
+    """Why a module is not quantized that is no ``nnx.Linear``."""
+    if isinstance(node, nnx.Embed):
+        return "an embedding"
+    if isinstance(node, nnx.Linear):
+        return f"{type(node).__name__} computes something else than nnx.Linear"
+    return f"of kind {type(node).__name__}; nnx.Linear is quantized alone"
 
 
 def _of_its_own(linear: nnx.Linear) -> str | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from flax import nnx
 from rich.box import SIMPLE_HEAD
@@ -15,12 +16,16 @@ from fqjax.layers.modules import check_module
 from fqjax.layers.record import Record, abstracted
 from fqjax.layers.stacked import quantized_layers, unstacked
 from fqjax.layers.summary import scheme_name
-from fqjax.layers.surgery import dotted, select_linears
+from fqjax.layers.surgery import dotted, left_in_float, select_linears
 from fqjax.report.grouping import Figure, Row, grouped
 from fqjax.report.rendering import as_html, as_text
 from fqjax.runtime.files import JsonObject
 
 RANGES = "Layers alike share a row: numbers of blocks and experts as first-last, figures as lowest to highest."
+
+
+NOT_CHOSEN = "left out when the model was quantized"
+"""Why a layer is in floating point, where no more is known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,8 @@ class Report:
     Attributes:
       scheme: name of the scheme; "none" for a model in floating point.
       layers: one :class:`LayerReport` a linear layer, in the model's order.
-      skipped: linear layers left in floating point, each with the reason.
+      skipped: what has a matrix of weights and is left in floating point, by dotted path, each with the reason: linear
+        layers of a quantized model, those in ``layers`` too; embeddings; layers of other kinds.
       model_bytes: all arrays of the model, on the device.
       seconds: time that calibration and quantization took; 0 where nothing was timed.
       calibration: what calibration found out; None where it is not known.
@@ -156,7 +162,8 @@ class Report:
         title = "not quantized" if self.scheme == "none" else f"scheme: {self.scheme}"
         groups = any(row.scales.startswith("group") for row in self.layers)
         rows = [_row(row, groups) for row in self.layers]
-        rows += [Row.of(name, ("float", *["-"] * 5)) for name in self.skipped]
+        listed = {row.name for row in self.layers}
+        rows += [Row.of(name, ("float", *["-"] * 5)) for name in self.skipped if name not in listed]
         shown = rows if all_layers else grouped(rows)
         table = narrow_table(title, self.totals() + (f"\n{RANGES}" if len(shown) < len(rows) else ""))
         table.add_column("layer", overflow="fold")
@@ -188,19 +195,36 @@ class Report:
         return f"Zero in all of calibration: {sum(silent)} input channels of {len(silent)} layers.\n" if silent else ""
 
 
-def report_of(model: nnx.Module, seconds: float = 0.0, record: CalibrationRecord | None = None) -> Report:
-    """Reports on a model's linear layers as they are, quantized or not."""
+def report_of(
+    model: nnx.Module,
+    seconds: float = 0.0,
+    record: CalibrationRecord | None = None,
+    skipped: Mapping[str, str] | None = None,
+) -> Report:
+    """Reports on a model's linear layers as they are, quantized or not.
+
+    Args:
+      model: any NNX module.
+      seconds: time that calibration and quantization took.
+      record: what calibration found out.
+      skipped: reasons why layers were left in floating point, by dotted path, that the model itself does not tell, such as
+        patterns that were to be ignored; None where they are not known.
+    """
     model = unstacked(abstracted(check_module(model)))
     quantized = quantized_layers(model)
     rows = [_quantized_row(name, layer, record) for name, layer in quantized.items()]
     selection = select_linears(model, required=False)
     rows += [_float_row(name, linear) for name, linear in selection.linears.items()]
+    reasons = left_in_float(model) | selection.skipped
+    if quantized:
+        reasons |= dict.fromkeys(selection.linears, NOT_CHOSEN)
+    reasons |= {name: why for name, why in (skipped or {}).items() if name in reasons}
     order = {dotted(path): i for i, (path, _) in enumerate(nnx.iter_graph(model))}
     rows.sort(key=lambda row: order[row.name])
     return Report(
         scheme=", ".join(dict.fromkeys(scheme_name(layer.recipe) for layer in quantized.values())) or "none",
         layers=tuple(rows),
-        skipped=selection.skipped,
+        skipped={name: reasons[name] for name in sorted(reasons, key=order.__getitem__)},
         model_bytes=bytes_of(nnx.state(model, nnx.Not(Record))),
         seconds=seconds,
         calibration=record,
