@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.results import check_writable_file, write_result
 from fqjax.version import __version__
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ def _common(
     """Options of the command itself."""
 
 
-def _in_a_directory(path: Path | None) -> Path | None:
+def _writable(path: Path | None) -> Path | None:
     """Refuses a file that could not be written, before the work whose result it is to hold."""
-    if path is not None and not path.parent.is_dir():
-        raise InputError(f"{path}: its directory does not exist")
+    if path is not None:
+        check_writable_file(path)
     return path
 
 
@@ -68,7 +69,7 @@ AllLayers = Annotated[
 
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", help="Also write what is printed to this file.", metavar="FILE", callback=_in_a_directory),
+    typer.Option("--json", help="Also write what is printed to this file.", metavar="FILE", callback=_writable),
 ]
 
 
@@ -110,14 +111,11 @@ def show(table: "Table") -> None:
 
 
 def write_json(path: Path | None, content: Mapping[str, object]) -> None:
-    """Writes what ``--json FILE`` asks for, if it was given.
+    """Writes what ``--json FILE`` asks for, if it was given; the file is whole, or as it was.
 
     Raises:
       InputError: if the file cannot be written.
     """
     if path is None:
         return
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    write_result(path, (json.dumps(content, indent=1) + "\n").encode())
