@@ -107,8 +107,8 @@ class Engine:
       model: as for :func:`fqjax.generate`.
       slots: how many requests are worked on at once.
       capacity: most tokens of a request, those of its prompt and those appended.
-      tokens: how many tokens the key-value memory holds in all; None for ``slots * capacity``.  With fewer, requests wait
-        until there is room for all that they may hold.
+      tokens: how many tokens the key-value memory holds in all, in whole pages of :data:`PAGE`; None for as many as all slots
+        can have.  With fewer, requests wait until there is room for all that they may hold.
       chunk: tokens of prompts taken up in one step: more of them bring first tokens sooner, and let the others wait longer
         for their next ones.
       burst: tokens that every slot decodes in one step: more cost fewer round trips to the device, and let free slots wait.
@@ -140,7 +140,7 @@ class Engine:
         slots, capacity = check_whole("slots", slots, 1), check_whole("capacity", capacity, 2)
         chunk, burst = check_whole("chunk", chunk, 1), check_whole("burst", burst, 1)
         self.queue = None if queue is None else check_whole("queue", queue, 0)
-        tokens = slots * capacity if tokens is None else check_whole("tokens", tokens, 1)
+        tokens = None if tokens is None else check_whole("tokens", tokens, 1)
         self.config, self.capacity = getattr(model, "config", None), capacity
         self.chunk, self.burst, self.eos = min(chunk, capacity), burst, frozenset(eos_of(model, eos_token_id))
         self._ends = jax.device_put(ends_array(sorted(self.eos)))
@@ -247,11 +247,11 @@ class Engine:
         """
         heights = set()
         for width in _widths(self.chunk):
-            for rows in sorted({1, self._rows(width)}):
+            for rows in sorted({1, self.rows(width)}):
                 heights.add(rows)
                 for fresh in (True, False) if self._memory.pages.shares or width == self.chunk else (True,):
                     report(f"prompts, {rows} x {width}{'' if fresh else ', after others'}")
-                    self._launch([], width, rows, fresh)
+                    self.rehearse(width, rows, fresh)
         report(f"decoding, {len(self.running)} slots")
         for kinds in (Kinds(), Kinds(drawn=True), Kinds(drawn=True, sorted=True)):
             self._advance(kinds, False)
@@ -259,7 +259,23 @@ class Engine:
                 logits, first = jnp.zeros((rows, self._vocabulary)), _first([None] * rows, len(self.running))
                 self._slots, _ = programs.begin(self._slots, logits, first, self._ends, kinds, False)
         self._slots = programs.release(self._slots, np.ones(len(self.running), bool))
-        jax.block_until_ready(self._slots)
+        self.wait()
+
+    def width(self, tokens: int) -> int:
+        """How wide a call of pieces is that takes up so many tokens of a prompt, or ``chunk`` of them."""
+        return next(width for width in _widths(self.chunk) if width >= min(tokens, self.chunk))
+
+    def rows(self, width: int) -> int:
+        """Rows of the largest call of pieces so wide."""
+        return min(max(self.chunk // width, 1), len(self.running))
+
+    def rehearse(self, width: int, rows: int, fresh: bool = True) -> None:
+        """Launches a call of pieces that are nobody's, which compiles it, or shows what it takes."""
+        self._launch([], width, rows, fresh)
+
+    def wait(self) -> None:
+        """Until the device has done all that was launched."""
+        jax.block_until_ready((self._cache, self._slots))
 
     def _logits_shape(self) -> tuple[int, ...]:
         """Of a piece of one prompt."""
@@ -314,7 +330,7 @@ class Engine:
             if not chosen:
                 return
             room -= width * len(chosen)
-            self._launch(chosen, width, 1 if len(chosen) == 1 else self._rows(width), not chosen[0].taken_up)
+            self._launch(chosen, width, 1 if len(chosen) == 1 else self.rows(width), not chosen[0].taken_up)
 
     def _choose(self, reading: list[_Running], room: int) -> tuple[list[_Running], int]:
         """Prompts whose pieces go into one call, and how wide that is: as the first that came needs it.
@@ -323,19 +339,15 @@ class Engine:
         where these would be filled by less than half, the first goes alone.
         """
         first = reading[0]
-        width = next(w for w in _widths(self.chunk) if w >= min(_left(first), self.chunk))
+        width = self.width(_left(first))
         if width > room and room < self.chunk:
             return [], width
-        rows = min(self._rows(width), room // width)
-        if rows < 2 or rows < self._rows(width):
+        rows = min(self.rows(width), room // width)
+        if rows < 2 or rows < self.rows(width):
             return [first], width
         alike = [r for r in reading[1:] if bool(r.taken_up) == bool(first.taken_up) and _left(r) <= width]
         chosen = [first, *sorted(alike, key=_left, reverse=True)[: rows - 1]]
         return (chosen if 2 * len(chosen) > rows else chosen[:1]), width
-
-    def _rows(self, width: int) -> int:
-        """Rows of the largest call of pieces so wide."""
-        return min(max(self.chunk // width, 1), len(self.running))
 
     def _launch(self, chosen: list[_Running], width: int, rows: int, fresh: bool) -> None:
         """A call for the next pieces of some prompts, and for the first tokens of those that end in it."""
@@ -449,7 +461,7 @@ class _Memory:
         structure: Structure,
         slots: int,
         capacity: int,
-        tokens: int,
+        tokens: int | None,
         chunk: int,
         kv_cache: Kind | None,
         shares: bool,
@@ -461,8 +473,9 @@ class _Memory:
         """
         if getattr(model, "reads_pages", False):
             size = min(PAGE, capacity)
-            count = max(-(-tokens // size), 1)
-            memory = cls(Pages(count, size, shares), -(-capacity // size), None)
+            most = -(-capacity // size)
+            count = slots * most if tokens is None else -(-tokens // size)
+            memory = cls(Pages(count, size, shares), most, None)
         else:
             # Whole pieces fit: a write past the capacity would be moved back before it.
             size = -(-capacity // chunk) * chunk

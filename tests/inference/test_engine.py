@@ -102,6 +102,14 @@ def test_prompts_that_begin_alike_share_pages(model, kv_cache):
     assert [run(apart)[ticket].reason for ticket in tickets[:1]] == ["length"]
 
 
+def test_all_slots_can_be_full_unless_less_memory_is_asked_for(model):
+    engine = engine_of(model, slots=3, capacity=9)  # Of which the last page is not full.
+    for i in range(3):
+        engine.submit(Request(prompt=prompt_of(i, 3), max_new_tokens=6))
+    engine.step()
+    assert all(engine.running) and len(run(engine)) == 3
+
+
 def test_what_is_cancelled_ends_and_changes_nobody_else(model):
     engine = engine_of(model)
     requests = [Request(prompt=prompt_of(i, 3 + 4 * i), max_new_tokens=12) for i in range(5)]
