@@ -67,6 +67,10 @@ def convert(
     if dry_run:
         show(conversion.plan_table(made, all_layers=all_layers))
         return
+    if made.batches and (windows := sum(len(batch) for batch in made.batches)) < samples:
+        console.print(
+            f"The text has {windows} windows of {made.conversion.window} tokens, not {samples}; all are taken"
+        )
     if made.batches and calibration is None:
         console.print("Calibrating on Python's documentation; text like yours serves better: --calibration FILE")
     if made.export_obstacle is not None and chosen.method is not None:

@@ -4,6 +4,7 @@ from flax import nnx
 from rich.table import Table
 
 from fqjax.convert.plan import Plan, size_of
+from fqjax.data.text import BATCH
 from fqjax.drivers.method import Method
 from fqjax.drivers.settings import Compensated
 from fqjax.layers.linear import layer_bytes
@@ -62,7 +63,8 @@ def _calibration(made: Plan) -> str:
     """What calibration runs on, in words."""
     windows, asked = sum(len(batch) for batch in made.batches), made.conversion
     if windows:
-        return f"{windows} windows of {asked.window} tokens"
+        fewer = f", all that the text has (asked for: {asked.samples})" if windows < asked.samples else ""
+        return f"{windows} windows of {asked.window} tokens{fewer}"
     needed = asked.scheme.method is not None and not asked.data_free
     return f"{asked.samples} windows of {asked.window} tokens, once there is a tokenizer" if needed else "none"
 
@@ -71,8 +73,9 @@ def peak_memory(made: Plan) -> float:
     """An estimate of a conversion's peak memory on a CPU, in bytes; on a GPU a part of it is the device's.
 
     What is needed at once is either one of the modules outside the blocks, twice while it is read or written; or a block,
-    with the rows kept of all of its layers' inputs, and several copies in float32 of its largest layer, or of all experts'
-    layers that read the same input, or with GPTQ the moments of its inputs and what is needed beside them.
+    with the rows kept of all of its layers' inputs, and either the scores of attention while a batch runs through it, or
+    several copies in float32 of its largest layer, or of all experts' layers that read the same input, or with GPTQ the
+    moments of its inputs and what is needed beside them.  Inputs of other batches are kept on disk.
     """
     scheme, linears = made.conversion.scheme, made.selection.linears
     outer = 2 * max(made.outer_bytes.values(), default=0)
@@ -88,7 +91,17 @@ def peak_memory(made: Plan) -> float:
         # While they are summed up, codes of 16 bits and two weights in float32; then as much again as the largest take.
         besides = max(_largest_block(weights) + 8 * largest, max(moments.values()))
         work = max(work, _largest_block(moments) + besides)
-    return PROCESS_BYTES + max(outer, _largest_block({name: weights[name] + rows[name] for name in linears}) + work)
+    block = _largest_block({name: weights[name] + rows[name] for name in linears})
+    return PROCESS_BYTES + max(outer, block + max(work, _running_bytes(made)))
+
+
+def _running_bytes(made: Plan) -> float:
+    """What a batch of calibration takes on its way through a block: scores of attention and their softmax, in float32."""
+    if made.conversion.data_free:
+        return 0
+    window, (_, config) = made.conversion.window or 0, made.architecture
+    windows = min(BATCH, made.conversion.samples)
+    return 2 * 4 * windows * getattr(config, "num_attention_heads", 0) * window**2
 
 
 def _largest_block(sizes: dict[str, int]) -> int:

@@ -16,7 +16,7 @@ from flax import nnx
 import fqjax
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.convert import run as conversion
-from fqjax.convert.preview import estimated_bytes
+from fqjax.convert.preview import estimated_bytes, peak_memory, plan_table
 from fqjax.convert.staging import claimed
 from fqjax.drivers.calibrate import Calibrate
 from fqjax.drivers.rounding import RoundCompensated, RoundNearest
@@ -245,3 +245,19 @@ def test_the_manifest_names_scheme_and_architecture(asked):
     assert manifest["recipes"][0]["name"] == "flattenquant"
     assert manifest["architecture"]["name"] == "LlamaForCausalLM"
     assert manifest["format_version"] == 2 and len(manifest["layers"]) == 8
+
+
+def test_the_estimate_of_the_memory_knows_the_window_and_the_samples(asked):
+    """Scores of attention and their softmax in float32, for every head and sequence of a batch."""
+    short, long = (conversion.plan(replace(asked, window=window, samples=2), dry_run=True) for window in (16, 64))
+    wide = replace(long, conversion=replace(long.conversion, window=8192))
+    one = replace(wide, conversion=replace(wide.conversion, samples=1))
+    heads = long.architecture[1].num_attention_heads
+    assert peak_memory(short) <= peak_memory(long) < peak_memory(one) < peak_memory(wide)
+    assert peak_memory(wide) - peak_memory(one) == 2 * 4 * heads * 8192**2
+
+
+def test_samples_beyond_what_the_text_has_are_said(asked):
+    made = conversion.plan(replace(asked, samples=10**6), dry_run=True)
+    windows = sum(len(batch) for batch in made.batches)
+    assert f"{windows} windows of" in (caption := str(plan_table(made).caption)) and "asked for: 1000000" in caption
