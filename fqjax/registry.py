@@ -12,6 +12,7 @@ A piece that is a frozen dataclass goes into JSON and back by its name: ``{"kind
 
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import types
 import typing
@@ -142,8 +143,9 @@ def lookup(group: str, name: str) -> Any:
         return found[name]
     if name in _broken[group]:
         raise InputError(_broken[group][name])
+    close = [f"did you mean {near!r}?" for near in difflib.get_close_matches(str(name), names(group), 1)]
     raise InputError(
-        "; ".join([f"unknown {GROUPS[group]} {name!r}", f"the {group} are: {listed(group)}", *broken(group)])
+        "; ".join([f"unknown {GROUPS[group]} {name!r}", f"the {group} are: {listed(group)}", *broken(group), *close])
     )
 
 

@@ -266,3 +266,12 @@ def test_records_of_schemes_that_are_wrong_are_refused(change, message):
     record = PRESETS["w8a8"].to_json() | change
     with pytest.raises(InputError, match=f"^recipe: .*{message}"):
         Scheme.from_json(record, "recipe")
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("w4a8-gtpq", "w4a8-gptq"), ("flatenquant", "flattenquant"), ("zzz", None)]
+)
+def test_a_misspelt_scheme_is_told_the_nearest_name(typo, meant):
+    with pytest.raises(InputError, match=f"unknown scheme '{typo}'; the schemes are: ") as caught:
+        resolve_scheme(typo)
+    assert str(caught.value).endswith(f"did you mean {meant!r}?") if meant else "did you mean" not in str(caught.value)
