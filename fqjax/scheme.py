@@ -34,6 +34,8 @@ class Rule(Settings):
     keep: Kept
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise InputError(f"rule: pattern of type {type(self.pattern).__name__}: expected a regular expression")
         if isinstance(self.keep, Method):
             raise InputError(
                 f"rule {self.pattern!r}: a method for some layers only is not supported; expected int8 or float"
@@ -134,6 +136,12 @@ class Scheme(Settings):
                 raise InputError(f"{rule.label}: found in the path of no linear layer")
         kept: dict[str, Kept | None] = {name: self._keep(name) for name in names}
         return {name: keep for name, keep in kept.items() if keep is not None}
+
+    def __post_init__(self) -> None:
+        for name in ("name", "summary"):
+            if not isinstance(value := getattr(self, name), str):
+                raise InputError(f"scheme: {name} of type {type(value).__name__}: expected a text")
+        super().__post_init__()
 
     def applied(self, selection: "Selection") -> "Selection":
         """A model's layers, those that a rule keeps in floating point among those to leave.

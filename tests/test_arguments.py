@@ -499,6 +499,28 @@ def test_what_calibration_keeps(mlp, value):
     refused("sample_rows", fqjax.calibrate, mlp, [X], ["layers.0"], sample_rows=value)
 
 
+NO_KINDS = [3, 1.5, "", "int4", b"int8", [], ["int8"], {}, np.ones(2), object()]
+
+
+@pytest.mark.parametrize("value", NO_KINDS, ids=short)
+def test_kinds_of_caches(llama, value):
+    refused("kv_cache", fqjax.generate, llama, [5], 2, kv_cache=value)
+    refused("kv_cache", fqjax.stream, llama, [5], 2, kv_cache=value)
+    refused("kv_cache", serve, llama, [], slots=1, capacity=8, kv_cache=value)
+    refused("kv_cache", fqjax.perplexity, llama, [5] * 20, 8, kv_cache=value)
+
+
+@pytest.mark.parametrize("value", [3, b"x", np.ones(2), float("nan"), object()], ids=short)
+def test_settings_and_reports(mlp, value):
+    refused("dtype", fqjax.load_hf, "there-is-none", value)
+    refused("pattern", fqjax.Rule, value, "int8")
+    refused("name", fqjax.Scheme, value, "", None)
+    refused("record", fqjax.report_of, mlp, record=value)
+    refused("skipped", fqjax.report_of, mlp, skipped=value)
+    if not isinstance(value, int):
+        refused("seconds", fqjax.report_of, mlp, value)
+
+
 @pytest.mark.parametrize("names", [None, 3, "layers.0", ["nowhere"], [3], [""]], ids=short)
 def test_names_of_layers_to_calibrate(mlp, names):
     refused("names", fqjax.calibrate, mlp, [X], names)

@@ -189,6 +189,7 @@ def check_memory(
     Raises:
       InputError: beginning with ``what`` was asked for.
     """
+    dtype_of(kv_cache)  # It refuses what is no kind of cache, and could not be looked up.
     known = _cache_bytes.setdefault(structure, {})
     needed = known.get((batch, capacity, kv_cache))
     if needed is None:  # Once: it is traced.

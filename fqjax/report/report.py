@@ -19,6 +19,7 @@ from fqjax.layers.summary import scheme_name
 from fqjax.layers.surgery import dotted, left_in_float, select_linears
 from fqjax.report.grouping import Figure, Row, grouped
 from fqjax.report.rendering import as_html, as_text
+from fqjax.runtime.arguments import check_number, check_type
 from fqjax.runtime.files import JsonObject
 
 RANGES = "Layers alike share a row: numbers of blocks and experts as first-last, figures as lowest to highest."
@@ -209,7 +210,15 @@ def report_of(
       record: what calibration found out.
       skipped: reasons why layers were left in floating point, by dotted path, that the model itself does not tell, such as
         patterns that were to be ignored; None where they are not known.
+
+    Raises:
+      InputError: naming the argument that is none.
     """
+    seconds = check_number("seconds", seconds)
+    if record is not None:
+        check_type("record", record, CalibrationRecord, "a CalibrationRecord")
+    if skipped is not None:
+        check_type("skipped", skipped, Mapping, "reasons by name")
     model = unstacked(abstracted(check_module(model)))
     quantized = quantized_layers(model)
     rows = [_quantized_row(name, layer, record) for name, layer in quantized.items()]
