@@ -221,7 +221,7 @@ def check_setting(hint: object, value: object, name: str) -> object:
     try:
         return adapter.validate_json(json.dumps([value], default=_of_numpy), strict=True)[0]
     except (TypeError, ValueError, RecursionError):  # pydantic's errors are of the second kind.
-        text = value if isinstance(value, str) else _short(value)
+        text = value if isinstance(value, str) and value.isprintable() else _short(value)
         words = _words(adapter.json_schema()["prefixItems"][0]).replace(TYPE_WORDS["null"], "none")
         raise InputError(f"{name}={text}: expected {words}") from None
 

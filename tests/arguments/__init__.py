@@ -1,0 +1,1 @@
+"""Malformed arguments of public functions: one line that names the argument, before anything is computed or written."""
