@@ -286,7 +286,7 @@ def test_bad_requests_of_the_other_commands(capsys, converted, tmp_path):
     complains(capsys, "max_new_tokens 9999999999", "generate", out, "--prompt", "x", "--max-new-tokens", 9999999999)
     complains(capsys, "temperature inf", "generate", out, "--prompt", "x", "--temperature", "inf")
     complains(capsys, "directory does not exist", "inspect", out, "--json", tmp_path / "no" / "where.json")
-    complains(capsys, "cannot be written", "inspect", out, "--json", tmp_path)
+    complains(capsys, "a directory; expected a file", "inspect", out, "--json", tmp_path)
     complains(capsys, "no quantized layer", "inspect", converted / "source", "--plot", tmp_path / "plots")
     complains(capsys, "No such command", "explain")
 
