@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and one clear line for every kind of bad input."""
 
 import csv
+import io
 import json
 import shutil
 import subprocess
@@ -80,6 +81,50 @@ def test_generate_continues_the_prompt(capsys, converted):
     assert draws[0] == draws[1] != draws[2]
     code, out, _ = run(capsys, *arguments, "--kv-cache", "int8")
     assert code == 0 and out.startswith("return the [bold]")
+
+
+def test_generate_continues_several_prompts_and_what_comes_in(capsys, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("from\nelsewhere"))
+    options = ["--prompt", "return", "--prompt", "-", "--max-new-tokens", 5, "--json", tmp_path / "found.json"]
+    code, out, err = run(capsys, "generate", converted / "out", *options)
+    first, second = json.loads((tmp_path / "found.json").read_text())["continuations"]
+    assert code == 0 and out == f"return{first['text']}\nfrom\nelsewhere{second['text']}\n"
+    assert err.count("tokens, the first after") == 2
+    assert (
+        first["prompt"] == "return" and 0 < first["tokens"] <= 5 and first["seconds"] >= first["seconds_to_first_token"]
+    )
+    stop = first["text"][1:3]
+    code, out, _ = run(capsys, "generate", converted / "out", *options[:2], *options[4:6], "--stop", stop)
+    assert code == 0 and out == f"return{first['text'][: first['text'].index(stop)]}\n"
+
+
+def test_a_chat_needs_a_template_and_prompts_a_text(capsys, converted):
+    out = converted / "out"
+    complains(capsys, "no chat template", "generate", out, "--chat", "--prompt", "x")
+    complains(capsys, "--prompt: expected text to continue, or --chat", "generate", out)
+    complains(capsys, "--system: an option of --chat", "generate", out, "--prompt", "x", "--system", "y")
+    complains(capsys, "--stop: empty", "generate", out, "--prompt", "x", "--stop", "")
+    complains(capsys, "min_p 2.0", "generate", out, "--prompt", "x", "--min-p", 2)
+
+
+def test_turns_of_a_chat_see_those_before(capsys, converted, monkeypatch):
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    seen = []
+
+    def chat_prompt(tokenizer, messages):
+        seen.append([dict(message) for message in messages])
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        return original(tokenizer, messages)
+
+    from fqjax.data import chat
+
+    original = chat.chat_prompt
+    monkeypatch.setattr(chat, "chat_prompt", chat_prompt)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+    code, out, _ = run(capsys, "generate", converted / "out", "--chat", "--system", "brief", "--max-new-tokens", 3)
+    assert code == 0 and [len(messages) for messages in seen] == [2, 4]
+    assert [m["role"] for m in seen[1]] == ["system", "user", "assistant", "user"] and seen[1][3]["content"] == "two"
+    assert out.startswith(f"{seen[1][2]['content']}\n")
 
 
 def test_eval_measures_an_int8_cache(capsys, converted, tmp_path):
