@@ -24,10 +24,10 @@ from fqjax.models.causal_lm import CausalLM
 from fqjax.presets import PRESETS
 from fqjax.scheme import Scheme
 
-EMPHASIZED_RATIO = 1.06
-"""Ratios above it stand out in :func:`overview`."""
+GOOD_RATIO = 1.005
+"""Ratios up to it stand out in :func:`overview`."""
 EXPLANATION = (
-    f"Ratios of perplexity to bfloat16; those above {EMPHASIZED_RATIO} in bold, `-` where nothing was measured.",
+    f"Ratios of perplexity to bfloat16; those of {GOOD_RATIO} or less in bold, `-` where nothing was measured.",
     "",
     r"\* Naive: to compare with rather than to use. `w8a8` and the 4-bit presets with neither GPTQ nor AWQ round everything",
     "alike to the nearest code, and nothing makes up for it: no smoothing, no flattening. `flattenquant-w4a4` makes up for",
@@ -213,7 +213,7 @@ def document(
 
 
 def overview(results: Mapping[str, Record], notes: Mapping[str, str]) -> list[str]:
-    """One table of ratios, models by presets, and another of the models with a foreign calibration, if there are any.
+    """One table of ratios, presets by models, and another of the models with a foreign calibration, if there are any.
 
     Args:
       results: the record; of it, the models measured from the beginning of their text.
@@ -228,23 +228,22 @@ def overview(results: Mapping[str, Record], notes: Mapping[str, str]) -> list[st
 
 
 def _table(results: Mapping[str, Record], models: Sequence[str]) -> list[str]:
-    """Ratios, models by presets."""
-    presets = [preset for preset in PRESETS.values() if preset.method is not None]
+    """Ratios, presets by models."""
+    ratios = [{row["scheme"]: row["ratio"] for row in results[name]["rows"]} for name in models]
     lines = [
-        "| checkpoint | " + " | ".join(preset.name + r"\*" * preset.naive for preset in presets) + " |",
-        "|---" + "|---:" * len(presets) + "|",
+        "| scheme | " + " | ".join(name.removesuffix(FOREIGN) for name in models) + " |",
+        "|---" + "|---:" * len(models) + "|",
     ]
-    for name in models:
-        ratios = {row["scheme"]: row["ratio"] for row in results[name]["rows"]}
-        cells = " | ".join(_cell(ratios.get(preset.name)) for preset in presets)
-        lines.append(f"| {name.removesuffix(FOREIGN)} | {cells} |")
+    for preset in (preset for preset in PRESETS.values() if preset.method is not None):
+        cells = " | ".join(_cell(of_model.get(preset.name)) for of_model in ratios)
+        lines.append("| `" + preset.name + "`" + r"\*" * preset.naive + f" | {cells} |")
     return lines
 
 
 def _cell(ratio: float | None) -> str:
     if ratio is None:
         return "-"
-    return f"**{ratio:.4f}**" if ratio > EMPHASIZED_RATIO else f"{ratio:.4f}"
+    return f"**{ratio:.4f}**" if ratio <= GOOD_RATIO else f"{ratio:.4f}"
 
 
 def describe_conditions(result: Record) -> str:
