@@ -66,7 +66,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["models"], "no benchmark 'models'"),
+        (["models"], "No such command 'models'"),
         (["kernels", "--shape", "4096"], "--shape 4096: must be"),
         (["kernels", "--shape", "64x100"], "multiple of 256"),
         (["kernels", "--rows", "0"], "--rows must be positive"),

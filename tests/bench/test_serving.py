@@ -6,6 +6,7 @@ import pytest
 
 from fqjax.bench import serving
 from fqjax.bench.random_models import architecture
+from fqjax.cli.main import main
 from fqjax.runtime.errors import InputError
 
 LOAD = serving.Load(slots=2, prompt=(5, 9), new=(2, 4), requests=5, chunk=16)
@@ -76,3 +77,29 @@ def test_the_script_keeps_what_it_measured_before(tmp_path, monkeypatch):
     runpy.run_path("scripts/benchmark_serving.py", run_name="__main__")
     assert set(json.loads(out.with_suffix(".json").read_text())) == {"another", "tiny on cpu"}
     assert out.with_suffix(".md").read_text() == "2 pages"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rate", "0"], "--rate 0: expected requests a second, above 0"),
+        (["--prompt", "a-b"], "--prompt a-b: expected tokens, or two numbers"),
+        (["--new", "-5"], "--new -5: expected tokens"),
+        (["--slots", "0"], "--slots 0: expected at least 1"),
+        (["--requests", "0"], "--requests 0: expected at least 1"),
+        (["--model", "gpt-9"], "--model gpt-9: expected a config.json"),
+        (["--scheme", "w2a2"], "unknown scheme 'w2a2'"),
+    ],
+)
+def test_bad_options_take_one_line(capsys, arguments, message):
+    assert main(["bench", "serve", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.thorough
+def test_the_command_prints_and_writes_what_it_measured(capsys, tmp_path):
+    sizes = ["--slots", "2", "--prompt", "8", "--new", "3", "--requests", "4", "--chunk", "16"]
+    assert main(["bench", "serve", "--scheme", "bf16", *sizes, "--json", str(tmp_path / "out.json")]) == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["slots"] == 2 and "2 slots" in capsys.readouterr().out
