@@ -194,7 +194,7 @@ OF_THEIR_OWN = {
     "complex weights": ({"param_dtype": jnp.complex64}, "computes in complex64"),
     "a complex dtype": ({"dtype": jnp.complex64}, "computes in complex64"),
     "a complex output": ({"preferred_element_type": jnp.complex64}, "computes in complex64"),
-    "no outputs": ({"out_features": 0}, "has no channels: 8 inputs, 0 outputs"),
+    "no outputs": ({"out_features": 0, "kernel_init": nnx.initializers.zeros}, "has no channels: 8 inputs, 0 outputs"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fqjax.cli.app import app, console
+from fqjax.cli.app import app, show
 from fqjax.cli.terminal import complain
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def schemes() -> None:
     table.add_column("export", no_wrap=True)
     for scheme in all_schemes().values():
         table.add_row(scheme.name, scheme.summary, scheme.calibration, _export(scheme))
-    console.print(table)
+    show(table)
     for line in broken("schemes"):
         complain(line)
 

@@ -103,7 +103,7 @@ def _dropping_of_closed_loops() -> Iterator[None]:
     hook = sys.unraisablehook
 
     def others(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != CLOSED_LOOP_MESSAGE:
+        if str(unraisable.exc_value) != CLOSED_LOOP_MESSAGE and not _was_closed(unraisable):
             hook(unraisable)
 
     sys.unraisablehook = others
@@ -111,6 +111,14 @@ def _dropping_of_closed_loops() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
+
+
+def _was_closed(unraisable: "sys.UnraisableHookArgs") -> bool:
+    """Whether it is a coroutine that had not ended and was closed, of which it makes an error of another kind."""
+    error = unraisable.exc_value
+    if not inspect.iscoroutine(unraisable.object) or error is None:
+        return False
+    return any(isinstance(before, GeneratorExit) for before in (error, error.__cause__, error.__context__))
 
 
 @contextlib.contextmanager

@@ -165,3 +165,26 @@ def test_transformers_is_quiet_by_nothing_but_filters(capsys):
         transformers.logging.get_logger("transformers.models").error("never heard")
     assert transformers.logging.get_verbosity() == level and "never heard" not in capsys.readouterr().err
     assert "TRANSFORMERS_NO_ADVISORY_WARNINGS" not in os.environ
+
+
+@types.coroutine
+def forever():
+    yield
+
+
+async def stubborn():
+    try:
+        await forever()
+    except GeneratorExit as error:
+        raise ValueError("not while it is closed") from error
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_a_closed_coroutine_raises_is_dropped_with_the_call_that_failed(inside, monkeypatch):
+    reported = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: reported.append(str(unraisable.exc_value)))
+    with contained() if inside else contextlib.nullcontext():
+        begun = stubborn()
+        begun.send(None)
+        del begun
+    assert reported == ([] if inside else ["not while it is closed"])
