@@ -124,7 +124,7 @@ def test_a_failed_call_hides_what_is_left_of_it_alone(monkeypatch):
     )
     with pytest.warns(RuntimeWarning) as warned, contained():
         for text in ("Event loop is closed", "other"):
-            sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+            sys.unraisablehook(types.SimpleNamespace(object=None, exc_value=RuntimeError(text)))
         for name in coroutines:
             warnings.warn(f"coroutine '{name}' was never awaited", RuntimeWarning, stacklevel=1)
     assert [str(u.exc_value) for u in told] == ["other"] and sys.unraisablehook == told.append
