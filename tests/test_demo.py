@@ -9,7 +9,9 @@ from rich.console import Console
 
 import fqjax
 from fqjax.data.python_docs import held_out_text, training_text
-from fqjax.demo.run import CHECKPOINT, ROWS, run_demo
+from fqjax.demo.run import CHECKPOINT, NAME_WIDTH, ROWS, SAVED, run_demo
+from fqjax.presets import PRESETS
+from fqjax.runtime.errors import InputError
 
 
 def test_the_bundled_checkpoint_is_small_and_loads():
@@ -36,24 +38,56 @@ def shown(tmp_path_factory):
 
 
 def rows(text):
-    cells = [line.split() for line in text.splitlines()]
-    return {line[0]: line[1:] for line in cells if len(line) > 6 and line[0] in ROWS and line[1][0].isdigit()}
+    """Perplexity, ratio, INT4 share and K'/K of every row, by its name."""
+    lines = [line for line in text.splitlines() if line[:NAME_WIDTH].strip() in ROWS and line[0] != " "]
+    lines = [line for line in lines if line[-1:].isdigit()]
+    return {
+        line[:NAME_WIDTH].strip(): [float(cell.rstrip("%")) for cell in line[NAME_WIDTH:].split()[:4]] for line in lines
+    }
+
+
+def test_every_row_can_be_made():
+    for row in ROWS.values():
+        PRESETS[row.scheme].override(row.settings)
+    assert SAVED in ROWS and all(len(name) < NAME_WIDTH for name in ROWS)
 
 
 @pytest.mark.thorough
 def test_the_demo_shows_what_it_says(shown):
-    table = {name: [float(cell.rstrip("%")) for cell in cells[:4]] for name, cells in rows(shown[1]).items()}
-    assert set(table) == set(ROWS)
+    table = rows(shown[1])
+    assert list(table) == list(ROWS)
     ratio = {name: cells[1] for name, cells in table.items()}
     assert ratio["bf16"] == 1 and ratio["w8a8"] > 1.1
-    assert ratio["flattenquant-w8a8"] <= 1.01 and ratio["flattenquant"] <= 1.05
-    assert table["flattenquant"][2] >= 48.29
+    assert ratio["w8a8"] > ratio["smoothquant"] > ratio["smoothquant+equalize"]  # "do the most"
+    for flattened, uncut in (("flattenquant-w8a8", "smoothquant+equalize"), ("flattenquant", "flattenquant, uncut")):
+        assert abs(ratio[flattened] - ratio[uncut]) < 0.005  # "can't be told from chance"
+    assert ratio["flattenquant-w8a8"] <= 1.01 and ratio["flattenquant"] <= 1.05 and ratio["w4a8-awq"] <= 1.05
+    assert table["flattenquant"][2] >= 48.29 and table["flattenquant, uncut"][3] == 1 < table["flattenquant"][3]
 
 
 @pytest.mark.thorough
 def test_the_demo_fits_a_terminal_and_writes_text(shown):
     assert all(len(line) <= 80 for line in shown[1].splitlines() if str(shown[0]) not in line)
     assert "bf16 writes: Return a list of the" in shown[1] and "flattenquant writes: " in shown[1]
+    assert "With a model of your own" in shown[1]
+
+
+def test_rows_are_shown_as_they_are_ready_without_a_terminal(tmp_path, monkeypatch):
+    seen = []
+
+    def quantize(model, scheme, batches):
+        seen.append(console.file.getvalue())
+        if len(seen) == 3:
+            raise InputError("that is enough")
+        return model, fqjax.report_of(model)
+
+    monkeypatch.setattr("fqjax.demo.run.quantize", quantize)
+    monkeypatch.setattr("fqjax.demo.run.perplexity", lambda *a, **k: 10.0)
+    console = Console(width=80, file=io.StringIO())
+    with pytest.raises(InputError, match="enough"):
+        run_demo(tmp_path / "out", console)
+    assert not console.is_terminal
+    assert [list(rows(text)) for text in seen] == [[], ["bf16"], ["bf16", "w8a8"]]
 
 
 @pytest.mark.thorough

@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 ROWS = {
     "bf16": Row("bf16", [], "the model as it is"),
-    "w8a8": Row("w8a8", [], "INT8, one scale a tensor: outlier channels use up the codes"),
+    "w8a8": Row("w8a8", [], "INT8, one scale a tensor; outliers use up the codes"),
     "smoothquant": Row("smoothquant", [], "smoothed: outliers move in part into the weights"),
     "smoothquant+equalize": Row("smoothquant", ["equalize=true"], "output channels are equalized first"),
     "flattenquant-w8a8": Row("flattenquant-w8a8", [], "and what is left of outliers is flattened"),
@@ -66,12 +66,13 @@ training text; perplexity is measured on documentation it never saw.
 
   ratio         perplexity over that in bf16: 1.000 is no loss
   INT4          share of the linear layers' arithmetic with weights of 4 bits
-  K'/K          their input channels with those that flattening adds, over before
+  K'/K          input channels of those layers, flattened ones over those before
   linear bytes  what the linear layers take in memory
 """
 CONCLUSION = """\
-Here smoothing and equalization do the most. Flattening, with INT8, changes
-nothing that can be told from chance, and with INT4 little.
+Here smoothing and equalization do the most. What flattening adds to them can't
+be told from chance, in INT8 or in INT4. The text is nonsense, as the model is
+small; it shows that both models run.
 """
 COLUMNS = {"perplexity": 11, "ratio": 7, "INT4": 8, "K'/K": 7, "linear bytes": 14, "seconds": 9}
 """Headings after the first, and how wide each column is."""
@@ -139,10 +140,10 @@ def _continue(model: CausalLM, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _how_to_go_on(out: Path) -> str:
     return f"""
-The {SAVED} model is in {out}. Look at it, layer by layer:
+The {SAVED} model is in {out}. Look at it:
   fqjax inspect {out}
 
 With a model of your own (a directory or a hub id of Hugging Face):
   fqjax convert path/to/model out --scheme w4a8-gptq --calibration text.txt
   fqjax eval out --text test.txt
-docs/choosing_a_scheme.md says which scheme is for what; fqjax schemes lists them."""
+fqjax schemes lists all; docs/choosing_a_scheme.md says which to take."""
