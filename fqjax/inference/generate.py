@@ -121,11 +121,11 @@ def stream(
     prefill_chunk: int = CHUNK,
     burst: int = STREAMED_BURST,
 ) -> Iterator[int] | Iterator[Int32[np.ndarray, " batch"]]:
-    """:func:`generate`, token by token as they come; :func:`fqjax.data.text.new_text` makes text of them.
+    """:func:`generate`, token by token as they come; :func:`fqjax.data.incremental.new_text` makes text of them.
+
+    All other arguments are those of :func:`generate`.
 
     Args:
-      model, prompt_tokens, max_new_tokens, temperature, top_p, seed, eos_token_id, top_k, min_p, repetition_penalty,
-        kv_cache, prefill_chunk: as for :func:`generate`.
       burst: how many tokens are decoded at a time; fewer come sooner, more take less time in all.
 
     Returns:
