@@ -44,48 +44,86 @@ def new_text(
     Raises:
       InputError: if the tokenizer cannot decode the tokens.
     """
-    held = ""
-    for piece in _pieces(tokenizer, config, prompt_ids, tokens):
-        held += piece
-        ends = [at for at in (held.find(text) for text in stop) if at >= 0]
+    text = NewText(tokenizer, config, prompt_ids, stop)
+    for token in tokens:
+        if piece := text.add(token):
+            yield piece
+        if text.ended:
+            break
+    if piece := text.end():
+        yield piece
+
+
+class NewText:
+    """The same for tokens that are handed in one by one, as they come.
+
+    Args:
+      tokenizer, config, prompt_ids, stop: as for :func:`new_text`.
+
+    Attributes:
+      ended: whether a token or a string has ended the text.
+      stopped: whether a string has.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        config: TextConfig,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+    ):
+        self.ended = self.stopped = False
+        self._ends, self._plain_end = frozenset(config.eos_token_id), tokenizer.eos_token_id
+        self._decode, self._stop, self._held = _decoder(tokenizer), tuple(stop), ""
+        # What has been given out is the text of the first of these tokens; the others wait for a whole character.
+        self._ids = list(prompt_ids[-CONTEXT:])
+        self._given, self._before = len(self._ids), self._decode(self._ids)
+
+    def add(self, token: int) -> str:
+        """The text that a token completes; often none.
+
+        Raises:
+          InputError: if the tokenizer cannot decode it.
+        """
+        if self.ended:
+            return ""
+        self.ended = token in self._ends
+        if self.ended and token == self._plain_end:
+            return ""
+        self._ids.append(token)
+        after = self._decode(self._ids)
+        if len(after) <= len(self._before) or after.endswith(INCOMPLETE):
+            return ""
+        piece = after[len(self._before) :]
+        self._ids = self._ids[max(self._given - CONTEXT, 0) :]
+        self._given, self._before = len(self._ids), self._decode(self._ids)
+        return self._until_stop(piece)
+
+    def end(self) -> str:
+        """What was held back, when no further token comes."""
+        if self.stopped:
+            return ""
+        piece = self._until_stop(self._decode(self._ids)[len(self._before) :])
+        held, self._held, self.ended = self._held, "", True
+        self._given, self._before = len(self._ids), self._decode(self._ids)
+        return piece if self.stopped else piece + held
+
+    def _until_stop(self, piece: str) -> str:
+        """What may be given out of the text that is held and a further piece."""
+        held = self._held + piece
+        ends = [at for at in (held.find(text) for text in self._stop) if at >= 0]
         if ends:
-            if min(ends):
-                yield held[: min(ends)]
-            return
-        kept = max((_begun(held, text) for text in stop), default=0)
-        if len(held) > kept:
-            yield held[: len(held) - kept]
-            held = held[len(held) - kept :]
-    if held:
-        yield held
+            self.ended = self.stopped = True
+            self._held = ""
+            return held[: min(ends)]
+        kept = max((_begun(held, text) for text in self._stop), default=0)
+        self._held = held[len(held) - kept :]
+        return held[: len(held) - kept]
 
 
 def _begun(text: str, stop: str) -> int:
     """How many characters at the end of a text a string may begin with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _pieces(
-    tokenizer: "PreTrainedTokenizerBase", config: TextConfig, prompt_ids: Sequence[int], tokens: Iterable[int]
-) -> Iterator[str]:
-    decode = _decoder(tokenizer)
-    ids = list(prompt_ids)
-    # What has been given out is the text of ids[first:given]; from there on tokens wait for a whole character.
-    first, given = max(len(ids) - CONTEXT, 0), len(ids)
-    for token in tokens:
-        ended = token in config.eos_token_id
-        if ended and token == tokenizer.eos_token_id:
-            break
-        ids.append(token)
-        before, after = decode(ids[first:given]), decode(ids[first:])
-        if len(after) > len(before) and not after.endswith(INCOMPLETE):
-            yield after[len(before) :]
-            first, given = max(given - CONTEXT, 0), len(ids)
-        if ended:
-            break
-    before, after = decode(ids[first:given]), decode(ids[first:])
-    if len(after) > len(before):
-        yield after[len(before) :]
 
 
 def _decoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[int]], str]:
