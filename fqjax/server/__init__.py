@@ -1,0 +1,1 @@
+"""An HTTP server with the interface of OpenAI's completions, around an engine (:mod:`fqjax.inference.engine`)."""
