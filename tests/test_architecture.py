@@ -37,6 +37,7 @@ FQJAX_FLOORS = [
     ["methods"],
     ["scheme", "presets"],
     ["quantize", "convert", "evaluation", "inference", "data", "report", "interop"],
+    ["server"],
     ["bench", "demo"],
     ["cli"],
 ]

@@ -11,7 +11,7 @@ import sys
 
 # isort: off
 # In the order in which --help lists them.
-from fqjax.cli import convert, export, evaluate, generate, inspect, demo, bench, schemes  # noqa: F401
+from fqjax.cli import convert, export, evaluate, generate, serve, inspect, demo, bench, schemes  # noqa: F401
 
 # isort: on
 from fqjax.cli.app import Interrupted, app

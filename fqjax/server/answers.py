@@ -42,11 +42,11 @@ class Answers:
 
     def piece(self, piece: Piece) -> Json:
         """A piece of a choice."""
-        logprobs = self._logprobs(piece) if self._reports else None
+        logprobs = self._logprobs(piece) if piece.logprobs else None
         if self.asked.chat:
             delta = {"content": piece.text} if piece.text or piece.logprobs else {}
-            return self._chunk(self._choice(piece.index, "delta", delta, logprobs, piece.ending))
-        return self._chunk(self._choice(piece.index, "text", piece.text, logprobs, piece.ending))
+            return self._chunk(self._choice(piece.choice, "delta", delta, logprobs, piece.ending))
+        return self._chunk(self._choice(piece.choice, "text", piece.text, logprobs, piece.ending))
 
     def end(self, tokens: int) -> list[Json]:
         """What comes after all pieces: how many tokens there were, if that was asked for."""
@@ -56,7 +56,7 @@ class Answers:
         """All at once."""
         choices = []
         for index in range(len(self.asked.requests)):
-            own = [piece for piece in pieces if piece.index == index]
+            own = [piece for piece in pieces if piece.choice == index]
             reported = [each for piece in own for each in piece.logprobs]
             joined = Piece(index, "".join(piece.text for piece in own), reported, own[-1].ending)
             logprobs = self._logprobs(joined) if self._reports else None
@@ -86,8 +86,8 @@ class Answers:
         texts = [self._text_of(token) for token, _ in piece.logprobs]
         offsets = []
         for text in texts:
-            offsets.append(self._offsets[piece.index])
-            self._offsets[piece.index] += len(text)
+            offsets.append(self._offsets[piece.choice])
+            self._offsets[piece.choice] += len(text)
         return {
             "tokens": texts,
             "token_logprobs": [found.logprob for _, found in piece.logprobs],

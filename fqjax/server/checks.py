@@ -25,7 +25,7 @@ class Fields:
             raise ApiError(400, "expected a JSON object with the fields of a request")
         for name in body:
             if name not in known and name not in ignored:
-                raise ApiError(400, f"Unrecognized request argument supplied: {shown(name)[1:-1]}", param=str(name))
+                raise ApiError(400, f"{shown(name)}: no field of this call; expected none of that name", str(name))
         self._given: Mapping[str, Any] = {name: value for name, value in body.items() if value is not None}
 
     def get(self, name: str) -> Any:

@@ -9,7 +9,7 @@ from fqjax.inference.requests import Output, TokenLogprobs
 from fqjax.server.errors import ApiError
 from fqjax.server.fields import Asked, Served
 from fqjax.server.loop import EngineLoop, Job, Stopped
-from fqjax.server.metrics import Metrics
+from fqjax.server.metrics import Clock, Metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,13 +21,13 @@ class Piece(NamedTuple):
     """What a choice has got.
 
     Attributes:
-      index: of the choice.
+      choice: its number.
       text: whole characters.
       logprobs: of the tokens since the piece before, each with its token; none where they were not asked for.
       ending: why the choice has ended, if it has.
     """
 
-    index: int
+    choice: int
     text: str
     logprobs: list[tuple[int, TokenLogprobs]]
     ending: Ending | None
@@ -42,39 +42,42 @@ class Answering:
       asked: what the call asked for.
       served: the model.
       metrics: where what has happened is counted.
+      began: when the call came, in seconds of ``time.perf_counter``.
     """
 
-    def __init__(self, engine: EngineLoop, job: Job, asked: Asked, served: Served, metrics: Metrics):
+    def __init__(self, engine: EngineLoop, job: Job, asked: Asked, served: Served, metrics: Metrics, began: float):
         self.asked, self.tokens = asked, 0
         self._engine, self._job, self._metrics = engine, job, metrics
         make = functools.partial(NewText, served.tokenizer, served.config, stop=asked.stop)
         self._texts = [make(cast(list[int], request.prompt)) for request in asked.requests]
         self._held: list[list[tuple[int, TokenLogprobs]]] = [[] for _ in asked.requests]
         self._open = set(range(len(asked.requests)))
-        self._clocks = [metrics.clock() for _ in asked.requests]
+        self._clocks = [Clock(metrics, began) for _ in asked.requests]
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Pieces of all choices, until all have ended; leaving the iterator ends what has not.
+        """Pieces of all choices, until all have ended.
 
         Raises:
           ApiError: if a choice cannot be ended as it should.
         """
-        ended = "cancelled"
         try:
             while self._open:
                 for index, output in await self._job.next():
                     if index in self._open and (piece := self._take(index, output)) is not None:
                         yield piece
         except Stopped as error:
-            ended = "error"
+            self.close("error")
             raise ApiError(503, str(error)) from None
         except ApiError:
-            ended = "error"
+            self.close("error")
             raise
-        finally:
-            if self._open:
-                self._engine.cancel(self._job, *self._open)
-                self._metrics.ended(ended, len(self._open))
+
+    def close(self, outcome: str = "cancelled") -> None:
+        """Ends what has not ended."""
+        if self._open:
+            self._engine.cancel(self._job, *self._open)
+            self._metrics.ended(outcome, len(self._open))
+            self._open.clear()
 
     def _take(self, index: int, output: Output) -> Piece | None:
         text, held = self._texts[index], self._held[index]

@@ -20,7 +20,7 @@ MOST_CHOICES = 128
 """Continuations that one call may ask for: prompts times ``n``."""
 
 COMPLETION_TOKENS = 16
-"""What ``max_tokens`` of a completion is where it is not given, as in OpenAI's interface; a chat gets what there is room for."""
+"""What ``max_tokens`` of a completion is where it is not given, as OpenAI has it; a chat gets what there is room for."""
 
 _DRAWS = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"})
 _COMMON = _DRAWS | {"model", "stream", "stream_options", "max_tokens", "n", "stop", "logprobs"}

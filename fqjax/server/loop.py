@@ -1,7 +1,7 @@
 """The thread that runs an engine, and what others ask of it.
 
-An engine takes calls from one thread only.  That thread takes calls out of a queue between two steps, and sleeps while there is
-nothing to do.  What requests get goes back to the event loop that asked, once a step.
+An engine takes calls from one thread only.  That thread takes calls out of a queue between two steps, and sleeps while there
+is nothing to do.  What requests get goes back to the event loop that asked, once a step.
 """
 
 import asyncio
@@ -143,7 +143,12 @@ class EngineLoop:
 
     def cut(self) -> None:
         """Ends all requests with what they have."""
-        self._calls.put(lambda: [self.engine.cancel(ticket) for ticket in list(self._jobs)] and None)
+
+        def call() -> None:
+            for ticket in list(self._jobs):
+                self.engine.cancel(ticket)
+
+        self._calls.put(call)
 
     def join(self, timeout: float | None = None) -> bool:
         """Waits until the thread has ended, which it does when it was stopped and nothing is left; whether it has."""
@@ -160,7 +165,9 @@ class EngineLoop:
                         self._calls.get_nowait()()
                 if self.engine.busy:
                     self._hand_out(self.engine.step())
-        except Exception as error:  # Such as of a device that has no memory left: nothing can go on, but clients are told.
+        except (
+            Exception
+        ) as error:  # Such as of a device that has no memory left: nothing can go on, but clients are told.
             self.failure = f"the engine has failed ({reason(error)})"
             logger.exception("the engine has failed")
         finally:

@@ -37,10 +37,15 @@ class Histogram:
 
 
 class Clock:
-    """When the tokens of one request came."""
+    """When the tokens of one request came.
 
-    def __init__(self, metrics: "Metrics"):
-        self._metrics, self._last, self._first = metrics, time.perf_counter(), True
+    Args:
+      metrics: where they are counted.
+      began: when the request came, in seconds of ``time.perf_counter``.
+    """
+
+    def __init__(self, metrics: "Metrics", began: float):
+        self._metrics, self._last, self._first = metrics, began, True
 
     def token(self) -> None:
         """A token has come."""
@@ -57,10 +62,6 @@ class Metrics:
         self.outcomes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
         self.prompt_tokens = self.output_tokens = 0
         self.to_first, self.to_next = Histogram(TO_FIRST), Histogram(TO_NEXT)
-
-    def clock(self) -> Clock:
-        """For a request that has been handed in just now."""
-        return Clock(self)
 
     def ended(self, outcome: str, count: int = 1) -> None:
         """Requests have ended."""

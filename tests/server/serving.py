@@ -1,0 +1,75 @@
+"""A server in a thread, as tests ask it."""
+
+import contextlib
+import dataclasses
+import threading
+import time
+
+import httpx2 as httpx
+import jax.numpy as jnp
+import openai
+
+from fqjax.checkpoint.hugging_face import load_hf
+from fqjax.data.text import decode_new, encode_prompt
+from fqjax.inference.generate import generate
+from fqjax.server.app import Settings
+from fqjax.server.run import Limits, api_of, bound, server_of
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+
+
+@dataclasses.dataclass
+class Running:
+    """A server that runs, and what it serves."""
+
+    model: object
+    tokenizer: object
+    api: object
+    server: object
+    url: str
+
+    def client(self, **settings):
+        """The client that users have."""
+        return openai.OpenAI(
+            **{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 60} | settings
+        )
+
+    def expected(self, prompt, new, **settings):
+        """The text of ``generate``'s tokens."""
+        ids = encode_prompt(self.tokenizer, self.model.config, prompt) if isinstance(prompt, str) else prompt
+        return decode_new(self.tokenizer, self.model.config, ids, generate(self.model, ids, new, **settings))
+
+    def post(self, path, **arguments):
+        """A call without the client."""
+        return httpx.post(f"{self.url}{path}", timeout=60, **arguments)
+
+    def metric(self, name):
+        """A sample's value."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(f"{name} ")).rpartition(" ")[2])
+
+    def settled(self, seconds=30):
+        """Waits until no request is left."""
+        until = time.monotonic() + seconds
+        while self.metric("fqjax_requests_running") or self.metric("fqjax_requests_waiting"):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def running(checkpoint, limits=None, settings=None, grace=5.0):
+    """A server of a checkpoint, which has a chat template."""
+    model, tokenizer = load_hf(checkpoint, jnp.float32)
+    tokenizer.chat_template = TEMPLATE
+    api = api_of(model, tokenizer, "tiny", limits or Limits(slots=4, queue=8), settings or Settings())
+    ready, listening = threading.Event(), bound("127.0.0.1", 0)
+    server = server_of(api, grace, ready.set)
+    thread = threading.Thread(target=lambda: server.run(sockets=[listening]))
+    thread.start()
+    try:
+        assert ready.wait(60)
+        yield Running(model, tokenizer, api, server, f"http://127.0.0.1:{listening.getsockname()[1]}")
+    finally:
+        server.stop()
+        thread.join(30)
+        assert api.engine.join(30) and not thread.is_alive()

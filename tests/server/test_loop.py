@@ -1,0 +1,184 @@
+"""The engine's thread, and the command, where things go wrong or come to an end."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2 as httpx
+import pytest
+
+from fqjax.cli import main as cli
+from fqjax.inference.requests import Finished, Output, Request
+from fqjax.runtime.errors import InputError
+from fqjax.server.loop import EngineLoop, Stopped
+from fqjax.server.metrics import Histogram
+from tests.conftest import make_checkpoint
+
+
+class Engine:
+    """Gives every request a token a step until it is cancelled."""
+
+    def __init__(self):
+        self.waiting, self.running, self.requests, self.ended = [], [], {}, []
+        self.fails = threading.Event()
+
+    @property
+    def busy(self):
+        return bool(self.requests or self.ended)
+
+    def submit(self, request):
+        if request.name == "refused":
+            raise InputError("refused")
+        if request.name == "fault":
+            raise RuntimeError("fault")
+        ticket = 1 + max(self.requests, default=0)
+        self.requests[ticket] = request
+        return ticket
+
+    def cancel(self, ticket):
+        if ticket in self.requests:
+            finished = Finished(request=self.requests.pop(ticket), tokens=[], reason="cancelled")
+            self.ended.append(Output(ticket, [], None, finished))
+
+    def step(self):
+        time.sleep(0.002)
+        if self.fails.is_set():
+            raise RuntimeError("out of memory")
+        ended, self.ended = self.ended, []
+        return [*ended, *(Output(ticket, [7], None, None) for ticket in self.requests)]
+
+
+@pytest.fixture
+def loop():
+    loop = EngineLoop(Engine())
+    loop.start()
+    yield loop
+    loop.stop(0)
+    assert loop.join(10)
+
+
+def request(name=None):
+    return Request(prompt=[1], name=name)
+
+
+async def until_the_end(job):
+    while True:
+        for _, output in await job.next():
+            if output.finished is not None:
+                return output.finished.reason
+
+
+@pytest.mark.parametrize(("name", "error"), [("refused", InputError), ("fault", RuntimeError)])
+def test_all_requests_are_taken_or_none(loop, name, error):
+    async def run():
+        with pytest.raises(error, match=name):
+            await loop.submit([request(), request(name)])
+        job = await loop.submit([request()])
+        await job.next()
+        loop.cancel(job)
+        assert await until_the_end(job) == "cancelled"
+
+    asyncio.run(run())
+    assert loop.alive
+
+
+def test_a_stop_lets_requests_end_for_a_while(loop):
+    async def run():
+        job = await loop.submit([request()])
+        began = time.monotonic()
+        loop.stop(0.3)
+        with pytest.raises(Stopped, match="stopping"):
+            await loop.submit([request()])
+        assert await until_the_end(job) == "cancelled" and time.monotonic() - began >= 0.3
+
+    asyncio.run(run())
+    assert loop.join(10) and not loop.alive
+
+
+def test_a_failure_is_told_to_all(loop, caplog):
+    async def run():
+        jobs = [await loop.submit([request()]) for _ in range(2)]
+        loop.engine.fails.set()
+        for job in jobs:
+            with pytest.raises(Stopped, match="the engine has failed .*out of memory"):
+                await until_the_end(job)
+        loop.join(10)
+        with pytest.raises(Stopped, match="the engine has failed"):
+            await loop.submit([request()])
+
+    asyncio.run(run())
+    assert not loop.alive and "out of memory" in loop.failure
+
+
+def test_an_event_loop_that_has_gone_stops_nobody(loop):
+    async def leave():
+        await loop.submit([request()])
+
+    async def stay():
+        job = await loop.submit([request()])
+        await job.next()
+
+    asyncio.run(leave())
+    asyncio.run(stay())
+    assert loop.alive
+
+
+def test_histograms_add_up():
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.add(value)
+    lines = histogram.lines("x")
+    assert lines == [
+        'x_bucket{le="1.0"} 2', 'x_bucket{le="2.0"} 3', 'x_bucket{le="+Inf"} 4', "x_sum 12", "x_count 4"
+    ]  # fmt: skip
+
+
+def complains(capsys, message, *arguments):
+    assert cli.main(["serve", *map(str, arguments)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_is_wrong_is_said_before_a_model_is_loaded(capsys, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        complains(capsys, "cannot be listened on", "none", "--port", taken.getsockname()[1])
+    complains(capsys, "no address of this machine", "none", "--host", "256.1.1.1", "--port", 0)
+    complains(capsys, "--slots 0: expected at least 1", "none", "--slots", 0)
+    complains(capsys, "--port 70000: expected at most 65535", "none", "--port", 70000)
+    complains(capsys, "--grace -1.0: expected seconds", "none", "--grace", -1)
+    complains(capsys, "--api-key: empty", "none", "--api-key", "")
+    complains(capsys, "--kv-cache int2: expected int8", "none", "--kv-cache", "int2")
+    monkeypatch.setattr("fqjax.server.run.PACKAGES", ("starlette", "no_such_package"))
+    complains(capsys, r"serving needs no_such_package; pip install 'fqjax\[serve\]'", "none")
+
+
+def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
+    directory = make_checkpoint(tmp_path / "model")
+    options = ["--port", "0", "--slots", "2", "--capacity", "64", "--grace", "5"]
+    environment = os.environ | {"FQJAX_API_KEY": "secret"}
+    command = [sys.executable, "-m", "fqjax.cli", "serve", str(directory), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                if line.startswith("serving model at "):
+                    break
+            assert any(line.startswith("compiling ") for line in said), said
+            url = said[-1].split()[3]
+            body = {"prompt": [1, 5], "max_tokens": 3, "model": "model"}
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 401
+            headers = {"authorization": "Bearer secret"}
+            answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+            assert answer.json()["usage"]["prompt_tokens"] == 2
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0 and process.stderr.read() == "stopped\n"
+        finally:
+            process.kill()
