@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page.html"
 
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 """What the page may load: nothing from elsewhere."""
 
 MOST_DROPPED = 8

@@ -277,13 +277,13 @@ def test_metrics(served):
 def storm(served, count, workers):
     """Requests of random lengths, half given up and some malformed; the others get what ``generate`` gives."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 2048, n).tolist() for n in (2, 7, 20, 40)]
-    whole = [served.expected(prompt, 24) for prompt in prompts]
+    asked = [(rng.integers(3, 2048, n).tolist(), new) for n, new in ((2, 24), (7, 5), (20, 16), (40, 9))]
+    whole = [served.expected(prompt, new) for prompt, new in asked]
     malformed = [{"prompt": [5, 10**6]}, {"prompt": "x", "top_p": 7}, {"prompt": [5], "max_tokens": 10**6}]
 
     def ask(i):
-        which, new = int(rng.integers(4)), 24
-        body = {"prompt": prompts[which], "max_tokens": new, "temperature": 0}
+        which = int(np.random.default_rng(i).integers(len(asked)))
+        body = dict(zip(("prompt", "max_tokens"), asked[which], strict=True)) | {"temperature": 0}
         if i % 10 == 0:
             return served.post("/v1/completions", json=malformed[i // 10 % 3]).status_code == 400
         if i % 2:
