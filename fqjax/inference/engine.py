@@ -159,6 +159,11 @@ class Engine:
         self._cache = self._memory.make(model, slots, kv_cache)
         self._vocabulary = self._logits_shape()[1]
         self._slots = _empty_slots(slots, self._vocabulary)
+        self._place = _committed_to(self._model.leaves)
+        if (
+            self._place is not None
+        ):  # As programs will hand them back: otherwise the first of each would be compiled twice.
+            self._cache, self._slots = jax.device_put((self._cache, self._slots), self._place)
 
     @property
     def busy(self) -> bool:
@@ -256,7 +261,8 @@ class Engine:
         for kinds in (Kinds(), Kinds(drawn=True), Kinds(drawn=True, sorted=True)):
             self._advance(kinds, False)
             for rows in heights:
-                logits, first = jnp.zeros((rows, self._vocabulary)), _first([None] * rows, len(self.running))
+                logits = jnp.zeros((rows, self._vocabulary), device=self._place)
+                first = _first([None] * rows, len(self.running))
                 self._slots, _ = programs.begin(self._slots, logits, first, self._ends, kinds, False)
         self._slots = programs.release(self._slots, np.ones(len(self.running), bool))
         self.wait()
@@ -501,6 +507,13 @@ class _Memory:
         pages = None if self.rows is not None else np.zeros((rows, self.table), np.int32)
         counts, starts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         return Piece(np.zeros((rows, width), np.int32), counts, starts, np.full(rows, slots, np.int32), pages)
+
+
+def _committed_to(leaves: object) -> jax.sharding.Sharding | None:
+    """The one device that a model was put on explicitly, as by loading it; None for none, or several."""
+    found = {leaf.sharding for leaf in jax.tree.leaves(leaves) if isinstance(leaf, jax.Array) and leaf.committed}
+    place = found.pop() if len(found) == 1 else None
+    return place if isinstance(place, jax.sharding.SingleDeviceSharding) else None
 
 
 def _left(running: _Running) -> int:

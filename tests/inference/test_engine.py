@@ -212,11 +212,22 @@ def test_logits_that_are_not_finite_end_their_request_alone(model):
     assert finished[good].tokens.tolist() == alone(model, Request(prompt=[5], max_new_tokens=4))
 
 
-def test_what_is_warm_compiles_nothing_when_requests_come(model):
+@pytest.mark.parametrize("committed", [False, True])
+def test_what_is_warm_compiles_nothing_when_requests_come(model, committed):
+    if committed:  # As what is loaded from an fqjax checkpoint.
+        model = nnx.clone(model)
+        nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
     engine = engine_of(model, slots=5, capacity=31, chunk=16)
     said = []
     engine.warm_up(said.append)
-    functions = programs.take_piece, programs.advance, programs.pick_next, programs.release
+    functions = (
+        programs.take_piece,
+        programs.begin,
+        programs.decode,
+        programs.advance,
+        programs.pick_next,
+        programs.release,
+    )
     before = [function._cache_size() for function in functions]
     tickets = [engine.submit(Request(prompt=prompt_of(i, 1 + 3 * i), max_new_tokens=4)) for i in range(9)]
     engine.cancel(tickets[4])
