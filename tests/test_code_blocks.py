@@ -32,11 +32,14 @@ NOT_RUN = {
     ("adding_a_model", "@dataclasses.dataclass"): "is a copy of a part of fqjax/models/qwen2.py",
     ("extending", ""): "is a package that tests/test_plugins.py installs and runs",
     ("schemes", "from fqjax.methods"): "needs a model of 32 layers; tests/test_scheme.py makes such schemes",
+    ("serving", "pip install"): "installs packages, and serves; tests/server does",
+    ("serving", "import openai"): "needs a server; tests/server has one",
     ("testing", ".venv/bin/python"): "runs tests",
 }
 """Blocks, by page and how they begin, that are not run here, each with the reason."""
 
 NOT_RUN_COMMANDS = {
+    "fqjax serve": "runs until it is stopped; tests/server runs it",
     "fqjax bench": "takes minutes, or a GPU; tests/bench runs it",
     "fqjax convert org/model-quantized": "needs the network",
 }
