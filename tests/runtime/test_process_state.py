@@ -132,6 +132,19 @@ def test_a_failed_call_hides_what_is_left_of_it_alone(monkeypatch):
     assert warnings.filters == filters
 
 
+def test_what_is_collected_after_a_failed_call_is_dropped_by_any_name():
+    async def main():
+        pass
+
+    with warnings.catch_warnings(record=True) as warned, contained() as settle:
+        warnings.simplefilter("always")
+        held = [main()]
+        held.append(held)  # A cycle, as frames and their errors are.
+        del held
+        settle()
+    assert not warned
+
+
 def test_a_failed_call_is_waited_for():
     """Its threads, and what they and the error hold."""
     ended, held = [], []
