@@ -12,7 +12,6 @@ A piece that is a frozen dataclass goes into JSON and back by its name: ``{"kind
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import types
 import typing
@@ -21,6 +20,7 @@ from typing import Any, Protocol, TypeVar, overload
 
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonObject
+from fqjax.runtime.names import did_you_mean
 from fqjax.runtime.settings import alternatives, check_field, defaults_of, hints_of, is_part, words_of
 
 ClassT = TypeVar("ClassT", bound=type)
@@ -143,9 +143,15 @@ def lookup(group: str, name: str) -> Any:
         return found[name]
     if name in _broken[group]:
         raise InputError(_broken[group][name])
-    close = [f"did you mean {near!r}?" for near in difflib.get_close_matches(str(name), names(group), 1)]
     raise InputError(
-        "; ".join([f"unknown {GROUPS[group]} {name!r}", f"the {group} are: {listed(group)}", *broken(group), *close])
+        "; ".join(
+            [
+                f"unknown {GROUPS[group]} {name!r}",
+                f"the {group} are: {listed(group)}",
+                *broken(group),
+                *did_you_mean(name, names(group)),
+            ]
+        )
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from fqjax.cli.usage import Application
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.results import check_writable_file, write_result
 from fqjax.version import __version__
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from fqjax.models.causal_lm import CausalLM
 
-app = typer.Typer(
+app = Application(
     name="fqjax",
     help="Quantize language models to integers with FlattenQuant, and run them in JAX.",
     no_args_is_help=True,

@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from fqjax.cli.app import JsonFile, app, console, write_json
+from fqjax.cli.usage import Application
 from fqjax.runtime.errors import InputError
 
-bench = typer.Typer(no_args_is_help=True, help="Time the kernels, whole models, or serving on this machine.")
+bench = Application(no_args_is_help=True, help="Time the kernels, whole models, or serving on this machine.")
 app.add_typer(bench, name="bench")
 
 MODELS = "A config.json, or llama-3-8b, llama-3-70b, opt-30b, mixtral-8x7b, tiny."

@@ -16,6 +16,7 @@ from fqjax.cli import convert, export, evaluate, generate, serve, inspect, demo,
 # isort: on
 from fqjax.cli.app import Interrupted, app
 from fqjax.cli.terminal import complain, flushed, open_streams, show_warnings
+from fqjax.cli.usage import usage_message
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.quiet import CLOSED_LOOP_MESSAGE
 
@@ -41,11 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         # What could not be written is not tried again, so that it takes another character to find out.
         return _ended_by(error, flushed("\n") if error.filename is None else None)
     except Exception as error:
-        # typer's usage errors come from a vendored module whose name has changed between versions.
-        message = getattr(error, "format_message", None)
-        if message is None:
+        text = usage_message(error)
+        if text is None:
             raise
-        text = message()
         return _complain(text) if text else 2
 
 

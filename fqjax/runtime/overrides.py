@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.names import did_you_mean
 from fqjax.runtime.settings import Settings, alternatives, check_field, hints_of
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -110,7 +111,9 @@ def _found(draft: _Draft, key: str, aliases: Iterable[str]) -> tuple[str, _Draft
         return found[0]
     if found:
         raise InputError(f"has several settings {key!r}; expected one of {', '.join(full for full, _, _ in found)}")
-    raise InputError(f"has no setting {key!r}; its settings are: {', '.join([*_shortest(draft), *aliases])}")
+    known = [*_shortest(draft), *aliases]
+    settings = f"has no setting {key!r}; its settings are: {', '.join(known)}"
+    raise InputError("; ".join([settings, *did_you_mean(key, known)]))
 
 
 def _change(part: _Draft, name: str, text: str) -> None:
@@ -119,7 +122,7 @@ def _change(part: _Draft, name: str, text: str) -> None:
     if isinstance(inner, _Draft):
         kinds = {getattr(cls, "kind", cls.__name__): cls for cls in alternatives(hint)[0]}
         if text not in kinds:
-            raise InputError(f"{name}={text}: expected {' or '.join(kinds)}")
+            raise InputError("; ".join([f"{name}={text}: expected {' or '.join(kinds)}", *did_you_mean(text, kinds)]))
         inner.become(kinds[text])
     else:
         part.values[name] = _parsed(hint, text, name)

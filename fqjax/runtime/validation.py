@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin, get_type_
 from annotated_types import Ge, Gt, Le
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.names import did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -222,8 +223,16 @@ def check_setting(hint: object, value: object, name: str) -> object:
         return adapter.validate_json(json.dumps([value], default=_of_numpy), strict=True)[0]
     except (TypeError, ValueError, RecursionError):  # pydantic's errors are of the second kind.
         text = value if isinstance(value, str) and value.isprintable() else _short(value)
-        words = _words(adapter.json_schema()["prefixItems"][0]).replace(TYPE_WORDS["null"], "none")
-        raise InputError(f"{name}={text}: expected {words}") from None
+        schema = adapter.json_schema()["prefixItems"][0]
+        words = _words(schema).replace(TYPE_WORDS["null"], "none")
+        raise InputError("; ".join([f"{name}={text}: expected {words}", *did_you_mean(text, _names(schema))])) from None
+
+
+def _names(schema: Schema) -> list[str]:
+    """The texts that a schema lists as the values it admits."""
+    options = schema.get("anyOf", [schema])
+    listed = [value for option in options for value in option.get("enum", [option.get("const")])]
+    return [value for value in listed if isinstance(value, str)]
 
 
 def _of_numpy(value: object) -> object:
