@@ -27,12 +27,15 @@ class Running:
     api: object
     server: object
     url: str
+    clients: list = dataclasses.field(default_factory=list)
 
     def client(self, **settings):
         """The client that users have."""
-        return openai.OpenAI(
+        made = openai.OpenAI(
             **{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 60} | settings
         )
+        self.clients.append(made)
+        return made
 
     def expected(self, prompt, new, **settings):
         """The text of ``generate``'s tokens."""
@@ -68,7 +71,10 @@ def running(checkpoint, limits=None, settings=None, grace=5.0):
     thread.start()
     try:
         assert ready.wait(60)
-        yield Running(model, tokenizer, api, server, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        served = Running(model, tokenizer, api, server, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        yield served
+        for client in served.clients:  # Connections that are left open are warned of when they are collected.
+            client.close()
     finally:
         server.stop()
         thread.join(30)

@@ -25,6 +25,7 @@ class Engine:
     """Gives every request a token a step until it is cancelled."""
 
     def __init__(self):
+        self.tickets = 0
         self.waiting, self.running, self.requests, self.ended = [], [], {}, []
         self.fails = threading.Event()
 
@@ -37,7 +38,8 @@ class Engine:
             raise InputError("refused")
         if request.name == "fault":
             raise RuntimeError("fault")
-        ticket = 1 + max(self.requests, default=0)
+        self.tickets += 1
+        ticket = self.tickets
         self.requests[ticket] = request
         return ticket
 
@@ -84,7 +86,7 @@ def test_all_requests_are_taken_or_none(loop, name, error):
         loop.cancel(job)
         assert await until_the_end(job) == "cancelled"
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 30))
     assert loop.alive
 
 
@@ -97,7 +99,7 @@ def test_a_stop_lets_requests_end_for_a_while(loop):
             await loop.submit([request()])
         assert await until_the_end(job) == "cancelled" and time.monotonic() - began >= 0.3
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 30))
     assert loop.join(10) and not loop.alive
 
 
@@ -112,7 +114,7 @@ def test_a_failure_is_told_to_all(loop, caplog):
         with pytest.raises(Stopped, match="the engine has failed"):
             await loop.submit([request()])
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 30))
     assert not loop.alive and "out of memory" in loop.failure
 
 
@@ -124,8 +126,8 @@ def test_an_event_loop_that_has_gone_stops_nobody(loop):
         job = await loop.submit([request()])
         await job.next()
 
-    asyncio.run(leave())
-    asyncio.run(stay())
+    asyncio.run(asyncio.wait_for(leave(), 30))
+    asyncio.run(asyncio.wait_for(stay(), 30))
     assert loop.alive
 
 
