@@ -56,7 +56,7 @@ PAGE = 64
 """Tokens of a page."""
 
 LEAST_WIDTH = 64
-"""Of a call's pieces, where ``chunk`` is not less; others are twice as wide, and so on, up to ``chunk``."""
+"""Of a call's pieces, where the widest are not narrower; others are twice as wide, and so on, up to the widest."""
 
 
 class QueueFull(InputError):
@@ -142,10 +142,11 @@ class Engine:
         self.queue = None if queue is None else check_whole("queue", queue, 0)
         tokens = None if tokens is None else check_whole("tokens", tokens, 1)
         self.config, self.capacity = getattr(model, "config", None), capacity
-        self.chunk, self.burst, self.eos = min(chunk, capacity), burst, frozenset(eos_of(model, eos_token_id))
+        self.chunk, self.burst, self.eos = chunk, burst, frozenset(eos_of(model, eos_token_id))
+        self.widest = min(chunk, capacity)
         self._ends = jax.device_put(ends_array(sorted(self.eos)))
         self._memory = _Memory.of(
-            model, self._model.structure, slots, capacity, tokens, self.chunk, kv_cache, shares_prefixes
+            model, self._model.structure, slots, capacity, tokens, self.widest, kv_cache, shares_prefixes
         )
         self.waiting: deque[_Running] = deque()
         self.running: list[_Running | None] = [None] * slots
@@ -251,10 +252,10 @@ class Engine:
           report: called with a word on each, before it is compiled.
         """
         heights = set()
-        for width in _widths(self.chunk):
+        for width in _widths(self.widest):
             for rows in sorted({1, self.rows(width)}):
                 heights.add(rows)
-                for fresh in (True, False) if self._memory.pages.shares or width == self.chunk else (True,):
+                for fresh in (True, False) if self._memory.pages.shares or width == self.widest else (True,):
                     report(f"prompts, {rows} x {width}{'' if fresh else ', after others'}")
                     self.rehearse(width, rows, fresh)
         report(f"decoding, {len(self.running)} slots")
@@ -268,8 +269,8 @@ class Engine:
         self.wait()
 
     def width(self, tokens: int) -> int:
-        """How wide a call of pieces is that takes up so many tokens of a prompt, or ``chunk`` of them."""
-        return next(width for width in _widths(self.chunk) if width >= min(tokens, self.chunk))
+        """How wide a call of pieces is that takes up so many tokens of a prompt, or as many as one can."""
+        return next(width for width in _widths(self.widest) if width >= min(tokens, self.widest))
 
     def rows(self, width: int) -> int:
         """Rows of the largest call of pieces so wide."""
@@ -468,7 +469,7 @@ class _Memory:
         slots: int,
         capacity: int,
         tokens: int | None,
-        chunk: int,
+        widest: int,
         kv_cache: Kind | None,
         shares: bool,
     ) -> "_Memory":
@@ -484,7 +485,7 @@ class _Memory:
             memory = cls(Pages(count, size, shares), most, None)
         else:
             # Whole pieces fit: a write past the capacity would be moved back before it.
-            size = -(-capacity // chunk) * chunk
+            size = -(-capacity // widest) * widest
             memory = cls(Pages(slots, size, shares=False), 0, Rows(size, kv_cache))
         check_memory(model, structure, memory.pages.count, size, kv_cache, f"slots {slots}, capacity {capacity}")
         return memory
@@ -521,13 +522,13 @@ def _left(running: _Running) -> int:
     return len(running.prompt) - running.taken_up
 
 
-def _widths(chunk: int) -> list[int]:
+def _widths(widest: int) -> list[int]:
     """How wide calls of pieces may be."""
     widths, width = [], LEAST_WIDTH
-    while width < chunk:
+    while width < widest:
         widths.append(width)
         width *= 2
-    return [*widths, chunk]
+    return [*widths, widest]
 
 
 def _first(ending: list[_Running | None], slots: int) -> First:

@@ -17,24 +17,35 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from fqjax.layers.record import split_to_run
 
 
+_Empty = jax.ShapeDtypeStruct | None
+"""Of an array of no elements, its shape; None for one that has some."""
+
+
 class Structure:
     """What a model is but for its arrays.  Equal only to itself; models that are alike share one."""
 
-    def __init__(self, graphdef: nnx.GraphDef[Any], tree: Any):
-        self._graphdef, self._tree = graphdef, tree
+    def __init__(self, graphdef: nnx.GraphDef[Any], tree: Any, empty: tuple[_Empty, ...]):
+        self._graphdef, self._tree, self._empty = graphdef, tree, empty
 
     def model(self, leaves: tuple[jax.Array, ...]) -> nnx.Module:
         """The model with these arrays, in a program that is traced."""
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, leaves))
+        given = iter(leaves)
+        arrays = [next(given) if empty is None else jnp.zeros(empty.shape, empty.dtype) for empty in self._empty]
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, arrays))
 
 
 class Flattened(NamedTuple):
-    """A model's structure, and its arrays in the order that it takes them."""
+    """A model's structure, and its arrays in the order that it takes them.
+
+    Arrays of no elements, such as the channels of layers where nothing is flattened, are part of the structure: every array
+    that a program is given takes it a microsecond.
+    """
 
     structure: Structure
     leaves: tuple[jax.Array, ...]
@@ -59,8 +70,8 @@ _Reference = Callable[[], object]
 
 _lock = threading.RLock()
 _looks: "dict[int, _Look]" = {}
-_structures: "weakref.WeakValueDictionary[tuple[object, object], Structure]" = weakref.WeakValueDictionary()
-"""By graph definition and tree, so that a model that is loaded again finds the programs of the one before."""
+_structures: "weakref.WeakValueDictionary[tuple[object, object, object], Structure]" = weakref.WeakValueDictionary()
+"""By graph definition, tree and empty arrays, so that a model that is loaded again finds the programs of the one before."""
 
 
 def _forget(key: int, look: "weakref.ref[_Look]") -> None:
@@ -112,8 +123,9 @@ class _Look:
 def _look(model: nnx.Module) -> tuple[Flattened, _Look]:
     graphdef, state = split_to_run(model)
     leaves, tree = jax.tree.flatten(state)
-    structure = _structures.setdefault((graphdef, tree), Structure(graphdef, tree))
-    found = Flattened(structure, tuple(leaves))
+    empty = tuple(None if leaf.size else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    structure = _structures.setdefault((graphdef, tree, empty), Structure(graphdef, tree, empty))
+    found = Flattened(structure, tuple(leaf for leaf in leaves if leaf.size))
     return found, _Look(model, *found)
 
 
