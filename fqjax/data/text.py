@@ -109,7 +109,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", config: TextConfig, prom
     Raises:
       InputError: if nothing would remain, or more than the model has positions for.
     """
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_length", None)
     if positions is not None and len(prompt) > MAX_CHARACTERS_PER_TOKEN * positions:
         raise InputError(f"prompt: {len(prompt)} characters; expected less, as the model has {positions} positions")
     ids = encode(tokenizer, prompt.removeprefix(BYTE_ORDER_MARK)).tolist()
