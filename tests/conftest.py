@@ -19,6 +19,8 @@ if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in 
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones do not know the flag.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
+os.environ["FQJAX_COMPILATION_CACHE"] = "off"  # Commands in processes of their own leave the user's directory alone.
+
 import jax
 import numpy as np
 import pytest

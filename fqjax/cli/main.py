@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs: commands import what they need 
 Exit codes: 0 done; 2 bad usage or bad input, with one line on stderr; 130 interrupted.
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -18,10 +19,14 @@ from fqjax.cli.app import Interrupted, app
 from fqjax.cli.terminal import complain, flushed, open_streams, show_warnings
 from fqjax.cli.usage import usage_message
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.program_cache import kept_programs
 from fqjax.runtime.quiet import CLOSED_LOOP_MESSAGE
 
 INTERRUPTED = 130
 """Exit code that typer makes of Ctrl-C."""
+
+COMPUTING = ("convert", "export", "eval", "generate", "serve", "inspect", "demo")
+"""Commands whose programs are kept for the next run; ``bench`` times how long they take to compile."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,7 +79,9 @@ def run() -> None:
     open_streams()
     show_warnings()
     sys.unraisablehook = _quiet_late_reads
-    sys.exit(main())
+    with kept_programs() if sys.argv[1:2] and sys.argv[1] in COMPUTING else contextlib.nullcontext():
+        code = main()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ with tiles of 16 x 8, as the compiled programs show.  The products of cuBLAS nee
 """
 
 import functools
-import os
 from pathlib import Path
 
 import jax
 
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.program_cache import programs_directory
 
 jit = functools.partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0})
 """``jax.jit`` for what a conversion runs.  JAX allows no other jitted function around one that has options."""
@@ -24,8 +24,8 @@ def use_compilation_cache(directory: str | Path | None = None) -> Path:
     is.  Tracing and lowering a program, which take the most time for a model with its layers unrolled, are not saved.
 
     Args:
-      directory: is made where there is none; by default ``fqjax/compiled`` in the user's cache directory
-        (``XDG_CACHE_HOME``).
+      directory: is made where there is none; by default that of the command line
+        (:func:`fqjax.runtime.program_cache.programs_directory`).
 
     Returns:
       The directory in use.
@@ -35,8 +35,7 @@ def use_compilation_cache(directory: str | Path | None = None) -> Path:
     """
     if directory is None and (known := jax.config.values["jax_compilation_cache_dir"]):
         return Path(known)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(home, "fqjax", "compiled") if directory is None else Path(directory)
+    path = programs_directory() if directory is None else Path(directory)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
