@@ -13,6 +13,7 @@ A piece that is a frozen dataclass goes into JSON and back by its name: ``{"kind
 import contextlib
 import dataclasses
 import importlib
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,9 @@ GROUPS = {
     "schemes": "scheme",
 }
 """Every group of pieces, with a word for one of them.  Entry points are in ``fqjax.formats`` and so on."""
+
+NAME = re.compile(r"[^\W_][\w.-]*")
+"""What a piece may be called, beginning with a letter or a digit, so that options and configurations can name it."""
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "formats": {
@@ -77,9 +81,11 @@ def register(piece: ClassT | str) -> ClassT | Callable[[ClassT], ClassT]:
       piece: the class, whose base says in ``group`` what it is; or that group, as in ``@register("formats")``.
 
     Raises:
-      InputError: if the class has no such attribute, there is no such group, or another class has the name already.
+      InputError: if the class has no such attribute or it is no name (:data:`NAME`), there is no such group, or another
+        class has the name already.
     """
     if isinstance(piece, str):
+        _check_group(piece, "piece")
         return lambda cls: _registered_class(piece, cls)
     return _registered_class(getattr(piece, "group", None), piece)
 
@@ -107,7 +113,7 @@ def register_scheme(scheme: Named) -> None:
     """Make a scheme known by its name.
 
     Raises:
-      InputError: if another scheme has the name already.
+      InputError: if another scheme has the name already, or it is no name (:data:`NAME`).
     """
     name = getattr(scheme, "name", None)
     if not isinstance(name, str) or not hasattr(scheme, "method"):
@@ -116,12 +122,21 @@ def register_scheme(scheme: Named) -> None:
 
 
 def _add(group: str | None, name: str, piece: object) -> None:
-    if group not in GROUPS:
-        raise InputError(f"{name}: cannot be registered in {group!r}; expected one of {', '.join(GROUPS)}")
+    group = _check_group(group, name if NAME.fullmatch(name) else "piece")
+    if not NAME.fullmatch(name):
+        raise InputError(f"{GROUPS[group]} {name!r:.80}: expected a name of letters, digits, '.', '-' and '_'")
     known = _registered[group].setdefault(name, piece)
     if known is not piece and known != piece and _origin(known) != _origin(piece):
         raise InputError(f"{GROUPS[group]} {name!r} is there already, as {_origin(known)}")
     _registered[group][name] = piece
+
+
+def _check_group(group: str | None, what: str) -> str:
+    if group not in GROUPS:
+        expected = f"expected one of {', '.join(GROUPS)}"
+        close = did_you_mean(group or "", GROUPS)
+        raise InputError("; ".join([f"{what}: cannot be registered in {group!r:.80}", expected, *close]))
+    return group
 
 
 def _origin(piece: object) -> str:

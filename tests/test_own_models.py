@@ -336,6 +336,17 @@ def test_models_of_flax_linen_are_refused_in_one_line(form):
         fqjax.quantize(form(), "w8a8", [X])
 
 
+@pytest.mark.parametrize(
+    "call", [fqjax.generate, fqjax.stream, fqjax.serve, fqjax.perplexity], ids=lambda f: f.__name__
+)
+def test_generation_of_flax_linen_says_what_to_do(call):
+    for form in (Dense(), Dense().bind({"params": {}})):
+        with pytest.raises(
+            InputError, match="^model: Dense is a linen module; Flax linen is not supported; expected an nnx"
+        ):
+            call(form, [1])
+
+
 def test_layers_that_quantization_makes_larger_are_told_of(caplog):
     small = nnx.Sequential(nnx.Linear(8, 13, rngs=nnx.Rngs(0)), nnx.Linear(13, 128, rngs=nnx.Rngs(1)))
     report = fqjax.quantize(small, "w4a16")[1]

@@ -138,7 +138,9 @@ def test_a_class_is_registered_by_its_base_or_by_a_given_group(fresh):
     [
         (lambda: registry.lookup("formats", "absent"), "unknown format 'absent'; the formats are: "),
         (lambda: fqjax.register(dict), "dict: expected a class attribute kind"),
-        (lambda: fqjax.register("colours")(ring("x")), "x: cannot be registered in 'colours'; expected one of formats"),
+        (lambda: fqjax.register("colours"), "^piece: cannot be registered in 'colours'; expected one of formats"),
+        (lambda: fqjax.register("format"), "cannot be registered in 'format'; .*; did you mean 'formats'?"),
+        (lambda: fqjax.register(""), "^piece: cannot be registered in ''; expected one of formats"),
         (lambda: (fqjax.register(ring("x")), fqjax.register(type("Other", (ring("x"),), {}))), "format 'x' is there"),
         (lambda: fqjax.register_scheme(dataclasses.replace(fqjax.PRESETS["w4a8"], name="w8a8")), "'w8a8' is there"),
     ],
@@ -146,6 +148,23 @@ def test_a_class_is_registered_by_its_base_or_by_a_given_group(fresh):
 def test_bad_names_are_refused(fresh, act, message):
     with pytest.raises(InputError, match=message):
         act()
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "a b", "a/b", "a\\b", "a\n", "-a", ".a", "a+b", "a" * 1000 + "!", 3, None, b"a", ["a"]]
+)
+def test_what_is_no_name_is_refused_in_one_line(fresh, name):
+    before = registry.names("formats"), registry.names("schemes")
+    scheme = type("Scheme", (), {"name": name, "method": None})()
+    for act in (lambda: fqjax.register(unnamed(name)), lambda: fqjax.register_scheme(scheme)):
+        with pytest.raises(InputError, match="expected") as caught:
+            act()
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+    assert (registry.names("formats"), registry.names("schemes")) == before
+
+
+def unnamed(kind):
+    return type("Ring", (Ring,), {"kind": kind})
 
 
 def test_a_piece_goes_into_json_and_back(fresh):

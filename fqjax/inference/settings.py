@@ -13,10 +13,11 @@ from jaxtyping import Int32
 
 from fqjax.inference.sampling import NO_TOKEN, Kinds, Sampling
 from fqjax.layers.flattened import Flattened, Structure, flattened
+from fqjax.layers.modules import check_module
 from fqjax.models.cache import KeyValueCache, Kind, dtype_of
 from fqjax.models.causal_lm import CausalLM, GenerativeModel
 from fqjax.models.checks import check_extends, check_model, check_takes
-from fqjax.runtime.arguments import check_number, check_type, check_unmasked, check_whole, shown
+from fqjax.runtime.arguments import check_number, check_unmasked, check_whole, shown
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.memory import memory_bytes
 from fqjax.runtime.validation import MAX_FLOAT, MAX_INDEX
@@ -172,7 +173,7 @@ def check_generative(model: object) -> None:
     Raises:
       InputError: naming the method.
     """
-    check_type("model", model, nnx.Module, "an nnx.Module")
+    check_module(model)
     for method in ("extend", "make_cache"):
         if not callable(getattr(model, method, None)):
             raise InputError(
