@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def has_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether conversations can be written for the model."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
 def chat_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation, up to where the assistant is to answer.
 
@@ -23,7 +28,7 @@ def chat_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping
     Raises:
       InputError: if there is no template, or it does not take these messages.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         raise InputError(
             "the tokenizer has no chat template; expected that of a chat model, or a prompt without --chat"
         )

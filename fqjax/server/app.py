@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fqjax.data.chat import has_template
 from fqjax.inference.engine import QueueFull
 from fqjax.runtime.errors import InputError
 from fqjax.server.answers import Answers
@@ -29,9 +30,10 @@ logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page.html"
 
 PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""What the page may load: nothing from elsewhere."""
+"""What the page may load: nothing from elsewhere; nor may it be shown inside another."""
 
 MOST_DROPPED = 8
 """How many times the limit of a body is read of one that is too long, so that the client gets to read the answer."""
@@ -133,8 +135,9 @@ class Api:
 
     @property
     def _card(self) -> dict[str, object]:
-        name, length = self.served.name, self.served.capacity
-        return {"id": name, "object": "model", "created": self._began, "owned_by": "fqjax", "max_model_len": length}
+        served, chat = self.served, has_template(self.served.tokenizer)
+        card = {"id": served.name, "object": "model", "created": self._began, "owned_by": "fqjax"}
+        return card | {"max_model_len": served.capacity, "chat": chat}
 
     async def _answer(self, request: "Request", read: Callable[[object, Served], Asked]) -> Any:
         began, asked = time.perf_counter(), None
@@ -205,7 +208,7 @@ class Api:
         if key is None:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
             raise ApiError(401, "expected the server's API key, as 'Authorization: Bearer KEY'", code="invalid_api_key")
 
     async def _nowhere(self, request: "Request") -> "Response":

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fqjax.data.chat import chat_prompt
+from fqjax.data.chat import chat_prompt, has_template
 from fqjax.data.text import encode_prompt
 from fqjax.inference.requests import MOST_LOGPROBS, Request
 from fqjax.runtime.arguments import shown
@@ -107,7 +107,7 @@ def chat_of(body: object, served: Served) -> Asked:
     reports, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, 0, MOST_LOGPROBS)
     if top and not reports:
         raise ApiError(400, "top_logprobs: expected with logprobs true", param="top_logprobs")
-    if not getattr(served.tokenizer, "chat_template", None):
+    if not has_template(served.tokenizer):
         raise ApiError(
             400, "the model's tokenizer has no chat template; expected a chat model, or a call of /v1/completions"
         )

@@ -220,7 +220,8 @@ def test_a_key(served, monkeypatch):
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
     with pytest.raises(openai.AuthenticationError, match="API key"):
         served.client().completions.create(model="tiny", prompt="x")
-    assert served.client(api_key="secret").models.list().data[0].id == "tiny"
+    card = served.client(api_key="secret").models.list().data[0]
+    assert card.id == "tiny" and card.max_model_len == 128 and card.chat
     assert httpx.get(f"{served.url}/health").status_code == 200
 
 
