@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -79,3 +82,35 @@ def running(checkpoint, limits=None, settings=None, grace=5.0):
         server.stop()
         thread.join(30)
         assert api.engine.join(30) and not thread.is_alive()
+
+
+@dataclasses.dataclass
+class Command:
+    """``fqjax serve``, which runs.
+
+    Attributes:
+      process: its process, which says on ``stderr`` what comes after the line that it serves.
+      url: where it is.
+      said: the lines before that one.
+    """
+
+    process: subprocess.Popen
+    url: str
+    said: list[str]
+
+
+@contextlib.contextmanager
+def command(*arguments, **environment):
+    """``fqjax serve`` in a process of its own, once it serves."""
+    started = [sys.executable, "-m", "fqjax.cli", "serve", *map(str, arguments), "--port", "0"]
+    with subprocess.Popen(started, stderr=subprocess.PIPE, text=True, env=os.environ | environment) as process:
+        try:
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                if line.startswith("serving "):
+                    break
+            assert said and said[-1].startswith("serving "), said
+            yield Command(process, said.pop().split()[3], said)
+        finally:
+            process.kill()

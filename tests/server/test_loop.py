@@ -1,12 +1,10 @@
 """The engine's thread, and the command, where things go wrong or come to an end."""
 
 import asyncio
-import os
+import functools
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -19,6 +17,7 @@ from fqjax.runtime.errors import InputError
 from fqjax.server.loop import EngineLoop, Stopped
 from fqjax.server.metrics import Histogram
 from tests.conftest import make_checkpoint
+from tests.server.serving import command
 
 
 class Engine:
@@ -162,28 +161,16 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(capsys, monkeypatch):
 
 
 def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
+    options = ["--slots", "2", "--capacity", "64", "--grace", "5"]
     directory = make_checkpoint(tmp_path / "model")
-    options = ["--port", "0", "--slots", "2", "--capacity", "64", "--grace", "5"]
-    environment = os.environ | {"FQJAX_API_KEY": "secret", "JAX_LOG_COMPILES": "1"}
-    command = [sys.executable, "-m", "fqjax.cli", "serve", str(directory), *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            said = []
-            for line in process.stderr:
-                said.append(line)
-                if line.startswith("serving model at "):
-                    break
-            assert any(line.startswith("compiling ") for line in said), said
-            url = said[-1].split()[3]
-            body = {"prompt": [1, 5], "max_tokens": 3, "model": "model"}
-            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 401
-            headers = {"authorization": "Bearer secret"}
-            answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
-            assert answer.json()["usage"]["prompt_tokens"] == 2
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
-            rest = process.stderr.read()
-            assert rest.endswith("stopped\n") and "Traceback" not in rest
-            assert not re.search(r"Compiling jit\((take_piece|begin|decode|advance|pick_next)\)", rest), rest
-        finally:
-            process.kill()
+    with command(directory, *options, FQJAX_API_KEY="secret", JAX_LOG_COMPILES="1") as running:
+        assert any(line.startswith("compiling ") for line in running.said), running.said
+        body = {"prompt": [1, 5], "max_tokens": 3, "model": "model"}
+        ask = functools.partial(httpx.post, f"{running.url}/v1/completions", json=body, timeout=60)
+        assert ask().status_code == 401
+        assert ask(headers={"authorization": "Bearer secret"}).json()["usage"]["prompt_tokens"] == 2
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0
+        rest = running.process.stderr.read()
+    assert rest.endswith("stopped\n") and "Traceback" not in rest
+    assert not re.search(r"Compiling jit\((take_piece|begin|decode|advance|pick_next)\)", rest), rest
