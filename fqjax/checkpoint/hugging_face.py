@@ -29,6 +29,7 @@ from fqjax.checkpoint.tokenizer import load_tokenizer
 from fqjax.layers.stacked import stacked
 from fqjax.layers.surgery import replace_modules, shorten
 from fqjax.models import FAMILIES, Family
+from fqjax.models.alike import shapes_alone
 from fqjax.models.causal_lm import CausalLM
 from fqjax.runtime.arguments import check_float_dtype, check_path
 from fqjax.runtime.errors import InputError
@@ -97,7 +98,8 @@ def resolve_directory(path_or_id: str | Path) -> Path:
 
 def abstract_model(name: str, config: ModelConfig, dtype: DTypeLike) -> CausalLM:
     """The model with shapes and dtypes in place of arrays."""
-    return nnx.eval_shape(lambda: FAMILIES[name].model(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    with shapes_alone():
+        return nnx.eval_shape(lambda: FAMILIES[name].model(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def read_model(directory: Path, name: str, config: ModelConfig, dtype: DTypeLike) -> CausalLM:

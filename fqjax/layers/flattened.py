@@ -22,7 +22,6 @@ from flax import nnx
 
 from fqjax.layers.record import split_to_run
 
-
 _Empty = jax.ShapeDtypeStruct | None
 """Of an array of no elements, its shape; None for one that has some."""
 

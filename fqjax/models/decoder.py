@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 
 from fqjax.layers.head import unembed
+from fqjax.models.alike import each
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM
 from fqjax.models.decoder_config import DecoderConfig
@@ -116,7 +117,8 @@ class Decoder(CausalLM):
         c = config
         self.config, self.dtype = c, jnp.dtype(dtype)
         self.embed_tokens = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Layer(c, i, dtype=dtype, rngs=rngs) for i in range(c.num_hidden_layers)])
+        kinds = [(c.window(i), c.has_experts(i)) for i in range(c.num_hidden_layers)]
+        self.layers = each(lambda i: Layer(c, i, dtype=dtype, rngs=rngs), kinds)
         self.norm = _norm(c.hidden_size, c.rms_norm_eps, dtype, rngs)
         if not c.tie_word_embeddings:
             self.lm_head = _linear(c.hidden_size, c.vocab_size, False, dtype, rngs)

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from fqjax.layers.experts import Expert, MixtureOfExperts
+from fqjax.models.alike import each
 from fqjax.models.decoder_config import DecoderConfig
 from fqjax.models.hf_config import sizes
 from fqjax.runtime.errors import InputError
@@ -51,10 +52,10 @@ def mixture(config: ExpertsConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Mixtu
     """The experts of a layer and their router, as an :class:`ExpertsConfig` says."""
     c = config
     linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
-    experts = [
-        Expert(linear(c.hidden_size, 2 * c.expert_size), linear(c.expert_size, c.hidden_size))
-        for _ in range(c.num_experts)
-    ]
+    experts = each(
+        lambda _: Expert(linear(c.hidden_size, 2 * c.expert_size), linear(c.expert_size, c.hidden_size)),
+        [None] * c.num_experts,
+    )
     gate = linear(c.hidden_size, c.num_experts)
     return MixtureOfExperts(gate, experts, c.num_experts_per_tok, normalized=c.norm_topk_prob)
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 
 from fqjax.layers.head import unembed
+from fqjax.models.alike import each
 from fqjax.models.cache import KeyValueCache, LayerCache
 from fqjax.models.causal_lm import Block, CausalLM, eos_ids
 from fqjax.models.fused import LinearLayer, after_activation, after_attention, after_norm
@@ -119,7 +120,7 @@ class OPT(CausalLM):
         embed = functools.partial(nnx.Embed, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.embed_tokens = embed(c.vocab_size, c.word_embed_proj_dim)
         self.embed_positions = embed(c.max_position_embeddings + POSITION_OFFSET, c.hidden_size)
-        self.layers = nnx.List([OPTLayer(c, dtype=dtype, rngs=rngs) for _ in range(c.num_hidden_layers)])
+        self.layers = each(lambda _: OPTLayer(c, dtype=dtype, rngs=rngs), [None] * c.num_hidden_layers)
         bare = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
         if c.projects:
             self.project_in = bare(c.word_embed_proj_dim, c.hidden_size)
