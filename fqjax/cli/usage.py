@@ -56,6 +56,6 @@ def usage_message(error: Exception) -> str | None:
         context = getattr(error, "ctx", None)
         options = [] if context is None else context.command.get_params(context)
         known = [name for option in options for name in option.opts if name.startswith("--")]
-        return "; ".join([f"no such option: {unknown}", *did_you_mean(unknown, known)])
+        return "; ".join([f"No such option: {unknown}", *did_you_mean(unknown, known)])
     message = getattr(error, "format_message", None)
     return None if message is None else message()

@@ -21,12 +21,12 @@ def test_flags_are_shown_without_a_value(capsys, command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("convert a b --calibraton x", "no such option: --calibraton; did you mean '--calibration'?"),
-        ("convert a b --dryrun", "no such option: --dryrun; did you mean '--dry-run'?"),
-        ("--versoin", "no such option: --versoin; did you mean '--version'?"),
-        ("bench kernels --shaep 1x1", "no such option: --shaep; did you mean '--shape'?"),
-        ("convert a b --unheard-of", "no such option: --unheard-of"),
-        ("convert a b -z", "no such option: -z"),
+        ("convert a b --calibraton x", "No such option: --calibraton; did you mean '--calibration'?"),
+        ("convert a b --dryrun", "No such option: --dryrun; did you mean '--dry-run'?"),
+        ("--versoin", "No such option: --versoin; did you mean '--version'?"),
+        ("bench kernels --shaep 1x1", "No such option: --shaep; did you mean '--shape'?"),
+        ("convert a b --unheard-of", "No such option: --unheard-of"),
+        ("convert a b -z", "No such option: -z"),
         ("convert a b --dry-run=true", "Option '--dry-run' does not take a value."),
     ],
 )
