@@ -12,6 +12,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAME = re.compile(r"(?<![\w/.-])((?:fqjax|pallas_kernels)(?:\.\w+)+)")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+FENCED = re.compile(r"^```.*?^```", re.S | re.M)
+PROSE_WIDTH = 126
+"""Characters of a line at most, as in code.  Tables and blocks of code, which cannot be wrapped, may be wider, and so may
+benchmarks, which scripts write."""
+
 NO_NAMES = {"fqjax.json", *(f"fqjax.{group}" for group in GROUPS)}
 """A file, and groups of entry points."""
 
@@ -38,6 +43,13 @@ def test_names_and_links_lead_somewhere(page):
     assert [name for name in sorted(names) if not resolves(name)] == []
     links = {link for link in LINK.findall(text) if "://" not in link}
     assert [link for link in sorted(links) if not (page.parent / link).exists()] == []
+
+
+def test_prose_is_wrapped():
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        lines = FENCED.sub("", page.read_text()).splitlines()
+        long = [line for line in lines if len(line) > PROSE_WIDTH and not line.startswith("|")]
+        assert not long, (page.name, long[0])
 
 
 def test_every_page_is_in_the_index():
