@@ -58,6 +58,9 @@ PAGE = 64
 LEAST_WIDTH = 64
 """Of a call's pieces, where the widest are not narrower; others are twice as wide, and so on, up to the widest."""
 
+MOST_PASSED = 64
+"""Deadlines of requests that have ended, which are kept until they pass or there are more of them."""
+
 
 class QueueFull(InputError):
     """So many requests wait that one more is refused; it may be submitted again later."""
@@ -218,6 +221,9 @@ class Engine:
         self.waiting.append(running)
         self._by_ticket[running.ticket] = running
         if until is not None:
+            if len(self._deadlines) > 2 * len(self._by_ticket) + MOST_PASSED:  # Most are of requests that have ended.
+                self._deadlines = [each for each in self._deadlines if each[1] in self._by_ticket]
+                heapq.heapify(self._deadlines)
             heapq.heappush(self._deadlines, (until, running.ticket))
         return running.ticket
 
