@@ -31,7 +31,12 @@ def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
 
 
 def microseconds(f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, repeats: int = 5) -> float:
-    """Time of one call of ``f``, all kernels it launches added up; the median over rounds.
+    """Time of one call of ``f``: the median over the rounds of :func:`rounds`."""
+    return statistics.median(rounds(f, arguments, repeats=repeats))
+
+
+def rounds(f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, repeats: int = 5) -> list[float]:
+    """Microseconds of one call of ``f``, all kernels it launches added up, as each round found them.
 
     Args:
       f: a jitted function.
@@ -40,8 +45,8 @@ def microseconds(f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *,
       repeats: rounds.
     """
 
-    def run(rounds: int) -> None:
-        for _ in range(rounds):
+    def run(times: int) -> None:
+        for _ in range(times):
             last = None
             for a in arguments:  # Results are dropped as they come: together they may be larger than the memory.
                 last = f(*a)
@@ -49,12 +54,12 @@ def microseconds(f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *,
 
     run(1)  # Compile, and warm up.
     if jax.default_backend() != "gpu":
-        return statistics.median(kernel_times(lambda: run(1))[0][1] for _ in range(repeats)) / len(arguments)
+        return [kernel_times(lambda: run(1))[0][1] / len(arguments) for _ in range(repeats)]
     times = [us for _, us in kernel_times(lambda: run(repeats))]
     each, rest = divmod(len(times), repeats)  # kernels of a round
     if rest:
         raise RuntimeError(f"{len(times)} kernels ran in {repeats} rounds: they are not the same in every round")
-    return statistics.median(sum(times[i : i + each]) for i in range(0, len(times), each)) / len(arguments)
+    return [sum(times[i : i + each]) / len(arguments) for i in range(0, len(times), each)]
 
 
 def copies_beyond_cache(nbytes: int, least: int = 2, most: int = 64) -> int:

@@ -23,6 +23,7 @@ from flax import nnx
 import fqjax
 from fqjax.bench.environment import Record, describe, environment
 from fqjax.bench.random_models import CONFIGS
+from fqjax.bench.spread import Spread, spread_of
 from fqjax.models.llama import Llama, config_from_hf
 
 LAYERS = 4
@@ -46,14 +47,14 @@ def conversion(model: Llama, batches: list[np.ndarray], scheme: str) -> float:
     return time.perf_counter() - start
 
 
-def forward(model: Llama, batches: list[np.ndarray]) -> float:
-    """Seconds to run one batch, the best of five."""
+def forward(model: Llama, batches: list[np.ndarray]) -> Spread:
+    """Seconds to run one batch, five times."""
     run, times = nnx.jit(lambda model, tokens: model(tokens)), []
     for _ in range(6):
         start = time.perf_counter()
         jax.block_until_ready(run(model, batches[0]))
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return spread_of(times[1:])
 
 
 def document(results: dict[str, Record]) -> str:
@@ -97,7 +98,7 @@ def main() -> None:
             seconds[f"{blocks}{again}"] = conversion(model, batches, a.scheme)
             print(f"{blocks} blocks{again}: {seconds[f'{blocks}{again}']:.1f} s", flush=True)
         runs[blocks] = forward(model, batches)
-    a_block = (runs[more] - runs[few]) / (more - few)
+    a_block = (runs[more]["min"] - runs[few]["min"]) / (more - few)
     one = (seconds[f"{more} again"] - seconds[f"{few} again"]) / (more - few)
     trial = LAYERS * whole * (whole + 1) / 2 * a_block
     compiling = seconds[str(more)] - seconds[f"{more} again"] + seconds[str(few)] - seconds[f"{few} again"]
@@ -118,6 +119,7 @@ def main() -> None:
         "trial_seconds": trial,
         "whole": whole,
         "minutes": total / 60,
+        "run_spread": runs,
     }
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(results, indent=1) + "\n")

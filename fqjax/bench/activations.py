@@ -10,14 +10,15 @@ rms_norm_..., silu_gate_...    each after the RMS norm of a sum, which is return
 
 import functools
 from collections.abc import Callable
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 
+from fqjax.bench.spread import Spread, spread_of
 from pallas_kernels import quantize_activated, quantize_activations, quantize_normalized, quantize_per_token
 from pallas_kernels.quantize.api import Implementation
-from pallas_kernels.timing import copies_beyond_cache, microseconds
+from pallas_kernels.timing import copies_beyond_cache, rounds
 
 ROWS, CHANNELS = 8192, 4096
 PRECEDING = ("rms_norm", "silu_gate")
@@ -35,6 +36,7 @@ class ActivationRow(TypedDict):
     K: int
     extra: int
     microseconds: float
+    spread: NotRequired[Spread]
     tb_per_s: float
 
 
@@ -70,7 +72,8 @@ def measure(rows: int = ROWS, channels: int = CHANNELS) -> list[ActivationRow]:
         if name.startswith("rms_norm"):
             inputs = [(x[:, :channels], x[:, channels:]) for x in values]
         jitted = jax.jit(function)
-        us = microseconds(jitted, inputs)
+        spread = spread_of(rounds(jitted, inputs))
+        us = spread["median"]
         moved = sum(a.nbytes for a in inputs[0]) + sum(a.nbytes for a in jax.tree.leaves(jitted(*inputs[0])))
         results.append(
             {
@@ -79,6 +82,7 @@ def measure(rows: int = ROWS, channels: int = CHANNELS) -> list[ActivationRow]:
                 "K": channels,
                 "extra": extra if "flatten" in name else 0,
                 "microseconds": us,
+                "spread": spread,
                 "tb_per_s": moved / 1e6 / us,
             }
         )

@@ -16,23 +16,28 @@ from jax import lax
 from fqjax.bench import activations
 from fqjax.bench.environment import Environment, describe, environment
 from fqjax.bench.kernel_cases import KERNELS, WEIGHT_BITS, bf16_matmul, compiled, kernel_cases
+from fqjax.bench.spread import Spread, mark, shown, spread_of, verdict
 from fqjax.runtime.errors import InputError
 from pallas_kernels.device import hopper_device
 from pallas_kernels.shapes import ROWS, SHAPES
-from pallas_kernels.timing import microseconds
+from pallas_kernels.timing import microseconds, rounds
 
 CPU_SHAPES = {"Llama-3-8B": {"o": SHAPES["Llama-3-8B"]["o"]}}, (1, 16)
 """Shapes and rows that are measured where there is no GPU."""
 
 
 class KernelRow(TypedDict):
-    """One measured case: microseconds of a call, and with XLA's result to compare with, whether the results agree."""
+    """One measured case: microseconds of a call, and with XLA's result to compare with, whether the results agree.
+
+    Microseconds are the median of several rounds.
+    """
 
     kernel: str
     M: int
     N: int
     K: int
     microseconds: float
+    spread: NotRequired[Spread]
     tops: float
     tb_per_s: float
     ratio_to_bf16: float
@@ -70,7 +75,8 @@ def run(
     for n, k in shapes:
         xla_int8, bf16 = None, float("nan")
         for case in compiled(kernel_cases(n, k, sorted(rows))):
-            us = microseconds(case.call, case.arguments)
+            spread = spread_of(rounds(case.call, case.arguments))
+            us = spread["median"]
             bf16 = us if case.kernel == "xla_bf16" else bf16
             xla_int8 = case.call if case.kernel == "xla_int8" else xla_int8
             row: KernelRow = {
@@ -79,6 +85,7 @@ def run(
                 "N": case.n,
                 "K": case.k,
                 "microseconds": us,
+                "spread": spread,
                 "tops": 2e-6 * case.m * n * k / us,
                 "tb_per_s": n * k * WEIGHT_BITS.get(case.kernel, 8) / 8e6 / us,
                 "ratio_to_bf16": bf16 / us,
@@ -147,18 +154,20 @@ def line(row: KernelRow) -> str:
     """One row of the result, to be read as it comes."""
     wrong = "" if row.get("exact", row.get("close", True)) else "  DIFFERS FROM XLA"
     return (
-        f"{row['kernel']:16}{row['M']:6} x {row['N']} x {row['K']}  {row['microseconds']:9.2f} us  "
-        f"{row['tops']:7.4g} TOPS  {row['tb_per_s']:6.3g} TB/s  {row['ratio_to_bf16']:5.2f} x bf16{wrong}"
+        f"{row['kernel']:16}{row['M']:6} x {row['N']} x {row['K']}  {row['microseconds']:9.2f} us"
+        f"{shown(row, 2)}  {row['tops']:7.4g} TOPS  {row['tb_per_s']:6.3g} TB/s  {row['ratio_to_bf16']:5.2f} x bf16"
+        f"{mark(row)}{wrong}"
     )
 
 
 def summary(result: KernelResult) -> str:
-    """Device, versions and ceilings, which the rows are to be seen beside."""
+    """Device, versions and ceilings, which the rows are to be seen beside, and whether they are noisy."""
     ceiling = result["ceilings"]
-    return (
-        f"{describe(result)}\nceilings: {ceiling['bf16_tflops']:.3g} TFLOP/s bf16, {ceiling['int8_tops']:.4g} TOPS int8, "
+    ceilings = (
+        f"ceilings: {ceiling['bf16_tflops']:.3g} TFLOP/s bf16, {ceiling['int8_tops']:.4g} TOPS int8, "
         f"copy {ceiling['copy_tb_per_s']:.3g} TB/s"
     )
+    return "\n".join([describe(result), ceilings, *verdict(result["rows"])])
 
 
 def markdown(result: KernelResult) -> str:

@@ -20,6 +20,7 @@ from fqjax.bench.kernels import ceilings
 from fqjax.bench.model_cases import BASELINE_SCHEME, SCHEMES, Case, Phase, Variant, default_cases, parse_variant
 from fqjax.bench.model_times import DECODED_TOKENS, Timed, measure
 from fqjax.bench.random_models import Config, random_model, unit_macs
+from fqjax.bench.spread import mark, shown, verdict
 from fqjax.checkpoint.hugging_face import abstract_model
 from fqjax.core.stored_inputs import FloatingInput
 from fqjax.drivers.ties import units_of
@@ -222,13 +223,13 @@ def line(row: ModelRow) -> str:
     device = f" ({row['device_milliseconds']:.3f} on the device)" if "device_milliseconds" in row else ""
     shape = f"{row['batch']} x {row['length']}"
     return (
-        f"{row['scheme']:26} {row['phase']:8}{shape:>10}  {row['milliseconds']:9.3f} ms{device}  "
-        f"{row['tokens_per_second']:9.4g} tokens/s  {row['device_bytes'] / 1e9:6.2f} GB  {ratio}"
+        f"{row['scheme']:26} {row['phase']:8}{shape:>10}  {row['milliseconds']:9.3f} ms{shown(row, 3)}{device}  "
+        f"{row['tokens_per_second']:9.4g} tokens/s  {row['device_bytes'] / 1e9:6.2f} GB  {ratio}{mark(row)}"
     )
 
 
 def summary(result: ModelResult) -> str:
-    """Where the rows were measured, and what did not fit there."""
-    lines = [describe(result)]
+    """Where the rows were measured, what did not fit there, and whether they are noisy."""
+    lines = [describe(result), *verdict(result["rows"])]
     lines += [f"{skipped['scheme']} left out: {skipped['why']}" for skipped in result["skipped"]]
     return "\n".join(lines)

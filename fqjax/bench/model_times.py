@@ -10,12 +10,13 @@ import functools
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 
 from fqjax.bench.model_cases import Case
+from fqjax.bench.spread import Spread, spread_of
 from fqjax.inference.programs import Decoding, decode, prefill
 from fqjax.inference.sampling import Kinds
 from fqjax.inference.settings import Draws, empty_cache, ends_array, sampling_of
@@ -59,6 +60,8 @@ class Timed(CallTime, DeviceTimes):
     """Times of one case."""
 
     milliseconds: float
+    spread: NotRequired[Spread]
+    """Of ``milliseconds``, as each of the timed calls gives it; of decoding, each beside the shortest of fewer tokens."""
     tokens_per_second: float
     compile_seconds: float
 
@@ -72,13 +75,13 @@ class _Calls(abc.ABC):
     def seconds(self, program: jax.stages.Compiled) -> float:
         """Seconds of one call."""
 
-    def least_milliseconds(self, programs: Sequence[jax.stages.Compiled]) -> list[float]:
-        """Milliseconds of the shortest call of each program, after one that is not timed."""
+    def milliseconds(self, programs: Sequence[jax.stages.Compiled]) -> list[list[float]]:
+        """Milliseconds of the calls of each program, after one that is not timed."""
         for program in programs:
             self.seconds(program)
         # In turns: what changes meanwhile changes all of them.
         turns = [[self.seconds(program) for program in programs] for _ in range(TIMED_CALLS)]
-        return [1e3 * min(seconds) for seconds in zip(*turns, strict=True)]
+        return [[1e3 * each for each in seconds] for seconds in zip(*turns, strict=True)]
 
 
 class _Prefill(_Calls):
@@ -131,11 +134,14 @@ def measure(model: CausalLM, case: Case, kv_cache: Kind | None = None) -> Timed:
     start = time.perf_counter()
     programs = [stage.compile() for stage in calls.lowered.values()]
     compile_seconds = (time.perf_counter() - start) / len(programs)
-    whole, *shorter = calls.least_milliseconds(programs)
-    ms = (whole - shorter[0]) / (DECODED_TOKENS - SHORT_CALL_TOKENS) if shorter else whole
+    times = calls.milliseconds(programs)
+    whole, *shorter = map(min, times)
+    besides, tokens = (shorter[0], DECODED_TOKENS - SHORT_CALL_TOKENS) if shorter else (0.0, 1)
+    ms = (whole - besides) / tokens
     call: CallTime = {"call_milliseconds": whole - DECODED_TOKENS * ms} if shorter else {}
     return {
         "milliseconds": ms,
+        "spread": spread_of([(each - besides) / tokens for each in times[0]]),
         **call,
         "tokens_per_second": 1e3 * case.batch * (case.length if case.phase == "prefill" else 1) / ms,
         **_device_times(functools.partial(calls.seconds, programs[0]), next(iter(calls.lowered))),

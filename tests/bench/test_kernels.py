@@ -18,7 +18,8 @@ def test_every_row_has_what_is_promised(result):
     assert set(result["ceilings"]) == {"bf16_tflops", "int8_tops", "copy_tb_per_s"}
     assert all(value > 0 for value in result["ceilings"].values())
     for row in result["rows"]:
-        assert {"kernel", "M", "N", "K", "microseconds", "tops", "tb_per_s", "ratio_to_bf16"} <= set(row)
+        assert {"kernel", "M", "N", "K", "microseconds", "tops", "tb_per_s", "ratio_to_bf16", "spread"} <= set(row)
+        assert row["spread"]["min"] <= row["spread"]["median"] == row["microseconds"] <= row["spread"]["max"]
         assert row["tops"] == pytest.approx(2e-6 * row["M"] * 128 * 256 / row["microseconds"])
 
 

@@ -221,7 +221,8 @@ def test_the_command(tmp_path):
     assert main(arguments) == 0
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     wanted = {"model", "scheme", "phase", "batch", "length", "milliseconds", "tokens_per_second", "device_bytes"}
-    assert wanted | {"ratio_to_bf16", "compile_seconds", "floor_milliseconds"} == set(row)
+    assert wanted | {"ratio_to_bf16", "compile_seconds", "floor_milliseconds", "spread"} == set(row)
+    assert row["spread"]["min"] == row["milliseconds"] <= row["spread"]["median"] <= row["spread"]["max"]
     assert (row["model"], row["batch"], row["length"], row["ratio_to_bf16"]) == ("tiny", 1, 8, 1.0)
 
 
