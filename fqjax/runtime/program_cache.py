@@ -24,6 +24,11 @@ SWITCH = "FQJAX_COMPILATION_CACHE"
 CPUINFO = Path("/proc/cpuinfo")
 """Where Linux says what the processor can do."""
 
+X86 = ("vendor_id", "cpu family", "model", "model name", "flags")
+ARM = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features")
+KINDS = {*X86, *ARM}
+"""Entries on which the instructions depend that a compiler chooses."""
+
 JAXS_OWN = "JAX_COMPILATION_CACHE_DIR"
 
 LEAST_SECONDS = 0.1
@@ -45,13 +50,13 @@ def programs_directory() -> Path:
 
 
 def machine() -> str:
-    """A digest of what the processor can do, or where that is not known of the machine's name."""
+    """A digest of what kind the processor is and what it can do, or where that is not known of the machine's name."""
     try:
-        lines = CPUINFO.read_text().splitlines()
+        lines = CPUINFO.read_text().partition("\n\n")[0].splitlines()  # Of the first processor.
     except OSError:
         lines = []
-    abilities = next((line for line in lines if line.startswith(("flags", "Features"))), platform.node())
-    return hashlib.sha256(f"{platform.machine()} {abilities}".encode()).hexdigest()[:12]
+    entries = [line for line in lines if line.partition(":")[0].strip() in KINDS]
+    return hashlib.sha256("\n".join([platform.machine(), *(entries or [platform.node()])]).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -66,7 +71,9 @@ def kept_programs() -> Iterator[Path | None]:
     """
     path = None
     if JAXS_OWN not in os.environ and os.environ.get(SWITCH) != "off" and "jax" not in sys.modules:
-        with contextlib.suppress(OSError, RuntimeError):  # The second where a user has no home.
+        with contextlib.suppress(
+            OSError, RuntimeError, ImportError
+        ):  # No home directory; no record of jaxlib's version.
             path = _usable(programs_directory())
     if path is None:
         yield None

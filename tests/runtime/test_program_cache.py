@@ -101,12 +101,25 @@ def test_directories_that_cannot_be_used_are_no_failure(alone, monkeypatch, tmp_
     assert in_use() is not None
 
 
+def test_what_is_not_known_is_no_failure(alone, monkeypatch):
+    def version(name):
+        raise program_cache.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(program_cache.importlib.metadata, "version", version)
+    assert in_use() is None
+
+
 def test_another_processor_or_jaxlib_has_another_directory(monkeypatch, tmp_path):
-    (cpuinfo := tmp_path / "cpuinfo").write_text("model name : x\nflags : fpu avx\n")
+    (cpuinfo := tmp_path / "cpuinfo").write_text("model name : x\nflags\t\t: fpu avx\nMHz : 1\n\nflags : fpu\n")
     usual, directory = machine(), programs_directory()
     with monkeypatch.context() as another:
         another.setattr(program_cache, "CPUINFO", cpuinfo)
         assert machine() != usual and programs_directory() != directory
+        here = machine()
+        cpuinfo.write_text("model name : x\nflags\t\t: fpu avx\nMHz : 2\n\n")
+        assert machine() == here
+        cpuinfo.write_text("model name : y\nflags\t\t: fpu avx\nMHz : 2\n\n")
+        assert machine() != here
         another.setattr(program_cache, "CPUINFO", tmp_path / "none")
         here = machine()
         another.setattr(program_cache.platform, "node", lambda: "another")
