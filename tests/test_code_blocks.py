@@ -28,6 +28,7 @@ NOT_RUN = {
         "README",
         "qmodel, report = fqjax.quantize(my_model",
     ): "is about a model of the reader's own; own_models.md has one",
+    ("README", "import openai"): "needs a server; tests/server has one",
     ("getting_started", "pip install"): "installs packages",
     ("adding_a_model", "@dataclasses.dataclass"): "is a copy of a part of fqjax/models/qwen2.py",
     ("extending", ""): "is a package that tests/test_plugins.py installs and runs",

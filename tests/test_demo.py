@@ -1,7 +1,10 @@
 """The bundled checkpoint and the demonstration."""
 
 import io
+import sys
+from pathlib import Path
 
+import httpx2 as httpx
 import jax
 import pytest
 from flax import nnx
@@ -9,9 +12,10 @@ from rich.console import Console
 
 import fqjax
 from fqjax.data.python_docs import held_out_text, training_text
-from fqjax.demo.run import CHECKPOINT, NAME_WIDTH, ROWS, SAVED, run_demo
+from fqjax.demo.run import CHECKPOINT, NAME_WIDTH, PROMPT, ROWS, SAVED, how_to_go_on, run_demo
 from fqjax.presets import PRESETS
 from fqjax.runtime.errors import InputError
+from tests.server.serving import command
 
 
 def test_the_bundled_checkpoint_is_small_and_loads():
@@ -94,3 +98,26 @@ def test_rows_are_shown_as_they_are_ready_without_a_terminal(tmp_path, monkeypat
 def test_the_demo_leaves_a_checkpoint_behind(shown):
     model = fqjax.load(shown[0])
     assert fqjax.report_of(model).scheme == "flattenquant" and fqjax.load_tokenizer(shown[0]) is not None
+
+
+@pytest.mark.thorough
+def test_what_the_demo_has_made_can_be_served(shown):
+    assert f" serve {shown[0]}\n" in shown[1]
+    with command(shown[0], "--slots", "2", "--capacity", "64") as running:
+        body = {"prompt": PROMPT, "max_tokens": 4}
+        answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] >= 1
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_how_to_go_on_is_said_as_it_works_from_here(monkeypatch, tmp_path, lacking):
+    monkeypatch.setattr("fqjax.demo.run.lacking_packages", lambda: ["uvicorn"] if lacking else [])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [".venv/bin/fqjax", "demo"])
+    assert "\n  .venv/bin/fqjax serve 'my demo'\n" in how_to_go_on(Path("my demo"))
+    program = tmp_path / "fqjax"
+    program.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(program), "demo"])
+    text = how_to_go_on(Path("out"))
+    assert "\n  fqjax serve out\n" in text and all(len(line) <= 80 for line in text.splitlines() if "-m pip" not in line)
+    assert ("-m pip install 'fqjax[serve]'\n" in text) == lacking

@@ -1,5 +1,8 @@
 """The whole path on the bundled checkpoint: quantize by several schemes, compare, save, load, generate."""
 
+import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +22,7 @@ from fqjax.presets import PRESETS
 from fqjax.quantize import quantize
 from fqjax.report.report import Report, format_bytes
 from fqjax.runtime.progress import part_of_all
+from fqjax.server.run import lacking_packages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +115,7 @@ def run_demo(out: Path, console: Console) -> None:
     console.print(f"\n{CONCLUSION}", highlight=False)
     for name, candidate in models.items():
         console.print(Text.assemble((f"{name} writes: ", "bold"), _continue(candidate, tokenizer)))
-    console.print(_how_to_go_on(out), highlight=False)
+    console.print(how_to_go_on(out), highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_row(console: Console, name: str, cells: list[str]) -> None:
@@ -138,12 +142,27 @@ def _continue(model: CausalLM, tokenizer: "PreTrainedTokenizerBase") -> str:
     return PROMPT + decode_new(tokenizer, model.config, tokens, new).replace("\n", " ")
 
 
-def _how_to_go_on(out: Path) -> str:
+def how_to_go_on(out: Path) -> str:
+    """What can be done with the checkpoint in ``out``, as commands that can be called from here."""
+    program = _program()
+    lacking = lacking_packages()
+    extra = f"  {shlex.quote(sys.executable)} -m pip install 'fqjax[serve]'\n" if lacking else ""
     return f"""
 The {SAVED} model is in {out}. Look at it:
-  fqjax inspect {out}
+  {program} inspect {shlex.quote(str(out))}
+
+Serve it to a browser, and to clients of OpenAI's interface:
+{extra}  {program} serve {shlex.quote(str(out))}
 
 With a model of your own (a directory or a hub id of Hugging Face):
-  fqjax convert path/to/model out --scheme w4a8-gptq --calibration text.txt
-  fqjax eval out --text test.txt
-fqjax schemes lists all; docs/choosing_a_scheme.md says which to take."""
+  {program} convert path/to/model out --scheme w4a8-gptq --calibration text.txt
+  {program} eval out --text test.txt
+{program} schemes lists all; docs/choosing_a_scheme.md says which to take."""
+
+
+def _program() -> str:
+    """The command as it can be called from here: by its path, where its environment is not active."""
+    called = Path(sys.argv[0])
+    if called.name != "fqjax" or shutil.which("fqjax") == str(called.absolute()):
+        return "fqjax"
+    return shlex.quote(str(called))

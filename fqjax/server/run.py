@@ -53,14 +53,18 @@ class Limits:
     kv_cache: Kind | None = None
 
 
+def lacking_packages() -> list[str]:
+    """Packages that serving takes and that are not there."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
 def check_packages() -> None:
     """Refuses to serve without the packages that it takes.
 
     Raises:
       InputError: naming those that are not there.
     """
-    lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if lacking:
+    if lacking := lacking_packages():
         raise InputError(f"serving needs {' and '.join(lacking)}; pip install 'fqjax[serve]'")
 
 
