@@ -119,5 +119,7 @@ def test_how_to_go_on_is_said_as_it_works_from_here(monkeypatch, tmp_path, lacki
     program.touch(mode=0o755)
     monkeypatch.setattr(sys, "argv", [str(program), "demo"])
     text = how_to_go_on(Path("out"))
-    assert "\n  fqjax serve out\n" in text and all(len(line) <= 80 for line in text.splitlines() if "-m pip" not in line)
+    assert "\n  fqjax serve out\n" in text and all(
+        len(line) <= 80 for line in text.splitlines() if "-m pip" not in line
+    )
     assert ("-m pip install 'fqjax[serve]'\n" in text) == lacking
