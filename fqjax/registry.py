@@ -2,6 +2,7 @@
 
     @fqjax.register                       a format, transform, branch, input quantizer, pass or method, as a decorator
     fqjax.register_scheme(Scheme(...))    a scheme
+    fqjax.models.register_family(Family(...))   an architecture of Hugging Face
     [project.entry-points."fqjax.formats"]    so that the command line and ``fqjax.load`` find them
     mine = "my_package"                       a module that registers, or ``my_package:MyFormat``
 
@@ -36,8 +37,12 @@ GROUPS = {
     "passes": "pass",
     "methods": "method",
     "schemes": "scheme",
+    "families": "family",
 }
 """Every group of pieces, with a word for one of them.  Entry points are in ``fqjax.formats`` and so on."""
+
+OBJECTS = {"schemes": "name", "families": "architecture"}
+"""Groups whose pieces are objects, not classes, with the attribute that each is looked up by; classes have ``kind``."""
 
 NAME = re.compile(r"[^\W_][\w.-]*")
 """What a piece may be called, beginning with a letter or a digit, so that options and configurations can name it."""
@@ -93,10 +98,14 @@ def register(piece: ClassT | str) -> ClassT | Callable[[ClassT], ClassT]:
 def _registered_class(group: str | None, cls: ClassT) -> ClassT:
     if not isinstance(cls, type):
         raise InputError(f"piece: expected a class, got {type(cls).__name__}")
+    if group in OBJECTS:
+        raise InputError(
+            f"{cls.__qualname__}: {group} are objects; expected a call of register_{GROUPS[group]} with one"
+        )
     name = getattr(cls, "kind", None)
     if not isinstance(name, str):
         raise InputError(f"{cls.__qualname__}: expected a class attribute kind, the name it is registered under")
-    _add(group, name, cls)
+    add(group, name, cls)
     return cls
 
 
@@ -118,10 +127,15 @@ def register_scheme(scheme: Named) -> None:
     name = getattr(scheme, "name", None)
     if not isinstance(name, str) or not hasattr(scheme, "method"):
         raise InputError(f"scheme: expected a fqjax.Scheme, got {type(scheme).__name__}")
-    _add("schemes", name, scheme)
+    add("schemes", name, scheme)
 
 
-def _add(group: str | None, name: str, piece: object) -> None:
+def add(group: str | None, name: str, piece: object) -> None:
+    """Make a piece of any group known by its name.
+
+    Raises:
+      InputError: as :func:`register` does.
+    """
     group = _check_group(group, name if NAME.fullmatch(name) else "piece")
     if not NAME.fullmatch(name):
         raise InputError(f"{GROUPS[group]} {name!r:.80}: expected a name of letters, digits, '.', '-' and '_'")
@@ -158,16 +172,8 @@ def lookup(group: str, name: str) -> Any:
         return found[name]
     if name in _broken[group]:
         raise InputError(_broken[group][name])
-    raise InputError(
-        "; ".join(
-            [
-                f"unknown {GROUPS[group]} {name!r}",
-                f"the {group} are: {listed(group)}",
-                *broken(group),
-                *did_you_mean(name, names(group)),
-            ]
-        )
-    )
+    unknown = f"unknown {GROUPS[group]} {name!r}; the {group} are: {listed(group)}"
+    raise InputError("; ".join([unknown, *broken(group), *did_you_mean(name, names(group))]))
 
 
 def import_all(group: str) -> None:
@@ -205,7 +211,7 @@ def _load_entry_points(group: str) -> None:
         try:
             piece = point.load()
             if not isinstance(piece, types.ModuleType):
-                _add(group, piece.name if group == "schemes" else piece.kind, piece)
+                add(group, getattr(piece, OBJECTS.get(group, "kind")), piece)
         except Exception as error:  # Another package's code may raise anything.
             package = point.dist.name if point.dist is not None else point.value
             text = " ".join(f"{type(error).__name__}: {error}".split())

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import re
 import shlex
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,11 +15,16 @@ import numpy as np
 import pytest
 
 import fqjax
+from fqjax import registry
 from fqjax.cli.main import main
 from tests.conftest import make_checkpoint
+from tests.documented_package import FILE, install, make_phi3
 from tests.tiers import thorough_but
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+"""Those with code; what scripts write about benchmarks has none."""
+
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
 NOT_RUN = {
@@ -30,8 +36,7 @@ NOT_RUN = {
     ): "is about a model of the reader's own; own_models.md has one",
     ("README", "import openai"): "needs a server; tests/server has one",
     ("getting_started", "pip install"): "installs packages",
-    ("adding_a_model", "@dataclasses.dataclass"): "is a copy of a part of fqjax/models/qwen2.py",
-    ("extending", ""): "is a package that tests/test_plugins.py installs and runs",
+    ("adding_a_model", "# fqjax/"): "is a part of that file, as the test below sees to",
     ("schemes", "from fqjax.methods"): "needs a model of 32 layers; tests/test_scheme.py makes such schemes",
     ("serving", "pip install"): "installs packages, and serves; tests/server does",
     ("serving", "import openai"): "needs a server; tests/server has one",
@@ -46,15 +51,17 @@ NOT_RUN_COMMANDS = {
 }
 
 FAST_PAGES = ("kernels",)
+PACKAGES = {"adding_a_model": "phi3", "extending": "powers"}
+"""Pages that show a package, which is installed before their other blocks run."""
 
 
 def blocks():
     """Python code and commands: page -> [(kind, text)], in their order."""
     found = defaultdict(list)
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+    for page in PAGES:
         for language, text in BLOCK.findall(page.read_text()):
             commands = language in ("", "sh") and re.match(r"(fqjax|make|pip|\.venv\S*) ", text)
-            if language == "python" or commands:
+            if (language == "python" or commands) and not FILE.match(f"```python\n{text}```"):
                 found[page.stem].append(("python" if language == "python" else "commands", text))
     return {page: [(kind, text) for kind, text in some if not reason(page, text)] for page, some in found.items()}
 
@@ -70,6 +77,7 @@ def place(tmp_path_factory):
     directory = tmp_path_factory.mktemp("reader")
     for name in ("path/or/hub-id", "path/to/llama", "path/to/model"):
         make_checkpoint(directory / name, "llama-grouped")
+    make_phi3(directory / "path/to/phi3")
     words = np.random.default_rng(0).choice(["return", "class", "the", "list", "of", "value", "error"], 1500)
     for name in ("text.txt", "test.txt"):
         (directory / name).write_text(" ".join(words))
@@ -78,6 +86,23 @@ def place(tmp_path_factory):
     quantized, _ = fqjax.quantize(model, "w8a8", batches)
     fqjax.save(directory / "out", quantized, tokenizer=tokenizer)
     return directory
+
+
+@pytest.fixture
+def installed(page, tmp_path, monkeypatch):
+    """The package that a page shows, until the test ends."""
+    if page in PACKAGES:
+        before = set(sys.modules)
+        monkeypatch.syspath_prepend(str(install(page, PACKAGES[page], tmp_path / "site-packages")))
+        names = {group: dict(some) for group, some in registry._registered.items()}
+        monkeypatch.setattr(registry, "_registered", names)
+        monkeypatch.setattr(registry, "_broken", {})
+        yield
+        for name in set(sys.modules) - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "").is_relative_to(tmp_path):
+                del sys.modules[name]
+    else:
+        yield
 
 
 def given(page, place):
@@ -113,7 +138,7 @@ def run_commands(text, capsys):
 
 
 @pytest.mark.parametrize("page", thorough_but(FAST_PAGES, (page for page, some in blocks().items() if some)))
-def test_a_page_s_code_runs(page, place, tmp_path, monkeypatch, capsys):
+def test_a_page_s_code_runs(page, place, installed, tmp_path, monkeypatch, capsys):
     for name in ("path", "text.txt", "test.txt"):
         (tmp_path / name).symlink_to(place / name)
     kinds = [kind for kind, _ in blocks()[page]]
@@ -132,10 +157,14 @@ def test_a_page_s_code_runs(page, place, tmp_path, monkeypatch, capsys):
                 run_python(text, names)
 
 
+def test_parts_of_files_are_in_them():
+    page = (ROOT / "docs" / "adding_a_model.md").read_text()
+    parts = re.findall(r"^```python\n# (fqjax/\S+)\n(.*?)^```", page, re.S | re.M)
+    assert [name for name, text in parts if text not in (ROOT / name).read_text()] == [] != parts
+
+
 def test_every_reason_belongs_to_a_block():
-    pages = defaultdict(str)
-    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
-        pages[page.stem] += page.read_text()  # docs/benchmarks has pages of the same names.
+    pages = {page.stem: page.read_text() for page in PAGES}
     for page, start in NOT_RUN:
         assert any(text.startswith(start) for _, text in BLOCK.findall(pages[page])), (page, start)
     for command in NOT_RUN_COMMANDS:

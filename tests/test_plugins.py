@@ -1,19 +1,16 @@
 """The package of docs/extending.md, installed as it stands there: quantized with in one process, loaded in another."""
 
 import os
-import re
 import subprocess
 import sys
-import tomllib
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import make_checkpoint
+from tests.documented_package import install
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```(?:python|toml)\n# (\S+)\n(.*?)^```$", re.M | re.S)
 
 QUANTIZE = """
 from pathlib import Path
@@ -52,19 +49,7 @@ assert generated.shape[0] == 2 and (generated[:, -3] == logits[:, -1].argmax(-1)
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     """The package's modules, and what an installer would write beside them."""
-    directory = tmp_path_factory.mktemp("package")
-    files = defaultdict(list)
-    for name, text in BLOCK.findall((ROOT / "docs" / "extending.md").read_text()):
-        files[name].append(text)
-    groups = tomllib.loads("".join(files.pop("pyproject.toml")))["project"]["entry-points"]
-    for name, texts in files.items():
-        (directory / name).write_text("".join(texts))
-    info = directory / "powers-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: powers\nVersion: 1.0\n")
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in found.items()) for group, found in groups.items()]
-    (info / "entry_points.txt").write_text("".join(lines))
-    return directory
+    return install("extending", "powers", tmp_path_factory.mktemp("package"))
 
 
 def run(code, *paths):

@@ -1,49 +1,18 @@
 """Language models in Flax NNX, one architecture family a file.
 
-:data:`FAMILIES` is the only list of them.  A family's modules carry the names of Hugging Face's tensors, but for the
-projections that are concatenated, so reading a checkpoint needs no more than the two entries ``prefix`` and ``fused``.
+:data:`BUILT_IN` is the only list of this package's.  A family's modules carry the names of Hugging Face's tensors, but for
+the projections that are concatenated, so reading a checkpoint needs no more than the two entries ``prefixes`` and ``fused``.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 from flax import nnx
 
 from fqjax.models import llama, mistral, mixtral, opt, qwen2, qwen3, qwen3_moe
-from fqjax.models.causal_lm import CausalLM
 from fqjax.models.decoder import Decoder
 from fqjax.models.decoder_config import DecoderConfig
-from fqjax.models.opt import OPTConfig
+from fqjax.models.family import Families, Family, register_family
 from fqjax.runtime.files import JsonMapping
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """How one architecture is built and read.
-
-    Attributes:
-      model_type: the name that Hugging Face configurations give under "model_type".
-      model: the model's class; called as ``model(config, dtype=..., rngs=...)``.
-      config: the configuration's class, a frozen dataclass of JSON values.
-      config_from_hf: from a Hugging Face configuration to ``config``.
-      prefixes: what checkpoints put before the names of all tensors but the head's; the first is written, and others that a
-        checkpoint has are found by its embedding.
-      fused: modules of a block that are several in the checkpoint, concatenated along the output axis, or that have another
-        name there; ``*`` stands for a number.
-      renamed: further names of such modules that some checkpoints have.
-      stacked: modules that in some checkpoints are a part of one tensor, along its first axis, with that tensor's name; ``*``
-        stands for the number of the part.  Others that such checkpoints name otherwise.
-    """
-
-    model_type: str
-    model: Callable[..., CausalLM]
-    config: type[DecoderConfig | OPTConfig]
-    config_from_hf: Callable[[JsonMapping], DecoderConfig | OPTConfig]
-    prefixes: tuple[str, ...]
-    fused: dict[str, tuple[str, ...]]
-    renamed: dict[str, tuple[tuple[str, ...], ...]] = dataclasses.field(default_factory=dict)
-    stacked: dict[str, str] = dataclasses.field(default_factory=dict)
-
 
 _QKV = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
 _GATE_UP = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
@@ -76,6 +45,7 @@ _STACKED = {
 
 
 def _decoder(
+    architecture: str,
     model_type: str,
     model: type[Decoder],
     config: type[DecoderConfig],
@@ -86,6 +56,7 @@ def _decoder(
 ) -> Family:
     """A family on :mod:`fqjax.models.decoder`, whose tensors have the same names but for those of experts."""
     return Family(
+        architecture=architecture,
         model_type=model_type,
         model=model,
         config=config,
@@ -97,18 +68,32 @@ def _decoder(
     )
 
 
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": _decoder("llama", llama.Llama, llama.LlamaConfig, llama.config_from_hf),
-    "MistralForCausalLM": _decoder("mistral", mistral.Mistral, mistral.MistralConfig, mistral.config_from_hf),
-    "Qwen2ForCausalLM": _decoder("qwen2", qwen2.Qwen2, qwen2.Qwen2Config, qwen2.config_from_hf),
-    "Qwen3ForCausalLM": _decoder("qwen3", qwen3.Qwen3, qwen3.Qwen3Config, qwen3.config_from_hf),
-    "MixtralForCausalLM": _decoder(
-        "mixtral", mixtral.Mixtral, mixtral.MixtralConfig, mixtral.config_from_hf, _MIXTRAL, _STACKED, _MIXTRAL_RENAMED
+BUILT_IN = (
+    _decoder("LlamaForCausalLM", "llama", llama.Llama, llama.LlamaConfig, llama.config_from_hf),
+    _decoder("MistralForCausalLM", "mistral", mistral.Mistral, mistral.MistralConfig, mistral.config_from_hf),
+    _decoder("Qwen2ForCausalLM", "qwen2", qwen2.Qwen2, qwen2.Qwen2Config, qwen2.config_from_hf),
+    _decoder("Qwen3ForCausalLM", "qwen3", qwen3.Qwen3, qwen3.Qwen3Config, qwen3.config_from_hf),
+    _decoder(
+        "MixtralForCausalLM",
+        "mixtral",
+        mixtral.Mixtral,
+        mixtral.MixtralConfig,
+        mixtral.config_from_hf,
+        _MIXTRAL,
+        _STACKED,
+        _MIXTRAL_RENAMED,
     ),
-    "Qwen3MoeForCausalLM": _decoder(
-        "qwen3_moe", qwen3_moe.Qwen3Moe, qwen3_moe.Qwen3MoeConfig, qwen3_moe.config_from_hf, _EXPERTS, _STACKED
+    _decoder(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        qwen3_moe.Qwen3Moe,
+        qwen3_moe.Qwen3MoeConfig,
+        qwen3_moe.config_from_hf,
+        _EXPERTS,
+        _STACKED,
     ),
-    "OPTForCausalLM": Family(
+    Family(
+        architecture="OPTForCausalLM",
         model_type="opt",
         model=opt.OPT,
         config=opt.OPTConfig,
@@ -116,8 +101,14 @@ FAMILIES: dict[str, Family] = {
         prefixes=("model.decoder.", "decoder."),
         fused=_QKV,
     ),
-}
-"""Families by the name that Hugging Face configurations give under "architectures"."""
+)
+"""This package's families."""
+
+for _family in BUILT_IN:
+    register_family(_family)
+
+FAMILIES = Families()
+"""All families, by the name that Hugging Face configurations give under "architectures"."""
 
 
 def architecture_of(model: nnx.Module) -> str | None:

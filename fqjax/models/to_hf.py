@@ -20,14 +20,23 @@ def config_to_hf(architecture: str, config: DecoderConfig | OPTConfig, dtype: DT
       config: the family's configuration.
       dtype: of the model's parameters.
     """
-    entries = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
-    kind = FAMILIES[architecture].model_type
-    entries |= {"architectures": [architecture], "model_type": kind}
-    entries["torch_dtype"] = jnp.dtype(dtype).name
-    if "remove_final_layer_norm" in entries:  # OPT
-        return entries | {"_remove_final_layer_norm": entries.pop("remove_final_layer_norm")}
+    family = FAMILIES[architecture]
+    entries: dict[str, object] = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+    entries |= {"architectures": [architecture], "model_type": family.model_type, "torch_dtype": jnp.dtype(dtype).name}
+    if isinstance(config, OPTConfig):
+        entries["_remove_final_layer_norm"] = entries.pop("remove_final_layer_norm")
+    if isinstance(config, DecoderConfig):
+        entries = _of_decoder(entries, config, family.model_type)
+    if family.config_to_hf is None:
+        return entries
+    own = family.config_to_hf(config)
+    return {key: value for key, value in (entries | dict(own)).items() if key not in own or value is not None}
+
+
+def _of_decoder(entries: dict[str, object], config: DecoderConfig, kind: str) -> dict[str, object]:
+    """A decoder's entries with the names and the forms that Hugging Face has for them."""
     entries["hidden_act"] = "silu"
-    scaling = dict(cast(DecoderConfig, config).rope_scaling)
+    scaling = dict(config.rope_scaling)
     theta = entries.pop("rope_theta")
     # transformers 5 reads the first, earlier versions and other programs the other two.
     entries["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": theta}
@@ -53,7 +62,7 @@ def part_sizes(config: DecoderConfig | OPTConfig, module: str, parts: int, outpu
       parts: how many it consists of in a checkpoint.
       outputs: of the whole layer.
     """
-    if module.endswith("qkv_proj") and isinstance(config, DecoderConfig):
+    if parts == 3 and isinstance(config, DecoderConfig):
         values = config.num_key_value_heads * config.head_dim
         return outputs - 2 * values, values, values
     return (outputs // parts,) * parts
