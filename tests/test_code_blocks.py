@@ -9,8 +9,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,16 +26,10 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
 NOT_RUN = {
-    ("README", "make demo"): "installs packages; tests/test_demo.py runs the demo",
     ("README", "pip install"): "installs packages",
-    (
-        "README",
-        "qmodel, report = fqjax.quantize(my_model",
-    ): "is about a model of the reader's own; own_models.md has one",
     ("README", "import openai"): "needs a server; tests/server has one",
     ("getting_started", "pip install"): "installs packages",
     ("adding_a_model", "# fqjax/"): "is a part of that file, as the test below sees to",
-    ("schemes", "from fqjax.methods"): "needs a model of 32 layers; tests/test_scheme.py makes such schemes",
     ("serving", "pip install"): "installs packages, and serves; tests/server does",
     ("serving", "import openai"): "needs a server; tests/server has one",
     ("testing", ".venv/bin/python"): "runs tests",
@@ -105,21 +97,6 @@ def installed(page, tmp_path, monkeypatch):
         yield
 
 
-def given(page, place):
-    """Names that a page takes for granted."""
-    if page == "integer_scale":
-        model, _ = fqjax.load_hf(place / "path/to/llama")
-        return {"fqjax": fqjax, "model": model, "batches": [np.full((2, 32), 5, np.int32)]}
-    if page == "interoperability" and (place / "out").is_dir():
-        layer = fqjax.load(place / "out").layers[0].mlp.down_proj
-        return {"fqjax": fqjax, "layer": layer}
-    if page == "kernels":
-        codes = jax.random.randint(jax.random.key(0), (256, 256), -7, 8, jnp.int8)
-        names = {"x": codes[:8], "w": codes, "x_scale": jnp.float32(0.1), "w_scale": jnp.full(256, 0.1), "bias": None}
-        return names | {"group_scale": jnp.ones((2, 256), jnp.int16)}
-    return {}
-
-
 def run_python(text, names):
     if "to_qwix" in text and importlib.util.find_spec("qwix") is None:
         return  # It is no dependency; tests/interop has more of it.
@@ -142,17 +119,14 @@ def test_a_page_s_code_runs(page, place, installed, tmp_path, monkeypatch, capsy
     for name in ("path", "text.txt", "test.txt"):
         (tmp_path / name).symlink_to(place / name)
     kinds = [kind for kind, _ in blocks()[page]]
-    if "commands" not in kinds and page not in ("README", "own_models", "interoperability"):
+    if "commands" not in kinds and page != "own_models":
         (tmp_path / "out").symlink_to(place / "out")  # What an earlier page has written.
     monkeypatch.chdir(tmp_path)
-    names = given(page, place)
-    for i, (kind, text) in enumerate(blocks()[page]):
+    names = {}
+    for kind, text in blocks()[page]:
         if kind == "commands":
             run_commands(text, capsys)
         else:
-            if page in ("README", "interoperability") and 'out"' in text:
-                with contextlib.suppress(FileNotFoundError):
-                    Path("out").rename(f"out{i}")  # The commands have written their own.
             with contextlib.redirect_stdout(io.StringIO()):
                 run_python(text, names)
 
