@@ -13,6 +13,7 @@ from fqjax.registry import from_fields, to_json
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonObject
 from fqjax.runtime.overrides import overridden, split
+from fqjax.runtime.patterns import compile_pattern
 from fqjax.runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -41,10 +42,7 @@ class Rule(Settings):
                 f"rule {self.pattern!r}: a method for some layers only is not supported; expected int8 or float"
             )
         super().__post_init__()
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise InputError(f"{self.label}: not a regular expression ({error})") from None
+        compile_pattern(self.pattern, self.label)
 
     def applies_to(self, name: str) -> bool:
         """Whether the pattern is found in a dotted path."""

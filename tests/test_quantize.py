@@ -202,7 +202,16 @@ def test_bad_arguments_are_named(mlp, arguments, message):
         fqjax.quantize(mlp, *arguments)
 
 
-@pytest.mark.parametrize(("pattern", "message"), [("lm_head", "matches no linear layer"), ("(", "regular expression")])
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("lm_head", "matches no linear layer"),
+        ("(", "not a regular expression"),
+        ("a{99999999999999}", "not a regular expression .the repetition number"),
+        ("(" * 5000 + ")" * 5000, "not a regular expression .maximum recursion depth"),
+    ],
+    ids=["nowhere", "open", "repeated", "nested"],
+)
 def test_a_pattern_that_matches_nothing_is_an_error(mlp, pattern, message):
     with pytest.raises(InputError, match=message):
         fqjax.quantize(mlp, "w8a8", batches(), ignore=[pattern])

@@ -153,6 +153,7 @@ def test_a_key_of_two_parts_has_to_be_dotted():
         ("int8_head=perhaps", "int8_head=perhaps: expected true or false"),
         ("head=int4", "head=int4: expected 'int8' or none"),
         ("int8_layers=(", "not a regular expression"),
+        ("int8_layers=a{99999999999999}", "not a regular expression .the repetition number is too large"),
     ],
 )
 def test_bad_settings_are_named(setting, message):

@@ -15,6 +15,7 @@ from fqjax.layers.linear import QuantizedVariable
 from fqjax.layers.modules import HOW, is_bridged
 from fqjax.runtime.arguments import check_texts
 from fqjax.runtime.errors import InputError
+from fqjax.runtime.patterns import compile_pattern
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -75,10 +76,13 @@ def select_linears(model: nnx.Module, ignore: Iterable[str] = (), *, required: b
         ``nnx.vmap`` and ``nnx.scan`` make them), or if the model has no layer to quantize.
     """
     found = find_linears(model)
-    reasons = [(re.compile(p), "kept in float by the model") for p in getattr(model, "keep_in_float", ())]
+    reasons = [
+        (compile_pattern(p, f"keep_in_float {p!r}"), "kept in float by the model")
+        for p in getattr(model, "keep_in_float", ())
+    ]
     reasons.append((re.compile(HEAD_PATTERN), "an output head or router"))
     for text in check_texts("ignore", ignore):
-        pattern = _compile(text)
+        pattern = compile_pattern(text, f"--ignore {text!r}")
         if not any(pattern.search(name) for name in found):
             raise InputError(f"--ignore {text!r} matches no linear layer; the layers are: {shorten(found)}")
         reasons.append((pattern, f"ignored by {text!r}"))
@@ -163,13 +167,6 @@ def replace_modules(model: ModelT, replacements: Mapping[str, nnx.Module] | Call
     changed = nnx.recursive_map(lambda path, node: swap(dotted(path), node), copy)
     freeze(changed, thawed)
     return changed
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"--ignore {pattern!r} is not a regular expression: {error}") from None
 
 
 def shorten(names: Iterable[str], most: int = 8) -> str:

@@ -9,7 +9,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import fqjax
-from fqjax.checkpoint.compressed.config import LayerScheme, parse_quantization, write_quantization
+from fqjax.checkpoint.compressed.config import LayerScheme, parse_quantization, read_quantization, write_quantization
 from fqjax.checkpoint.tree import named_leaves
 from fqjax.cli import main as cli
 from tests.conftest import make_checkpoint, refused
@@ -46,6 +46,8 @@ def logits(model):
         (entry(group(W8 | {"symmetric": False})), r"weights: asymmetric codes \(zero points\)"),
         (entry(group(W8 | {"type": "float"})), r"type 'float' \(such as fp8\)"),
         (entry(group(W8 | {"num_bits": 3})), "num_bits 3: expected 4 or 8"),
+        (entry(group(W8 | {"num_bits": 8.0})), "num_bits 8.0: expected 4 or 8"),
+        (entry(group(W8, TOKEN | {"num_bits": 8.0})), "num_bits 8.0: expected 8"),
         (entry(group(W8 | {"strategy": "block"})), "strategy 'block'"),
         (entry(group(W4 | {"actorder": "group"})), "actorder 'group'"),
         (entry(group(W4 | {"group_size": 24})), "group_size 24: expected a multiple of 16"),
@@ -58,7 +60,12 @@ def logits(model):
         (entry(group(output_activations=TOKEN)), "output_activations .quantized outputs."),
         (entry(group(targets=["Embedding"])), "target .'Embedding'. cannot be expressed"),
         (entry(group(targets=["re:("])), "not a regular expression"),
+        (
+            entry(group(targets=["re:a{99999999999999}"])),
+            "not a regular expression .the repetition number is too large",
+        ),
         (entry(group(targets=[3])), "expected a list of targets"),
+        (entry(group(), group(inputs=STATIC)), "group_1: target .'Linear'. is in another group, with another scheme"),
         (entry(["Linear"]), "preset is not supported"),
         (entry(group(), kv_cache_scheme=STATIC), "kv_cache_scheme"),
         (entry(group(), sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config .*sparse weights"),
@@ -70,6 +77,15 @@ def test_what_cannot_be_read(changed, message, tmp_path):
     refused(message, parse_quantization, changed, "config.json")
     directory = variants.write_checkpoint(tmp_path, variants.VARIANTS["llama"] | {"quantization_config": changed})
     refused(message, fqjax.load_hf, directory)
+
+
+def test_the_entry_under_both_of_its_names(tmp_path):
+    early = {"quantization_config": None, "compression_config": entry(group())}
+    for more in ({}, {"quantization_config": entry(group())}):
+        (tmp_path / "config.json").write_text(json.dumps(early | more))
+        assert read_quantization(tmp_path) == parse_quantization(entry(group()), "")
+    (tmp_path / "config.json").write_text(json.dumps(early | {"quantization_config": {}}))
+    refused("quantization_config and compression_config differ", read_quantization, tmp_path)
 
 
 def test_targets_are_ranked():

@@ -23,6 +23,10 @@ from typing import Literal, cast
 
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonObject, linked, read_json
+from fqjax.runtime.patterns import compile_pattern
+
+ENTRIES = ("quantization_config", "compression_config")
+"""What the entry of config.json is called, and what it was called once."""
 
 METHOD = "compressed-tensors"
 LINEAR = "Linear"
@@ -112,8 +116,9 @@ def read_quantization(directory: Path) -> Quantization | None:
     """
     path = linked(directory, "config.json")
     content = read_json(path, "configuration")
-    entry = content.get("quantization_config", content.get("compression_config"))
-    return None if entry is None else parse_quantization(entry, str(path))
+    found = [entry for name in ENTRIES if (entry := content.get(name)) is not None]
+    _expect(str(path), found[1:] in ([], found[:1]), f"{' and '.join(ENTRIES)} differ; expected one of them")
+    return parse_quantization(found[0], str(path)) if found else None
 
 
 def parse_quantization(entry: object, where: str) -> Quantization:
@@ -145,7 +150,10 @@ def parse_quantization(entry: object, where: str) -> Quantization:
         raise InputError(f"{where}: expected an object config_groups with at least one group")
     schemes: dict[str, LayerScheme] = {}
     for name, group in groups.items():
-        schemes |= _group(f"{where}: config_groups: {name}", name, group)
+        found = _group(f"{where}: config_groups: {name}", name, group)
+        again = [target for target in found if schemes.get(target, found[target]) != found[target]]
+        _expect(where, not again, f"config_groups: {name}: target {again[:1]} is in another group, with another scheme")
+        schemes |= found
     ignore = _targets(f"{where}: ignore", entry.get("ignore") or [])
     return Quantization(schemes, tuple(ignore))
 
@@ -190,7 +198,7 @@ def _scheme(where: str, weights: object, inputs: object) -> LayerScheme:
     bits, size = weights.get("num_bits", 8), weights.get("group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     here = f"{where}: weights"
-    _expect(here, bits in (4, 8), f"num_bits {bits!r}: expected 4 or 8")
+    _expect(here, type(bits) is int and bits in (4, 8), f"num_bits {bits!r}: expected 4 or 8")
     _expect(here, not weights.get("dynamic"), "dynamic weights cannot be expressed")
     _expect(
         here, strategy in ("tensor", "channel", "group"), f"strategy {strategy!r}: expected tensor, channel or group"
@@ -218,7 +226,7 @@ def _activations(where: str, inputs: object) -> Activations:
     inputs = _integers(where, inputs)
     bits, dynamic = inputs.get("num_bits", 8), inputs.get("dynamic", False)
     strategy = inputs.get("strategy") or "tensor"
-    _expect(where, bits == 8, f"num_bits {bits!r}: expected 8")
+    _expect(where, type(bits) is int and bits == 8, f"num_bits {bits!r}: expected 8")
     if (strategy, dynamic) == ("tensor", False):
         return "static"
     if (strategy, dynamic) == ("token", True):
@@ -248,10 +256,7 @@ def _targets(where: str, targets: object) -> list[str]:
         raise InputError(f"{where}: expected a list of targets")
     for target in targets:
         if target.startswith("re:"):
-            try:
-                re.compile(target.removeprefix("re:"))
-            except re.error as error:
-                raise InputError(f"{where}: target {target!r} is not a regular expression ({error})") from None
+            compile_pattern(target.removeprefix("re:"), f"{where}: target {target!r}")
     return targets
 
 
