@@ -43,7 +43,7 @@ from fqjax.inference.settings import (
     runnable,
     sampling_of,
 )
-from fqjax.inference.slots import First, Picked, Piece, Rows, Slots
+from fqjax.inference.slots import First, Picked, Piece, Rows, Slots, Steps
 from fqjax.layers.flattened import Structure
 from fqjax.layers.record import automatic_axes
 from fqjax.models.cache import KeyValueCache, Kind
@@ -140,6 +140,7 @@ class Engine:
         shares_prefixes: bool = True,
     ):
         self._model = runnable(model)
+        self._steps = Steps.of(self._model)
         slots, capacity = check_whole("slots", slots, 1), check_whole("capacity", capacity, 2)
         chunk, burst = check_whole("chunk", chunk, 1), check_whole("burst", burst, 1)
         self.queue = None if queue is None else check_whole("queue", queue, 0)
@@ -398,9 +399,9 @@ class Engine:
         """A token for every slot that decodes."""
         slots = self._slots
         if not any(kinds) and not reports:
-            self._cache, self._slots, picked = programs.decode(*self._model, self._cache, slots, self._ends)
+            self._cache, self._slots, picked = self._steps.decode(self._cache, slots, self._ends)
             return picked
-        logits, self._cache = programs.advance(*self._model, self._cache, slots.token, slots.active)
+        logits, self._cache = self._steps.advance(self._cache, slots.token, slots.active)
         self._slots, picked = programs.pick_next(slots, logits, self._ends, kinds, reports)
         return picked
 

@@ -12,6 +12,7 @@ Rows that stand for no slot have one that is out of range: what they write is dr
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from fqjax.inference.programs import GRAPHS, Leaves, generative, take_up
 from fqjax.inference.requests import MOST_LOGPROBS
 from fqjax.inference.sampling import NO_TOKEN, Kinds, Sampling, is_end, pick
 from fqjax.inference.settings import empty_cache
-from fqjax.layers.flattened import Structure
+from fqjax.layers.flattened import Flattened, Structure
 from fqjax.models.cache import KeyValueCache, Kind
 
 Ends = Int32[Array, " ends"] | Int32[np.ndarray, " ends"]
@@ -205,8 +206,7 @@ def _picked_next(
     return s._replace(token=token, step=step, active=active, seen=seen), picked
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3), compiler_options=GRAPHS)
-def decode(
+def _decoded(
     structure: Structure, leaves: Leaves, cache: KeyValueCache, slots: Slots, eos: Ends
 ) -> tuple[KeyValueCache, Slots, Picked]:
     """The most likely next token of every slot that decodes: :func:`advance` and :func:`pick_next` in one program.
@@ -218,8 +218,45 @@ def decode(
     return cache, *_picked_next(slots, logits, eos, Kinds(), False)
 
 
+decode = jax.jit(_decoded, static_argnums=0, donate_argnums=(2, 3), compiler_options=GRAPHS)
 advance = jax.jit(_advanced, static_argnums=0, donate_argnums=2, compiler_options=GRAPHS)
 pick_next = jax.jit(_picked_next, static_argnums=(3, 4), donate_argnums=0)
+
+
+HELD_BYTES = 2**18
+"""Arrays of a model below this size go into the programs of a step on a GPU."""
+
+
+class Steps(NamedTuple):
+    """The programs of a step for one model.
+
+    Attributes:
+      decode, advance: :func:`decode` and :func:`advance` without the model.
+    """
+
+    decode: Callable[[KeyValueCache, Slots, Ends], tuple[KeyValueCache, Slots, Picked]]
+    advance: Callable[[KeyValueCache, Array, Array], tuple[Array, KeyValueCache]]
+
+    @classmethod
+    def of(cls, model: Flattened, holds: bool | None = None) -> "Steps":
+        """Programs that hold a model's small arrays, which go with them, or those that all models of its structure share.
+
+        A step of decoding can take a GPU less than the host needs to hand it over with some hundred arrays.
+
+        Args:
+          model: as programs take it.
+          holds: whether they hold small arrays; None for where there is one GPU and that helps.
+        """
+        devices = {device for leaf in model.leaves for device in leaf.devices()}
+        if holds is None:
+            holds = len(devices) == 1 and next(iter(devices)).platform == "gpu"
+        if not holds:
+            return cls(functools.partial(decode, *model), functools.partial(advance, *model))
+        structure, leaves = model.structure.holding(model.leaves, HELD_BYTES)
+        # Functions of their own, so that what is compiled goes with them.
+        own_decode = jax.jit(functools.partial(_decoded, structure), donate_argnums=(1, 2), compiler_options=GRAPHS)
+        own_advance = jax.jit(functools.partial(_advanced, structure), donate_argnums=1, compiler_options=GRAPHS)
+        return cls(functools.partial(own_decode, leaves), functools.partial(own_advance, leaves))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

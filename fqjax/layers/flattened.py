@@ -18,25 +18,42 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fqjax.layers.record import split_to_run
 
-_Empty = jax.ShapeDtypeStruct | None
-"""Of an array of no elements, its shape; None for one that has some."""
+_Held = jax.ShapeDtypeStruct | np.ndarray | None
+"""Of an array of no elements, its shape; of one that is part of the structure, its values; None for one that is given."""
 
 
 class Structure:
     """What a model is but for its arrays.  Equal only to itself; models that are alike share one."""
 
-    def __init__(self, graphdef: nnx.GraphDef[Any], tree: Any, empty: tuple[_Empty, ...]):
-        self._graphdef, self._tree, self._empty = graphdef, tree, empty
+    def __init__(self, graphdef: nnx.GraphDef[Any], tree: Any, held: tuple[_Held, ...]):
+        self._graphdef, self._tree, self._held = graphdef, tree, held
 
     def model(self, leaves: tuple[jax.Array, ...]) -> nnx.Module:
         """The model with these arrays, in a program that is traced."""
         given = iter(leaves)
-        arrays = [next(given) if empty is None else jnp.zeros(empty.shape, empty.dtype) for empty in self._empty]
+        arrays = [next(given) if held is None else _array(held) for held in self._held]
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._tree, arrays))
+
+    def holding(self, leaves: tuple[jax.Array, ...], below: int) -> "Flattened":
+        """The same model with arrays of fewer bytes than ``below`` as part of its structure, which is this model's alone.
+
+        A program of it has their values among its constants, and takes the host less to call.
+        """
+        given, held = iter(leaves), []
+        for before in self._held:
+            leaf = None if before is not None else next(given)
+            held.append(before if leaf is None else np.asarray(leaf) if leaf.nbytes < below else None)
+        large = tuple(leaf for leaf in leaves if leaf.nbytes >= below)
+        return Flattened(Structure(self._graphdef, self._tree, tuple(held)), large)
+
+
+def _array(held: jax.ShapeDtypeStruct | np.ndarray) -> jax.Array:
+    return jnp.asarray(held) if isinstance(held, np.ndarray) else jnp.zeros(held.shape, held.dtype)
 
 
 class Flattened(NamedTuple):

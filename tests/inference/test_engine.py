@@ -236,6 +236,19 @@ def test_what_is_warm_compiles_nothing_when_requests_come(model, committed):
     assert said[0].startswith("prompts, 1 x") and said[-1] == "decoding, 5 slots"
 
 
+def test_programs_that_hold_small_arrays_give_the_same_tokens(model):
+    # The last two together are drawn by :func:`advance`, and the first goes on alone by :func:`decode`.
+    requests = [Request(prompt=prompt_of(i, 3 + i), max_new_tokens=9 - 3 * i, temperature=0.4 * i) for i in range(3)]
+    answers = []
+    for holds in (False, True):
+        engine = engine_of(model)
+        engine._steps = programs.Steps.of(engine._model, holds)
+        tickets = [engine.submit(request) for request in requests]
+        finished = run(engine)
+        answers.append([finished[ticket].tokens.tolist() for ticket in tickets])
+    assert answers[0] == answers[1] and list(map(len, answers[0])) == [9, 6, 3]
+
+
 def storm(model, count):
     """Requests of random lengths, half of them cancelled, with malformed ones among them: nobody else's tokens change."""
     rng = np.random.default_rng(7)

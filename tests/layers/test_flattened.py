@@ -120,3 +120,15 @@ def test_neither_the_model_nor_what_was_exchanged_is_held():
     del model
     gc.collect()
     assert whole() is None and array() is None
+
+
+def test_small_arrays_become_part_of_a_structure_of_its_own():
+    model = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(1)))
+    model.layers[1].extra = nnx.Variable(jnp.zeros((0, 3)))
+    structure, leaves = flattened(model)
+    assert sorted(leaf.shape for leaf in leaves) == [(4,), (4, 4), (8, 4)]
+    own, large = structure.holding(leaves, 8 * 4 * 4)
+    assert [leaf.shape for leaf in large] == [(8, 4)] and own is not structure
+    x = jnp.ones((2, 8))
+    assert jnp.array_equal(jax.jit(lambda leaves: own.model(leaves)(x))(large), model(x))
+    assert own.model(large).layers[1].extra.shape == (0, 3)
