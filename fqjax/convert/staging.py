@@ -130,6 +130,8 @@ def claimed(out: Path, fingerprint: JsonObject, resume: bool) -> Iterator[Path]:
         fingerprint, or the directory cannot be written.
     """
     staging = staging_directory(out)
+    if staging.is_symlink() or (exists(staging) and not staging.is_dir()):
+        raise InputError(f"{staging}: no directory of its own; expected an unfinished conversion, or nothing")
     with writing(staging):
         staging.mkdir(parents=True, exist_ok=True)
     with _locked(staging):

@@ -1,5 +1,7 @@
 """From text files to the token batches that calibration and evaluation take."""
 
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -26,6 +28,9 @@ MAX_CHARACTERS_PER_TOKEN = 16
 """Characters that the tokens of a long prompt have on average at most; those of ordinary text have four."""
 
 
+MAX_TEXT_BYTES = 2**32
+"""Bytes of a file of text beyond which it is not read: all of it is encoded at once."""
+
 USUAL_WINDOW = 512
 """Tokens in a window, where nothing else is asked for and the model has as many positions."""
 
@@ -47,10 +52,12 @@ def read_text(path: Path) -> str:
     The byte-order mark that some programs put at the beginning is no part of the text.
 
     Raises:
-      InputError: if it is missing, unreadable, not UTF-8, or empty, or a record holds no text.
+      InputError: if it is missing, unreadable, a device, too large, not UTF-8, or empty, or a record holds no text.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            _check_finite(path, os.fstat(file.fileno()))
+            text = file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a text file on this machine, no name of a data set") from None
     except UnicodeDecodeError as error:
@@ -63,6 +70,16 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise InputError(f"{path}: empty; expected text")
     return text
+
+
+def _check_finite(path: Path, status: os.stat_result) -> None:
+    """Refuses a file that has no end, as some devices, or too much of it; a pipe has what its writer gives it."""
+    if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+        raise InputError(f"{path}: a device; expected a text file")
+    if status.st_size > MAX_TEXT_BYTES:
+        raise InputError(
+            f"{path}: {status.st_size} bytes; expected {MAX_TEXT_BYTES} at most, for instance a part of it"
+        )
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> Int[np.ndarray, " tokens"]:

@@ -271,6 +271,16 @@ def test_a_directory_of_something_else_is_left_alone(asked, capsys):
     assert (staging / "thesis.tex").is_file()
 
 
+@pytest.mark.parametrize("what", ["file", "link", "link to nothing"])
+def test_what_is_no_directory_is_left_alone(asked, capsys, tmp_path, what):
+    staging, elsewhere = conversion.staging_directory(asked.out), tmp_path / "elsewhere"
+    if what == "link":
+        elsewhere.mkdir()
+    staging.write_text("work") if what == "file" else staging.symlink_to(elsewhere)
+    complains(capsys, asked, "out.partial: no directory of its own; expected an unfinished conversion, or nothing")
+    assert staging.is_file() or (staging.is_symlink() and not list(tmp_path.glob("elsewhere/*")))
+
+
 @pytest.mark.parametrize("how", ["truncated", "changed", "gone"])
 def test_a_shard_that_changes_between_runs(asked, checkpoint, monkeypatch, capsys, how):
     with monkeypatch.context() as patch:

@@ -1,12 +1,14 @@
 """Texts in JSON: what datasets hold is read, what holds no text is named."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from fqjax.data.text import encode_prompt, read_text
+from fqjax.data.text import MAX_TEXT_BYTES, encode_prompt, read_text
 from fqjax.runtime.errors import InputError
+from tests.conftest import refused
 
 TEXTS = ["One text,\nof two lines\u2028or three.", "Ein anderer, mit ä."]
 
@@ -27,6 +29,14 @@ def test_a_record_a_line(tmp_path, name):
 def test_a_list_of_records_and_texts_alone(tmp_path, records):
     assert read_text(written(tmp_path, "\ufeff" + json.dumps(records, indent=1), "a.json")) == "\n\n".join(TEXTS)
     assert read_text(written(tmp_path, "\n\n".join(map(json.dumps, records)))) == "\n\n".join(TEXTS)
+
+
+def test_files_without_an_end_and_too_large_ones(tmp_path):
+    for name in ("zero", "null"):
+        refused(f"/dev/{name}: a device; expected a text file", read_text, Path("/dev", name))
+    with open(tmp_path / "large.txt", "wb") as file:
+        file.truncate(MAX_TEXT_BYTES + 1)
+    refused("large.txt: 4294967297 bytes; expected 4294967296 at most", read_text, tmp_path / "large.txt")
 
 
 @pytest.mark.parametrize(
