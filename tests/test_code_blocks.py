@@ -28,6 +28,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 NOT_RUN = {
     ("README", "pip install"): "installs packages",
     ("README", "import openai"): "needs a server; tests/server has one",
+    ("getting_started", "make demo"): "installs packages; tests/test_demo.py runs the demo",
     ("getting_started", "pip install"): "installs packages",
     ("adding_a_model", "# fqjax/"): "is a part of that file, as the test below sees to",
     ("serving", "pip install"): "installs packages, and serves; tests/server does",
