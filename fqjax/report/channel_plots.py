@@ -9,6 +9,7 @@ import numpy as np
 from fqjax.checkpoint.calibration_record import CalibrationRecord
 from fqjax.core.channels import gather_codes
 from fqjax.core.codes import qmax
+from fqjax.core.formats.grouped import Grouped
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.surgery import spoken
 from fqjax.report.canvas import new_figure, save
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 MAX_LAYERS_SHOWN = 4
 """Layers shown channel by channel: those that flattening changed most, else those with the largest errors."""
 
+OF_LARGEST = "% of the largest channel"
+
 MANY_CHANNELS = 50
 """Added channels that are drawn as a line alone, without a dot for each."""
 
@@ -27,9 +30,9 @@ class Channels(NamedTuple):
     """Largest magnitude in every channel of an operand.
 
     Attributes:
-      before: (K,), in codes, were there no limit; in percent of the largest channel where there are no codes.
+      before: (K,), in codes, were there no limit; in percent of the largest channel where codes say nothing.
       after: (K + added,), after flattening: the original channels, then the added ones.
-      limit: largest magnitude of a code; None where there are no codes.
+      limit: largest magnitude of a code; None where numbers are no codes.
       unit: of the numbers, in words.
     """
 
@@ -45,10 +48,17 @@ class Channels(NamedTuple):
 
 
 def weight_channels(layer: QuantizedLinear) -> Channels | None:
-    """The input channels of a layer's weight; None if its format has no integer codes."""
-    quantizer = layer.input.get_value()
+    """The input channels of a layer's weight; None if its format has no integer codes.
+
+    Where groups of input channels have scales, every group uses all codes; then the real weights are shown.
+    """
+    quantizer, stored = layer.input.get_value(), layer.weight.get_value()
+    if isinstance(stored.format, Grouped):
+        share = np.abs(np.asarray(stored.dequantize(), np.float32)).max(axis=0)[: layer.in_features]
+        share *= 100 / (share.max() or 1)
+        return Channels(share, share, None, OF_LARGEST)
     try:
-        weight = layer.weight.get_value().unpacked()
+        weight = stored.unpacked()
     except NotImplementedError:
         return None
     codes = np.abs(np.asarray(weight, np.int32)).max(axis=0)
@@ -72,13 +82,18 @@ def activation_channels(layer: QuantizedLinear, absmax: np.ndarray) -> Channels 
     largest = float(codes.max(initial=0)) or 1.0
     if limit is None:
         share = 100 * codes / largest
-        return Channels(share, share, None, "% of the largest channel")
+        return Channels(share, share, None, OF_LARGEST)
     if quantizer.fixed_scale() is None:
         codes = codes * limit / largest
         return Channels(codes, codes, limit, "in codes (a scale per token)")
     source, part = (np.asarray(array)[:used] for array in (quantizer.source, quantizer.part))
     added = np.clip(codes[source] - part * limit, 0, limit)
     return Channels(codes, np.concatenate([np.minimum(codes, limit), added]), limit)
+
+
+def is_smoothed(layer: QuantizedLinear) -> bool:
+    """Whether channels of a layer's input are divided by factors of their own."""
+    return len(np.unique(np.asarray(layer.input.get_value().multiplier))) > 1
 
 
 def most_telling(layers: Mapping[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
@@ -109,7 +124,7 @@ def plot_channels(layers: Mapping[str, QuantizedLinear], record: CalibrationReco
             axis.set_ylabel(f"largest |{operand}|,\n{channels.unit}", fontsize=7, multialignment="center")
             labelled |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(labelled.values(), labelled.keys(), loc="outside upper right", ncols=len(labelled), fontsize=7)
-    below = "input channel, smoothed"
+    below = "input channel, smoothed" if any(map(is_smoothed, layers.values())) else "input channel"
     flattened = any(channels.added for operands in lines.values() for channels in operands.values())
     figure.supxlabel(
         below + ("; right of the dotted line those that flattening added" if flattened else ""), fontsize=8
@@ -129,7 +144,7 @@ def _operands(name: str, layer: QuantizedLinear, record: CalibrationRecord | Non
 
 def _title(operand: str, channels: Channels, layer: QuantizedLinear) -> str:
     bits = layer.input.get_value().code_bits if operand == "activation" else layer.bits
-    kind = "floating point" if channels.limit is None else f"INT{bits}"
+    kind = "floating point" if operand == "activation" and channels.limit is None else f"INT{bits}"
     added = f", {channels.added} added by flattening" if channels.added else ""
     return f"{operand}s in {kind}, {len(channels.before)} channels{added}"
 

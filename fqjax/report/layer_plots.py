@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
 """The number of an expert in a layer's path."""
 
+LOGARITHMIC_FROM = 20
+"""Ratio of the largest to the smallest error above which the axis is logarithmic."""
+
 WIDEST_TABLE = 8
 """Kinds of layers side by side; a model with more of them than blocks is drawn with the kinds from top to bottom."""
 
@@ -152,7 +155,13 @@ def _draw_errors(axis: "Axes", groups: Sequence[Group]) -> None:
         axis.plot((lows[i] or means[i], highs[i]), (i, i), color="black", linewidth=0.8)
     if several:
         axis.set_xlabel("error of the layer's output, % of its mean square\n(lines: from the best expert to the worst)")
-    axis.set_xscale("log")
+    if highs.max() > LOGARITHMIC_FROM * means[means > 0].min():
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _explain_colors(figure: "Figure", groups: Sequence[Group]) -> None:

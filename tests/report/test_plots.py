@@ -1,6 +1,7 @@
 """Pictures of quantized models, by what is drawn in them."""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from fqjax.checkpoint.calibration_record import CalibrationRecord
 from fqjax.layers.stacked import quantized_layers
 from fqjax.report import channel_plots, layer_plots
 from fqjax.report.canvas import TALLEST, row_height
-from fqjax.report.channel_plots import activation_channels, most_telling, plot_channels, weight_channels
+from fqjax.report.channel_plots import activation_channels, is_smoothed, most_telling, plot_channels, weight_channels
 from fqjax.report.layer_plots import grouped, place, plot_bits, plot_layers, plot_share
 from fqjax.report.report import LayerReport, Report
 
@@ -102,9 +103,15 @@ def test_a_scale_for_every_token_spends_all_codes_on_the_largest_channel(quantiz
     np.testing.assert_allclose(channels.before, 127 * seen / seen.max(), rtol=1e-5)
 
 
-def test_no_code_of_a_group_is_above_the_largest_there_is(quantized):
-    channels = weight_channels(quantized["w4a8"][0]["first"])
-    assert channels.limit == channels.before.max() == 8
+def test_weights_with_scales_of_groups_are_shown_as_they_are_and_not_as_codes(quantized):
+    layer = quantized["w4a8"][0]["first"]
+    channels, exact = weight_channels(layer), np.abs(layer.weight.get_value().dequantize()).max(axis=0)[:64]
+    assert channels.limit is None and "%" in channels.unit
+    np.testing.assert_allclose(channels.before, 100 * exact / exact.max(), rtol=1e-5)
+
+
+def test_channels_are_called_smoothed_where_they_are(quantized):
+    assert is_smoothed(quantized["flattenquant-w8a8"][0]["first"]) and not is_smoothed(quantized["w4a8"][0]["first"])
 
 
 def test_layers_that_nothing_flattened_are_not_among_those_that_flattening_changed(quantized, drawn, tmp_path):
@@ -123,6 +130,7 @@ def test_without_flattening_one_line_shows_the_channels_of_the_layers_with_the_l
     assert errors == sorted(errors, reverse=True)
     plot_channels(layers, record, tmp_path / "channels.png")
     assert not any("added" in text for text in texts(drawn[0])) and len(drawn[0].axes) == 4
+    assert "first: weights in INT4, 64 channels" in texts(drawn[0])
     assert all(len([line for line in axis.lines if len(line.get_xdata()) > 2]) == 1 for axis in drawn[0].axes)
     assert plot_channels(layers, None, tmp_path / "channels.png") and len(drawn[1].axes) == 2  # Weights alone.
 
@@ -137,6 +145,16 @@ def test_there_is_a_panel_for_added_channels_where_there_are_some(drawn, tmp_pat
         "INT4 weights: 50.0% of the multiply-accumulates",
         "INT8 weights: 50.0% of the multiply-accumulates",
     ]
+
+
+@pytest.mark.parametrize(("errors", "scale"), [((0.0099, 0.0101), "linear"), ((0.0002, 0.01), "log")])
+def test_errors_of_one_size_are_drawn_from_zero_and_others_with_plain_numbers(drawn, tmp_path, errors, scale):
+    rows = [row(name, error=error) for name, error in zip("ab", errors, strict=True)]
+    plot_layers(report_on(rows), rows, tmp_path / "layers.png")
+    (axis,) = drawn[0].axes
+    assert axis.get_xscale() == scale and (scale == "log" or axis.get_xlim()[0] == 0)
+    labels = [text.get_text() for text in axis.get_xticklabels(which="both") if text.get_text()]
+    assert len(labels) >= 3 and all(re.fullmatch(r"[\d.e-]+", label) for label in labels)
 
 
 def test_errors_that_are_not_known_are_said_to_be_so(drawn, tmp_path):
