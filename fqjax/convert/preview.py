@@ -45,8 +45,9 @@ def plan_table(made: Plan, *, all_layers: bool = False) -> Table:
         table.add_row(row.label, *row.kind, style=None if row.kind[0] else "dim")
     sums = [format_bytes(sum(sizes.values())) for sizes in (plain, estimate, made.outer_bytes)]
     reasons = grouped([Row.of(name, (reason,)) for name, reason in skipped.items()], len(rows) if all_layers else 1)
+    before = " before flattening" if scheme.method is not None and scheme.method.flattens else " after"
     lines = [
-        f"Linear layers: {sums[0]} in bf16, about {sums[1]} before flattening.",
+        f"Linear layers: {sums[0]} in bf16, about {sums[1]}{before}.",
         f"Embeddings, norms and head: {sums[2]}.",
         f"Memory at most: about {format_bytes(peak_memory(made))}.",
         f"Calibration: {_calibration(made)}.",

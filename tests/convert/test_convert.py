@@ -257,6 +257,12 @@ def test_the_estimate_of_the_memory_knows_the_window_and_the_samples(asked):
     assert peak_memory(wide) - peak_memory(one) == 2 * 4 * heads * 8192**2
 
 
+@pytest.mark.parametrize(("scheme", "words"), [("flattenquant", "before flattening."), ("w4a8-gptq", " after.")])
+def test_a_plan_speaks_of_flattening_where_there_is_some(asked, scheme, words):
+    made = conversion.plan(replace(asked, scheme=PRESETS[scheme]), dry_run=True)
+    assert str(plan_table(made).caption).splitlines()[0].endswith(words)
+
+
 def test_samples_beyond_what_the_text_has_are_said(asked):
     made = conversion.plan(replace(asked, samples=10**6), dry_run=True)
     windows = sum(len(batch) for batch in made.batches)
