@@ -504,7 +504,7 @@ class _Memory:
         def make() -> KeyValueCache:
             if self.rows is not None:
                 return empty_cache(model, slots, *self.rows)
-            cache = empty_cache(model, self.pages.count + 1, self.pages.size, kv_cache)
+            cache = empty_cache(model, self.pages.count + 1, self.pages.size, kv_cache).pooled()
             lengths, table = jnp.zeros(slots, jnp.int32), jnp.zeros((slots, self.table), jnp.int32)
             return KeyValueCache(cache.layers, lengths, table)
 

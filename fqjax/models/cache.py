@@ -21,6 +21,9 @@ from fqjax.runtime.arguments import shown
 from fqjax.runtime.errors import InputError
 from pallas_kernels import quantize_per_token
 
+MOST_ELEMENTS = 2**31 - 1
+"""Of an array that attention kernels take."""
+
 Kind = Literal["int8"]
 """Names of caches other than one of the model's own dtype."""
 
@@ -121,7 +124,8 @@ class KeyValueCache:
     """Keys and values of the tokens seen so far.
 
     Attributes:
-      layers: one :class:`LayerCache` a layer.
+      layers: one :class:`LayerCache` a layer; of pages, one for several layers that follow one another, as many for each but
+        the last, whose pages stand one layer's after the other's (:meth:`pooled`).
       lengths: tokens held for each sequence, int32 (batch,); positions from there on are unspecified and never read.
       pages: int32 (batch, n), the pages of each sequence in all layers; None where every sequence has a row.
     """
@@ -150,6 +154,18 @@ class KeyValueCache:
             return LayerCache(*arrays, *([] if scales is None else [jnp.zeros(scales) for _ in range(2)]))
 
         return cls(tuple(layer() for _ in range(layers)), jnp.zeros(batch, jnp.int32))
+
+    def pooled(self) -> "KeyValueCache":
+        """An empty cache like this one, of pages, in which layers share arrays as far as kernels take them.
+
+        A program that is given an array for each layer takes the host longer to call than decoding takes a GPU.
+        """
+        first, count = self.layers[0], len(self.layers)
+        pools = -(-count // max(MOST_ELEMENTS // first.keys.size, 1))
+        together = -(-count // pools)
+        sizes = [min(together, count - at) for at in range(0, count, together)]
+        made = (first.holding(jnp.zeros((n * a.shape[0], *a.shape[1:]), a.dtype) for a in first.arrays) for n in sizes)
+        return dataclasses.replace(self, layers=tuple(made))
 
     @property
     def capacity(self) -> int:

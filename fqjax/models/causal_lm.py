@@ -197,19 +197,21 @@ def run_layers(
     ``lengths`` is None where the cache is ``fresh``, that is, empty.  The layers are unrolled: a scan over stacked weights
     would copy every layer's weights at every step of decoding.
     """
-    pending, written = None, []
-    lengths = None if cache is None or fresh else cache.lengths
-    held = [None] * len(layers)
-    if cache is not None:
-        held = [dataclasses.replace(layer, pages=cache.pages) for layer in cache.layers]
-    for layer, before in zip(layers, held, strict=True):
-        x, pending, after = layer.step(x, pending, before, lengths, *args)
-        written.append(after)
-    x = x if pending is None else x + pending
+    pending, lengths = None, None if cache is None or fresh else cache.lengths
     if cache is None:
-        return x, None
-    # One table for all layers: each has it only while it runs.
-    return x, dataclasses.replace(cache, layers=tuple(dataclasses.replace(layer, pages=None) for layer in written))
+        for layer in layers:
+            x, pending, _ = layer.step(x, pending, None, lengths, *args)
+        return x if pending is None else x + pending, None
+    written = list(cache.layers)
+    together = -(-len(layers) // len(written))  # Layers of one pool of pages; one, where each has a cache of its own.
+    count = written[0].keys.shape[0] // together
+    for at, layer in enumerate(layers):
+        pool, place = divmod(at, together)
+        # One table for all layers: each has it only while it runs.
+        pages = cache.pages if cache.pages is None or not place else cache.pages + place * count
+        x, pending, after = layer.step(x, pending, dataclasses.replace(written[pool], pages=pages), lengths, *args)
+        written[pool] = dataclasses.replace(after, pages=None)
+    return x if pending is None else x + pending, dataclasses.replace(cache, layers=tuple(written))
 
 
 def _last(hidden: Float[Array, "batch length hidden"], counts: Int32[Array, " batch"]) -> Float[Array, "batch hidden"]:

@@ -11,6 +11,7 @@ from fqjax.inference import slots as programs
 from fqjax.inference.engine import Engine, QueueFull
 from fqjax.inference.generate import generate
 from fqjax.inference.requests import Request
+from fqjax.models import cache
 from fqjax.runtime.errors import InputError
 from tests.models import variants
 
@@ -247,6 +248,18 @@ def test_programs_that_hold_small_arrays_give_the_same_tokens(model):
         finished = run(engine)
         answers.append([finished[ticket].tokens.tolist() for ticket in tickets])
     assert answers[0] == answers[1] and list(map(len, answers[0])) == [9, 6, 3]
+
+
+def test_layers_share_arrays_of_pages_as_far_as_kernels_take_them(model, monkeypatch):
+    request = Request(prompt=prompt_of(1, 9), max_new_tokens=5)
+    answers, sizes = [], []
+    for most in (cache.MOST_ELEMENTS, 1):
+        monkeypatch.setattr(cache, "MOST_ELEMENTS", most)
+        engine = engine_of(model)
+        ticket = engine.submit(request)
+        sizes.append(len(engine._cache.layers))
+        answers.append(run(engine)[ticket].tokens.tolist())
+    assert sizes == [1, len(model.layers)] and answers[0] == answers[1] == alone(model, request)
 
 
 def storm(model, count):

@@ -121,3 +121,11 @@ def test_a_cache_knows_its_bytes_and_its_dtypes():
     assert codes.nbytes == 3 * 2 * (2 * 10 * 4) * (8 + 4) + 2 * 4 and codes.capacity == 10
     with pytest.raises(InputError, match="int32: expected int8 or a floating dtype"):
         KeyValueCache.create(1, 1, 1, 1, 1, jnp.int32)
+
+
+def test_pages_of_several_layers_stand_in_one_array(monkeypatch):
+    cache = KeyValueCache.create(5, 3, 4, 2, 4, jnp.int8)  # 5 layers of 3 pages.
+    (whole,) = cache.pooled().layers
+    assert whole.keys.shape == (15, 4, 2, 4) and whole.value_scales.shape == (15, 4, 2)
+    monkeypatch.setattr("fqjax.models.cache.MOST_ELEMENTS", 2 * cache.layers[0].keys.size)
+    assert [layer.keys.shape[0] for layer in cache.pooled().layers] == [6, 6, 3]
