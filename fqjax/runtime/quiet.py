@@ -51,6 +51,7 @@ def contained() -> Iterator[Callable[[], None]]:
                 _release(thread)
         _join(threads, SETTLE_SECONDS)
         threads.clear()
+        _await_reads(SETTLE_SECONDS)
         with _dropping_never_awaited(".*"):  # What is collected here are remains of the failed call.
             gc.collect()
 
@@ -64,6 +65,22 @@ def _join(threads: Iterable[threading.Thread], seconds: float) -> None:
         threading.Thread.join(
             thread, max(end - time.monotonic(), 0)
         )  # That of Orbax's own raises when the time is over.
+
+
+def _await_reads(seconds: float) -> None:
+    """Waits for reads and writes of TensorStore, which run in threads that Python does not know of.
+
+    They tell a loop of it when they end, and hold until then what waits for them.
+    """
+    future = getattr(sys.modules.get("tensorstore"), "Future", None)
+    if future is None:
+        return
+    end = time.monotonic() + seconds
+    reads = [found for found in gc.get_objects() if type(found) is future]
+    while time.monotonic() < end and not all(read.done() for read in reads):
+        time.sleep(POLL_SECONDS)
+    reads.clear()
+    time.sleep(POLL_SECONDS)  # For the call with which the last one tells its loop.
 
 
 def _release(thread: threading.Thread) -> None:
@@ -140,6 +157,9 @@ CLOSED_LOOP_MESSAGE = "Event loop is closed"
 
 NEVER_AWAITED_NAMES = r"[\w.<>]*(serialize|cancellable|Handler|Store|Layout|_merge_|_process_)[\w.<>]*"
 """Of coroutines that Orbax runs side by side."""
+
+POLL_SECONDS = 0.02
+"""Between two looks at reads that have not ended."""
 
 RELEASE_SECONDS, SETTLE_SECONDS = 1.0, 10.0
 """How long a failed call is waited for until what waits for it is released, and after that at most."""

@@ -1,7 +1,9 @@
 """Damage to an fqjax checkpoint: flipped bits, arrays or manifests of another one, entries of the wrong type."""
 
+import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -13,6 +15,7 @@ import zlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from flax import nnx
 
 import fqjax
@@ -283,6 +286,19 @@ def test_checksums_that_are_none(saved, change, part):
 def test_an_entry_of_checksums_that_is_none(saved, value):
     edit(saved, lambda m: m.update(checksums=value))
     refused(saved, "checksums", "expected an object")
+
+
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "array_metadatas/process_0"])
+def test_nothing_of_a_load_that_failed_is_left(saved, capfd, name):
+    """Neither reads that go on, nor tasks that complain when they are collected."""
+    path = saved / "state" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x80
+    path.write_bytes(content)
+    for _ in range(3):
+        refused(saved, "cannot be read" if "array" in name else "no readable Orbax checkpoint")
+    left = [found for found in gc.get_objects() if type(found) in (asyncio.Task, tensorstore.Future)]
+    assert not left and capfd.readouterr() == ("", "")
 
 
 def layer(**changes):

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,9 @@ from fqjax.layers.surgery import find_linears, replace_modules
 from fqjax.runtime.arguments import check_flag, check_path, shown
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import reason
-from fqjax.runtime.quiet import contained, forget, muted
+from fqjax.runtime.quiet import contained, forget
+
+ReadT = TypeVar("ReadT")
 
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 """Where arrays go: one sharding for all, or a function of dotted name and shape."""
@@ -165,26 +167,39 @@ def _load_arrays(
         )
         for name, leaf in full.items()
     }
-    failure = ""
-    with contained() as settle:
-        try:
-            return unnest(ocp.load(str(directory), nest(template)))
-        except Exception as error:
-            # Orbax and TensorStore raise many kinds; all mean that the files do not hold the arrays.
-            failure = reason(error)
-            forget(error)
-        settle()
-    raise InputError(f"{directory}: the arrays cannot be read ({failure})")
+    return _of_orbax(
+        lambda: unnest(ocp.load(str(directory), nest(template))), f"{directory}: the arrays cannot be read"
+    )
 
 
 def _stored_metadata(directory: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype]]:
     """Shapes and dtypes of the stored arrays, by path."""
-    try:
-        with muted("absl", "asyncio"):
-            found = unnest(ocp.metadata(str(directory)).metadata)  # pyright: ignore[reportArgumentType]
-        return {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in found.items()}
-    except Exception as error:  # As above.
-        raise InputError(f"{directory}: no readable Orbax checkpoint ({reason(error)})") from None
+
+    def read() -> dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype]]:
+        tree = ocp.metadata(str(directory)).metadata
+        if not isinstance(tree, dict):
+            raise ValueError("its metadata does not name the arrays")
+        return {name: (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for name, leaf in unnest(tree).items()}
+
+    return _of_orbax(read, f"{directory}: no readable Orbax checkpoint")
+
+
+def _of_orbax(call: Callable[[], ReadT], message: str) -> ReadT:
+    """What a call of Orbax reads.
+
+    Raises:
+      InputError: the message, with the reason, if it fails; nothing of the call is left then.
+    """
+    failure = ""
+    with contained() as settle:
+        try:
+            return call()
+        except Exception as error:
+            # Orbax and TensorStore raise many kinds; all mean that the files do not hold what was saved.
+            failure = reason(error)
+            forget(error)
+        settle()
+    raise InputError(f"{message} ({failure})")
 
 
 class _Told(NamedTuple):
