@@ -150,6 +150,8 @@ def test_a_key_of_two_parts_has_to_be_dotted():
         ("rounding=up", "rounding=up: expected nearest or gptq"),
         ("sample_rows=2.5", "a whole number"),
         ("alpha=some", "expected a number from 0 to 1 or none"),
+        ("alpha=\u0660.\u0665", "expected a number from 0 to 1 or none"),
+        ("sample_rows=\u0663", "expected a whole number"),
         ("int8_head=perhaps", "int8_head=perhaps: expected true or false"),
         ("head=int4", "head=int4: expected 'int8' or none"),
         ("int8_layers=(", "not a regular expression"),

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from fqjax.cli.app import AllLayers, JsonFile, Model, app, console, load_model, show, write_json
-from fqjax.runtime.files import check_local
+from fqjax.runtime.errors import InputError
+from fqjax.runtime.files import check_local, exists
 
 
 @app.command()
@@ -29,6 +30,8 @@ def inspect(
         from fqjax.report.plots import check_matplotlib
 
         check_local(plot)
+        if exists(plot) and not plot.is_dir():
+            raise InputError(f"{plot}: no directory; expected one, or nothing")
         check_matplotlib()
     loaded = load_model(model)
     layers = quantized_layers(loaded)

@@ -52,6 +52,12 @@ def serve(
         raise InputError(f"--grace {grace}: expected seconds from 0 to {MOST_SECONDS:g}")
     if api_key == "":
         raise InputError("--api-key: empty; expected a key")
+    if api_key is not None and (api_key.strip() != api_key or not api_key.isprintable()):
+        raise InputError(
+            "--api-key: holds what no header can carry; expected visible characters, no blanks around them"
+        )
+    if not host:
+        raise InputError("--host: empty; expected an address")
     listening = bound(host, port)  # Before the model is loaded.
     try:
         loaded, tokenizer = load_with_tokenizer(model)

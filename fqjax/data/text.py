@@ -82,12 +82,25 @@ def _check_finite(path: Path, status: os.stat_result) -> None:
         )
 
 
+def check_characters(text: str, what: str) -> None:
+    """Refuses half a character, as bytes that are no UTF-8 and escapes in JSON leave them; no tokenizer takes it.
+
+    Raises:
+      InputError: showing what was found.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} holds {text[error.start]!r}, which is no character; expected UTF-8") from None
+
+
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> Int[np.ndarray, " tokens"]:
     """Token ids of a text, without special tokens.
 
     Raises:
       InputError: if the tokenizer cannot encode it.
     """
+    check_characters(text, "the text")
     try:
         # verbose=False: a whole file is longer than the model's context, which is no reason to warn.
         with panics_as_errors():

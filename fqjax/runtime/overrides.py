@@ -143,7 +143,7 @@ def _readings(text: str) -> Iterator[bool | int | float | str | None]:
     words = {"none": None, "true": True, "false": False}
     if text.lower() in words:
         yield words[text.lower()]
-    for kind in (int, float):
+    for kind in (int, float) if text.isascii() else ():  # Python takes the digits of other scripts too.
         try:
             yield kind(text)
         except ValueError:

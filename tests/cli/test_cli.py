@@ -333,6 +333,9 @@ def test_bad_requests_of_the_other_commands(capsys, converted, tmp_path):
     complains(capsys, "directory does not exist", "inspect", out, "--json", tmp_path / "no" / "where.json")
     complains(capsys, "a directory; expected a file", "inspect", out, "--json", tmp_path)
     complains(capsys, "no quantized layer", "inspect", converted / "source", "--plot", tmp_path / "plots")
+    (tmp_path / "file").write_text("mine")
+    complains(capsys, "file: no directory; expected one", "inspect", out, "--plot", tmp_path / "file")
+    complains(capsys, r"holds '\udcff', which is no character", "generate", out, "--prompt", "a\udcff")
     complains(capsys, "No such command", "explain")
 
 

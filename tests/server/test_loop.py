@@ -155,6 +155,9 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(capsys, monkeypatch):
     complains(capsys, "--port 70000: expected at most 65535", "none", "--port", 70000)
     complains(capsys, "--grace -1.0: expected seconds", "none", "--grace", -1)
     complains(capsys, "--api-key: empty", "none", "--api-key", "")
+    for key in (" key", "key\n", "k\tey", "k\udcffey"):
+        complains(capsys, "--api-key: holds what no header can carry", "none", "--api-key", key)
+    complains(capsys, "--host: empty; expected an address", "none", "--host", "")
     complains(capsys, "--kv-cache int2: expected int8", "none", "--kv-cache", "int2")
     monkeypatch.setattr("fqjax.server.run.PACKAGES", ("starlette", "no_such_package"))
     complains(capsys, r"serving needs no_such_package; pip install 'fqjax\[serve\]'", "none")
