@@ -15,9 +15,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from fqjax.inference import programs
-from fqjax.inference.programs import Decoding
 from fqjax.inference.prompts import as_prompts, check_prompts, in_buckets, padded
-from fqjax.inference.sampling import NOT_FINITE, Kinds, Sampling
+from fqjax.inference.sampling import NOT_FINITE
 from fqjax.inference.settings import (
     Draws,
     check_memory,
@@ -30,7 +29,7 @@ from fqjax.inference.settings import (
 )
 from fqjax.layers.flattened import Flattened
 from fqjax.layers.record import automatic_axes
-from fqjax.models.cache import Kind
+from fqjax.models.cache import KeyValueCache, Kind
 from fqjax.models.causal_lm import GenerativeModel
 from fqjax.runtime.arguments import check_whole
 from fqjax.runtime.errors import InputError
@@ -206,11 +205,13 @@ class _Run:
 
     def bursts(self) -> Iterator[Int32[np.ndarray, "batch tokens"]]:
         """The new tokens, the first alone, then burst after burst, up to the limit or until all have ended."""
+        tokens, counts = padded(self.prompts)
+        logits, cache = self._taken_up(tokens, counts)
+        # While the device is at work.  On it once: every array that a call brings along is a transfer.
         draws = [dataclasses.replace(self.draws, seed=self.draws.seed + i) for i in range(len(self.prompts))]
-        # On the device once: every array that a call brings along is a transfer.
         sampling, eos, limit = jax.device_put((sampling_of(draws), ends_array(self.eos), np.int32(self.limit)))
         kinds = kinds_of(draws)
-        state, first = self._begun(sampling, eos, kinds)
+        state, first = programs.begin(logits, cache, (tokens, counts), sampling, eos, kinds)
         launched = [_sent(first)]
         ended, given, read = np.zeros(len(self.prompts), bool), 1, 0
         while launched:
@@ -229,9 +230,8 @@ class _Run:
             if ended.all():
                 return
 
-    def _begun(self, sampling: Sampling, eos: jax.Array, kinds: Kinds) -> tuple[Decoding, jax.Array]:
-        """The prompts taken up, piece by piece, of which shorter ones fill fewer, and the first token of each."""
-        tokens, counts = padded(self.prompts)
+    def _taken_up(self, tokens: np.ndarray, counts: np.ndarray) -> tuple[jax.Array, KeyValueCache]:
+        """Logits after the prompts, taken up piece by piece, of which shorter ones fill fewer, and the cache with them."""
         logits, cache = None, None
         for start in range(0, tokens.shape[1], self.chunk):
             here = np.clip(counts - start, 0, self.chunk).astype(np.int32)
@@ -243,7 +243,7 @@ class _Run:
             else:
                 logits, cache = programs.extend(*self.model, piece, here, cache, logits)
         assert logits is not None and cache is not None
-        return programs.begin(logits, cache, (tokens, counts), sampling, eos, kinds)
+        return logits, cache
 
 
 def _sent(tokens: jax.Array) -> jax.Array:

@@ -155,13 +155,21 @@ def runnable(model: object) -> Flattened:
     """
     check_generative(model)
     found = flattened(cast(nnx.Module, model))
-    if any(not isinstance(leaf, jax.Array) or leaf.is_deleted() for leaf in found.leaves):
+    if not _there(found.leaves):
         check_model(model)
     if found.structure not in _tried:  # Once: it is traced.
         if not isinstance(model, CausalLM):
             check_extends(cast(nnx.Module, model))
         _tried.add(found.structure)
     return found
+
+
+def _there(leaves: tuple[jax.Array, ...]) -> bool:
+    """Whether all are arrays with values.  That of no type is looked at, which takes longer where they are hundreds."""
+    try:
+        return not any([leaf.is_deleted() for leaf in leaves])
+    except AttributeError:
+        return False
 
 
 _tried: weakref.WeakSet[Structure] = weakref.WeakSet()

@@ -101,21 +101,35 @@ class _Node(NamedTuple):
     """A module, list, tuple or dictionary of a model as it was."""
 
     node: _Reference
-    identities: list[int]
-    variables: list[tuple[int, _Reference]]
-    """Where among its values variables stand, and what each held."""
-    held: list[object]
-    """Values that are neither modules nor variables; while they live, nothing else has their identity."""
+    is_object: bool
+    """Whether its values are its attributes."""
+    size: int
+    """How many values it has."""
+    fixed: list[tuple[int, object]]
+    """Places of values that are neither nodes nor variables, and these; while they live, nothing else has their identity."""
+    nodes: list[tuple[int, _Reference]]
+    """Places of nodes, and these."""
+    variables: list[tuple[int, int, _Reference]]
+    """Places of variables, their identities, and what each held."""
 
     def unchanged(self) -> bool:
-        """Whether the node lives, and holds the same objects."""
+        """Whether the node lives, and holds the same objects.  Written for speed: a large model has hundreds of nodes."""
         node = self.node()
         if node is None:
             return False
-        values = _values(node)
-        if list(map(id, values)) != self.identities:
+        values: list[Any] = list(vars(node).values()) if self.is_object else _values(node)
+        if len(values) != self.size:
             return False
-        return all(values[at].get_raw_value() is held() for at, held in self.variables)  # pyright: ignore
+        for at, value in self.fixed:
+            if values[at] is not value:
+                return False
+        for at, inner in self.nodes:
+            if values[at] is not inner():
+                return False
+        for at, identity, held in self.variables:
+            if id(values[at]) != identity or values[at].get_raw_value() is not held():
+                return False
+        return True
 
 
 class _Look:
@@ -130,9 +144,9 @@ class _Look:
 
     def current(self, model: nnx.Module) -> Flattened | None:
         """What was found, if this is the model, and nothing in it has been exchanged."""
-        if self._model() is not model or not all(node.unchanged() for node in self._nodes):
+        if self._model() is not model or not all(map(_Node.unchanged, self._nodes)):
             return None
-        leaves = tuple(leaf() for leaf in self._leaves)
+        leaves = tuple([leaf() for leaf in self._leaves])
         return Flattened(self._structure, leaves)  # pyright: ignore[reportArgumentType]
 
 
@@ -154,12 +168,18 @@ def _nodes(root: object) -> Iterator[_Node]:
             continue
         seen.add(id(node))
         values = _values(node)
-        inner = [value for value in values if _is_node(value)]
-        variables = [(at, _reference(v.get_raw_value())) for at, v in enumerate(values) if isinstance(v, nnx.Variable)]
-        held = [value for value in values if not _is_node(value) and not isinstance(value, nnx.Variable)]
-        reference = _reference(node) if isinstance(node, nnx.Module) else _holding(node)
-        yield _Node(reference, list(map(id, values)), variables, held)
-        waiting += inner
+        inner = [(at, value) for at, value in enumerate(values) if _is_node(value)]
+        variables = [(at, value) for at, value in enumerate(values) if isinstance(value, nnx.Variable)]
+        others = {at for at, _ in (*inner, *variables)}
+        yield _Node(
+            _reference(node) if isinstance(node, nnx.Module) else _holding(node),
+            not isinstance(node, dict | list | tuple),
+            len(values),
+            [(at, value) for at, value in enumerate(values) if at not in others],
+            [(at, _reference(value)) for at, value in inner],
+            [(at, id(variable), _reference(variable.get_raw_value())) for at, variable in variables],
+        )
+        waiting += [value for _, value in inner]
 
 
 def _is_node(value: object) -> bool:
