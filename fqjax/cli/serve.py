@@ -1,5 +1,6 @@
 """``fqjax serve``: a model behind an HTTP interface that clients of OpenAI's know."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,9 @@ from fqjax.cli.app import KvCache, Model, app, known_cache, load_with_tokenizer
 from fqjax.runtime.errors import InputError
 
 MOST_SECONDS = 86400.0
+
+KEY_VARIABLE = "FQJAX_API_KEY"
+"""Environment variable with the key: other users of the machine see the options of a command."""
 
 
 @app.command()
@@ -30,7 +34,7 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Name of the model.", show_default="the last part of MODEL")] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(help="Key that clients must give.", envvar="FQJAX_API_KEY", metavar="KEY", show_envvar=True),
+        typer.Option(help="Key that clients must give.", envvar=KEY_VARIABLE, metavar="KEY", show_envvar=True),
     ] = None,
     max_body: Annotated[int, typer.Option(help="Bytes of a request's body at most.")] = 4 * 2**20,
     grace: Annotated[float, typer.Option(help="Seconds that requests have to end when the server stops.")] = 30.0,
@@ -39,7 +43,7 @@ def serve(
     kind = known_cache(kv_cache)
     from fqjax.runtime.arguments import check_whole
     from fqjax.server.app import Settings
-    from fqjax.server.run import Limits, api_of, bound, check_packages, server_of
+    from fqjax.server.run import Limits, allow_many_files, api_of, bound, check_packages, open_to_others, server_of
 
     check_packages()
     for option, value, least in (("--slots", slots, 1), ("--queue", queue, 0), ("--max-body", max_body, 1)):
@@ -50,15 +54,13 @@ def serve(
     check_whole("--port", port, 0, 65535)
     if not 0 <= grace <= MOST_SECONDS:
         raise InputError(f"--grace {grace}: expected seconds from 0 to {MOST_SECONDS:g}")
-    if api_key == "":
-        raise InputError("--api-key: empty; expected a key")
-    if api_key is not None and (api_key.strip() != api_key or not api_key.isprintable()):
-        raise InputError(
-            "--api-key: holds what no header can carry; expected visible characters, no blanks around them"
-        )
+    _check_key(api_key)
     if not host:
         raise InputError("--host: empty; expected an address")
     listening = bound(host, port)  # Before the model is loaded.
+    allow_many_files()
+    if api_key is None and open_to_others(listening):
+        _say(f"without --api-key or {KEY_VARIABLE} whoever reaches {host} can use the model")
     try:
         loaded, tokenizer = load_with_tokenizer(model)
         limits = Limits(slots=slots, capacity=capacity, tokens=tokens, queue=queue, kv_cache=kind)
@@ -67,14 +69,27 @@ def serve(
             loaded, tokenizer, name, limits, Settings(api_key, max_body), lambda what: _say(f"compiling {what}")
         )
         shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{listening.getsockname()[1]}"
+        address = f"http://{shown}:{listening[0].getsockname()[1]}"
         server_of(
             api, grace, lambda: _say(f"serving {name} at {address} (a page), {address}/v1 (OpenAI's interface)")
-        ).run(sockets=[listening])
+        ).run(sockets=listening)
         api.engine.join(grace)
     finally:
-        listening.close()
+        for each in listening:
+            each.close()
     _say("stopped")
+
+
+def _check_key(key: str | None) -> None:
+    """Refuses a key that no client could give, which is not shown."""
+    # Typer takes an empty variable for one that is not set: the server would be open to all.
+    key = os.environ.get(KEY_VARIABLE) if key is None else key
+    if key == "":
+        raise InputError(f"--api-key or {KEY_VARIABLE}: empty; expected a key")
+    if key is not None and (key.strip() != key or not key.isprintable()):
+        raise InputError(
+            "--api-key: holds what no header can carry; expected visible characters, no blanks around them"
+        )
 
 
 def _say(text: str) -> None:

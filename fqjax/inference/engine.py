@@ -485,17 +485,17 @@ class _Memory:
         Raises:
           InputError: if it has not.
         """
+        asked = f"slots {slots}, capacity {capacity}"
         if getattr(model, "reads_pages", False):
             size = min(PAGE, capacity)
             most = -(-capacity // size)
             count = slots * most if tokens is None else -(-tokens // size)
-            memory = cls(Pages(count, size, shares), most, None)
-        else:
-            # Whole pieces fit: a write past the capacity would be moved back before it.
-            size = -(-capacity // widest) * widest
-            memory = cls(Pages(slots, size, shares=False), 0, Rows(size, kv_cache))
-        check_memory(model, structure, memory.pages.count, size, kv_cache, f"slots {slots}, capacity {capacity}")
-        return memory
+            check_memory(model, structure, count, size, kv_cache, asked)  # Before a list of so many is made.
+            return cls(Pages(count, size, shares), most, None)
+        # Whole pieces fit: a write past the capacity would be moved back before it.
+        size = -(-capacity // widest) * widest
+        check_memory(model, structure, slots, size, kv_cache, asked)
+        return cls(Pages(slots, size, shares=False), 0, Rows(size, kv_cache))
 
     def make(self, model: GenerativeModel, slots: int, kv_cache: Kind | None) -> KeyValueCache:
         """The empty cache."""

@@ -1,5 +1,7 @@
 """The HTTP interface: its paths, who may use them, and how long a body may be."""
 
+import asyncio
+import concurrent.futures
 import dataclasses
 import hmac
 import json
@@ -38,10 +40,25 @@ PAGE_POLICY = (
 MOST_DROPPED = 8
 """How many times the limit of a body is read of one that is too long, so that the client gets to read the answer."""
 
+BODY_SECONDS = 60.0
+"""In which the next piece of a body has to come."""
+
+LONG_BODY = 2**15
+"""Bytes of a body whose text takes so long to be made tokens that others would wait; another thread does it."""
+
 CONTEXT_WORDS = "the capacity of a slot", "positions of the model"
 """By which errors are known of prompts that are too long."""
 
+EXTRA_HEADERS = {
+    408: {"connection": "close"},  # What comes of the body after all is no request.
+    413: {"connection": "close"},
+    429: {"retry-after": "1"},
+    503: {"retry-after": "1"},
+}
+"""Of answers that are errors, by status."""
+
 ANY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+"""Methods that reach the endpoints here, which say in the interface's form what they take."""
 
 Endpoint = Callable[["Request"], Awaitable[Any]]
 
@@ -73,10 +90,12 @@ class Api:
         self.metrics = Metrics()
         self._began = int(time.time())
         self._text_of = token_texts(served.tokenizer)
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, "fqjax-reader")
 
     def app(self) -> "Starlette":
         """The application, as ASGI servers take it."""
         from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
         from starlette.routing import Route
 
         paths: list[tuple[str, str, Endpoint, bool]] = [
@@ -92,7 +111,7 @@ class Api:
             Route(path, self._guarded(method, call, locked), methods=ANY_METHOD) for path, method, call, locked in paths
         ]
         routes.append(Route("/{path:path}", self._guarded(None, self._nowhere, False), methods=ANY_METHOD))
-        return Starlette(routes=routes)
+        return Starlette(routes=routes, exception_handlers={HTTPException: _unusual})
 
     async def page(self, request: "Request") -> "Response":
         """A page to chat with the model."""
@@ -142,7 +161,7 @@ class Api:
     async def _answer(self, request: "Request", read: Callable[[object, Served], Asked]) -> Any:
         began, asked = time.perf_counter(), None
         try:
-            asked = read(await self._body(request), self.served)
+            asked = await self._asked(request, read)
             if not self.engine.alive:
                 raise Stopped(self.engine.failure or "the server is stopping")
             job = await unless_gone(request.receive, self.engine.submit(asked.requests))
@@ -160,27 +179,50 @@ class Api:
         finally:
             answering.close()
 
-    async def _body(self, request: "Request") -> object:
-        """The JSON of a body."""
-        most = self.settings.max_body
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        data, length = bytearray(), 0
-        # A body that is too long is read on for a while: a client that is still sending would not see the answer.
-        async for piece in request.stream():
-            length += len(piece)
-            if length <= most:
-                data += piece
-            elif length > MOST_DROPPED * most:
-                break
-        if length > most:
-            raise ApiError(413, f"a body of more than {most} bytes; expected at most {most}")
+    async def _asked(self, request: "Request", read: Callable[[object, Served], Asked]) -> Asked:
+        """What a call asks for."""
+        kind, data = (
+            request.headers.get("content-type", "").partition(";")[0].strip().lower(),
+            await self._body(request),
+        )
         if kind != "application/json":
             # Pages of other sites may send any other kind without having asked whether they may.
             raise ApiError(415, "content-type: expected application/json")
+
+        def asked() -> Asked:
+            return read(_json_of(data), self.served)
+
+        if len(data) < LONG_BODY:
+            return asked()
+
+        async def elsewhere() -> Asked:
+            return await asyncio.get_running_loop().run_in_executor(self._reader, asked)
+
+        return await unless_gone(request.receive, elsewhere())
+
+    async def _body(self, request: "Request") -> bytes:
+        """A body, not too long, that has come within a while."""
+        from starlette.requests import ClientDisconnect
+
+        most, data, length = self.settings.max_body, bytearray(), 0
+        clock = asyncio.get_running_loop().time
         try:
-            return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is not valid JSON ({' '.join(str(error).split())})") from None
+            async with asyncio.timeout(BODY_SECONDS) as limit:
+                async for piece in request.stream():
+                    limit.reschedule(clock() + BODY_SECONDS)
+                    length += len(piece)
+                    # One that is too long is read on for a while: a client that is still sending would not see the answer.
+                    if length <= most:
+                        data += piece
+                    elif length > MOST_DROPPED * most:
+                        break
+        except ClientDisconnect:
+            raise Disconnected from None
+        except TimeoutError:
+            raise ApiError(408, f"nothing more of the body has come for {BODY_SECONDS:g} s") from None
+        if length > most:
+            raise ApiError(413, f"a body of more than {most} bytes; expected at most {most}")
+        return bytes(data)
 
     def _guarded(self, method: str | None, call: Endpoint, locked: bool) -> Endpoint:
         """An endpoint that answers errors in the form of the interface."""
@@ -189,12 +231,13 @@ class Api:
             try:
                 if locked:
                     self._check_key(request)
-                if method is not None and request.method not in (method, "HEAD" if method == "GET" else method):
-                    raise ApiError(405, f"{request.url.path}: takes {method}, not {request.method}")
+                taken = ("GET", "HEAD") if method == "GET" else (method,)
+                if method is not None and request.method not in taken:
+                    error = ApiError(405, f"{request.url.path}: takes {method}, not {request.method}")
+                    return _json(error.body, error.status, {"allow": ", ".join(filter(None, taken))})
                 return await call(request)
             except ApiError as error:
-                retry = {"retry-after": "1"} if error.status in (429, 503) else {}
-                return _json(error.body, error.status, retry)
+                return _json(error.body, error.status, EXTRA_HEADERS.get(error.status, {}))
             except Disconnected:
                 return _json({}, 499)  # Nobody reads it.
             except Exception:  # A fault of this program: the client gets no more than that.
@@ -230,6 +273,19 @@ def _as_api_error(error: Exception) -> Exception:
     if isinstance(error, Stopped):
         return ApiError(503, text)
     return error
+
+
+async def _unusual(request: "Request", error: Exception) -> "Response":
+    """The answer to what reaches no endpoint: methods that nobody knows, paths without a slash."""
+    status = getattr(error, "status_code", 500)
+    return _json(ApiError(status, f"{request.method} {request.url.path}: nothing takes it").body, status)
+
+
+def _json_of(data: bytes) -> object:
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON ({' '.join(str(error).split())})") from None
 
 
 def _no_constant(name: str) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib.util
+import ipaddress
 import signal
 import socket
 import threading
@@ -30,6 +32,12 @@ USUAL_CAPACITY = 2048
 
 AFTER_GRACE = 10.0
 """Seconds in which what was cut is to be answered."""
+
+KEPT_ALIVE = 75
+"""Seconds for which a connection without a request is kept: longer than clients do, which may ask as it is closed."""
+
+MOST_FILES = 2**16
+"""Files that the process may have open, if the system lets it."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -68,25 +76,62 @@ def check_packages() -> None:
         raise InputError(f"serving needs {' and '.join(lacking)}; pip install 'fqjax[serve]'")
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A socket with that address, on which nobody listens yet.
+def bound(host: str, port: int) -> list[socket.socket]:
+    """Sockets with the addresses of that name, on which nobody listens yet; all with one port, where any that is free may be.
 
     Raises:
       InputError: if there is no such address, or something else has it.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, OverflowError, UnicodeError, ValueError) as error:
         raise InputError(f"{host}, port {port}: no address of this machine ({error})") from None
-    made = socket.socket(family, kind, protocol)
+    made: list[socket.socket] = []
+    failed: OSError | None = None
+    for family, kind, protocol, _, (address, _, *rest) in found:
+        taken = port or (made[0].getsockname()[1] if made else 0)
+        try:
+            made.append(_bound(socket.socket(family, kind, protocol), (address, taken, *rest)))
+        except OSError as error:
+            failed = error
+            if error.errno == errno.EADDRINUSE:
+                break
+    # A name may have addresses that the machine has not: "localhost" that of IPv6.
+    if failed is not None and (failed.errno == errno.EADDRINUSE or not made):
+        for each in made:
+            each.close()
+        raise InputError(f"{host}, port {port}: cannot be listened on ({failed.strerror})")
+    return made
+
+
+def _bound(made: socket.socket, address: tuple[object, ...]) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if made.family == socket.AF_INET6:  # All addresses are those of IPv4 too.
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
         made.bind(address)
-    except OSError as error:
+    except OSError:
         made.close()
-        raise InputError(f"{host}, port {port}: cannot be listened on ({error.strerror})") from None
+        raise
     return made
+
+
+def open_to_others(listening: list[socket.socket]) -> bool:
+    """Whether an address can be reached from other machines."""
+    addresses = [each.getsockname()[0].partition("%")[0] for each in listening]
+    return not all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+def allow_many_files() -> None:
+    """Lets this process have as many files open as it may, as each connection is one."""
+    try:
+        import resource
+    except ImportError:  # Not on Windows.
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def api_of(
@@ -141,7 +186,10 @@ def server_of(api: Api, grace: float, ready: Callable[[], None] = lambda: None) 
         """With the engine's end before its own."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
+            try:
+                await super().startup(sockets)
+            except OSError as error:  # Another program listens there since the model was being loaded.
+                raise InputError(f"the port cannot be listened on ({error.strerror})") from None
             ready()
 
         @contextlib.contextmanager
@@ -169,6 +217,12 @@ def server_of(api: Api, grace: float, ready: Callable[[], None] = lambda: None) 
 
     limit = int(grace + AFTER_GRACE)
     config = uvicorn.Config(
-        api.app(), log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=limit
+        api.app(),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_keep_alive=KEPT_ALIVE,
+        timeout_graceful_shutdown=limit,
     )
     return Server(config)

@@ -68,7 +68,7 @@ def running(checkpoint, limits=None, settings=None, grace=5.0):
     model, tokenizer = load_hf(checkpoint, jnp.float32)
     tokenizer.chat_template = TEMPLATE
     api = api_of(model, tokenizer, "tiny", limits or Limits(slots=4, queue=8), settings or Settings())
-    ready, listening = threading.Event(), bound("127.0.0.1", 0)
+    ready, (listening,) = threading.Event(), bound("127.0.0.1", 0)
     server = server_of(api, grace, ready.set)
     thread = threading.Thread(target=lambda: server.run(sockets=[listening]))
     thread.start()

@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import json
+import socket
 import threading
+import time
 
 import httpx2 as httpx
 import numpy as np
@@ -211,6 +213,61 @@ def test_other_paths_methods_and_kinds_of_content(served):
         assert answer.status_code == status and path in answer.json()["error"]["message"]
     answer = served.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
     assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
+
+
+def by_hand(served, *pieces, ends=False):
+    """What is answered to bytes as they are, until the server closes the connection."""
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        return b"" if ends else b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def head(method="POST", path="/v1/completions", **fields):
+    fields = {"Host": "x", "Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in fields.items()}}
+    return "\r\n".join([f"{method} {path} HTTP/1.1", *(f"{k}: {v}" for k, v in fields.items()), "", ""]).encode()
+
+
+def test_what_only_programs_at_fault_send(served):
+    body = b'{"prompt": [5], "max_tokens": 1}'
+    for start, status in (
+        (head("HEAD", "/", Connection="close"), b"200"),
+        (head("OPTIONS", Connection="close"), b"405"),
+        (head("BREW", Connection="close"), b"405"),
+        (head("OPTIONS", "*", Connection="close"), b"404"),
+        (head("GET", "/v1/models/%ff%00", Connection="close"), b"404"),
+        (head(Content_Length="-1"), b"400"),
+        (b"\x16\x03\x01\x02\r\n\r\n", b"400"),
+    ):
+        answer = by_hand(served, start)
+        assert answer.startswith(b"HTTP/1.1 " + status), answer
+    assert b"allow: POST\r\n" in by_hand(served, head("OPTIONS", Connection="close"))
+    one = head(Content_Length=len(body)) + body
+    last = head(Content_Length=len(body), Connection="close") + body
+    assert by_hand(served, one + one + last).count(b"HTTP/1.1 200 OK") == 3  # Pipelined.
+
+
+def test_a_body_that_does_not_come(served, monkeypatch, caplog):
+    monkeypatch.setattr("fqjax.server.app.BODY_SECONDS", 0.2)
+    answer = by_hand(served, head(Content_Length=100), b'{"prompt": ')
+    assert answer.startswith(b"HTTP/1.1 408") and b"nothing more of the body has come" in answer
+    monkeypatch.undo()
+    before = served.metric('fqjax_requests_total{outcome="cancelled"}')
+    by_hand(served, head(Content_Length=100), b'{"prompt": ', ends=True)
+    until = time.monotonic() + 10
+    while served.metric('fqjax_requests_total{outcome="cancelled"}') == before and time.monotonic() < until:
+        time.sleep(0.02)
+    assert served.metric('fqjax_requests_total{outcome="cancelled"}') == before + 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_long_bodies_are_read_elsewhere(served, monkeypatch):
+    monkeypatch.setattr("fqjax.server.app.LONG_BODY", 10)
+    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
+    assert served.client().completions.create(**asked).choices[0].text == served.expected(PROMPT, 4)
+    with pytest.raises(openai.BadRequestError, match="top_p 7"):
+        served.client().completions.create(**asked | {"top_p": 7})
 
 
 def test_a_key(served, monkeypatch):

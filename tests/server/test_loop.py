@@ -16,6 +16,7 @@ from fqjax.inference.requests import Finished, Output, Request
 from fqjax.runtime.errors import InputError
 from fqjax.server.loop import EngineLoop, Stopped
 from fqjax.server.metrics import Histogram
+from fqjax.server.run import bound, open_to_others
 from tests.conftest import make_checkpoint
 from tests.server.serving import command
 
@@ -154,7 +155,10 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(capsys, monkeypatch):
     complains(capsys, "--slots 0: expected at least 1", "none", "--slots", 0)
     complains(capsys, "--port 70000: expected at most 65535", "none", "--port", 70000)
     complains(capsys, "--grace -1.0: expected seconds", "none", "--grace", -1)
-    complains(capsys, "--api-key: empty", "none", "--api-key", "")
+    complains(capsys, "--api-key or FQJAX_API_KEY: empty", "none", "--api-key", "")
+    with monkeypatch.context() as patch:
+        patch.setenv("FQJAX_API_KEY", "")
+        complains(capsys, "--api-key or FQJAX_API_KEY: empty", "none")
     for key in (" key", "key\n", "k\tey", "k\udcffey"):
         complains(capsys, "--api-key: holds what no header can carry", "none", "--api-key", key)
     complains(capsys, "--host: empty; expected an address", "none", "--host", "")
@@ -177,3 +181,40 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
         rest = running.process.stderr.read()
     assert rest.endswith("stopped\n") and "Traceback" not in rest
     assert not re.search(r"Compiling jit\((take_piece|begin|decode|advance|pick_next)\)", rest), rest
+
+
+def test_streams_end_in_time_when_the_server_is_told_to_stop(tmp_path):
+    directory = make_checkpoint(tmp_path / "model")
+    with command(directory, "--slots", "2", "--capacity", "128", "--host", "localhost", "--grace", "0") as running:
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        body = {"prompt": [1, 5], "max_tokens": 120, "stream": True, "n": 8}
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            running.process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert "the server is stopping" in rest[-2] or rest[-2] == "data: [DONE]"
+        assert running.process.wait(30) == 0
+        assert "Traceback" not in running.process.stderr.read()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "0.0.0.0", "::"])
+def test_names_and_addresses_that_can_be_listened_on(host):
+    try:
+        listening = bound(host, 0)
+    except InputError:
+        if ":" not in host:
+            raise
+        pytest.skip("this machine has no IPv6")
+    try:
+        assert len({each.getsockname()[1] for each in listening}) == 1
+        assert open_to_others(listening) == (host in ("0.0.0.0", "::"))
+        for each in listening:
+            each.listen()
+            family = {"::1": "::1", "::": "::1"}.get(host, "127.0.0.1")
+        socket.create_connection((family, listening[0].getsockname()[1]), timeout=5).close()
+        if host == "::":
+            socket.create_connection(("127.0.0.1", listening[0].getsockname()[1]), timeout=5).close()
+    finally:
+        for each in listening:
+            each.close()
