@@ -157,7 +157,7 @@ REFUSED = {
     "a flag": (400, {"prompt": "x", "stream": 1}, "stream 1: expected true or false"),
     "an unknown field": (400, {"prompt": "x", "colour": 1}, "'colour': no field of this call"),
     "an unknown field of surrogates": (400, {"prompt": "x", "\ud800": 1}, "no field of this call"),
-    "a text of surrogates": (400, {"prompt": "\ud800"}, "cannot encode the text"),
+    "a text of surrogates": (400, {"prompt": "\ud800"}, "which is no character"),
     "an echo": (400, {"prompt": "x", "echo": True}, "echo: not supported"),
     "a penalty": (400, {"prompt": "x", "presence_penalty": 1}, "presence_penalty: not supported"),
     "another model": (404, {"prompt": "x", "model": "gpt"}, "model 'gpt': not served here; expected 'tiny'"),
