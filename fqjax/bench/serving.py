@@ -414,10 +414,10 @@ def markdown(results: Iterable[ServingResult]) -> str:
     for result in results:
         lines += ["", f"## {result['rows'][0]['model']}", "", f"{describe(result)}.", ""]
         lines.append(
-            "| scheme | slots | prompt + new | requests | tokens/s | to bf16 | of allowed | step ms | first token ms "
+            "| scheme | slots | chunk | prompt + new | requests | tokens/s | to bf16 | of allowed | step ms | first token ms "
             "| a token ms | busy ms |"
         )
-        lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+        lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
         lines += [_cells(row) for row in result["rows"]]
         lines += ["", "One call of `generate`, and tokens a second of `stream` over those of `generate`:", ""]
         lines += ["| scheme | prompt + new | ms | the device's own | streamed |", "|---|---:|---:|---:|---:|"]
@@ -439,7 +439,8 @@ def _cells(row: ServingRow) -> str:
         return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
     return (
-        f"| `{row['scheme']}` | {row['slots']} | {span(row['prompt'])} + {span(row['new'])} | {row['requests']}, {rate} "
+        f"| `{row['scheme']}` | {row['slots']} | {row['chunk']} "
+        f"| {span(row['prompt'])} + {span(row['new'])} | {row['requests']}, {rate} "
         f"| {row['output_tokens_per_second']:.0f} | {ratio} "
         f"| {row['output_tokens_per_second'] / row['allowed_tokens_per_second']:.0%} "
         f"| {row['milliseconds_per_step']:.2f}{device} | {row['ttft_ms_p50']:.0f} | {row['tpot_ms_p50']:.1f} "

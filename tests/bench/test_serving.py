@@ -42,7 +42,7 @@ def test_lengths_may_be_drawn():
 
 def test_a_page_shows_every_row(result):
     page = serving.markdown([result])
-    assert page.count("| `w8a8` |") == 2 and "| 2 | 8 + 3 | 4, 200/s |" in page
+    assert page.count("| `w8a8` |") == 2 and "| 8 + 3 | 4, 200/s |" in page and "| slots | chunk |" in page
     assert all("tokens/s" in serving.line(row) for row in result["rows"])
     assert "generate 8 + 8" in serving.line(result["generate"][0])
 
