@@ -40,13 +40,13 @@ class Answers:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(self._choice(i, "delta", delta, None, None)) for i in range(len(self.asked.requests))]
 
-    def piece(self, piece: Piece) -> Json:
-        """A piece of a choice."""
+    def piece(self, piece: Piece, tokens: int) -> Json:
+        """A piece of a choice, when so many tokens have come in all."""
         logprobs = self._logprobs(piece) if piece.logprobs else None
         if self.asked.chat:
             delta = {"content": piece.text} if piece.text or piece.logprobs else {}
-            return self._chunk(self._choice(piece.choice, "delta", delta, logprobs, piece.ending))
-        return self._chunk(self._choice(piece.choice, "text", piece.text, logprobs, piece.ending))
+            return self._chunk(self._choice(piece.choice, "delta", delta, logprobs, piece.ending), tokens)
+        return self._chunk(self._choice(piece.choice, "text", piece.text, logprobs, piece.ending), tokens)
 
     def end(self, tokens: int) -> list[Json]:
         """What comes after all pieces: how many tokens there were, if that was asked for."""
@@ -69,8 +69,9 @@ class Answers:
     def _reports(self) -> bool:
         return self.asked.requests[0].logprobs is not None
 
-    def _chunk(self, choice: Json) -> Json:
-        return self._head | {"choices": [choice]} | ({"usage": None} if self.asked.usage else {})
+    def _chunk(self, choice: Json, tokens: int = 0) -> Json:
+        usage = self._usage(tokens) if self.asked.counted else None
+        return self._head | {"choices": [choice]} | ({"usage": usage} if self.asked.usage else {})
 
     @staticmethod
     def _choice(index: int, key: str, content: object, logprobs: Json | None, ending: str | None) -> Json:

@@ -62,6 +62,7 @@ class Asked:
       stop: strings that stop a text.
       streamed: whether pieces are wanted as they come.
       usage: whether the number of tokens is wanted at the end of these.
+      counted: whether it is wanted with each of them, so far.
     """
 
     chat: bool
@@ -70,6 +71,7 @@ class Asked:
     stop: tuple[str, ...]
     streamed: bool
     usage: bool
+    counted: bool = False
 
 
 def completion_of(body: object, served: Served) -> Asked:
@@ -148,7 +150,8 @@ def _asked(
     options = fields.get("stream_options")
     if options is not None and not isinstance(options, Mapping):
         raise ApiError(400, f"stream_options {shown(options)}: expected an object", param="stream_options")
-    stream_options = Fields(options or {}, frozenset({"include_usage"}), frozenset({"include_obfuscation"}))
+    known = frozenset({"include_usage", "continuous_usage_stats"})
+    stream_options = Fields(options or {}, known, frozenset({"include_obfuscation"}))
     settings = {
         "temperature": fields.number("temperature", 1.0),
         "top_p": fields.number("top_p", 1.0),
@@ -170,6 +173,7 @@ def _asked(
         stop=fields.stops(),
         streamed=fields.flag("stream"),
         usage=stream_options.flag("include_usage"),
+        counted=stream_options.flag("include_usage") and stream_options.flag("continuous_usage_stats"),
     )
     try:
         requests[0].check()

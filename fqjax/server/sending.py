@@ -70,7 +70,7 @@ class EventStream:
             for begin in self._answers.begin():
                 await event(_compact(begin))
             async for piece in self._answering.pieces():
-                await event(_compact(self._answers.piece(piece)))
+                await event(_compact(self._answers.piece(piece, self._answering.tokens)))
             for end in self._answers.end(self._answering.tokens):
                 await event(_compact(end))
             await event("[DONE]")

@@ -63,6 +63,14 @@ def test_pieces_are_the_whole(served):
     assert endings == [choice.finish_reason for choice in whole.choices] and usage == whole.usage
 
 
+def test_tokens_are_counted_with_every_piece(served):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0, "stream": True, "stream_options": options}
+    lines = served.post("/v1/completions", json=body).text.split("\n\n")[:-2]
+    counts = [json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"] for line in lines]
+    assert counts[0] >= 1 and counts == sorted(counts) and counts[-1] == counts[-2]
+
+
 def test_a_conversation(served):
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     asked = {"model": "tiny", "messages": messages, "max_completion_tokens": 8, "temperature": 0}
