@@ -71,6 +71,23 @@ def test_layers_in_tuples_lists_dictionaries_and_dataclasses(tmp_path):
     np.testing.assert_array_equal(again(X), quantized(X))
 
 
+class Named(nnx.Module):
+    """Layers under names that a dotted path does not tell apart from other modules."""
+
+    def __init__(self, rngs, first):
+        self.a = nnx.Sequential(linear(rngs))
+        setattr(self, first, linear(rngs))
+
+    def __call__(self, x):
+        return self.a(x)
+
+
+@pytest.mark.parametrize("name", ["", "a.layers.0"])
+def test_paths_that_are_those_of_others_are_refused(name):
+    with pytest.raises(InputError, match=f"^layer '{name}': another module has this path too"):
+        fqjax.quantize(Named(nnx.Rngs(0), name), "w8a8", [X])
+
+
 def test_a_module_that_nothing_replaces_stays_in_its_container():
     model = Container(nnx.Rngs(0))
     same = replace_modules(model, {})

@@ -49,7 +49,7 @@ from fqjax.layers.record import automatic_axes
 from fqjax.models.cache import KeyValueCache, Kind
 from fqjax.models.causal_lm import GenerativeModel
 from fqjax.models.checks import check_tokens
-from fqjax.runtime.arguments import check_type, check_whole
+from fqjax.runtime.arguments import check_flag, check_type, check_whole
 from fqjax.runtime.errors import InputError
 
 PAGE = 64
@@ -143,6 +143,7 @@ class Engine:
         self._steps = Steps.of(self._model)
         slots, capacity = check_whole("slots", slots, 1), check_whole("capacity", capacity, 2)
         chunk, burst = check_whole("chunk", chunk, 1), check_whole("burst", burst, 1)
+        check_flag("shares_prefixes", shares_prefixes)
         self.queue = None if queue is None else check_whole("queue", queue, 0)
         tokens = None if tokens is None else check_whole("tokens", tokens, 1)
         self.config, self.capacity = getattr(model, "config", None), capacity

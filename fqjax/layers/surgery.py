@@ -1,6 +1,7 @@
 """Finding the linear layers of any NNX model, and putting other modules in their place."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,12 +55,23 @@ def find_linears(model: nnx.Module) -> dict[str, nnx.Linear]:
     """Every ``nnx.Linear`` of the model by its dotted path; a layer reached by several paths is listed once.
 
     Subclasses count too, unless they compute something else (override ``__call__``).
+
+    Raises:
+      InputError: if a layer has the path of another module, as attributes without a name or with dots in it make them.
     """
-    return {
-        dotted(path): node
-        for path, node in nnx.iter_graph(model)
+    modules = [(dotted(path), node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    counts = Counter(name for name, _ in modules)
+    found = {
+        name: node
+        for name, node in modules
         if isinstance(node, nnx.Linear) and type(node).__call__ is nnx.Linear.__call__
     }
+    for name in found:
+        if counts[name] > 1:
+            raise InputError(
+                f"layer {name!r}: another module has this path too; expected names of attributes without dots"
+            )
+    return found
 
 
 def select_linears(model: nnx.Module, ignore: Iterable[str] = (), *, required: bool = True) -> Selection:

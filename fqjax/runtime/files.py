@@ -197,7 +197,7 @@ def check_new(path: Path) -> None:
       InputError: naming the path and what was expected.
     """
     check_local(path)
-    if exists(path):
+    if exists(path) or path.name == "..":
         raise InputError(f"{path}: exists already; expected a directory to create")
 
 

@@ -44,7 +44,8 @@ def test_amplifiers(mlp, value):
 
 
 @pytest.mark.parametrize("value", [None, 3, "yes", [], np.ones(2)], ids=short)
-def test_truth_values(mlp, value, tmp_path):
+def test_truth_values(mlp, llama, value, tmp_path):
+    refused("shares_prefixes", serve, llama, [], slots=1, capacity=8, shares_prefixes=value)
     refused("units", fqjax.integer_scales, mlp, units=value)
     refused("verify", fqjax.load, tmp_path, verify=value)
 

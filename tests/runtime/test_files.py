@@ -26,6 +26,12 @@ def test_characters_that_cannot_be_shown(tmp_path, name):
     assert str(caught.value).isprintable()
 
 
+def test_the_directory_above_is_there(tmp_path):
+    """Also above one that there is not yet, which is made on the way."""
+    with pytest.raises(InputError, match="exists already"):
+        check_new(tmp_path / "none" / "..")
+
+
 @pytest.mark.parametrize("name", ["a\\b", "a[b]", "a*", "a?", "a.orbax-checkpoint-tmp"])
 def test_what_orbax_takes_for_something_else(tmp_path, name):
     (tmp_path / name).mkdir()
