@@ -39,7 +39,7 @@ FQJAX_FLOORS = [
     ["quantize", "convert", "evaluation", "inference", "data", "report", "interop"],
     ["server"],
     ["bench", "demo"],
-    ["cli"],
+    ["cli", "__main__"],
 ]
 
 FLOORS = {

@@ -21,6 +21,9 @@ TOKENIZER_FOLDER = "tokenizer"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+"""What transformers reads beside these, and takes for absent where it is no file."""
+
 SENTENCEPIECE_FILE, SENTENCEPIECE_PACKAGES = (
     "tokenizer.model",
     {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"},
@@ -46,6 +49,9 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
         return None
     for name in present:
         (inside if own else linked)(directory, name)
+    for path in (directory / name for name in SIDE_FILES):
+        if exists(path) and not path.is_file():
+            raise InputError(f"{path}: no file; expected a file of the tokenizer, or nothing")
     if present == [SENTENCEPIECE_FILE]:
         _check_sentencepiece(directory / SENTENCEPIECE_FILE)
     with quiet_transformers() as transformers:

@@ -28,6 +28,9 @@ from fqjax.runtime.memory import memory_bytes
 from fqjax.runtime.progress import track
 from fqjax.runtime.validation import MAX_INDEX
 
+MOST_NATS = 700.0
+"""Of loss a token; the exponential of more is no number."""
+
 
 @automatic_axes()
 def perplexity(
@@ -84,7 +87,10 @@ def perplexity(
         )
     if not math.isfinite(total):
         raise InputError("model: its logits are not finite on this text; expected a model that predicts it")
-    return float(np.exp(total / (len(cut) * (window - 1))))
+    mean = total / (len(cut) * (window - 1))
+    if mean > MOST_NATS:
+        raise InputError(f"model: it loses {mean:.4g} nats a token on this text; expected a model that predicts it")
+    return math.exp(mean)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

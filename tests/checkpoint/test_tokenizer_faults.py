@@ -88,3 +88,12 @@ def test_a_tokenizer_of_sentencepiece_names_what_it_needs(tmp_path, monkeypatch)
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else there(name))
     refused("tokenizer.model: needs sentencepiece to be read; pip install sentencepiece", load_tokenizer, directory)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["a directory", "a link that leads nowhere"])
+def test_what_is_no_file_beside_a_tokenizer_is_named(checkpoint, name, kind):
+    path = checkpoint / name
+    path.unlink(missing_ok=True)
+    path.mkdir() if kind == "a directory" else path.symlink_to("nowhere")
+    refused(f"{name}: no file; expected a file of the tokenizer", load_tokenizer, checkpoint)

@@ -341,7 +341,7 @@ def test_bad_requests_of_the_other_commands(capsys, converted, tmp_path):
 
 def test_the_installed_command_runs_and_exits_with_2():
     result = subprocess.run(
-        [sys.executable, "-m", "fqjax.cli", "inspect", "/no/such/place"], capture_output=True, text=True
+        [sys.executable, "-m", "fqjax", "inspect", "/no/such/place"], capture_output=True, text=True
     )
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and not result.stdout
 

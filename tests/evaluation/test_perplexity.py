@@ -48,6 +48,16 @@ def test_perplexity_follows_the_protocol(batch_size):
     assert perplexity(model, ids, 6, bos_token_id=1, batch_size=batch_size) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("scale", "message"), [(1e4, "nats a token"), (math.nan, "not finite"), (math.inf, "not finite")]
+)
+def test_a_perplexity_that_is_no_number_is_refused(scale, message):
+    model = Bigram()
+    model.table[...] = -scale * jnp.eye(7)  # The same token never comes again, it says; here it always does.
+    with pytest.raises(InputError, match=message):
+        perplexity(model, np.ones(53, np.int32), 4, bos_token_id=1)
+
+
 def test_only_so_many_windows():
     model, ids = Bigram(), np.random.default_rng(1).integers(0, 7, 53)
     assert perplexity(model, ids, 6, windows=2, bos_token_id=1) == pytest.approx(
