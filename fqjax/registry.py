@@ -172,8 +172,8 @@ def lookup(group: str, name: str) -> Any:
         return found[name]
     if name in _broken[group]:
         raise InputError(_broken[group][name])
-    unknown = f"unknown {GROUPS[group]} {name!r}; the {group} are: {listed(group)}"
-    raise InputError("; ".join([unknown, *broken(group), *did_you_mean(name, names(group))]))
+    unknown = f"unknown {GROUPS[group]} {name!r}; the {group} are: {known(group)}"
+    raise InputError("; ".join([unknown, *did_you_mean(name, names(group))]))
 
 
 def import_all(group: str) -> None:
@@ -186,6 +186,11 @@ def import_all(group: str) -> None:
 def listed(group: str) -> str:
     """All names of a group in one line."""
     return ", ".join(names(group))
+
+
+def known(group: str) -> str:
+    """All names of a group, and what is wrong with plug-ins that cannot be loaded, as the end of a message."""
+    return "; ".join([listed(group), *broken(group)])
 
 
 def names(group: str) -> list[str]:

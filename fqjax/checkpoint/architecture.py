@@ -8,7 +8,7 @@ from fqjax.checkpoint.foreign import foreign_inside
 from fqjax.checkpoint.lazy import quiet_transformers
 from fqjax.models import FAMILIES
 from fqjax.models.rotary import check_rope
-from fqjax.registry import broken
+from fqjax.registry import known
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonObject, exists, linked, read_json, reason
 from fqjax.runtime.validation import check_given, check_value, validated
@@ -69,12 +69,11 @@ def _architecture(path: Path, raw: JsonObject) -> str:
         name = names[0] if isinstance(names, list) else names
         if isinstance(name, str) and name in FAMILIES:
             return name
-        known = {full.lower(): full for full in FAMILIES}
-        known |= {full.removesuffix(HEAD_ENDING).lower() + TRUNK_ENDING.lower(): full for full in FAMILIES}
-        named = known.get(name.lower()) if isinstance(name, str) else None
+        spelt = {full.lower(): full for full in FAMILIES}
+        spelt |= {full.removesuffix(HEAD_ENDING).lower() + TRUNK_ENDING.lower(): full for full in FAMILIES}
+        named = spelt.get(name.lower()) if isinstance(name, str) else None
     if named is None:
-        supported = "; ".join([", ".join(FAMILIES), *broken("families")])
-        raise InputError(f"{path}: architecture {name} is not supported; supported are {supported}")
+        raise InputError(f"{path}: architecture {name} is not supported; supported are {known('families')}")
     return named
 
 

@@ -20,7 +20,7 @@ from fqjax.layers.head import Int8Table, padded_head_width
 from fqjax.layers.linear import QuantizedLinear
 from fqjax.layers.stacked import quantized_layers
 from fqjax.models import FAMILIES, architecture_of
-from fqjax.registry import broken
+from fqjax.registry import known
 from fqjax.runtime.errors import InputError
 from fqjax.runtime.files import JsonObject, exists, inside, read_json
 from fqjax.runtime.validation import Size, check_value, validated
@@ -165,8 +165,7 @@ def read_config(manifest: Manifest, directory: Path) -> ModelConfig:
         raise InputError(f"{directory}: holds a model that is not one of fqjax's own; pass it as load(path, model=...)")
     validated(Architecture, entry, where)
     if entry["name"] not in FAMILIES:
-        expected = "; ".join([", ".join(FAMILIES), *broken("families")])
-        raise InputError(f"{where}: name {entry['name']!r}; expected one of {expected}")
+        raise InputError(f"{where}: name {entry['name']!r}; expected one of {known('families')}")
     kind = FAMILIES[entry["name"]].config
     return validated(kind, entry["config"], where)
 

@@ -29,31 +29,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from fqjax.inference import slots as programs
-from fqjax.inference.pages import Pages
+from fqjax.inference.memory import Memory
 from fqjax.inference.prompts import as_prompts
 from fqjax.inference.requests import Finished, Output, Reason, Request, TokenLogprobs
 from fqjax.inference.sampling import NO_TOKEN, NOT_FINITE, Kinds
 from fqjax.inference.settings import (
     Draws,
-    check_memory,
-    empty_cache,
     ends_array,
     eos_of,
     kinds_of,
     runnable,
     sampling_of,
 )
-from fqjax.inference.slots import First, Picked, Piece, Rows, Slots, Steps
-from fqjax.layers.flattened import Structure
+from fqjax.inference.slots import First, Picked, Slots, Steps
 from fqjax.layers.record import automatic_axes
-from fqjax.models.cache import KeyValueCache, Kind
+from fqjax.models.cache import Kind
 from fqjax.models.causal_lm import GenerativeModel
 from fqjax.models.checks import check_tokens
 from fqjax.runtime.arguments import check_flag, check_type, check_whole
-from fqjax.runtime.errors import InputError
-
-PAGE = 64
-"""Tokens of a page."""
+from fqjax.runtime.errors import InputError, TooLong
 
 LEAST_WIDTH = 64
 """Of a call's pieces, where the widest are not narrower; others are twice as wide, and so on, up to the widest."""
@@ -110,8 +104,9 @@ class Engine:
       model: as for :func:`fqjax.generate`.
       slots: how many requests are worked on at once.
       capacity: most tokens of a request, those of its prompt and those appended.
-      tokens: how many tokens the key-value memory holds in all, in whole pages of :data:`PAGE`; None for as many as all slots
-        can have.  With fewer, requests wait until there is room for all that they may hold.
+      tokens: how many tokens the key-value memory holds in all, in whole pages of
+        :data:`fqjax.inference.memory.PAGE`; None for as many as all slots can have.  With fewer, requests wait until there
+        is room for all that they may hold.
       chunk: tokens of prompts taken up in one step: more of them bring first tokens sooner, and let the others wait longer
         for their next ones.
       burst: tokens that every slot decodes in one step: more cost fewer round trips to the device, and let free slots wait.
@@ -150,7 +145,7 @@ class Engine:
         self.chunk, self.burst, self.eos = chunk, burst, frozenset(eos_of(model, eos_token_id))
         self.widest = min(chunk, capacity)
         self._ends = jax.device_put(ends_array(sorted(self.eos)))
-        self._memory = _Memory.of(
+        self._memory = Memory.of(
             model, self._model.structure, slots, capacity, tokens, self.widest, kv_cache, shares_prefixes
         )
         self.waiting: deque[_Running] = deque()
@@ -166,9 +161,8 @@ class Engine:
         self._vocabulary = self._logits_shape()[1]
         self._slots = _empty_slots(slots, self._vocabulary)
         self._place = _committed_to(self._model.leaves)
-        if (
-            self._place is not None
-        ):  # As programs will hand them back: otherwise the first of each would be compiled twice.
+        if self._place is not None:
+            # As programs will hand them back: otherwise the first of each would be compiled twice.
             self._cache, self._slots = jax.device_put((self._cache, self._slots), self._place)
 
     @property
@@ -210,7 +204,7 @@ class Engine:
         length = len(prompt) + int(request.max_new_tokens)
         most = min(self.capacity, self.tokens_in_all)
         if length > most:
-            raise InputError(
+            raise TooLong(
                 f"request: {len(prompt)} tokens and {request.max_new_tokens} new ones; expected at most {most}, the "
                 "capacity of a slot"
             )
@@ -459,68 +453,9 @@ class Engine:
             self.running[running.slot] = self._decoding = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Memory:
-    """How key-value memory is laid out: in pages, or, for a model that reads none, in a row for each slot."""
-
-    pages: Pages
-    table: int
-    """Pages of a slot; 0 for rows."""
-    rows: Rows | None
-    """How rows are made; None for pages."""
-
-    @classmethod
-    def of(
-        cls,
-        model: GenerativeModel,
-        structure: Structure,
-        slots: int,
-        capacity: int,
-        tokens: int | None,
-        widest: int,
-        kv_cache: Kind | None,
-        shares: bool,
-    ) -> "_Memory":
-        """Memory for so many tokens, which the device has.
-
-        Raises:
-          InputError: if it has not.
-        """
-        asked = f"slots {slots}, capacity {capacity}"
-        if getattr(model, "reads_pages", False):
-            size = min(PAGE, capacity)
-            most = -(-capacity // size)
-            count = slots * most if tokens is None else -(-tokens // size)
-            check_memory(model, structure, count, size, kv_cache, asked)  # Before a list of so many is made.
-            return cls(Pages(count, size, shares), most, None)
-        # Whole pieces fit: a write past the capacity would be moved back before it.
-        size = -(-capacity // widest) * widest
-        check_memory(model, structure, slots, size, kv_cache, asked)
-        return cls(Pages(slots, size, shares=False), 0, Rows(size, kv_cache))
-
-    def make(self, model: GenerativeModel, slots: int, kv_cache: Kind | None) -> KeyValueCache:
-        """The empty cache."""
-
-        @jax.jit
-        def make() -> KeyValueCache:
-            if self.rows is not None:
-                return empty_cache(model, slots, *self.rows)
-            cache = empty_cache(model, self.pages.count + 1, self.pages.size, kv_cache).pooled()
-            lengths, table = jnp.zeros(slots, jnp.int32), jnp.zeros((slots, self.table), jnp.int32)
-            return KeyValueCache(cache.layers, lengths, table)
-
-        return make()
-
-    def empty_piece(self, rows: int, width: int, slots: int) -> Piece:
-        """Pieces of nobody's prompts."""
-        pages = None if self.rows is not None else np.zeros((rows, self.table), np.int32)
-        counts, starts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        return Piece(np.zeros((rows, width), np.int32), counts, starts, np.full(rows, slots, np.int32), pages)
-
-
-def _committed_to(leaves: object) -> jax.sharding.Sharding | None:
+def _committed_to(leaves: tuple[jax.Array, ...]) -> jax.sharding.Sharding | None:
     """The one device that a model was put on explicitly, as by loading it; None for none, or several."""
-    found = {leaf.sharding for leaf in jax.tree.leaves(leaves) if isinstance(leaf, jax.Array) and leaf.committed}
+    found = {leaf.sharding for leaf in leaves if leaf.committed}
     place = found.pop() if len(found) == 1 else None
     return place if isinstance(place, jax.sharding.SingleDeviceSharding) else None
 

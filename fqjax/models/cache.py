@@ -20,9 +20,7 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, Int32
 from fqjax.runtime.arguments import shown
 from fqjax.runtime.errors import InputError
 from pallas_kernels import quantize_per_token
-
-MOST_ELEMENTS = 2**31 - 1
-"""Of an array that attention kernels take."""
+from pallas_kernels.attention.problem import MOST_ELEMENTS
 
 Kind = Literal["int8"]
 """Names of caches other than one of the model's own dtype."""
@@ -166,6 +164,25 @@ class KeyValueCache:
         sizes = [min(together, count - at) for at in range(0, count, together)]
         made = (first.holding(jnp.zeros((n * a.shape[0], *a.shape[1:]), a.dtype) for a in first.arrays) for n in sizes)
         return dataclasses.replace(self, layers=tuple(made))
+
+    def of_layer(self, at: int, count: int) -> LayerCache:
+        """What one of a model's ``count`` layers runs with: its pages are in it only while it does."""
+        pool, place = divmod(at, self._together(count))
+        held = self.layers[pool]
+        if self.pages is None or not place:
+            return dataclasses.replace(held, pages=self.pages)
+        before = place * (self.layers[0].keys.shape[0] // self._together(count))  # Pages of the layers before it there.
+        return dataclasses.replace(held, pages=self.pages + before)
+
+    def with_layer(self, at: int, count: int, layer: LayerCache) -> "KeyValueCache":
+        """The cache with what that layer has written."""
+        pool, layers = at // self._together(count), list(self.layers)
+        layers[pool] = dataclasses.replace(layer, pages=None)
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def _together(self, count: int) -> int:
+        """How many of a model's layers share arrays; the last ones may be fewer."""
+        return -(-count // len(self.layers))
 
     @property
     def capacity(self) -> int:

@@ -198,20 +198,11 @@ def run_layers(
     would copy every layer's weights at every step of decoding.
     """
     pending, lengths = None, None if cache is None or fresh else cache.lengths
-    if cache is None:
-        for layer in layers:
-            x, pending, _ = layer.step(x, pending, None, lengths, *args)
-        return x if pending is None else x + pending, None
-    written = list(cache.layers)
-    together = -(-len(layers) // len(written))  # Layers of one pool of pages; one, where each has a cache of its own.
-    count = written[0].keys.shape[0] // together
     for at, layer in enumerate(layers):
-        pool, place = divmod(at, together)
-        # One table for all layers: each has it only while it runs.
-        pages = cache.pages if cache.pages is None or not place else cache.pages + place * count
-        x, pending, after = layer.step(x, pending, dataclasses.replace(written[pool], pages=pages), lengths, *args)
-        written[pool] = dataclasses.replace(after, pages=None)
-    return x if pending is None else x + pending, dataclasses.replace(cache, layers=tuple(written))
+        before = None if cache is None else cache.of_layer(at, len(layers))
+        x, pending, after = layer.step(x, pending, before, lengths, *args)
+        cache = None if cache is None else cache.with_layer(at, len(layers), after)
+    return x if pending is None else x + pending, cache
 
 
 def _last(hidden: Float[Array, "batch length hidden"], counts: Int32[Array, " batch"]) -> Float[Array, "batch hidden"]:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from fqjax.layers.modules import check_module
-from fqjax.runtime.errors import InputError
+from fqjax.runtime.errors import InputError, TooLong
 from fqjax.runtime.files import reason
 from fqjax.runtime.validation import MAX_INDEX
 
@@ -43,7 +43,7 @@ def check_tokens(tokens: Int[np.ndarray, "..."], config: object, length: int) ->
     """
     limit = getattr(config, "max_length", None)
     if limit is not None and length > limit:
-        raise InputError(f"a sequence of {length} tokens is longer than the {limit} positions of the model")
+        raise TooLong(f"a sequence of {length} tokens is longer than the {limit} positions of the model")
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is None or not tokens.size:
         return

@@ -53,12 +53,11 @@ def _of_decoder(entries: dict[str, object], config: DecoderConfig, kind: str) ->
     return entries
 
 
-def part_sizes(config: DecoderConfig | OPTConfig, module: str, parts: int, outputs: int) -> tuple[int, ...]:
+def part_sizes(config: DecoderConfig | OPTConfig, parts: int, outputs: int) -> tuple[int, ...]:
     """Output channels of each part of a layer.
 
     Args:
       config: the family's configuration.
-      module: the layer's dotted path.
       parts: how many it consists of in a checkpoint.
       outputs: of the whole layer.
     """

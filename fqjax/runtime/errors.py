@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Bad input.  The message is one line that names the file, tensor, layer or option and says what was expected."""
+
+
+class TooLong(InputError):
+    """More tokens than the model has positions, or a request may have."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fqjax.data.chat import has_template
 from fqjax.inference.engine import QueueFull
-from fqjax.runtime.errors import InputError
+from fqjax.runtime.errors import InputError, TooLong
 from fqjax.server.answers import Answers
 from fqjax.server.choices import Answering, token_texts
 from fqjax.server.errors import ApiError, Disconnected
@@ -45,9 +45,6 @@ BODY_SECONDS = 60.0
 
 LONG_BODY = 2**15
 """Bytes of a body whose text takes so long to be made tokens that others would wait; another thread does it."""
-
-CONTEXT_WORDS = "the capacity of a slot", "positions of the model"
-"""By which errors are known of prompts that are too long."""
 
 EXTRA_HEADERS = {
     408: {"connection": "close"},  # What comes of the body after all is no request.
@@ -269,7 +266,7 @@ def _as_api_error(error: Exception) -> Exception:
     if isinstance(error, QueueFull):
         return ApiError(429, text, code="queue_full")
     if isinstance(error, InputError):
-        return ApiError(400, text, code="context_length_exceeded" if any(w in text for w in CONTEXT_WORDS) else None)
+        return ApiError(400, text, code="context_length_exceeded" if isinstance(error, TooLong) else None)
     if isinstance(error, Stopped):
         return ApiError(503, text)
     return error

@@ -156,9 +156,9 @@ def api_of(
       InputError: for limits out of range.
     """
     limits = limits or Limits()
-    positions = getattr(model.config, "max_length", None) or USUAL_CAPACITY
-    capacity = min(USUAL_CAPACITY, positions) if limits.capacity is None else limits.capacity
-    if capacity > (getattr(model.config, "max_length", None) or capacity):
+    positions = getattr(model.config, "max_length", None)
+    capacity = min(USUAL_CAPACITY, positions or USUAL_CAPACITY) if limits.capacity is None else limits.capacity
+    if positions is not None and capacity > positions:
         raise InputError(f"capacity {capacity}: expected at most {positions}, the positions of the model")
     rest = {"tokens": limits.tokens, "queue": limits.queue, "kv_cache": limits.kv_cache}
     engine = Engine(model, slots=limits.slots, capacity=capacity, **rest)  # pyright: ignore[reportArgumentType]

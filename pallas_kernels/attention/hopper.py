@@ -17,7 +17,7 @@ from pallas_kernels.attention.codes import Recipe
 from pallas_kernels.attention.hopper_cut import TILE_POSITIONS, Cut, best_cut
 from pallas_kernels.attention.hopper_memory import MOST_GROUP, shared_words
 from pallas_kernels.attention.hopper_unit import Unit
-from pallas_kernels.attention.problem import Problem, capacity_of
+from pallas_kernels.attention.problem import MOST_ELEMENTS, Problem, capacity_of
 from pallas_kernels.attention.triton import Finish, Result
 from pallas_kernels.mosaic.compat import FragmentedArray, LaunchContext, Ref, ir, kernel_in_place, plgpu
 from pallas_kernels.mosaic.lanes import Lanes
@@ -40,7 +40,7 @@ def cannot_use(qkv: Array, keys: Array, values: Array, paged: bool = False) -> s
         return f"head_dim is {dim}, not one of {DIMS}"
     if group > MOST_GROUP:
         return f"{group} heads share a key-value head, more than {MOST_GROUP}"
-    if max(2 * math.prod(qkv.shape), math.prod(keys.shape)) >= 2**31:
+    if max(2 * math.prod(qkv.shape), math.prod(keys.shape)) > MOST_ELEMENTS:
         return "an operand has 2^31 bytes or more"
     if paged and keys.shape[1] % TILE_POSITIONS:
         return f"pages hold {keys.shape[1]} positions, not a multiple of {TILE_POSITIONS}"

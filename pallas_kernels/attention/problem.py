@@ -10,6 +10,8 @@ from jaxtyping import Array
 
 from pallas_kernels.attention.codes import Recipe
 
+MOST_ELEMENTS = 2**31 - 1
+"""Of an operand: kernels number them in 32 bits."""
 PROGRAMS = 132
 """Programs that are wanted on a GPU at least: one for each multiprocessor of an H100 or H200."""
 MANY_HEADS = 3 * PROGRAMS

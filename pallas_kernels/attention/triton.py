@@ -26,7 +26,15 @@ from jaxtyping import Array, DTypeLike
 from pallas_kernels import device
 from pallas_kernels.attention import codes as attention_codes
 from pallas_kernels.attention.codes import Recipe
-from pallas_kernels.attention.problem import UPPER_CODE_UNIT, WHOLE_CAPACITY, Cut, Problem, best_cut, capacity_of
+from pallas_kernels.attention.problem import (
+    MOST_ELEMENTS,
+    UPPER_CODE_UNIT,
+    WHOLE_CAPACITY,
+    Cut,
+    Problem,
+    best_cut,
+    capacity_of,
+)
 from pallas_kernels.attention.reference import LOWEST_SCORE
 from pallas_kernels.mosaic.math import rounded
 from pallas_kernels.mosaic.types import Ref, Scalar
@@ -46,7 +54,7 @@ def cannot_use(qkv: Array, keys: Array, values: Array) -> str | None:
         return f"head_dim is {dim}, not a power of 2 from 16 to 256"
     if group > 64:
         return f"{group} heads share a key-value head, more than 64"
-    if math.prod(keys.shape) >= 2**31:
+    if math.prod(keys.shape) > MOST_ELEMENTS:
         return "keys have 2^31 elements or more"
     return None
 

@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch):
-    monkeypatch.setattr("fqjax.inference.engine.PAGE", 4)
+    monkeypatch.setattr("fqjax.inference.memory.PAGE", 4)
 
 
 def engine_of(model, **settings):

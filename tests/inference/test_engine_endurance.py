@@ -63,7 +63,7 @@ def serve(engine, rng, count):
 @pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the memory of a process is read from /proc")
 def test_ten_thousand_requests_leave_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("fqjax.inference.engine.PAGE", 4)
+    monkeypatch.setattr("fqjax.inference.memory.PAGE", 4)
     model, _ = load_hf(variants.write_checkpoint(tmp_path / "model", variants.VARIANTS["llama-grouped"]), jnp.float32)
     engine, rng = Engine(model, slots=6, capacity=32, tokens=120, chunk=16), np.random.default_rng(0)
     engine.warm_up()

@@ -190,7 +190,7 @@ def _quantized(
     bias = None if layer.bias is None else np.asarray(layer.bias[...])
     bias = bias if bias is None or factors is None else _divided(bias, factors)
     start = 0
-    for module, rows in zip(modules, part_sizes(model.config, name, len(modules), len(codes)), strict=True):
+    for module, rows in zip(modules, part_sizes(model.config, len(modules), len(codes)), strict=True):
         here = slice(start, start + rows)
         start += rows
         tensors = _stored_codes(module, codes[here], scheme)
@@ -229,7 +229,7 @@ def _divided(values: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 def _split(model: CausalLM, module: str, tensors: tuple[str, ...], values: np.ndarray) -> Tensors:
     """A parameter as the tensors that it consists of in the checkpoint."""
-    sizes = part_sizes(model.config, module, len(tensors), len(values)) if len(tensors) > 1 else (len(values),)
+    sizes = part_sizes(model.config, len(tensors), len(values)) if len(tensors) > 1 else (len(values),)
     return dict(zip(tensors, np.split(values, np.cumsum(sizes)[:-1]), strict=True))
 
 
